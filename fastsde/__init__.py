@@ -1,0 +1,41 @@
+"""fastsde: samples from pretrained diffusion models, with no schedule to tune."""
+
+from fastsde.api import sample
+from fastsde.control import Adaptive, Controller, Grid
+from fastsde.engine import EngineState
+from fastsde.result import SampleResult, SamplingError, Status
+from fastsde.score.base import Prediction, ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.sde.discrete import DiscreteVPSDE
+from fastsde.sde.edm import EDM
+from fastsde.sde.flow import RectifiedFlow
+from fastsde.sde.sub_vp import SubVPSDE
+from fastsde.sde.ve import VESDE
+from fastsde.sde.vp import VPSDE
+from fastsde.solvers import SOLVERS, EulerMaruyama, ExtrapolatedEM, Solver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "EDM",
+    "SDE",
+    "SOLVERS",
+    "VESDE",
+    "VPSDE",
+    "Adaptive",
+    "Controller",
+    "DiscreteVPSDE",
+    "EngineState",
+    "EulerMaruyama",
+    "ExtrapolatedEM",
+    "Grid",
+    "Prediction",
+    "RectifiedFlow",
+    "SampleResult",
+    "SamplingError",
+    "ScoreModel",
+    "Solver",
+    "Status",
+    "SubVPSDE",
+    "sample",
+]

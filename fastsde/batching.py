@@ -1,0 +1,62 @@
+"""Per-row helpers: the only place that knows how a (B,) vector meets a (B, *event) tensor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsde.types import Carry, Coef, Mask, State
+
+
+def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
+    """Views a per-row vector so that it broadcasts against `x`, in the dtype of `x` (flags stay flags).
+
+    Args:
+        value: one number or flag per row, with shape (B,).
+        x: a tensor with shape (B, *event).
+
+    Returns:
+        `value` with shape (B, 1, ..., 1), of the same rank as `x`.
+    """
+    value = value.reshape(value.shape[0], *(1,) * (x.ndim - 1))
+    return value if value.dtype == torch.bool else value.to(x.dtype)
+
+
+def row_norm(x: State, *, q: float = 2.0) -> Coef:
+    """Scaled norm of each row: root mean square for q = 2, largest magnitude for q = infinity.
+
+    `||x||_q / d^(1/q)` with d the number of elements of ONE row, so that the norm neither grows with the
+    dimension nor reads across the batch.
+
+    Args:
+        x: with shape (B, *event).
+        q: 2 or `math.inf`.
+
+    Returns:
+        The norms in float64, with shape (B,).
+    """
+    flat = x.reshape(x.shape[0], -1)
+    if q == 2.0:
+        return flat.square().mean(dim=1, dtype=torch.float64).sqrt()
+    return flat.abs().amax(dim=1).double()
+
+
+def all_finite(x: State) -> Mask:
+    """Which rows hold only finite numbers, with shape (B,)."""
+    return torch.isfinite(x.reshape(x.shape[0], -1)).all(dim=1)
+
+
+def where_rows(mask: Mask, new: Carry, old: Carry) -> Carry:
+    """Takes each row from `new` where `mask` is set and from `old` elsewhere; keys must agree."""
+    return {key: torch.where(expand_like(mask, new[key]), new[key], old[key]) for key in old}
+
+
+def select_rows(rows: Tensor, tensors: Carry) -> Carry:
+    """The given rows of every tensor, in the given order."""
+    return {key: value.index_select(0, rows) for key, value in tensors.items()}
+
+
+def write_rows(rows: Tensor, source: Carry, target: Carry) -> None:
+    """Overwrites the given rows of every tensor of `target`, in place."""
+    for key, value in source.items():
+        target[key].index_copy_(0, rows, value.to(target[key].dtype))

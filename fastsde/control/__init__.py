@@ -1,0 +1,7 @@
+"""Controllers: which step comes next, per sample."""
+
+from fastsde.control.adaptive import Adaptive
+from fastsde.control.base import Controller, Decision
+from fastsde.control.grid import Grid
+
+__all__ = ["Adaptive", "Controller", "Decision", "Grid"]

@@ -1,0 +1,65 @@
+"""What a controller is."""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from fastsde.types import Carry, Index, Mask, State, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What becomes of a proposed step, per row.
+
+    Attributes:
+        accept: whether to take it, with shape (B,).
+        carry: the controller's memory, whether or not the step is taken.
+        failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,).
+    """
+
+    accept: Mask
+    carry: Carry
+    failure: Index
+
+
+class Controller(ABC):
+    """Chooses target times and accepts or rejects steps, row by row. Knows no solver and no SDE.
+
+    Attributes:
+        adaptive: whether it needs the solver's error estimate.
+    """
+
+    adaptive: ClassVar[bool]
+
+    @abstractmethod
+    def check(self, t_min: float, t_max: float) -> None:
+        """Refuses a time range this controller cannot walk.
+
+        Raises:
+            ValueError: saying why.
+        """
+
+    @abstractmethod
+    def init(self, t: Time, t_end: float) -> Carry:
+        """The controller's memory for rows that start at t, with shape (B,)."""
+
+    @abstractmethod
+    def target(self, t: Time, t_end: float, carry: Carry) -> Time:
+        """Where the next step goes, with shape (B,): below t and not below `t_end`, which is met exactly."""
+
+    @abstractmethod
+    def update(
+        self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
+    ) -> Decision:
+        """Judges the step from t to s.
+
+        Args:
+            t: now, with shape (B,).
+            s: target, with shape (B,).
+            t_end: where sampling stops.
+            error: the solver's elementwise error estimate, with shape (B, *event), or None.
+            scale: the magnitude that a relative tolerance refers to, with shape (B, *event), or None.
+            carry: the memory from `init` or the last decision.
+        """

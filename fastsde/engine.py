@@ -1,0 +1,264 @@
+"""The one loop: slots, queue, accept, retire, refill, shrink.
+
+A batch is a set of slots. Each slot holds one sample, at its own time and with its own step size. When a sample ends,
+the next one of the queue takes its slot in the same turn; when the queue is empty, the batch shrinks. No step waits for
+the slowest row, and no row reads another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
+from fastsde.control.base import Controller
+from fastsde.noise import Noise
+from fastsde.result import SampleResult, SamplingError, Status
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.base import Solver
+from fastsde.types import Carry
+
+_EMPTY = -1
+"""Status of a row whose sample has left and whose slot nobody took: padding until the batch shrinks."""
+_SIZES = 8
+"""The batch shrinks through this many sizes, multiples of batch_size / 8, so that compiled graphs are reused."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """What a callback sees after every turn. Reading a tensor on a GPU waits for it.
+
+    Attributes:
+        turn: turns so far.
+        finished: samples that have ended.
+        index: sample number in each slot, with shape (B,).
+        x: current states, with shape (B, *event).
+        t: current times, with shape (B,).
+        nfe: calls so far of the sample in each slot, with shape (B,).
+    """
+
+    turn: int
+    finished: int
+    index: Tensor
+    x: Tensor
+    t: Tensor
+    nfe: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that stays fixed while sampling; `api.sample` has checked it.
+
+    Attributes:
+        index: sample numbers, with shape (n,), in the order of the queue and of the result.
+        cond: conditioning, each tensor with leading axis n.
+        x_init: start states with shape (n, *event), or None to draw them from the prior.
+        lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
+    """
+
+    model: ScoreModel
+    sde: SDE
+    solver: Solver
+    controller: Controller
+    noise: Noise
+    index: Tensor
+    cond: Carry
+    x_init: Tensor | None
+    denoise: bool
+    max_nfe: int
+    batch_size: int
+    progress: bool
+    callback: Callable[[EngineState], None] | None
+    lag: int
+
+
+class Engine:
+    """Runs one job. Rows are five groups of tensors with leading axis B: row, solver, control, noise and cond."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.n, self.device = len(job.index), job.index.device
+        self.queue = iter(range(self.n))
+        self.rows: dict[str, Carry] = {}
+        self.live = 0
+        self.empty: set[int] = set()
+        self.flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.pool: list[dict[str, Carry]] = []
+        shape = (self.n, *job.noise.event_shape)
+        self.out: Carry = {"x": torch.full(shape, torch.nan, dtype=job.noise.dtype, device=self.device)}
+        for name in ("nfe", "accepted", "rejected", "status"):
+            self.out[name] = torch.zeros(self.n, dtype=torch.int64, device=self.device)
+        self.nfe_finished = 0
+        self.finished = 0
+
+    def run(self) -> SampleResult:
+        """Samples until the queue is empty, and returns what is finished if interrupted by the keyboard.
+
+        Raises:
+            SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
+        """
+        start, turn = time.perf_counter(), 0
+        bar = tqdm(total=self.n, desc="sample", unit="sample", disable=not self.job.progress)
+        try:
+            self.rows = self._fresh_rows(self.job.batch_size)
+            self.live = len(self.rows["row"]["slot"])
+            while self.live:
+                done = self._read_flags(self._turn())
+                turn += 1
+                if done:
+                    self._retire(done)
+                    bar.update(self.finished - bar.n)
+                    bar.set_postfix(mean_nfe=f"{self.nfe_finished / self.finished:.1f}")
+                if self.job.callback is not None:
+                    self.job.callback(self._state(turn))
+            self._flush()
+        except KeyboardInterrupt:
+            self._flush()
+        except Exception as error:
+            if not self.finished:
+                raise
+            raw = sum(len(part["row"]["slot"]) for part in self.pool)
+            self._flush(denoise=False)
+            raise SamplingError(
+                f"sampling failed after {self.finished} of {self.n} samples ({type(error).__name__}: {error}); "
+                f"they are in .result of this exception, the last {raw} of them not denoised.",
+                self._result(start),
+            ) from error
+        finally:
+            bar.close()
+        return self._result(start)
+
+    def _fresh_rows(self, count: int) -> dict[str, Carry]:
+        """Start states of the next `count` samples of the queue; fewer or none if it runs out."""
+        job = self.job
+        slots = torch.tensor([s for s, _ in zip(self.queue, range(count), strict=False)], dtype=torch.int64)
+        slots = slots.to(self.device)
+        index = job.index[slots]
+        x = job.sde.prior(job.noise.prior(index)) if job.x_init is None else job.x_init[slots]
+        t = torch.full(index.shape, job.sde.t_max, dtype=torch.float64, device=self.device)
+        zero = torch.zeros_like(index)
+        row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
+        row |= {"nfe": zero, "accepted": zero, "rejected": zero}
+        return {
+            "row": {key: value.clone() for key, value in row.items()},
+            "solver": job.solver.init(x),
+            "control": job.controller.init(t, job.sde.t_min),
+            "noise": job.noise.start(index),
+            "cond": select_rows(slots, job.cond),
+        }
+
+    def _turn(self) -> Tensor:
+        """One attempted step of every row; returns which rows have ended, with shape (B,)."""
+        job, rows = self.job, self.rows
+        row, t_end = rows["row"], job.sde.t_min
+        x, t, active = row["x"], row["t"], row["status"] == Status.PENDING
+        s = torch.where(active, job.controller.target(t, t_end, rows["control"]), t)
+        attempt = row["accepted"] + row["rejected"]
+        dw, noise = job.noise.increment(row["index"], attempt, t, s, rows["noise"])
+        model = BoundModel(job.model, rows["cond"], active)
+        step = job.solver.step(model, job.sde, x, t, s, dw, rows["solver"])
+        decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
+
+        finite = all_finite(step.x)
+        accept = decision.accept & active & finite
+        row["x"] = torch.where(expand_like(accept, x), step.x, x)
+        row["t"] = torch.where(accept, s, t)
+        row["nfe"] = row["nfe"] + model.nfe
+        row["accepted"] = row["accepted"] + accept
+        row["rejected"] = row["rejected"] + (active & ~accept)
+        rows["solver"] = where_rows(accept, step.carry, rows["solver"])
+        rows["noise"] = where_rows(accept, noise, rows["noise"])
+        rows["control"] = where_rows(active, decision.carry, rows["control"])
+
+        per_step = job.model.calls * job.solver.calls_per_step
+        spent = row["nfe"] + per_step + job.model.calls * job.denoise > job.max_nfe
+        status = decision.failure.masked_fill((decision.failure == Status.PENDING) & spent, int(Status.MAX_NFE))
+        status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
+        status = status.masked_fill(~finite, int(Status.NON_FINITE))
+        row["status"] = torch.where(active, status, row["status"])
+        return row["status"] > Status.PENDING
+
+    def _read_flags(self, done: Tensor) -> list[int]:
+        """The rows that have ended, as known `lag` turns ago: the copy to the host runs beside the next turn."""
+        event = None
+        if done.is_cuda:
+            done = torch.empty(done.shape, dtype=torch.bool, pin_memory=True).copy_(done, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.flags.append((done, event))
+        if len(self.flags) <= self.job.lag:
+            return []
+        flag, event = self.flags.popleft()
+        if event is not None:
+            event.synchronize()
+        return flag.nonzero().flatten().tolist()
+
+    def _retire(self, done: list[int]) -> None:
+        """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
+        self.flags.clear()  # they describe the layout before this call; ended rows keep their status
+        ids = torch.tensor(done, device=self.device)
+        ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
+        self.pool.append(ended)
+        self.finished += len(done)
+        self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * self.job.denoise * len(done)
+        if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
+            self._flush()
+
+        fresh = self._fresh_rows(len(done))
+        taken = len(fresh["row"]["slot"])
+        for group, values in fresh.items():
+            write_rows(ids[:taken], values, self.rows[group])
+        self.rows["row"]["status"].index_fill_(0, ids[taken:], _EMPTY)
+        self.empty.update(done[taken:])
+        self.live += taken - len(done)
+        self._shrink()
+
+    def _shrink(self) -> None:
+        """Drops empty rows once the live ones fit into the next of the few fixed sizes."""
+        width = len(self.rows["row"]["slot"])
+        unit = -(-self.job.batch_size // _SIZES)
+        size = -(-self.live // unit) * unit
+        if not self.empty or not 0 < size < width:
+            return
+        live = [i for i in range(width) if i not in self.empty]
+        keep = live + sorted(self.empty)[: size - len(live)]
+        ids = torch.tensor(keep, device=self.device)
+        self.rows = {group: select_rows(ids, values) for group, values in self.rows.items()}
+        self.empty = set(range(len(live), size))
+
+    def _flush(self, *, denoise: bool = True) -> None:
+        """Denoises the pooled samples, a full batch at a time, and writes them to their place in the result."""
+        if not self.pool:
+            return
+        groups = ("row", "cond")
+        pool = {g: {k: torch.cat([p[g][k] for p in self.pool]) for k in self.pool[0][g]} for g in groups}
+        self.pool.clear()
+        for ids in torch.arange(len(pool["row"]["slot"]), device=self.device).split(self.job.batch_size):
+            row, cond = (select_rows(ids, pool[g]) for g in groups)
+            lost = row["status"] == Status.NON_FINITE
+            if denoise and self.job.denoise:
+                model = BoundModel(self.job.model, cond, ~lost)
+                row["x"] = model(row["x"], row["t"]).x_0
+                row["nfe"] += model.nfe
+                lost |= ~all_finite(row["x"])
+                row["status"].masked_fill_(lost, int(Status.NON_FINITE))
+            row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
+            write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+
+    def _state(self, turn: int) -> EngineState:
+        row = self.rows["row"]
+        return EngineState(turn, self.finished, row["index"], row["x"], row["t"], row["nfe"])
+
+    def _result(self, start: float) -> SampleResult:
+        out, job = self.out, self.job
+        seconds = time.perf_counter() - start
+        return SampleResult(
+            out["x"], out["nfe"], out["accepted"], out["rejected"], out["status"], job.index, job.noise.seed, seconds
+        )

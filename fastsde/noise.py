@@ -1,0 +1,208 @@
+r"""Noise as a function of (seed, sample, time): counter-based streams, and a Brownian path on top of them.
+
+Nothing here has a state that advances. Every number is Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy
+as 1, 2, 3", SC'11, https://doi.org/10.1145/2063384.2063405) of the key `seed` and the counter
+
+    (block of the event, sample index, position, purpose and level)
+
+so a sample sees the same noise in any slot, batch, order or process. The bits are equal on every device; the normals
+made from them (Box and Muller 1958) are equal up to the rounding of the device's logarithm and cosine.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from fastsde.batching import expand_like
+from fastsde.types import Carry, Index, State, Time
+
+_WORD = 0xFFFFFFFF
+_PRIOR, _STEP, _ROOT, _NODE, _LEAF = range(5)
+"""Purposes, in the low byte of the last counter word; the level of a node stands above it."""
+RESOLUTION = 2.0**-16
+"""Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
+_CHUNK = 1 << 18
+"""Normals made at a time: few enough to stay in cache, many enough to hide the cost of a call."""
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Philox4x32 bijection on 32-bit words held in int64 tensors.
+
+    Args:
+        counter: four words in [0, 2^32), of broadcastable shapes.
+        key: two words in [0, 2^32).
+        rounds: 10 for Philox4x32-10.
+
+    Returns:
+        Four words in [0, 2^32), of the broadcast shape.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # The products wrap around in int64, which leaves their bits, all we use, as they are in uint64.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        c1, c3 = p1.bitwise_and_(_WORD), p0.bitwise_and_(_WORD)
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """Standard normals with shape (B, L, size): index (B,), position (B, L), purpose (L,)."""
+    block = torch.arange((size + 3) // 4, device=index.device)
+    counter = (block, index[:, None, None], position[:, :, None], purpose[None, :, None])
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    # Single precision for every dtype, so that a float64 run sees the same noise as a float32 run.
+    u0, u1, u2, u3 = (w.float().add_(0.5).mul_(2.0**-32) for w in words)
+    out = torch.empty(*u0.shape[:2], 4, u0.shape[2], device=index.device)
+    for k, (radial, angular) in enumerate(((u0, u1), (u2, u3))):
+        radius, angle = radial.log_().mul_(-2).sqrt_(), angular.mul_(2 * math.pi)
+        torch.mul(radius, angle.cos(), out=out[:, :, 2 * k])
+        torch.mul(radius, angle.sin(), out=out[:, :, 2 * k + 1])
+    return out.flatten(2)[:, :, :size].to(dtype)
+
+
+class Noise(ABC):
+    """The noise of a sampling run: start states, and increments of Brownian motion over steps.
+
+    Args:
+        seed: in [0, 2^64); the key of all streams.
+        event_shape: shape of one sample.
+        dtype: floating dtype of the noise.
+    """
+
+    def __init__(self, seed: int, event_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if not 0 <= seed < 1 << 64:
+            raise ValueError(f"seed must be in [0, 2^64); got {seed}.")
+        self.seed, self.event_shape, self.dtype = seed, event_shape, dtype
+        self.size = math.prod(event_shape)
+
+    def _draw(self, index: Index, position: Tensor, purpose: int) -> State:
+        word = torch.tensor([purpose], device=index.device)
+        z = _normals(self.seed, index, position[:, None], word, self.size, self.dtype)
+        return z.reshape(len(index), *self.event_shape)
+
+    def prior(self, index: Index) -> State:
+        """The standard normal that the given samples start from, with shape (B, *event)."""
+        return self._draw(index, torch.zeros_like(index), _PRIOR)
+
+    @abstractmethod
+    def start(self, index: Index) -> Carry:
+        """What must travel with each row, at the start of its run."""
+
+    @abstractmethod
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+        """The Brownian increment over [s, t], with variance t - s.
+
+        Args:
+            index: sample numbers, with shape (B,).
+            attempt: steps tried before by each sample, accepted or not, with shape (B,).
+            t: now, with shape (B,).
+            s: target, with shape (B,).
+            carry: what `start` or the last accepted step returned.
+
+        Returns:
+            The increment, with shape (B, *event), and the carry if the step is accepted.
+        """
+
+
+class FreshNoise(Noise):
+    """Independent increments, one per attempted step.
+
+    Right for solvers that never reject. After a rejection the noise is drawn again, as in the published code of
+    Algorithm 6: acceptance then depends on the noise, which biases the law.
+    """
+
+    def start(self, index: Index) -> Carry:
+        return {}
+
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+        z = self._draw(index, attempt, _STEP)
+        return expand_like((t - s).sqrt(), z) * z, {}
+
+
+class BrownianPath(Noise):
+    r"""One Brownian path per sample, a function of (seed, sample, time) alone, queried in any order.
+
+    Levy's construction in the basis of Schauder, on u = (t - t_min) / (t_max - t_min) in [0, 1]:
+
+        W(u) = u z_root + sum_{l < depth} 2^{-l/2 - 1} hat(2^l u - n_l) z_{l, n_l}
+                        + sqrt(r (1 - r) 2^{-depth}) z_leaf(u)
+
+    with `n_l = floor(2^l u)`, `hat` the triangle on [0, 1] and r the position in the finest cell. The last term,
+    keyed by the time itself, restores the variance that the finite sum lacks, so the law of the values at any times
+    in different finest cells is exactly Brownian. Two times inside one cell (closer than 2^-depth of the range) would see too much
+    noise: that is `RESOLUTION`, below which the adaptive controller does not step.
+
+    Nothing is stored but the value at the last accepted time, so a rejected step sees the path again, and runs at other
+    tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
+
+    Args:
+        seed: in [0, 2^64).
+        event_shape: shape of one sample.
+        dtype: floating dtype of the noise.
+        t_min: lower end of the time range.
+        t_max: upper end of the time range.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        event_shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        t_min: float,
+        t_max: float,
+    ) -> None:
+        super().__init__(seed, event_shape, dtype)
+        self.t_min, self.span, self.depth = t_min, t_max - t_min, round(-math.log2(RESOLUTION))
+
+    def __call__(self, index: Index, t: Time) -> State:
+        """W(t) for each sample, with W(t_min) = 0.
+
+        Args:
+            index: sample numbers, with shape (B,).
+            t: times in [t_min, t_max], with shape (B,).
+
+        Returns:
+            The values, with shape (B, *event) and variance t - t_min.
+        """
+        weight, position, purpose = self._basis(((t - self.t_min) / self.span).clamp(0, 1))
+        w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
+        levels = max(1, _CHUNK // max(1, len(index) * self.size))
+        parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype)[:, None], position, purpose)), strict=True)
+        for part_weight, part_position, part_purpose in parts:
+            z = _normals(self.seed, index, part_position, part_purpose, self.size, self.dtype)
+            w.baddbmm_(part_weight, z)
+        return w.reshape(len(index), *self.event_shape)
+
+    def _basis(self, u: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights (B, L), positions (B, L) and purposes (L,) of the normals that make up W(u)."""
+        level = torch.arange(self.depth + 1, device=u.device)
+        cells = 2.0**level
+        scaled = u[:, None] * cells
+        cell = torch.minimum(scaled.floor(), cells - 1)
+        inside = scaled - cell
+        hat = 1 - (2 * inside - 1).abs()
+        leaf = (inside[:, -1] * (1 - inside[:, -1]) / cells[-1]).clamp(min=0).sqrt()
+        time_key = (u * 2.0**32).long().clamp(max=_WORD)
+        weight = torch.cat([u[:, None], hat[:, :-1] / (2 * cells[:-1].sqrt()), leaf[:, None]], 1)
+        position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
+        ends = torch.tensor([_ROOT, _LEAF], device=u.device)
+        purpose = torch.cat([ends[:1], _NODE + (level[:-1] << 8), ends[1:]])
+        return weight * math.sqrt(self.span), position, purpose
+
+    def start(self, index: Index) -> Carry:
+        top = torch.full(index.shape, self.t_min + self.span, dtype=torch.float64, device=index.device)
+        return {"w": self(index, top)}
+
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+        w = self(index, s)
+        return carry["w"] - w, {"w": w}

@@ -1,0 +1,77 @@
+"""What sampling returns."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from torch import Tensor
+
+
+class Status(enum.IntEnum):
+    """How a sample ended."""
+
+    PENDING = 0
+    """Not finished: sampling was interrupted. Its row of `samples` is NaN."""
+    SUCCESS = 1
+    """Reached t_min."""
+    MAX_NFE = 2
+    """Would have exceeded `max_nfe`; the sample is the denoised state where it stopped."""
+    MIN_STEP = 3
+    """The tolerance asked for a step below the smallest allowed; the sample is the denoised state where it stopped."""
+    NON_FINITE = 4
+    """The network or the step gave NaN or infinity. Its row of `samples` is NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleResult:
+    """Samples and what each of them cost, in the order they were asked for.
+
+    Attributes:
+        samples: with shape (n, *event).
+        nfe: network calls each sample cost, counted where the network is called, with shape (n,).
+        accepted: accepted steps, with shape (n,).
+        rejected: rejected steps, with shape (n,).
+        status: a `Status` for each sample, with shape (n,).
+        index: the number of each sample in the seed's stream, with shape (n,).
+        seed: the seed; (seed, index) determines the sample.
+        seconds: wall time of the whole run.
+    """
+
+    samples: Tensor
+    nfe: Tensor
+    accepted: Tensor
+    rejected: Tensor
+    status: Tensor
+    index: Tensor
+    seed: int
+    seconds: float
+
+    @property
+    def success(self) -> Tensor:
+        """Which samples reached t_min, with shape (n,)."""
+        return self.status == Status.SUCCESS
+
+    def counts(self) -> dict[str, int]:
+        """How many samples ended with each status; statuses that did not occur are left out."""
+        return {s.name: c for s in Status if (c := int((self.status == s).sum()))}
+
+    def __repr__(self) -> str:
+        nfe = self.nfe[self.status != Status.PENDING].double()
+        spread = f"{nfe.mean():.1f} (max {int(nfe.max())})" if len(nfe) else "none"
+        return (
+            f"SampleResult(samples={tuple(self.samples.shape)}, nfe={spread}, rejected={int(self.rejected.sum())} of "
+            f"{int(self.accepted.sum() + self.rejected.sum())} steps, status={self.counts()}, {self.seconds:.1f} s)"
+        )
+
+
+class SamplingError(RuntimeError):
+    """Sampling failed after some samples were finished.
+
+    Attributes:
+        result: everything finished before the failure; the cause is chained to this exception.
+    """
+
+    def __init__(self, message: str, result: SampleResult) -> None:
+        super().__init__(message)
+        self.result = result

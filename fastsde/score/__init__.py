@@ -1,0 +1,1 @@
+"""Score models: how to read a network, and exact models with known scores."""

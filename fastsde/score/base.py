@@ -1,0 +1,186 @@
+r"""Reading a network: every form of its prediction from one call, and the one counter of calls.
+
+With x_t = alpha x_0 + sigma eps, whatever the network predicts is one linear view of the pair (x_0, eps), so each
+of the five usual outputs determines all the others:
+
+    score = -eps / sigma,    v = alpha eps - sigma x_0,    flow velocity = eps - x_0
+
+(Tweedie's formula, Efron 2011, https://doi.org/10.1198/jasa.2011.tm11181, for the score; Salimans and Ho,
+https://arxiv.org/abs/2202.00512, for v; Lipman et al., https://arxiv.org/abs/2210.02747, for the velocity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.batching import expand_like
+from fastsde.sde.base import SDE
+from fastsde.types import Coef, Cond, Mask, ScoreFn, State, Time
+
+# x_0 = a x_t + b out and eps = c x_t + d out, as functions of (alpha, sigma).
+_READ: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any, Any, Any]]] = {
+    "score": lambda a, s: (1 / a, s**2 / a, 0.0, -s),
+    "epsilon": lambda a, s: (1 / a, -s / a, 0.0, 1.0),
+    "sample": lambda a, s: (0.0, 1.0, 1 / s, -a / s),
+    "v_prediction": lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2), s / (a**2 + s**2), a / (a**2 + s**2)),
+    "flow_prediction": lambda a, s: (1 / (a + s), -s / (a + s), 1 / (a + s), a / (a + s)),
+}
+
+
+class Prediction:
+    """One network call, readable in every form. All tensors have shape (B, *event).
+
+    Args:
+        kind: what the network predicts, a key of diffusers' `prediction_type` or "score".
+        out: the network's output.
+        x_t: the state it was called on.
+        alpha: signal scale per row, with shape (B,).
+        sigma: noise scale per row, with shape (B,).
+    """
+
+    def __init__(self, kind: str, out: State, x_t: State, alpha: Coef, sigma: Coef) -> None:
+        self.out, self.x_t, self.alpha, self.sigma = out, x_t, alpha, sigma
+        self._read = _READ[kind](alpha, sigma)
+
+    def _combine(self, of_x_0: Coef | float, of_eps: Coef | float) -> State:
+        a, b, c, d = self._read
+        # Merged in float64, so that 1 / sigma and sigma cancel before rounding to the state's dtype.
+        of_x_t = torch.as_tensor(of_x_0 * a + of_eps * c) + torch.zeros_like(self.sigma)
+        of_out = torch.as_tensor(of_x_0 * b + of_eps * d) + torch.zeros_like(self.sigma)
+        return expand_like(of_x_t, self.x_t) * self.x_t + expand_like(of_out, self.x_t) * self.out
+
+    @property
+    def x_0(self) -> State:
+        """The expected denoised sample E[x_0 | x_t] = (x_t + sigma^2 score) / alpha."""
+        return self._combine(1.0, 0.0)
+
+    @property
+    def epsilon(self) -> State:
+        """The expected noise E[eps | x_t] = -sigma score."""
+        return self._combine(0.0, 1.0)
+
+    @property
+    def score(self) -> State:
+        """The gradient of log p_t at x_t."""
+        return self._combine(0.0, -1 / self.sigma)
+
+    @property
+    def v(self) -> State:
+        """alpha eps - sigma x_0."""
+        return self._combine(-self.sigma, self.alpha)
+
+    @property
+    def velocity(self) -> State:
+        """eps - x_0, the velocity of a rectified flow."""
+        return self._combine(-1.0, 1.0)
+
+
+class ScoreModel:
+    """A network and how to read it.
+
+    Calling it gives a `Prediction`. The network sees the state in its own dtype and the time as one float32
+    vector with shape (B,) (float64 if the state is float64 and the network is not bound to a lower precision),
+    never as a Python number, which diffusers' UNets would round to an integer.
+
+    Args:
+        network: `network(x, t, **cond)`, with x of shape (B, *event) and t of shape (B,); returns a tensor of the
+            shape of x, or an object with such a tensor under `.sample` (diffusers' convention).
+        sde: the forward process it was trained for.
+        prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
+        event_shape: shape of one sample, for callers that say only `n=`.
+        data_range: (low, high) of the data; one 8-bit level of it is the default absolute tolerance.
+        timestep: maps the SDE's time to the network's, both with shape (B,); the identity by default.
+        default_cond: conditioning of one row when the caller gives none: a dict of tensors without batch axis.
+
+    Raises:
+        ValueError: for an unknown `prediction` or an empty `data_range`.
+        TypeError: if `network` cannot be called.
+    """
+
+    calls = 1
+    """Network calls per evaluation and row; guidance that doubles the batch says 2."""
+
+    def __init__(
+        self,
+        network: ScoreFn,
+        sde: SDE,
+        prediction: str = "score",
+        *,
+        event_shape: tuple[int, ...] | None = None,
+        data_range: tuple[float, float] = (-1.0, 1.0),
+        timestep: Callable[[Time], Time] | None = None,
+        default_cond: dict[str, Tensor] | None = None,
+    ) -> None:
+        if not callable(network):
+            raise TypeError(f"network must be callable as network(x, t); got {type(network).__name__}.")
+        if prediction not in _READ:
+            raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
+        if not data_range[0] < data_range[1]:
+            raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}.")
+        self.network, self.sde, self.prediction = network, sde, prediction
+        self.event_shape, self.data_range = event_shape, data_range
+        self.timestep, self.default_cond = timestep, default_cond
+
+    @property
+    def parameter(self) -> Tensor | None:
+        """A floating-point parameter of the network, which tells its dtype and device; None for a plain function."""
+        if not isinstance(self.network, nn.Module):
+            return None
+        return next((p for p in self.network.parameters() if p.is_floating_point()), None)
+
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
+        """Evaluates the network once on every row.
+
+        Args:
+            x_t: with shape (B, *event).
+            t: the SDE's time, with shape (B,).
+            cond: keyword arguments of the network, each with leading axis B.
+
+        Raises:
+            ValueError: if the network returns another shape or device than it was given.
+            TypeError: if it returns no floating-point tensor.
+        """
+        parameter = self.parameter
+        dtype = x_t.dtype if parameter is None else parameter.dtype
+        time = t if self.timestep is None else self.timestep(t)
+        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32)
+        out = self.network(x_t.to(dtype), time, **(cond or {}))
+        out = _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t)
+        return Prediction(self.prediction, out.to(x_t.dtype), x_t, self.sde.alpha(t), self.sde.sigma(t))
+
+
+def _check_output(out: object, x_t: Tensor) -> Tensor:
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"the score function must return a floating-point tensor; it returned {kind}.")
+    if out.shape != x_t.shape:
+        raise ValueError(
+            f"the score function was given x with shape {tuple(x_t.shape)} and must return the same shape; "
+            f"it returned {tuple(out.shape)}."
+        )
+    if out.device != x_t.device:
+        raise ValueError(f"the score function was given x on {x_t.device} and returned a tensor on {out.device}.")
+    return out
+
+
+class BoundModel:
+    """A score model bound to the rows in flight. The only place where network calls are counted.
+
+    Args:
+        model: the score model.
+        cond: conditioning of these rows, each tensor with leading axis B.
+        active: rows whose calls count; a row that has already finished costs its sample nothing.
+    """
+
+    def __init__(self, model: ScoreModel, cond: Cond, active: Mask) -> None:
+        self.model, self.cond, self.active = model, cond, active
+        self.nfe = torch.zeros_like(active, dtype=torch.int64)
+
+    def __call__(self, x_t: State, t: Time) -> Prediction:
+        """The prediction for every row, adding the calls it cost to `nfe`."""
+        self.nfe += self.model.calls * self.active
+        return self.model(x_t, t, self.cond)

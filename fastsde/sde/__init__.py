@@ -1,0 +1,1 @@
+"""Forward diffusions: one small file per process."""

@@ -1,0 +1,99 @@
+r"""Linear forward diffusions.
+
+Every process here is an affine Ito SDE started from the data at t = 0,
+
+    dx = f(t) x dt + g(t) dw,        x_t | x_0 ~ N(alpha(t) x_0, sigma(t)^2 I),
+
+with `f = d log alpha / dt` and `g^2 = d sigma^2 / dt - 2 f sigma^2` (Sarkka and Solin, "Applied Stochastic
+Differential Equations", 2019, ch. 6; Song et al., https://arxiv.org/abs/2011.13456, sec. 3).
+Times are float64 vectors with one entry per row, because steps near `t_min` vanish in single precision.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from fastsde.batching import expand_like
+from fastsde.types import Coef, State, Time
+
+
+class SDE(ABC):
+    """A linear forward SDE on [0, t_max], solved backwards from `t_max` to `t_min`.
+
+    Attributes:
+        t_min: where sampling stops and the state is denoised. Positive: the score is singular at 0.
+        t_max: where sampling starts, from `prior_std` times a standard normal.
+    """
+
+    t_min: float
+    t_max: float
+
+    @abstractmethod
+    def log_alpha(self, t: Time) -> Coef:
+        """Natural logarithm of the signal scale alpha(t), with shape (B,)."""
+
+    @abstractmethod
+    def sigma(self, t: Time) -> Coef:
+        """Standard deviation of x_t given x_0, with shape (B,)."""
+
+    @abstractmethod
+    def f(self, t: Time) -> Coef:
+        """Linear drift coefficient d log alpha / dt, with shape (B,)."""
+
+    @abstractmethod
+    def g2(self, t: Time) -> Coef:
+        """Squared diffusion coefficient g(t)^2, with shape (B,)."""
+
+    @abstractmethod
+    def t_of_log_snr(self, log_snr: Coef) -> Time:
+        """Inverse of `log_snr`: the time, with shape (B,), at which the log-SNR has the given value."""
+
+    def alpha(self, t: Time) -> Coef:
+        """Signal scale alpha(t), with shape (B,)."""
+        return self.log_alpha(t).exp()
+
+    def log_snr(self, t: Time) -> Coef:
+        """Log signal-to-noise ratio log(alpha^2 / sigma^2), with shape (B,); strictly decreasing in t.
+
+        Half of it is the `lambda` of the DPM-Solver papers.
+        """
+        return 2 * (self.log_alpha(t) - self.sigma(t).log())
+
+    def drift(self, x: State, t: Time) -> State:
+        """Forward drift f(t) x, with shape (B, *event)."""
+        return expand_like(self.f(t), x) * x
+
+    def marginal(self, x_0: State, t: Time, noise: State) -> State:
+        """A draw of x_t given x_0: alpha(t) x_0 + sigma(t) noise, with shape (B, *event)."""
+        return expand_like(self.alpha(t), x_0) * x_0 + expand_like(self.sigma(t), x_0) * noise
+
+    @property
+    def prior_std(self) -> float:
+        """Standard deviation of the start of sampling: that of the noise at `t_max`."""
+        return float(self.sigma(torch.tensor([self.t_max], dtype=torch.float64)))
+
+    def prior(self, noise: State) -> State:
+        """The start of sampling, N(0, sigma(t_max)^2 I), made from standard normal `noise` (B, *event)."""
+        return noise * self.prior_std
+
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{k}={_short(v)}" for k, v in vars(self).items() if not k.startswith("_"))
+        return f"{type(self).__name__}({fields})"
+
+
+def _short(value: object) -> str:
+    return f"<{value.numel()} values>" if isinstance(value, Tensor) else repr(value)
+
+
+def check_range(name: str, t_min: float, t_max: float, *, upper: float | None = None) -> None:
+    """Refuses a time range that is empty, starts at or below 0, or ends above `upper`.
+
+    Raises:
+        ValueError: naming the class, what came and what is allowed.
+    """
+    top = "" if upper is None else f" <= {upper}"
+    if not (0 < t_min < t_max and (upper is None or t_max <= upper)):
+        raise ValueError(f"{name} needs 0 < t_min < t_max{top}; got t_min={t_min}, t_max={t_max}.")

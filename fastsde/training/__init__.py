@@ -1,0 +1,1 @@
+"""Thin training: a loss, an average of the weights, a loop that resumes. The networks are diffusers'."""

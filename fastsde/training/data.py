@@ -1,0 +1,69 @@
+"""Reading image data sets in the IDX format of MNIST and Fashion-MNIST."""
+
+from __future__ import annotations
+
+import gzip
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DTYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+def read_idx(path: str | Path) -> np.ndarray:
+    """Reads one IDX file, gzipped or not (http://yann.lecun.com/exdb/mnist/, "the IDX file format").
+
+    Raises:
+        ValueError: if the file is not IDX or is shorter than its header says.
+    """
+    path = Path(path)
+    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _DTYPES:
+        raise ValueError(f"{path} is not an IDX file: it starts with {raw[:4].hex() or 'nothing'}.")
+    dtype, rank = np.dtype(_DTYPES[raw[2]]), raw[3]
+    shape = tuple(np.frombuffer(raw, ">u4", rank, offset=4).tolist())
+    start, count = 4 + 4 * rank, math.prod(shape)
+    if len(raw) != start + count * dtype.itemsize:
+        raise ValueError(f"{path} is damaged: its header promises shape {shape}, it holds {len(raw)} bytes.")
+    return np.frombuffer(raw, dtype, count, offset=start).reshape(shape)
+
+
+def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tensor]:
+    """Images and labels of a torchvision-style folder with `train-images-idx3-ubyte[.gz]` and its companions.
+
+    Args:
+        folder: where the four IDX files lie.
+        train: the training split, or else the test split (`t10k`).
+
+    Returns:
+        uint8 images with shape (N, 1, H, W) and int64 labels with shape (N,).
+
+    Raises:
+        FileNotFoundError: naming the file looked for.
+        ValueError: if images and labels do not match.
+    """
+    split = "train" if train else "t10k"
+    images, labels = (
+        read_idx(_find(Path(folder), f"{split}-{name}")) for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
+    )
+    if images.ndim != 3 or images.dtype != np.uint8 or len(images) != len(labels):
+        raise ValueError(
+            f"{folder}: expected 8-bit images (N, H, W) and as many labels; "
+            f"got {images.dtype} {images.shape} and {labels.shape}."
+        )
+    return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
+
+
+def _find(folder: Path, stem: str) -> Path:
+    for name in (f"{stem}.gz", stem):
+        if (folder / name).is_file():
+            return folder / name
+    raise FileNotFoundError(f"{folder / stem}[.gz] not found; the folder must hold the four IDX files.")
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """8-bit images to float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
+    return images.float() / 127.5 - 1.0
