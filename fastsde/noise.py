@@ -138,8 +138,8 @@ class BrownianPath(Noise):
 
     with `n_l = floor(2^l u)`, `hat` the triangle on [0, 1] and r the position in the finest cell. The last term,
     keyed by the time itself, restores the variance that the finite sum lacks, so the law of the values at any times
-    in different finest cells is exactly Brownian. Two times inside one cell (closer than 2^-depth of the range) would see too much
-    noise: that is `RESOLUTION`, below which the adaptive controller does not step.
+    in different finest cells is exactly Brownian. Two times inside one cell (closer than 2^-depth of the range) would see
+    too much noise: that is `RESOLUTION`, below which the adaptive controller does not step.
 
     Nothing is stored but the value at the last accepted time, so a rejected step sees the path again, and runs at other
     tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
