@@ -1,8 +1,10 @@
 """fastsde: samples from pretrained diffusion models, with no schedule to tune."""
 
+from fastsde import score
 from fastsde.api import sample
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.engine import EngineState
+from fastsde.pretrained import pretrained
 from fastsde.result import SampleResult, SamplingError, Status
 from fastsde.score.base import Prediction, ScoreModel
 from fastsde.sde.base import SDE
@@ -37,5 +39,7 @@ __all__ = [
     "Solver",
     "Status",
     "SubVPSDE",
+    "pretrained",
     "sample",
+    "score",
 ]

@@ -89,7 +89,7 @@ def sample(
     solver = ExtrapolatedEM() if solver is None else solver
     controller = _resolve_controller(model, process, solver, controller, rtol, atol)
     controller.check(process.t_min, process.t_max)
-    _check_count("max_nfe", max_nfe, 2 * model.calls)
+    _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + denoise))
     batch = min(count, 64) if batch_size is None else _check_count("batch_size", batch_size, 1)
     noise = (
         BrownianPath(seed, event, dtype, t_min=process.t_min, t_max=process.t_max)
@@ -117,7 +117,7 @@ def sample(
 
 
 def _as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
-    if isinstance(score_fn, ScoreModel):
+    if isinstance(score_fn, ScoreModel) and (sde is None or isinstance(sde, SDE)):
         model = score_fn
         if sde is not None and sde is not model.sde:
             t = torch.linspace(max(sde.t_min, model.sde.t_min), min(sde.t_max, model.sde.t_max), 5, dtype=torch.float64)
@@ -142,8 +142,10 @@ def _resolve_shape(
     index: Sequence[int] | Tensor | None,
 ) -> tuple[int, tuple[int, ...], Tensor]:
     """Number of samples, event shape and sample numbers, from whichever arguments say so."""
+    if n is not None:
+        _check_count("n", n, 1)
     numbers = None if index is None else torch.as_tensor(index)
-    if numbers is not None and (numbers.ndim != 1 or numbers.is_floating_point() or numbers.is_complex()):
+    if numbers is not None and (numbers.ndim != 1 or numbers.dtype.is_floating_point or numbers.dtype == torch.bool):
         raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
     if numbers is not None and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
         raise ValueError(f"index must be in [0, 2^32); got {int(numbers.min())} .. {int(numbers.max())}.")
@@ -240,12 +242,13 @@ def _check_count(name: str, value: int, least: int) -> int:
 
 @contextlib.contextmanager
 def _evaluation_mode(network: ScoreFn) -> Iterator[None]:
-    """Switches dropout and batch statistics off for the time of sampling."""
-    was_training = isinstance(network, nn.Module) and network.training
+    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes = [module.training for module in modules]
     if isinstance(network, nn.Module):
         network.eval()
     try:
         yield
     finally:
-        if isinstance(network, nn.Module):
-            network.train(was_training)
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training

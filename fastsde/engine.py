@@ -11,6 +11,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -138,7 +139,7 @@ class Engine:
     def _fresh_rows(self, count: int) -> dict[str, Carry]:
         """Start states of the next `count` samples of the queue; fewer or none if it runs out."""
         job = self.job
-        slots = torch.tensor([s for s, _ in zip(self.queue, range(count), strict=False)], dtype=torch.int64)
+        slots = torch.tensor(list(islice(self.queue, count)), dtype=torch.int64)
         slots = slots.to(self.device)
         index = job.index[slots]
         x = job.sde.prior(job.noise.prior(index)) if job.x_init is None else job.x_init[slots]
@@ -239,22 +240,24 @@ class Engine:
             return
         groups = ("row", "cond")
         pool = {g: {k: torch.cat([p[g][k] for p in self.pool]) for k in self.pool[0][g]} for g in groups}
-        self.pool.clear()
-        for ids in torch.arange(len(pool["row"]["slot"]), device=self.device).split(self.job.batch_size):
-            row, cond = (select_rows(ids, pool[g]) for g in groups)
+        ids = torch.arange(len(pool["row"]["slot"]), device=self.device)
+        self.pool = [{g: select_rows(part, pool[g]) for g in groups} for part in ids.split(self.job.batch_size)]
+        while self.pool:
+            row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             lost = row["status"] == Status.NON_FINITE
             if denoise and self.job.denoise:
                 model = BoundModel(self.job.model, cond, ~lost)
                 row["x"] = model(row["x"], row["t"]).x_0
-                row["nfe"] += model.nfe
+                row["nfe"] = row["nfe"] + model.nfe
                 lost |= ~all_finite(row["x"])
-                row["status"].masked_fill_(lost, int(Status.NON_FINITE))
+                row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
             row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
             write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+            self.pool.pop(0)  # only now, so that a call that fails or is interrupted loses no finished sample
 
     def _state(self, turn: int) -> EngineState:
         row = self.rows["row"]
-        return EngineState(turn, self.finished, row["index"], row["x"], row["t"], row["nfe"])
+        return EngineState(turn, self.finished, row["index"].clone(), row["x"], row["t"], row["nfe"])
 
     def _result(self, start: float) -> SampleResult:
         out, job = self.out, self.job

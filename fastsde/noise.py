@@ -138,8 +138,8 @@ class BrownianPath(Noise):
 
     with `n_l = floor(2^l u)`, `hat` the triangle on [0, 1] and r the position in the finest cell. The last term,
     keyed by the time itself, restores the variance that the finite sum lacks, so the law of the values at any times
-    in different finest cells is exactly Brownian. Two times inside one cell (closer than 2^-depth of the range) would see
-    too much noise: that is `RESOLUTION`, below which the adaptive controller does not step.
+    in different finest cells is exactly Brownian. Two times inside one cell, closer than 2^-depth of the range, would
+    see too much noise: that is `RESOLUTION`, below which the adaptive controller does not step.
 
     Nothing is stored but the value at the last accepted time, so a rejected step sees the path again, and runs at other
     tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
@@ -174,7 +174,9 @@ class BrownianPath(Noise):
         Returns:
             The values, with shape (B, *event) and variance t - t_min.
         """
-        weight, position, purpose = self._basis(((t - self.t_min) / self.span).clamp(0, 1))
+        u = ((t - self.t_min) / self.span).clamp(0, 1)
+        # To 40 bits, so that times on the grid of cells stay there after arithmetic with rounded times.
+        weight, position, purpose = self._basis((u * 2.0**40).round() * 2.0**-40)
         w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
         levels = max(1, _CHUNK // max(1, len(index) * self.size))
         parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype)[:, None], position, purpose)), strict=True)

@@ -11,7 +11,7 @@ from fastsde.batching import row_norm
 from fastsde.control.base import Controller, Decision
 from fastsde.noise import RESOLUTION
 from fastsde.result import Status
-from fastsde.types import Carry, State, Time
+from fastsde.types import Carry, Coef, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +23,18 @@ class Adaptive(Controller):
     The rule and its constants are those of thesis sec. 10.4.1 and Algorithm 6. (The prose of sec. 10.4.2 names q =
     infinity as default; the algorithm, the released code and Table D.2 use q = 2, and so does this class.)
 
+    One thing is added: h is rounded to six significant bits, in units of the Brownian path's resolution. A Brownian
+    path is so rough that a change of 1e-7 in a time changes its value by 3e-4, the next time by more, and after a few
+    steps everything; with rounded steps the last digits of the network do not reach the times, and a sample is the
+    same at any batch size. The rounding moves h by at most 1.6 %.
+
     Args:
         rtol: relative tolerance, positive.
-        atol: absolute tolerance in units of the data, not negative.
-        r: exponent of the error; anything in [0.5, 1] works.
+        atol: absolute tolerance in units of the data, positive.
+        r: exponent of the error, in (0, 2]; anything in [0.5, 1] works.
         safety: theta in (0, 1].
-        h_init: first step, in units of time; cut to the time range.
+        h_init: first step, in units of time, positive; cut to the time range.
         norm: 2 or `math.inf`.
-        h_min: smallest step, in units of time; a row that asks for less ends with `Status.MIN_STEP`. By default 2^-16
-            of the time range, the resolution of the Brownian path.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -45,26 +48,18 @@ class Adaptive(Controller):
     safety: float = 0.9
     h_init: float = 0.01
     norm: float = 2.0
-    h_min: float | None = None
 
     def __post_init__(self) -> None:
-        for name, low, high in (("rtol", 0, math.inf), ("r", 0, 2), ("safety", 0, 1), ("h_init", 0, math.inf)):
-            if not low < getattr(self, name) <= high or math.isinf(getattr(self, name)):
-                raise ValueError(f"{name} must be finite and in ({low}, {high}]; got {getattr(self, name)}.")
-        if not 0 <= self.atol < math.inf:
-            raise ValueError(f"atol must be finite and not negative; got {self.atol}.")
+        limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
+        for name, most in limits.items():
+            if not 0 < getattr(self, name) <= most or math.isinf(getattr(self, name)):
+                raise ValueError(f"{name} must be positive, finite and at most {most}; got {getattr(self, name)}.")
         if self.norm not in (2.0, math.inf):
             raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
-        if self.h_min is not None and not 0 < self.h_min <= self.h_init:
-            raise ValueError(f"h_min must be in (0, h_init={self.h_init}]; got {self.h_min}.")
-
-    def check(self, t_min: float, t_max: float) -> None:
-        if self.h_min is not None and self.h_min >= t_max - t_min:
-            raise ValueError(f"h_min={self.h_min} leaves no step in the time range [{t_min}, {t_max}].")
 
     def init(self, t: Time, t_end: float) -> Carry:
-        h_min = (t - t_end) * RESOLUTION if self.h_min is None else torch.full_like(t, self.h_min)
-        return {"h": torch.full_like(t, self.h_init), "h_min": h_min}
+        h_min = (t - t_end) * RESOLUTION
+        return {"h": _round_step(torch.full_like(t, self.h_init), h_min), "h_min": h_min}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
         s = t - carry["h"]
@@ -76,11 +71,19 @@ class Adaptive(Controller):
     ) -> Decision:
         if error is None or scale is None:
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
+        h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
-        h = self.safety * (t - s) * scaled.pow(-self.r)
+        h = _round_step(self.safety * (t - s) * scaled.pow(-self.r), h_min)
         accept = scaled <= 1
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
-        failure = failure.masked_fill((h < carry["h_min"]) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))
+        failure = failure.masked_fill((h < h_min) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))
         failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
-        return Decision(accept, {"h": h, "h_min": carry["h_min"]}, failure)
+        return Decision(accept, {"h": h, "h_min": h_min}, failure)
+
+
+def _round_step(h: Coef, unit: Coef) -> Coef:
+    """h rounded to six significant bits of a whole number of units, at most the whole range, with shape (B,)."""
+    count = (h / unit).clamp(max=1 / RESOLUTION)
+    spacing = torch.ldexp(torch.ones_like(count), (torch.frexp(count).exponent - 6).clamp(min=0))
+    return (count / spacing).round() * spacing * unit

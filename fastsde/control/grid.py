@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from fastsde.result import Status
 from fastsde.types import Carry, Coef, State, Time
 
 
+@runtime_checkable
 class Clock(Protocol):
     """What a grid needs to know of a process: its time range and its log-SNR clock."""
 

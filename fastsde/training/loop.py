@@ -96,7 +96,7 @@ def train(
         nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
         optimizer.step()
         ema.update_parameters(network)
-        value = float(loss)
+        value = float(loss.detach())
         if not torch.isfinite(loss):
             raise FloatingPointError(f"the loss is {value} at step {step}; the last checkpoint is {checkpoint}.")
         running = value if running is None else 0.98 * running + 0.02 * value
@@ -114,18 +114,41 @@ def _loss_of_step(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     rows = torch.randint(len(images), (config.batch_size,), generator=generator)
     t = stratified_times(model.sde, config.batch_size, generator)
-    x_0 = to_unit_range(images[rows])
-    noise = torch.randn(x_0.shape, generator=generator)
-    cond = {}
+    noise = torch.randn(rows.shape + images.shape[1:], generator=generator)
+    chosen = None
     if labels is not None and no_label is not None:
         drop = torch.rand(config.batch_size, generator=generator) < config.label_dropout
-        cond["class_labels"] = torch.where(drop, torch.tensor(no_label), labels[rows])
+        chosen = torch.where(drop, torch.tensor(no_label), labels[rows])
+    return _loss_on(model, images[rows], chosen, t, noise, config.bf16).mean()
+
+
+def _loss_on(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor, bf16: bool) -> Tensor:
+    """The loss of each row, on the network's device."""
     parameter = model.parameter
     device = torch.device("cpu") if parameter is None else parameter.device
-    x_0, t, noise = x_0.to(device), t.to(device), noise.to(device)
-    cond = {key: value.to(device) for key, value in cond.items()}
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-        return dsm_loss(model, x_0, t, noise, cond).mean()
+    cond = {} if labels is None else {"class_labels": labels.to(device)}
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        return dsm_loss(model, to_unit_range(images).to(device), t.to(device), noise.to(device), cond)
+
+
+@torch.no_grad()
+def held_out_loss(model: ScoreModel, images: Tensor, labels: Tensor | None, batch_size: int = 250) -> float:
+    """Mean denoising loss over images not trained on, with fixed times and noise, so that networks can be compared.
+
+    Args:
+        model: the score model.
+        images: uint8 with shape (N, C, H, W).
+        labels: int64 with shape (N,), or None.
+        batch_size: images evaluated at a time; the result depends on it through the draws.
+    """
+    generator = torch.Generator().manual_seed(0)
+    total = 0.0
+    for rows in tqdm(torch.arange(len(images)).split(batch_size), desc="evaluate", unit="batch"):
+        t = stratified_times(model.sde, len(rows), generator)
+        noise = torch.randn(rows.shape + images.shape[1:], generator=generator)
+        chosen = None if labels is None else labels[rows]
+        total += float(_loss_on(model, images[rows], chosen, t, noise, False).double().sum())
+    return total / len(images)
 
 
 def save_checkpoint(

@@ -1,0 +1,103 @@
+"""What the benchmarks share: where numbers come from, how they are printed, where they are kept."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastsde
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def provenance(settings: dict[str, object]) -> dict[str, object]:
+    """Settings, package versions and processor: what someone needs to judge or repeat a number."""
+    versions = {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    return {"settings": settings, "versions": versions, "machine": machine}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Prints rows under a header, right-aligned but for the first column."""
+    text = [list(header), *([str(cell) for cell in row] for row in rows)]
+    width = [max(len(row[k]) for row in text) for k in range(len(header))]
+    text.insert(1, ["-" * w for w in width])
+    for first, *rest in text:
+        print("  ".join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]))
+
+
+def save(name: str, settings: dict[str, object], results: object) -> None:
+    """Writes results/NAME.json."""
+    RESULTS.mkdir(exist_ok=True)
+    record = provenance(settings) | {"results": results}
+    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    print(f"\nwritten: results/{name}.json")
+
+
+def packaged_model(*, untrained: bool) -> fastsde.ScoreModel:
+    """The packaged class-conditional Fashion-MNIST model, or a network of the same shape with random weights."""
+    if not untrained:
+        model, _ = fastsde.pretrained("fashion-mnist")
+        return model
+    from fastsde.training.networks import small_unet
+
+    torch.manual_seed(0)
+    return fastsde.ScoreModel(
+        small_unet(28, 1, 10).eval(),
+        fastsde.VPSDE(),
+        "epsilon",
+        event_shape=(1, 28, 28),
+        timestep=lambda t: 1000 * t - 1,
+        default_cond={"class_labels": torch.tensor(10)},
+    )
+
+
+class Recorder(nn.Module):
+    """A network that notes the number of rows of each of its calls."""
+
+    def __init__(self, network: Callable[..., object]) -> None:
+        super().__init__()
+        self.network = network
+        self.rows: list[int] = []
+
+    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> object:
+        """Calls the network on x with shape (B, *event) and t with shape (B,), noting B."""
+        self.rows.append(len(x))
+        return self.network(x, t, **cond)
+
+
+def recorded(model: fastsde.ScoreModel) -> tuple[fastsde.ScoreModel, list[int]]:
+    """The same model with a `Recorder` around its network, and the list it fills."""
+    recorder, model = Recorder(model.network), copy.copy(model)
+    model.network = recorder
+    return model, recorder.rows
+
+
+def replay(model: fastsde.ScoreModel, rows: Sequence[int]) -> float:
+    """Wall time of bare forwards of the network at the given batch sizes: the cost nobody can avoid."""
+    network, largest = model.network, max(rows)
+    x, t = torch.randn(largest, *model.event_shape), torch.full((largest,), 500.0)
+    cond = {key: value.expand(largest, *value.shape) for key, value in (model.default_cond or {}).items()}
+    inputs = {b: (x[:b], t[:b], {key: value[:b] for key, value in cond.items()}) for b in set(rows)}
+    with torch.no_grad():
+        start = time.perf_counter()
+        for b in rows:
+            x, t, cond = inputs[b]
+            network(x, t, **cond)
+        return time.perf_counter() - start

@@ -1,0 +1,155 @@
+r"""What sampling costs beside the network: time of `sample` over the bare forwards it made, and the cost of noise.
+
+1. Every forward's number of rows is recorded in one run; then `sample` and a replay (as many bare forwards, at the same
+   batch sizes) are timed in turn, several times. Pass mark: median ratio 1.05.
+2. One increment of noise beside one forward, both for the full batch: fresh noise against the one forward of an
+   Euler-Maruyama step (pass mark 2 %), the Brownian path against the two forwards of a step of Algorithm 6 (8 %).
+
+Run it on a quiet machine. The spread column is the range over repetitions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+from common import packaged_model, recorded, replay, save, table
+
+import fastsde
+from fastsde.noise import BrownianPath, FreshNoise, Noise
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def whole_runs(label: str, model: fastsde.ScoreModel, n: int, repeats: int, **options: object) -> dict[str, object]:
+    """`sample` over its bare forwards, alternating."""
+    cond = {"class_labels": torch.arange(n) % 10}
+    counting, rows = recorded(model)
+    r = fastsde.sample(counting, n=n, batch_size=n, cond=cond, **options)
+    pairs = []
+    for _ in range(repeats):
+        whole = timed(lambda: fastsde.sample(model, n=n, batch_size=n, cond=cond, **options))
+        pairs.append((whole, replay(model, rows)))
+    ratios = [whole / bare for whole, bare in pairs]
+    return {
+        "run": label,
+        "nfe": float(r.nfe.double().mean()),
+        "forwards": len(rows),
+        "sample_seconds": statistics.median(whole for whole, _ in pairs),
+        "bare_seconds": statistics.median(bare for _, bare in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+def increments(
+    label: str, noise: Noise, model: fastsde.ScoreModel, n: int, repeats: int, forwards: int
+) -> dict[str, object]:
+    """One increment over the bare forwards of the step it serves, alternating."""
+    index = torch.arange(n)
+    carry = noise.start(index)
+    t = torch.linspace(0.2, 0.9, n, dtype=torch.float64)  # every row at its own time, as in an adaptive run
+
+    def draw() -> None:
+        noise.increment(index, index, t, t - 0.01, carry)
+
+    draw()
+    replay(model, [n])
+    pairs = [(timed(draw), replay(model, [n])) for _ in range(repeats)]
+    shares = [100 * one / (forwards * forward) for one, forward in pairs]
+    return {
+        "noise": label,
+        "forwards_per_step": forwards,
+        "noise_ms": 1e3 * statistics.median(one for one, _ in pairs),
+        "forward_ms": 1e3 * statistics.median(forward for _, forward in pairs),
+        "percent_of_step": statistics.median(shares),
+        "percent_of_step_range": [min(shares), max(shares)],
+        "percent_of_forward": statistics.median(shares) * forwards,
+    }
+
+
+def verdict(value: float, mark: float) -> str:
+    """The pass mark and whether it was met."""
+    return f"{mark:g} {'ok' if value <= mark else 'MISSED'}"
+
+
+@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@click.option("--batch", default=64, help="Samples, all in one batch.")
+@click.option("--rtol", default=0.05, help="Tolerance of Algorithm 6.")
+@click.option("--steps", default=50, help="Steps of Euler-Maruyama.")
+@click.option("--repeats", default=5, help="Timed pairs of whole runs.")
+@click.option("--noise-repeats", default=20, help="Timed pairs of one increment and one forward.")
+@click.option("--untrained", is_flag=True, help="Random weights in place of the packaged model.")
+@click.option("--threads", default=2, help="Threads of torch.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/overhead.json.")
+def main(
+    batch: int, rtol: float, steps: int, repeats: int, noise_repeats: int, untrained: bool, threads: int, keep: bool
+) -> None:
+    """Prints both tables and writes them."""
+    settings = click.get_current_context().params
+    torch.set_num_threads(threads)
+    model = packaged_model(untrained=untrained)
+    model.network.eval()
+    sde, event = model.sde, model.event_shape
+    noises = [
+        ("fresh, per Euler-Maruyama step", FreshNoise(0, event, torch.float32), 1, 2.0),
+        (
+            "Brownian path, per step of Algorithm 6",
+            BrownianPath(0, event, torch.float32, t_min=sde.t_min, t_max=sde.t_max),
+            2,
+            8.0,
+        ),
+    ]
+    noise_rows = [
+        increments(label, noise, model, batch, noise_repeats, k) | {"mark": mark} for label, noise, k, mark in noises
+    ]
+    runs = [
+        whole_runs(f"Algorithm 6, rtol {rtol:g}, path kept", model, batch, repeats, rtol=rtol),
+        whole_runs(f"Euler-Maruyama, {steps} steps", model, batch, repeats, solver=fastsde.EulerMaruyama(steps=steps)),
+    ]
+    table(
+        ("run", "NFE", "forwards", "sample, s", "bare, s", "ratio", "spread", "pass mark"),
+        [
+            (
+                r["run"],
+                f"{r['nfe']:.1f}",
+                r["forwards"],
+                f"{r['sample_seconds']:.2f}",
+                f"{r['bare_seconds']:.2f}",
+                f"{r['ratio']:.3f}",
+                "{:.3f} .. {:.3f}".format(*r["ratio_range"]),
+                verdict(r["ratio"], 1.05),
+            )
+            for r in runs
+        ],
+    )
+    print()
+    table(
+        ("noise", "noise, ms", "forward, ms", "% of step's forwards", "spread", "pass mark", "% of one forward"),
+        [
+            (
+                r["noise"],
+                f"{r['noise_ms']:.2f}",
+                f"{r['forward_ms']:.1f}",
+                f"{r['percent_of_step']:.2f}",
+                "{:.2f} .. {:.2f}".format(*r["percent_of_step_range"]),
+                verdict(r["percent_of_step"], r["mark"]),
+                f"{r['percent_of_forward']:.2f}",
+            )
+            for r in noise_rows
+        ],
+    )
+    if keep:
+        save("overhead", settings, {"runs": runs, "noise": noise_rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""`fastsde info`."""
+
+from __future__ import annotations
+
+import json
+
+import click
+
+from fastsde.cli.output import versions
+from fastsde.pretrained import packaged, read_card, weight_hash
+from fastsde.solvers import SOLVERS
+
+
+@click.command(short_help="Versions, packaged models and solvers.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--markdown", is_flag=True, help="Print the solver table of docs/solvers.md.")
+def info(as_json: bool, markdown: bool) -> None:
+    """Show versions, the packaged models with their cards, and the solvers with their traits.
+
+    \b
+    Example:
+      fastsde info --json
+    """
+    if markdown:
+        click.echo(solver_table())
+        return
+    models = {name: read_card(name) | {"weights_sha256": weight_hash(name)} for name in packaged()}
+    if as_json:
+        rows = {name: dict(zip(_COLUMNS[1:], traits, strict=True)) for name, *traits in _solver_rows()}
+        click.echo(json.dumps({"versions": versions(), "models": models, "solvers": rows}, indent=2))
+        return
+    click.echo("  ".join(f"{name} {version}" for name, version in versions().items()))
+    click.echo("\nmodels")
+    for name, card in models.items():
+        shape = " x ".join(map(str, card["event_shape"]))
+        click.echo(f"  {name}: {shape}, {card['parameters']:,} parameters, {card['data']} ({card['licence']})")
+    click.echo("\nsolvers")
+    for name, order, calls, steps, use in _solver_rows():
+        click.echo(f"  {name}: {calls} call{'s' if calls > 1 else ''} a step, {steps}; order: {order}\n      {use}")
+
+
+_COLUMNS = ("solver", "order", "calls per step", "step size", "use")
+
+
+def _solver_rows() -> list[tuple[str, str, int, str, str]]:
+    return [
+        (s.__name__, s.order, s.calls_per_step, "per sample, from rtol" if s.adaptive else "grid", s.use)
+        for s in SOLVERS
+    ]
+
+
+def solver_table() -> str:
+    """The solvers and their declared traits as a Markdown table."""
+    rows = [_COLUMNS, ("---",) * len(_COLUMNS), *((f"`{name}`", *rest) for name, *rest in _solver_rows())]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)

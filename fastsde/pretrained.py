@@ -1,0 +1,131 @@
+"""Checkpoints: a folder with a diffusers network in safetensors and a card, packaged or written by `fastsde train`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fastsde.score.base import ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.sde.vp import VPSDE
+
+ASSETS = Path(__file__).parent / "assets"
+WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "card.json"
+
+
+def packaged() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(folder.name for folder in ASSETS.iterdir() if (folder / CARD).is_file())
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """The folder of a packaged name or of a path, with everything in it that a checkpoint needs.
+
+    Raises:
+        FileNotFoundError: if there is no such model, or a file of it is missing, naming the file.
+        ValueError: if `name` is a single file; pickled weights are never opened.
+    """
+    folder = ASSETS / name if str(name) in packaged() else Path(name)
+    if folder.is_file():
+        pickled = "" if folder.suffix == ".safetensors" else " Pickled weights are refused: they can run code."
+        raise ValueError(f"{folder} is a file; give the folder that holds {CONFIG}, {WEIGHTS} and {CARD}.{pickled}")
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model {str(name)!r}: neither a folder nor one of {', '.join(packaged()) or '-'}.")
+    for file in (CONFIG, WEIGHTS, CARD):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} is no checkpoint: {file} is missing.")
+    return folder
+
+
+def read_card(name: str | Path) -> dict[str, Any]:
+    """What a checkpoint says of itself: data, licence, command, metrics, and how to read its network."""
+    card: dict[str, Any] = json.loads((find_checkpoint(name) / CARD).read_text())
+    return card
+
+
+def weight_hash(name: str | Path) -> str:
+    """SHA-256 of the weight file, in hexadecimal."""
+    return hashlib.sha256((find_checkpoint(name) / WEIGHTS).read_bytes()).hexdigest()
+
+
+def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple[ScoreModel, SDE]:
+    """Loads a packaged model by name, or a checkpoint written by `fastsde train` by its folder.
+
+        r = fastsde.sample(*fastsde.pretrained("fashion-mnist"), n=64, rtol=0.05)
+
+    Class-conditional models take `cond={"class_labels": ...}`, int64 with shape (n,); without it they draw from all
+    classes through their "no label" class.
+
+    Args:
+        name: "fashion-mnist", or a folder with `config.json`, `diffusion_pytorch_model.safetensors` and `card.json`.
+        device: where the network goes; its weights become float32.
+
+    Returns:
+        The score model and its SDE.
+
+    Raises:
+        FileNotFoundError: if there is no such model or a file of it is missing.
+        ValueError: if the weights are truncated, not safetensors, not finite or of another network.
+        ImportError: if diffusers is not installed.
+    """
+    folder = find_checkpoint(name)
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as error:
+        raise ImportError("this network is diffusers': pip install 'fastsde[diffusers]'.") from error
+    card = read_card(folder)
+    network = UNet2DModel.from_config(json.loads((folder / CONFIG).read_text()))
+    try:
+        weights = {key: value.float() for key, value in load_file(folder / WEIGHTS).items()}
+        network.load_state_dict(weights)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
+    sde = VPSDE(**card["sde"])
+    return score_model(network.eval().to(device), sde, card), sde
+
+
+def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:
+    """The score model around a network described by a card, before or after training."""
+    levels, classes, size = card["timestep_levels"], card["classes"], card["event_shape"]
+    return ScoreModel(
+        network,
+        sde,
+        card["prediction"],
+        event_shape=tuple(size),
+        data_range=tuple(card["data_range"]),
+        timestep=lambda t: levels * t - 1,  # level k of a discrete table belongs to t = (k + 1) / N
+        default_cond={"class_labels": torch.tensor(len(classes))} if classes else None,
+    )
+
+
+def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any]) -> None:
+    """Writes a checkpoint in half precision, each file atomically, the weights last.
+
+    Args:
+        folder: created if needed.
+        network: a diffusers network.
+        card: what `read_card` will return; must hold what `score_model` reads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    weights: dict[str, Tensor] = {k: v.detach().half().contiguous().cpu() for k, v in network.state_dict().items()}
+    _replace(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
+    _replace(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    temporary = folder / f"{WEIGHTS}.tmp"
+    save_file(weights, temporary, {"format": "pt"})
+    os.replace(temporary, folder / WEIGHTS)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)

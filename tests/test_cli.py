@@ -1,0 +1,210 @@
+"""The command line, as a user meets it: files, records, refusals."""
+
+import errno
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+import fastsde
+from fastsde.cli import output
+from fastsde.cli.info import solver_table
+from fastsde.cli.main import main
+from fastsde.cli.output import image_grid, to_uint8
+from fastsde.cli.sample import sample as sample_command
+
+
+class Border(torch.nn.Module):
+    """Stands in for a network: fast, and its exact samples are known. Predicts the noise of an image of label / 10."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = torch.nn.Parameter(torch.zeros(()))
+        self.fail_after = None
+
+    def forward(self, x, t, class_labels):
+        if self.fail_after is not None:
+            self.fail_after -= 1
+            if self.fail_after < 0:
+                raise RuntimeError("out of memory")
+        sde = fastsde.VPSDE()
+        time = (t.double() + 1) / 1000
+        image = (class_labels / 10).float().reshape(-1, 1, 1, 1)
+        shape = (-1, 1, 1, 1)
+        return (x - sde.alpha(time).float().reshape(shape) * image) / sde.sigma(time).float().reshape(shape)
+
+
+@pytest.fixture
+def network(monkeypatch):
+    network = Border()
+
+    def load(name, device="cpu"):
+        model, sde = fastsde.pretrained(name, device=device)
+        model.network = network
+        return model, sde
+
+    monkeypatch.setattr("fastsde.cli.sample.pretrained", load)
+    return network
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.usefixtures("network")
+def test_sample_writes_grid_samples_and_record(tmp_path):
+    out = tmp_path / "a" / "b"
+    result = run("sample", "-n", 11, "--rtol", 0.1, "--seed", 3, "--batch-size", 4, "--out", out)
+    assert result.exit_code == 0, result.output
+    record = json.loads((out / "samples.json").read_text())
+    with np.load(out / "samples.npz") as arrays:
+        images, labels = arrays["arr_0"], arrays["arr_1"]
+    assert images.shape == (11, 28, 28, 1)
+    assert images.dtype == np.uint8
+    # A point mass at label / 10 is denoised exactly; the map to 8 bits sends [-1, 1] to 0 .. 255.
+    expected = np.round((np.arange(11) % 10 / 10 + 1) * 127.5)
+    assert np.abs(images - expected[:, None, None, None]).max() <= 1
+    assert labels.tolist() == record["label"] == [i % 10 for i in range(11)]
+    assert Image.open(out / "grid.png").size == ((8 * 30 + 2) * 3, (2 * 30 + 2) * 3)
+    assert sorted(path.name for path in out.iterdir()) == ["grid.png", "samples.json", "samples.npz"]
+    assert len(record["nfe"]) == len(record["status"]) == 11
+    assert record["seed"] == 3
+    assert record["versions"]["torch"] == torch.__version__
+    assert len(record["weights_sha256"]) == 64
+    # Two calls a step, one to denoise.
+    steps = [a + r for a, r in zip(record["accepted"], record["rejected"], strict=True)]
+    assert record["nfe"] == [2 * k + 1 for k in steps]
+
+
+@pytest.mark.usefixtures("network")
+def test_json_on_standard_output_is_the_record(tmp_path):
+    result = run("sample", "-n", 2, "--rtol", 0.5, "--label", "none", "--json", "--out", tmp_path)
+    assert json.loads(result.stdout) == json.loads((tmp_path / "samples.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rtol", "0"], "rtol must be"),
+        (["--rtol", "nan"], "rtol must be"),
+        (["-n", "0"], "0 is not in the range"),
+        (["--label", "10"], "0 .. 9"),
+        (["--label", "shirt"], "cycle"),
+        (["--model", "cifar"], "fashion-mnist"),
+        (["--seed", "-1"], "seed must be"),
+        (["--device", "abacus"], "abacus"),
+    ],
+)
+def test_bad_options_are_refused_before_sampling(network, tmp_path, arguments, message):
+    network.fail_after = 0
+    result = run("sample", "--out", tmp_path, *arguments)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert "out of memory" not in result.output
+
+
+def test_unwritable_out_is_found_before_sampling(network, tmp_path):
+    network.fail_after = 0
+    (tmp_path / "file").write_text("")
+    result = run("sample", "--out", tmp_path / "file" / "below")
+    assert result.exit_code == 1
+    assert "cannot be written to" in result.output
+    assert "out of memory" not in result.output
+
+
+def test_too_little_room_is_found_before_sampling(network, tmp_path, monkeypatch):
+    network.fail_after = 0
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20})())
+    result = run("sample", "-n", 10_000, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "MiB free" in result.output
+
+
+@pytest.mark.usefixtures("network")
+def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(path, **arrays):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    result = run("sample", "-n", 2, "--rtol", 0.5, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "No space left on device" in result.output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_late_failure_keeps_what_is_finished(network, tmp_path):
+    network.fail_after = 150
+    result = run("sample", "-n", 40, "--batch-size", 2, "--rtol", 0.5, "--out", tmp_path)
+    assert result.exit_code == 1
+    assert "out of memory" in result.output
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert 0 < record["finished"] < 40
+    with np.load(tmp_path / "samples.npz") as arrays:
+        assert len(arrays["arr_0"]) == record["finished"]
+
+
+def test_rounding_to_eight_bits_is_to_the_nearest():
+    levels = torch.arange(256).reshape(1, 1, 16, 16)
+    exact = levels.double() / 127.5 - 1
+    # Anything within half a level comes back to its level; truncation would lose a half level on one side.
+    for shift in (-0.49, 0.0, 0.49):
+        assert np.array_equal(to_uint8(exact + shift / 127.5, (-1.0, 1.0))[0, :, :, 0], levels[0, 0].numpy())
+    assert to_uint8(torch.full((1, 1, 1, 1), 7.0), (0.0, 1.0)).item() == 255
+
+
+def test_grid_puts_images_in_rows():
+    images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 84, 84, 3), np.uint8)
+    sheet = np.asarray(image_grid(images, columns=3))
+    assert sheet.shape == (2 * 86 + 2, 3 * 86 + 2, 3)
+    assert [sheet[40, 40, 0], sheet[40, 126, 0], sheet[126, 40, 0], sheet[126, 126, 0]] == [0, 1, 3, 4]
+    assert sheet[0, 0, 0] == sheet[126, 212, 0] == 255
+
+
+def test_info_agrees_with_the_package():
+    record = json.loads(run("info", "--json").stdout)
+    assert set(record["solvers"]) == {solver.__name__ for solver in fastsde.SOLVERS}
+    assert record["models"]["fashion-mnist"]["event_shape"] == [1, 28, 28]
+    assert "fashion-mnist" in run("info").stdout
+
+
+def test_solver_table_in_the_docs_is_the_generated_one(pytestconfig):
+    text = (pytestconfig.rootpath / "docs" / "solvers.md").read_text()
+    assert solver_table() in text, "run `fastsde info --markdown` and put its table into docs/solvers.md"
+
+
+@pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["info"]])
+def test_help_has_an_example(command):
+    result = run(*command, "--help")
+    assert result.exit_code == 0
+    assert "Example:" in result.output
+
+
+def test_help_shows_defaults():
+    text = run("sample", "--help").output
+    for parameter in sample_command.params:
+        assert max(parameter.opts, key=len) in text
+    assert "[default: 0.05]" in text
+
+
+def test_train_then_sample(tmp_path):
+    from tests.test_training import write_idx
+
+    data, out = tmp_path / "data", tmp_path / "run"
+    data.mkdir()
+    generator = np.random.default_rng(0)
+    write_idx(data / "train-images-idx3-ubyte.gz", generator.integers(0, 256, (20, 8, 8), dtype=np.uint8))
+    write_idx(data / "train-labels-idx1-ubyte.gz", (np.arange(20) % 2).astype(np.uint8))
+    options = ["--data", data, "--out", out, "--steps", 2, "--batch-size", 4]
+    assert run("train", *options).exit_code == 0
+    again = run("train", *options)
+    assert again.exit_code == 1
+    assert "--resume" in again.output
+    model, _ = fastsde.pretrained(out / "model")
+    assert model.event_shape == (1, 8, 8)
+    missing = run("train", "--data", tmp_path, "--out", out / "x")
+    assert missing.exit_code == 1
+    assert "train-images-idx3-ubyte" in missing.output

@@ -1,0 +1,370 @@
+"""The engine, driven by stubs: no numerics, so every number here is exact or a sum of a few float64 increments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stubs import CLOCK, Recorder, StubController, StubSolver, path, raises_at, run, same
+
+import fastsde
+from fastsde import EulerMaruyama, ExtrapolatedEM, SamplingError, ScoreModel, Status
+from fastsde.noise import FreshNoise
+
+ROUNDING = {"rtol": 0, "atol": 1e-12}
+"""A state is a sum of at most ten float64 increments of size 3, each with a relative rounding of 1e-16."""
+UNEVEN = [[8.0], [2.0], [1.0], [3.0], [4.0], [1.5], [2.5]]
+"""Samples that take 1, 4, 8, 3, 2, 6 and 4 steps."""
+
+
+def walked(place, index, t):
+    """State of the stub rows at time t: (place, 0) plus the Brownian increment since the start."""
+    start = torch.stack([place.double(), torch.zeros(len(place), dtype=torch.float64)], 1)
+    return start + path()(index, torch.full_like(t, CLOCK.t_max)) - path()(index, t)
+
+
+def ended(n, t=CLOCK.t_min):
+    rows = torch.arange(n)
+    return walked(rows, rows, torch.full((n,), t, dtype=torch.float64))
+
+
+# Stepping -----------------------------------------------------------------------------------------------------------
+
+
+def test_rows_step_independently_and_meet_t_min_exactly():
+    solver = StubSolver()
+    result = run(3, StubController([[3.0], [0.7], [1.0, 6.9, 0.3]]), solver=solver)
+    times = {i: [a.t for a in log] + [log[-1].s] for i, log in solver.log.items()}
+    assert times[0] == [9, 6, 3, 1]
+    assert times[2] == [9, 8, 8 - 6.9, 1]
+    assert len(times[1]) == 13  # 11 steps of 0.7 and one of 0.3
+    assert all(t[-1] == CLOCK.t_min for t in times.values())
+    assert result.accepted.tolist() == [3, 12, 3]
+    assert result.nfe.tolist() == [4, 13, 4]  # one call a step and one to denoise
+    torch.testing.assert_close(result.samples, ended(3), **ROUNDING)
+
+
+def test_a_rejection_retries_in_place():
+    solver = StubSolver()
+    result = run(2, StubController([[2.0], [2.0, 3.0, 1.0, 2.0]], reject={(1, 1), (1, 3)}), solver=solver)
+    log = solver.log[1]
+    assert [(a.t, a.s) for a in log] == [(9, 7), (7, 4), (7, 6), (6, 4), (6, 4), (4, 2), (2, 1)]
+    assert [a.accepted for a in log] == [0, 1, 1, 2, 2, 3, 4]  # the solver's carry moves with acceptance alone
+    assert torch.equal(log[1].x, log[2].x)
+    assert torch.equal(log[3].x, log[4].x)
+    for a in log:  # the noise's carry is W at the time of the state, else a retry would not see the path again
+        t, s = (torch.tensor([u], dtype=torch.float64) for u in (a.t, a.s))
+        torch.testing.assert_close(a.dw, (path()(torch.tensor([1]), t) - path()(torch.tensor([1]), s))[0], **ROUNDING)
+    assert (result.accepted.tolist(), result.rejected.tolist()) == ([4, 5], [0, 2])
+    torch.testing.assert_close(result.samples, ended(2), **ROUNDING)  # rejection leaves no trace in the state
+
+
+def test_fresh_noise_is_drawn_anew_after_a_rejection():
+    solver = StubSolver()
+    noise = FreshNoise(7, (2,), torch.float64)
+    run(1, StubController([[8.0]], reject={(0, 0)}), solver=solver, noise=noise)
+    first, second = solver.log[0]
+    assert not torch.equal(first.dw, second.dw)
+
+
+# Slots and queue ----------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_is_refilled_in_the_same_turn():
+    network, turns = Recorder(), []
+    run(4, StubController([[8.0], [3.0], [4.0], [8.0]]), network=network, batch_size=2, callback=turns.append)
+    # Sample 0 takes 1 step, 1 takes 3, 2 takes 2 and 3 takes 1: two full slots for three turns, then one.
+    steps = [t.tolist() for _, t, _ in network.calls if t.max() > CLOCK.t_min]
+    assert steps == [[9, 9], [9, 6], [5, 3], [9]]
+    assert [state.index.tolist() for state in turns[:3]] == [[2, 1], [2, 1], [3]]
+
+
+@st.composite
+def scripts(draw):
+    n = draw(st.integers(1, 14))
+    sizes = [draw(st.lists(st.sampled_from([1.0, 2.5, 4.0, 8.0]), min_size=1, max_size=4)) for _ in range(n)]
+    reject = draw(st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, 3)), max_size=8))
+    return sizes, reject, draw(st.integers(1, n)), draw(st.permutations(range(n)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(scripts())
+def test_every_sample_is_drawn_once_and_lands_in_its_place(script):
+    sizes, reject, batch, order = script
+    solver, controller, n = StubSolver(), StubController(sizes, reject), len(sizes)
+    index = torch.tensor(order)
+    result = run(n, controller, solver=solver, batch_size=batch, index=index)
+    counts = torch.tensor([controller.counts(i) for i in range(n)])
+    assert solver.started == n
+    assert torch.equal(result.accepted, counts[:, 0])
+    assert torch.equal(result.rejected, counts[:, 1])
+    assert torch.equal(result.nfe, counts.sum(1) + 1)
+    assert result.counts() == {"SUCCESS": n}
+    assert torch.equal(result.index, index)
+    t = torch.full((n,), CLOCK.t_min, dtype=torch.float64)
+    torch.testing.assert_close(result.samples, walked(torch.arange(n), index, t), **ROUNDING)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 8, 15, 24, 40])
+def test_the_batch_shrinks_through_at_most_8_sizes_and_padding_costs_no_sample(batch):
+    network = Recorder()
+    n = batch + 3
+    # Sample i takes i steps of 1/8 and then one to the end, so that no two end in the same turn.
+    result = run(n, StubController([[0.125] * i + [8.0] for i in range(n)]), network=network, batch_size=batch)
+    unit = -(-batch // 8)
+    widths = [len(t) for _, t, _ in network.calls if t.max() > CLOCK.t_min]
+    assert widths == sorted(widths, reverse=True)
+    assert len(set(widths)) <= 8
+    assert set(widths) == set(range(unit, batch + 1, unit)) | {batch}
+    assert result.nfe.tolist() == [i + 2 for i in range(n)]  # and one call to denoise
+
+
+def test_start_states_come_from_the_prior_of_each_index():
+    network, index = Recorder(), torch.tensor([5, 0, 2, 11, 5])
+    cond = {"number": index}
+    result = run(5, StubController(UNEVEN), network=network, index=index, x_init=None, cond=cond, batch_size=2)
+    seen = {}
+    for x, t, given_cond in network.calls:
+        first = t == CLOCK.t_max
+        seen |= dict(zip(given_cond["number"][first].tolist(), x[first], strict=True))
+    for number, x in seen.items():
+        torch.testing.assert_close(x, 9 * path().prior(torch.tensor([number]))[0], rtol=0, atol=0)
+    assert sorted(seen) == [0, 2, 5, 11]
+    # The same number twice is the same sample twice, though it walked other steps.
+    torch.testing.assert_close(result.samples[0], result.samples[4], **ROUNDING)
+
+
+@pytest.mark.parametrize(("n", "batch"), [(7, 3), (7, 7), (7, 1)])
+def test_conditioning_stays_with_its_sample(n, batch):
+    network, index = Recorder(), torch.tensor([4, 0, 6, 1, 3, 5, 2])
+    label, rows = 100 + torch.arange(n), torch.randn(n, 2, 3)
+    run(n, StubController(UNEVEN), network=network, index=index, batch_size=batch, cond={"label": label, "rows": rows})
+    assert max(len(t) for _, t, _ in network.calls) <= batch
+    denoised = []
+    for x, t, cond in network.calls:
+        place = cond["label"] - 100
+        torch.testing.assert_close(x, walked(place, index[place], t), **ROUNDING)
+        assert torch.equal(cond["rows"], rows[place])
+        denoised += place.tolist() if t.max() == CLOCK.t_min else []
+    assert sorted(denoised) == list(range(n))
+
+
+@pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=9)], ids=["extrapolated", "euler"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_nfe_is_what_the_network_counts_for_each_sample(solver, batch):
+    network = Recorder(lambda x, t, label: -x)  # exact for unit Gaussian data under VP
+    sde, controller = fastsde.VPSDE(), fastsde.Adaptive(0.1, 0.1) if solver.adaptive else None
+    parts = {"solver": solver, "controller": controller, "batch_size": batch, "cond": {"label": torch.arange(10)}}
+    result = fastsde.sample(network, sde, shape=(10, 2), **parts)
+    labels = torch.cat([cond["label"] for _, _, cond in network.calls])
+    assert torch.equal(result.nfe, labels.bincount(minlength=10))  # at 8 rows or fewer no slot is padding
+    if solver.adaptive:
+        assert (result.rejected > 0).any()
+        assert len(result.nfe.unique()) > 1
+        assert torch.equal(result.nfe, 2 * (result.accepted + result.rejected) + 1)
+    else:
+        assert result.nfe.tolist() == [10] * 10
+
+
+# Lag: what a GPU does ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 2, 7])
+def test_reading_flags_a_turn_late_changes_nothing_for_stubs(batch):
+    def once(lag):
+        controller = StubController(UNEVEN, {(1, 0), (4, 1), (4, 2)}, {(2, 3): Status.MIN_STEP})
+        return run(7, controller, solver=StubSolver({(5, 2)}), batch_size=batch, lag=lag, max_nfe=5)
+
+    now, late = once(0), once(1)
+    assert now.counts() == {"SUCCESS": 4, "MAX_NFE": 1, "MIN_STEP": 1, "NON_FINITE": 1}
+    assert same(now, late)
+
+
+@pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=5)], ids=["extrapolated", "euler"])
+def test_reading_flags_a_turn_late_changes_nothing_for_real_solvers(solver, monkeypatch):
+    def once(lag):
+        real = fastsde.api.Job
+        monkeypatch.setattr(fastsde.api, "Job", lambda **parts: real(**parts | {"lag": lag}))
+        model = ScoreModel(lambda x, t: -x, fastsde.VPSDE(), event_shape=(2,))
+        result = fastsde.sample(model, n=9, solver=solver, atol=0.1 if solver.adaptive else None, batch_size=4)
+        monkeypatch.undo()
+        return result
+
+    assert same(once(0), once(1))
+
+
+# Failure is data ---------------------------------------------------------------------------------------------------
+
+
+def test_a_row_that_is_not_finite_harms_no_other():
+    clean = run(4, StubController(UNEVEN), batch_size=3)
+    result = run(4, StubController(UNEVEN), solver=StubSolver({(1, 2)}), batch_size=3)
+    assert result.status.tolist() == [1, Status.NON_FINITE, 1, 1]
+    assert result.samples[1].isnan().all()
+    assert result.nfe[1] == 3  # the three steps it tried, and no denoising
+    assert same(clean, result, [0, 2, 3])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_network_that_fails_for_one_row_at_the_denoising_call(bad):
+    def answer(x, t, label):
+        return torch.where(((t == CLOCK.t_min) & (label == 1))[:, None], bad, torch.zeros_like(x))
+
+    def once(network):
+        return run(4, StubController(UNEVEN), network=network, batch_size=3, cond={"label": torch.arange(4)})
+
+    clean, result = once(Recorder()), once(Recorder(answer))
+    assert result.status.tolist() == [1, Status.NON_FINITE, 1, 1]
+    assert result.samples[1].isnan().all()
+    assert same(clean, result, [0, 2, 3])
+    assert torch.equal(clean.nfe, result.nfe)
+
+
+@pytest.mark.parametrize("rejected", [False, True])
+def test_a_row_below_the_smallest_step_ends_where_it_is(rejected):
+    reject = {(1, 1)} if rejected else set()
+    clean = run(3, StubController(UNEVEN), batch_size=2)
+    result = run(3, StubController(UNEVEN, reject, {(1, 1): Status.MIN_STEP}), batch_size=2)
+    assert result.status.tolist() == [1, Status.MIN_STEP, 1]
+    torch.testing.assert_close(result.samples[1], ended(2, t=7.0 if rejected else 5.0)[1], **ROUNDING)
+    assert result.nfe[1] == 3  # two attempts and the denoising of where it stopped
+    assert same(clean, result, [0, 2])
+
+
+def test_a_row_that_has_arrived_has_succeeded_whatever_its_next_step_would_be():
+    assert run(1, StubController([[4.0]], fail={(0, 1): Status.MIN_STEP})).counts() == {"SUCCESS": 1}
+
+
+class Twice(ScoreModel):
+    """Counts two calls an evaluation, as guidance does."""
+
+    calls = 2
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize("model_class", [ScoreModel, Twice])
+@pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=7)], ids=["extrapolated", "euler"])
+def test_max_nfe_holds_for_every_sample(solver, model_class, denoise):
+    model = model_class(lambda x, t: -x, fastsde.VPSDE(), event_shape=(2,))
+    step, last = model.calls * solver.calls_per_step, model.calls * denoise
+    rtol = 0.5 if solver.adaptive else None
+    free = fastsde.sample(model, n=3, rtol=rtol, solver=solver, denoise=denoise)
+    for max_nfe in (step + last, step + last + 1, 4 * step + 1, int(free.nfe.min()), int(free.nfe.max())):
+        result = fastsde.sample(model, n=3, rtol=rtol, solver=solver, denoise=denoise, max_nfe=max_nfe)
+        done = free.nfe <= max_nfe
+        assert (result.nfe <= max_nfe).all()
+        assert torch.equal(result.success, done)
+        assert (result.status[~done] == Status.MAX_NFE).all()
+        assert (result.nfe[~done] + step > max_nfe).all()  # no sample gives up while it could afford a step
+        assert same(free, result, done)
+        assert result.samples.isfinite().all()
+
+
+# Interruption and errors --------------------------------------------------------------------------------------------
+
+
+def uneven(network=None, **options):
+    """Seven samples in batches of three; the denoised sample is the state plus one."""
+    network = network or Recorder(lambda x, t: torch.ones_like(x))
+    return run(7, StubController(UNEVEN), network=network, batch_size=3, **options)
+
+
+def one_then(error, call):
+    """A network that answers 1 and raises `error` once, at the given call."""
+    fails = raises_at(error, call)
+    return lambda x, t: fails(x, t) + 1
+
+
+def is_partial(result, clean):
+    """Whether finished rows are those of the clean run and all others are marked as pending."""
+    done = result.status != Status.PENDING
+    return same(result, clean, done) and result.samples[~done].isnan().all() and not result.nfe[~done].any()
+
+
+def test_callback_sees_each_turn():
+    seen, copies = [], []
+
+    def callback(state):
+        seen.append(state)
+        copies.append([v.clone() for v in (state.index, state.x, state.t, state.nfe)])
+
+    uneven(callback=callback)
+    assert [state.turn for state in seen] == list(range(1, len(seen) + 1))
+    finished = [state.finished for state in seen]
+    assert finished == sorted(finished)
+    assert finished[-1] == 7
+    for state, (index, x, t, nfe) in zip(seen, copies, strict=True):
+        torch.testing.assert_close(x, walked(index, index, t), **ROUNDING)
+        sizes = torch.tensor(UNEVEN, dtype=torch.float64)[index, 0]
+        moving = t > CLOCK.t_min
+        assert torch.equal(nfe[moving], ((CLOCK.t_max - t) / sizes)[moving].long())
+        for kept, then in zip((state.index, state.x, state.t, state.nfe), (index, x, t, nfe), strict=True):
+            assert torch.equal(kept, then)  # a state that is kept does not change as sampling goes on
+
+
+def test_ctrl_c_between_turns_returns_what_is_finished():
+    clean, turns = uneven(), []
+    uneven(callback=turns.append)
+    for stop in (1, 2, 4, len(turns)):
+
+        def callback(state, stop=stop):
+            if state.turn == stop:
+                raise KeyboardInterrupt
+
+        result = uneven(callback=callback)
+        assert is_partial(result, clean)
+        assert int(result.success.sum()) == turns[stop - 1].finished
+    assert result.counts() == {"SUCCESS": 7}
+
+
+def test_ctrl_c_inside_any_network_call_loses_no_finished_sample():
+    network = Recorder(lambda x, t: torch.ones_like(x))
+    clean, finished = uneven(network), []
+    for call in range(len(network.calls)):
+        result = uneven(Recorder(one_then(KeyboardInterrupt(), call)))
+        assert is_partial(result, clean)
+        finished.append(int(result.success.sum()))
+    assert finished == sorted(finished)
+    assert (finished[0], finished[-1]) == (0, 7)
+
+
+def test_an_error_inside_any_network_call_hands_over_the_finished_samples():
+    network = Recorder(lambda x, t: torch.ones_like(x))
+    clean, finished = uneven(network), []
+    for call in range(len(network.calls)):
+        error = ZeroDivisionError("boom")
+        with pytest.raises((ZeroDivisionError, SamplingError), match="boom") as caught:
+            uneven(Recorder(one_then(error, call)))
+        if caught.value is error:
+            assert not finished  # the original exception comes through as long as there is nothing to hand over
+            continue
+        result = caught.value.result
+        assert caught.value.__cause__ is error
+        raw = result.success & (result.nfe < clean.nfe)
+        finished.append(int(result.success.sum()))
+        assert f"after {finished[-1]} of 7 samples (ZeroDivisionError: boom)" in str(caught.value)
+        assert f"the last {int(raw.sum())} of them not denoised" in str(caught.value)
+        done = result.success & ~raw
+        assert same(result, clean, done)
+        torch.testing.assert_close(result.samples[raw], clean.samples[raw] - 1, **ROUNDING)
+        assert result.samples[~result.success].isnan().all()
+    assert finished == sorted(finished)
+    assert finished[-1] == 7
+
+
+def test_an_error_at_the_first_call_comes_through_as_it_is():
+    error = ZeroDivisionError("boom")
+    with pytest.raises(ZeroDivisionError) as caught:
+        uneven(Recorder(one_then(error, 0)))
+    assert caught.value is error
+
+
+def test_progress_bar_counts_finished_samples_and_their_mean_nfe(capfd):
+    result = uneven(progress=True)
+    text = capfd.readouterr().err
+    assert "1/7" in text
+    assert "7/7" in text
+    assert f"mean_nfe={result.nfe.double().mean():.1f}" in text.split("7/7")[-1]
+    uneven(progress=False)
+    assert capfd.readouterr().err == ""

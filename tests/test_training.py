@@ -1,0 +1,181 @@
+"""Training: the loss is the published one, and a resumed run repeats an uninterrupted one."""
+
+import gzip
+import struct
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import fastsde
+from fastsde.training.data import load_images, read_idx, to_unit_range
+from fastsde.training.ema import ema_model
+from fastsde.training.losses import dsm_loss, stratified_times
+from fastsde.training.loop import TrainConfig, train
+
+
+class Tiny(nn.Module):
+    """A network of two convolutions with a label embedding, enough to have every kind of state."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 3, padding=1)
+        self.label = nn.Embedding(4, 4)
+
+    def forward(self, x, t, class_labels):
+        return self.last(torch.tanh(self.first(x) + self.label(class_labels)[:, :, None, None]))
+
+
+def tiny_model(seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return fastsde.ScoreModel(Tiny().to(dtype), fastsde.VPSDE(), "epsilon", event_shape=(1, 8, 8))
+
+
+@pytest.fixture
+def data():
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (32, 1, 8, 8), generator=generator).byte(), torch.arange(32) % 3
+
+
+@pytest.mark.parametrize("sde", [fastsde.VPSDE(), fastsde.SubVPSDE(), fastsde.VESDE(), fastsde.RectifiedFlow()])
+def test_loss_is_the_weighted_score_error(sde):
+    generator = torch.Generator().manual_seed(1)
+    x_0, noise = (torch.randn(6, 2, 3, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.rand(6, generator=generator, dtype=torch.float64) * 0.9 + 0.05
+    model = fastsde.ScoreModel(lambda x, t: torch.sin(x), sde)
+    x_t = sde.marginal(x_0, t, noise)
+    target = -noise / sde.sigma(t)[:, None, None]
+    error = (torch.sin(x_t) - target).square().flatten(1).mean(1)
+    # Both sides are the same formula in float64; 1e-10 leaves room for sigma / sigma.
+    torch.testing.assert_close(dsm_loss(model, x_0, t, noise), sde.sigma(t) ** 2 * error, rtol=1e-10, atol=0)
+    torch.testing.assert_close(
+        dsm_loss(model, x_0, t, noise, weight=sde.g2), sde.g2(t) * error, rtol=1e-10, atol=0
+    )
+
+
+def test_the_minimiser_of_the_loss_is_the_score():
+    # E[loss] over noise is least at the exact score: the derivative along any change of the score vanishes there.
+    sde = fastsde.VPSDE()
+    generator = torch.Generator().manual_seed(2)
+    n = 200_000
+    x_0, noise = (torch.randn(n, 1, generator=generator, dtype=torch.float64) for _ in range(2))
+    t = torch.full((n,), 0.4, dtype=torch.float64)
+    exact = fastsde.score.GaussianScore(sde, torch.zeros(1), torch.ones(1))
+    bump = torch.zeros((), dtype=torch.float64, requires_grad=True)
+    model = fastsde.ScoreModel(lambda x, t: exact.exact_score(x, t) + bump * torch.sin(x), sde)
+    dsm_loss(model, x_0, t, noise).mean().backward()
+    assert bump.grad is not None
+    # The gradient is a mean of n terms with standard deviation below 1; 5 / sqrt(n) is five standard errors.
+    assert abs(float(bump.grad)) < 5 / n**0.5
+
+
+def test_stratified_times_cover_the_range_evenly():
+    sde = fastsde.VPSDE()
+    t = stratified_times(sde, 100, torch.Generator().manual_seed(0))
+    cell = ((t - sde.t_min) / (sde.t_max - sde.t_min) * 100).floor().long()
+    # A common shift moves at most one time across the end of the range and back to its start.
+    assert len(cell.unique()) >= 99
+    assert sde.t_min <= t.min()
+    assert t.max() <= sde.t_max
+
+
+def test_average_warms_up():
+    model = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(model.weight, 0.0)
+    average = ema_model(model, 0.999)
+    expected = 0.0
+    for n in range(20):
+        nn.init.constant_(model.weight, float(n))
+        average.update_parameters(model)
+        # torch copies the weights at the first update; from then on the decay is (1 + n) / (10 + n).
+        expected = float(n) if n == 0 else expected + (1 - (1 + n) / (10 + n)) * (n - expected)
+        assert float(average.module.weight.detach()) == pytest.approx(expected, rel=1e-5)  # single precision
+    with pytest.raises(ValueError, match="decay"):
+        ema_model(model, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_resume_repeats_an_uninterrupted_run_bitwise(tmp_path, data, dtype):
+    images, labels = data
+    config = TrainConfig(steps=12, batch_size=8, warmup=3, bf16=False)
+    whole, half = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
+    expected = train(whole, images, labels, config, tmp_path / "a.safetensors", save_every=4)
+
+    class Stop(Exception):
+        pass
+
+    def stop(step, loss, network):
+        if step == 8:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(half, images, labels, config, tmp_path / "b.safetensors", save_every=4, callback=stop)
+    other = tiny_model(seed=1, dtype=dtype)  # other weights: everything must come from the checkpoint
+    resumed = train(other, images, labels, config, tmp_path / "b.safetensors", save_every=4, resume=True)
+    for ours, theirs in zip(resumed.state_dict().values(), expected.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)  # weights, averages and Adam's moments
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path, data):
+    images, labels = data
+    config = TrainConfig(steps=2, batch_size=4, bf16=False)
+    path = tmp_path / "c.safetensors"
+    train(tiny_model(), images, labels, config, path)
+    with pytest.raises(ValueError, match="batch_size: 4 there, 8 here"):
+        train(tiny_model(), images, labels, TrainConfig(steps=4, batch_size=8, bf16=False), path, resume=True)
+    other = fastsde.ScoreModel(nn.Conv2d(1, 1, 1), fastsde.VPSDE(), "epsilon")
+    with pytest.raises(ValueError, match="another network"):
+        train(other, images, None, config, path, resume=True)
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        train(tiny_model(), images, labels, config, tmp_path / "none.safetensors", resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data):
+    images, labels = data
+    path = tmp_path / "d.safetensors"
+    config = TrainConfig(steps=4, batch_size=4, bf16=False)
+    model = tiny_model()
+    train(model, images, labels, TrainConfig(steps=1, batch_size=4, bf16=False), path)
+    before = path.read_bytes()
+    with torch.no_grad():
+        model.network.first.weight.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="step 0"):
+        train(model, images, labels, config, path)
+    assert path.read_bytes() == before
+
+
+def write_idx(path, array):
+    header = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def test_idx_files_are_read_and_checked(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 6, 7), dtype=np.uint8)
+    labels = np.arange(5, dtype=np.uint8)
+    write_idx(tmp_path / "train-images-idx3-ubyte.gz", images)
+    with pytest.raises(FileNotFoundError, match="train-labels"):
+        load_images(tmp_path)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels)
+    read, read_labels = load_images(tmp_path)
+    assert np.array_equal(read[:, 0].numpy(), images)
+    assert read_labels.tolist() == labels.tolist()
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels[:3])
+    with pytest.raises(ValueError, match="as many labels"):
+        load_images(tmp_path)
+    (tmp_path / "short").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1]))
+    with pytest.raises(ValueError, match="damaged"):
+        read_idx(tmp_path / "short")
+    (tmp_path / "text").write_bytes(b"hello")
+    with pytest.raises(ValueError, match="not an IDX file"):
+        read_idx(tmp_path / "text")
+
+
+def test_unit_range_is_the_inverse_of_eight_bit_rounding():
+    levels = torch.arange(256).byte()
+    assert to_unit_range(levels)[[0, 255]].tolist() == [-1.0, 1.0]
+    assert torch.equal(((to_unit_range(levels) + 1) * 127.5).round().byte(), levels)
