@@ -167,10 +167,12 @@ def main(
     torch.set_num_threads(threads)
     modes = (True, False)
     cases = list(product(PUBLISHED, modes, rtols))
-    calls = [nfe(name, rtol, kept, dimension, samples, seed) for name, kept, rtol in tqdm(cases, desc="NFE")]
+    calls = [
+        nfe(name, rtol, kept, dimension, samples, seed) for name, kept, rtol in tqdm(cases, desc="NFE", disable=None)
+    ]
     print_nfe(calls)
     laws = []
-    for case in tqdm(PUBLISHED.values(), desc="law") if law_samples else ():
+    for case in tqdm(PUBLISHED.values(), desc="law", disable=None) if law_samples else ():
         model = problem(case, dimension)
         for kept, rtol in product(modes, law_rtols):
             label = f"Algorithm 6, rtol {rtol:g}, {'path kept' if kept else 'redrawn'}"
