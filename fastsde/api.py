@@ -145,7 +145,7 @@ def _resolve_shape(
     if n is not None:
         _check_count("n", n, 1)
     numbers = None if index is None else torch.as_tensor(index)
-    if numbers is not None and (numbers.ndim != 1 or numbers.dtype.is_floating_point or numbers.dtype == torch.bool):
+    if numbers is not None and (numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
     if numbers is not None and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
         raise ValueError(f"index must be in [0, 2^32); got {int(numbers.min())} .. {int(numbers.max())}.")

@@ -155,9 +155,5 @@ def run(n, controller, *, solver=None, network=None, sde=CLOCK, **options):
 def same(a, b, rows=slice(None)):
     """Whether two results agree bit for bit (NaN equals NaN) in the given rows."""
     names = ("samples", "nfe", "accepted", "rejected", "status", "index")
-    return all(
-        torch.equal(
-            getattr(a, k)[rows].double().nan_to_num(nan=1e99), getattr(b, k)[rows].double().nan_to_num(nan=1e99)
-        )
-        for k in names
-    )
+    pairs = [(getattr(a, name)[rows].double(), getattr(b, name)[rows].double()) for name in names]
+    return all(torch.equal(x.nan_to_num(nan=1e99), y.nan_to_num(nan=1e99)) for x, y in pairs)

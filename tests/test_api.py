@@ -55,15 +55,23 @@ def mixture(sde):
     return MixtureScore.from_covariances(sde, torch.tensor([0.3, 0.7], dtype=torch.float64), means, covariances)
 
 
-def loose(solver, rtol=0.3, atol=0.1):
+def loose(solver, rtol=0.5, atol=0.2):
     return {"solver": solver, "rtol": rtol, "atol": atol} if solver.adaptive else {"solver": solver}
+
+
+@pytest.fixture
+def unchecked():
+    """Switches off the type checks that only run in tests: `sample` meets wrong types as from users, and is fast."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 # Independence -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("solver", **each(SOLVERS))
-def test_a_sample_depends_on_seed_and_index_alone(solver):
+def test_a_sample_depends_on_seed_and_index_alone(solver, unchecked):
     def draw(**options):
         return fastsde.sample(mixture(VP), dtype=torch.float64, seed=3, **loose(solver), **options)
 
@@ -91,23 +99,25 @@ def test_seeds_differ_in_every_bit_of_64():
     assert len({float(x) for x in first + high}) == 3
 
 
-def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed():
+def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed(unchecked):
     model = GaussianScore(VP, torch.zeros(16), torch.linspace(0.2, 1, 16))
 
-    def distance(solver, rtol_a, rtol_b, seed_b):
-        a, b = (
-            fastsde.sample(model, n=50, batch_size=50, rtol=rtol, atol=0.01, seed=seed, solver=solver).samples
-            for rtol, seed in ((rtol_a, 0), (rtol_b, seed_b))
-        )
+    def draw(solver, rtol, seed=0):
+        # At this atol, rtol decides: it is the smaller bound only for elements below 0.1.
+        return fastsde.sample(model, n=20, rtol=rtol, atol=0.001, seed=seed, solver=solver).samples
+
+    def distance(a, b):
         return float((a - b).square().mean().sqrt())
 
-    near = distance(ExtrapolatedEM(), 0.02, 0.01, 0)
-    between_seeds = distance(ExtrapolatedEM(), 0.02, 0.02, 1)
-    fresh = distance(ExtrapolatedEM(keep_path=False), 0.02, 0.01, 0)
-    # Strong order 1: halving the tolerance moves the sample by the order of its strong error, a few percent, whereas
-    # independent noise moves it by sqrt(2) standard deviations less the little that both runs owe to the start state.
+    first = draw(ExtrapolatedEM(), 0.02)
+    near = distance(first, draw(ExtrapolatedEM(), 0.01))
+    between_seeds = distance(first, draw(ExtrapolatedEM(), 0.02, seed=1))
+    fresh = ExtrapolatedEM(keep_path=False)
+    redrawn = distance(draw(fresh, 0.02), draw(fresh, 0.01))
+    # On one path the samples differ by the strong error of the solver, a few percent of a standard deviation at these
+    # tolerances; without it they are as far apart as samples of two seeds, but for the start state that they share.
     assert near < 0.1 * between_seeds, (near, between_seeds)
-    assert fresh > 0.5 * between_seeds, (fresh, between_seeds)
+    assert redrawn > 0.7 * between_seeds, (redrawn, between_seeds)
 
 
 # The law ------------------------------------------------------------------------------------------------------------
@@ -115,20 +125,20 @@ def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed():
 
 @pytest.mark.parametrize("sde", **each(SDES))
 @pytest.mark.parametrize("solver", **each({"extrapolated": ExtrapolatedEM(), "euler": EulerMaruyama()}))
-def test_samples_have_the_law_of_the_data(solver, sde):
+def test_samples_have_the_law_of_the_data(solver, sde, unchecked):
     n, model = 2000, mixture(sde)
     mean, covariance = model.moments()
     how = loose(solver, 0.05, 0.02) if solver.adaptive else {"solver": solver, "controller": Grid.log_snr(sde, 200)}
-    result = fastsde.sample(model, n=n, batch_size=n, **how)
-    assert result.success.all()
+    result = fastsde.sample(model, n=n, batch_size=n, max_nfe=1000, **how)
+    assert result.success.all(), result
     # Standard errors of a mean and of a second moment over n draws, the latter from exact draws of the data.
     exact = model.draw(50_000, torch.Generator().manual_seed(0)) - mean
     products = torch.einsum("ni,nj->nij", exact, exact)
     centred = result.samples.double() - mean
     z_mean = centred.mean(0) / (covariance.diagonal() / n).sqrt()
     z_covariance = ((centred.T @ centred) / n - covariance) / (products.std(0) / math.sqrt(n))
-    # Seven numbers in twelve runs: 4 standard errors have a chance of 0.5 % in all, and leave room for the bias of the
-    # discretization, which is below 1 standard error in each (measured with 10 times as many samples).
+    # Five numbers in twelve runs: 4 standard errors are passed by chance in 0.4 % of seeds, and leave room for the bias
+    # of the discretization, below 1 standard error (measured for four of the processes with 10,000 samples).
     assert z_mean.abs().max() < 4, z_mean
     assert z_covariance.abs().max() < 4, z_covariance
 
@@ -180,7 +190,7 @@ class RefuseLarge(Controller):
 
 
 @pytest.mark.parametrize("keep_path", [True, False])
-def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path):
+def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path, unchecked):
     n, d, sde = 2500, 32, EDM(t_min=1.0, t_max=9.0)
     result = fastsde.sample(
         lambda x, t: torch.zeros_like(x),
@@ -202,7 +212,7 @@ def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_states_have_roughly_the_right_law(dtype):
+def test_half_precision_states_have_roughly_the_right_law(dtype, unchecked):
     mean, std = torch.tensor([0.5, -0.5]), torch.tensor([0.5, 0.25])
     result = fastsde.sample(GaussianScore(VP, mean, std), n=1000, batch_size=1000, rtol=0.1, atol=0.05, dtype=dtype)
     assert result.samples.dtype == dtype
@@ -217,15 +227,8 @@ def test_half_precision_states_have_roughly_the_right_law(dtype):
 # Refusals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def unchecked():
-    """Switches the type checks off that only run in tests, so that `sample` meets wrong types as users give them."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 def model(**options):
+    """A model of two numbers under VP whose network must not be called."""
     return ScoreModel(never, VP, **{"event_shape": (2,)} | options)
 
 
@@ -317,7 +320,7 @@ REFUSED = {
     "index matrix": (model(), {"index": torch.tensor([[1]])}, r"index must be .*; got \(1, 1\) of torch.int64"),
 }
 REFUSED |= {
-    f"{name}={value}": (model(), {"n": 3, name: value}, f"{name} must be finite and .*; got {value}")
+    f"{name}={value}": (model(), {"n": 3, name: value}, f"{name} must be .*finite.*; got {value}")
     for name, values in {"rtol": (0.0, -0.1, math.nan, math.inf), "atol": (-0.1, math.nan, math.inf)}.items()
     for value in values
 }

@@ -75,8 +75,9 @@ def test_seed_outside_64_bits_is_refused(make, seed):
 # A Brownian path is made of normals; dividing its value at the end by its deviation gives the root normal.
 SOURCES = {
     "prior": lambda n, event: fresh(event_shape=event).prior(rows(n)),
-    "fresh": lambda n, event: fresh(event_shape=event).increment(rows(n), rows(n), at(1.0, n), at(0.5, n), {})[0]
-    / math.sqrt(SPAN / 2),
+    "fresh": lambda n, event: (
+        fresh(event_shape=event).increment(rows(n), rows(n), at(1.0, n), at(0.5, n), {})[0] / math.sqrt(SPAN / 2)
+    ),
     "path": lambda n, event: path(event_shape=event)(rows(n), at(1.0, n)) / math.sqrt(SPAN),
 }
 

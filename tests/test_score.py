@@ -171,7 +171,9 @@ def test_calls_are_counted_per_active_row():
 
 def test_bound_conditioning_reaches_the_network():
     network, label = Recorder(), torch.tensor([4, 5])
-    BoundModel(ScoreModel(network, VPSDE()), {"label": label}, torch.ones(2).bool())(torch.zeros(2, 1), vector(0.1, 0.2))
+    BoundModel(ScoreModel(network, VPSDE()), {"label": label}, torch.ones(2).bool())(
+        torch.zeros(2, 1), vector(0.1, 0.2)
+    )
     assert torch.equal(network.cond["label"], label)
 
 
@@ -207,7 +209,7 @@ def gradient(log_density, x):
 
 
 def assert_scores_close(actual, expected, x, sigma):
-    """Exact scores divide a difference of numbers of the size of x by sigma^2, so they keep the digits of x / sigma^2."""
+    """Exact scores divide a difference of numbers of the size of x by sigma^2: they keep the digits of x / sigma^2."""
     loss = 1e-14 * float((1 + x.abs().max()) / sigma**2)
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=loss)
 

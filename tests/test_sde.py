@@ -191,7 +191,7 @@ def test_simulated_forward_process_has_the_marginal_moments(name):
 @each_sde
 @given(share=SHARE, std=st.floats(0, 2), data_mean=st.floats(-3, 3))
 def test_backward_drifts_keep_the_marginals(sde, share, std, data_mean):
-    """Fokker-Planck for Gaussian data: each drift is affine in x, b = A x + c, and must move mean and variance right."""
+    """Fokker-Planck for Gaussian data: each drift is affine, b = A x + c, and must move mean and variance right."""
     t = off_the_levels(sde, share)
     mean, variance = sde.alpha(t) * data_mean, exact_variance(sde, std, t)
     d_mean = derivative(lambda u: sde.alpha(u) * data_mean, t)

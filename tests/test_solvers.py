@@ -82,7 +82,9 @@ def test_extrapolated_step_is_algorithm_6(solver):
     model, args = bind(curved_model(sde), 4), [torch.from_numpy(a) for a in (x, t, t - h, dw)]
     step = solver.step(model, sde, *args, carry)
     control = fastsde.Adaptive(rtol=0.05, atol=0.0078)
-    decision = control.update(args[1], args[2], 1e-3, step.error, step.scale, control.init(args[1], 1e-3))
+    decision = control.update(
+        args[1], args[2], 1e-3, step.error, step.scale, control.init(torch.ones_like(args[1]), 1e-3)
+    )
     for row in range(4):
         low, high, delta, error = algorithm_6(
             x[row],
@@ -101,7 +103,10 @@ def test_extrapolated_step_is_algorithm_6(solver):
         np.testing.assert_allclose(step.error[row], low - high, **close)
         np.testing.assert_allclose(np.maximum(0.0078, 0.05 * step.scale[row].numpy()), delta, **close)
         assert bool(decision.accept[row]) == (error <= 1)
-        np.testing.assert_allclose(decision.carry["h"][row], 0.9 * h[row] * error**-0.9, rtol=1e-10)
+        # Our one change: h is at most the range, and rounded to six bits (1.6 %) or to a unit of 2^-16.
+        np.testing.assert_allclose(
+            decision.carry["h"][row], min(0.9 * h[row] * error**-0.9, 0.999), rtol=0.016, atol=2.0**-17
+        )
         if solver.reference == "previous":
             np.testing.assert_allclose(step.carry["previous"][row], low, **close)
     assert model.nfe.tolist() == [2] * 4
@@ -232,31 +237,34 @@ def moments_after(solver, sde, data_mean, std, times):
 def test_weak_order_on_gaussian_data(sde, solver, orders):
     std, data_mean, end = 0.5, 1.5, vector(sde.t_min)
     exact = (float(sde.alpha(end)) * data_mean, float(exact_variance(sde, std, end)))
-    steps = (32, 64, 128, 256)
+    steps = (64, 128, 256)
     runs = [moments_after(solver, sde, data_mean, std, Grid.uniform(sde, n).times) for n in steps]
     for moment, order in enumerate(orders):
         errors = [abs(run[moment] - exact[moment]) for run in runs]
-        print("weak", type(sde).__name__, solver, "mean var".split()[moment], fitted_order(steps, errors), errors)
+        if moment == 0 and max(errors) < 1e-13:
+            continue  # Where the mean moves on a straight line, or not at all, every method is exact.
+        # No Monte Carlo error: what is left is the next term of the series, about a tenth of an order on these grids.
+        assert fitted_order(steps, errors) == pytest.approx(order, abs=0.12)
 
 
 # ---- strong order ---------------------------------------------------------------------------------------------------
 
-SAMPLES, FINE = 64, 2**12
+SAMPLES, FINE = 64, 2**9
 
 
 def two_wells(sde):
-    """A mixture in two dimensions, so that the drift is not linear."""
-    means = torch.tensor([[1.0, 0.5], [-1.0, -0.2]], dtype=torch.float64)
-    basis = torch.eye(2, dtype=torch.float64).expand(2, 2, 2)
-    return MixtureScore(sde, vector(0.4, 0.6), means, basis, torch.full((2, 2), 0.3, dtype=torch.float64))
+    """A mixture in four dimensions, so that the drift is not linear."""
+    means = torch.tensor([[0.6, 0.4, 0.0, -0.4], [-0.6, -0.2, 0.3, 0.4]], dtype=torch.float64)
+    basis = torch.zeros(2, 4, 0, dtype=torch.float64)
+    return MixtureScore(sde, vector(0.4, 0.6), means, basis, basis[:, 0], floor=0.5)
 
 
 def fine_solution(sde, seed):
     """Euler-Maruyama by hand on a very fine grid along the Brownian paths of the first samples."""
     model, index = two_wells(sde), torch.arange(SAMPLES)
-    path = BrownianPath(seed, (2,), torch.float64, t_min=sde.t_min, t_max=sde.t_max)
+    path = BrownianPath(seed, (4,), torch.float64, t_min=sde.t_min, t_max=sde.t_max)
     times = torch.linspace(sde.t_max, sde.t_min, FINE + 1, dtype=torch.float64)
-    w = torch.stack([path(index, t.expand(SAMPLES)) for t in times])
+    w = path(index.repeat(FINE + 1), times.repeat_interleave(SAMPLES)).reshape(FINE + 1, SAMPLES, 4)
     x, h = path.prior(index) * sde.prior_std, (sde.t_max - sde.t_min) / FINE
     rows = times[:, None].expand(-1, SAMPLES)
     for t, f, g2, dw in zip(rows, sde.f(times), sde.g2(times), w[:-1] - w[1:], strict=False):
@@ -266,10 +274,14 @@ def fine_solution(sde, seed):
 
 @pytest.mark.parametrize("name", ["VPSDE", "VESDE"])
 def test_strong_order_on_shared_paths(name):
-    sde, steps = MILD[name], (8, 16, 32, 64)
+    """Both methods have strong order 1, as the noise is additive; x'' has the smaller constant.
+
+    x'' stops at 1 because a step sees its increment but not how the path ran inside the step.
+    """
+    sde, steps = MILD[name], (8, 16, 32)
     exact = fine_solution(sde, seed=3)
     errors = {}
-    for solver in (EulerMaruyama(keep_path=True), ExtrapolatedEM(), ExtrapolatedEM(lamba=True)):
+    for solver in (EulerMaruyama(keep_path=True), ExtrapolatedEM()):
         runs = [
             fastsde.sample(
                 two_wells(sde),
@@ -278,9 +290,15 @@ def test_strong_order_on_shared_paths(name):
                 controller=Grid.uniform(sde, n),
                 seed=3,
                 denoise=False,
+                batch_size=SAMPLES,
                 dtype=torch.float64,
             )
             for n in steps
         ]
         errors[solver] = [(run.samples - exact).square().mean().sqrt() for run in runs]
-        print("strong", name, solver, fitted_order(steps, errors[solver]), errors[solver])
+        # Measured 0.95 to 1.06. 256 numbers know an error to about 5 %, and a slope over two doublings to about 0.05;
+        # the reference is 16 times finer than the finest run. An order of 1/2 or 3/2 is far outside.
+        assert fitted_order(steps, errors[solver]) == pytest.approx(1, abs=0.2)
+    euler, extrapolated = errors.values()
+    # Measured 0.3 (VP) and 0.2 (VE).
+    assert all(b < 0.5 * a for a, b in zip(euler, extrapolated, strict=True))

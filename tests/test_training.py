@@ -12,8 +12,8 @@ from torch import nn
 import fastsde
 from fastsde.training.data import load_images, read_idx, to_unit_range
 from fastsde.training.ema import ema_model
-from fastsde.training.losses import dsm_loss, stratified_times
 from fastsde.training.loop import TrainConfig, train
+from fastsde.training.losses import dsm_loss, stratified_times
 
 
 class Tiny(nn.Module):
@@ -50,9 +50,7 @@ def test_loss_is_the_weighted_score_error(sde):
     error = (torch.sin(x_t) - target).square().flatten(1).mean(1)
     # Both sides are the same formula in float64; 1e-10 leaves room for sigma / sigma.
     torch.testing.assert_close(dsm_loss(model, x_0, t, noise), sde.sigma(t) ** 2 * error, rtol=1e-10, atol=0)
-    torch.testing.assert_close(
-        dsm_loss(model, x_0, t, noise, weight=sde.g2), sde.g2(t) * error, rtol=1e-10, atol=0
-    )
+    torch.testing.assert_close(dsm_loss(model, x_0, t, noise, weight=sde.g2), sde.g2(t) * error, rtol=1e-10, atol=0)
 
 
 def test_the_minimiser_of_the_loss_is_the_score():

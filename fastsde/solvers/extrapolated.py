@@ -26,9 +26,10 @@ class ExtrapolatedEM(Solver):
         error = x' - x'',    scale = max(|x'|, |x'_prev|),    x_s = x''
 
     with h = t - s and b the reverse drift f x - g^2 score. Strong order 1 with a smaller constant than Euler-Maruyama,
-    2 where the noise vanishes. Source: Jolicoeur-Martineau et al., "Gotta Go Fast When Generating Data with Score-Based
-    Models", https://arxiv.org/abs/2105.14080, algorithm 1 (thesis: algorithm 6); Roberts,
-    https://arxiv.org/abs/1210.0933, for x''. Its step sizes come from `fastsde.Adaptive`.
+    weak order 2 (1 with `lamba` or without `extrapolate`), and 2 where the noise vanishes. Source: Jolicoeur-Martineau
+    et al., "Gotta Go Fast When Generating Data with Score-Based Models", https://arxiv.org/abs/2105.14080, algorithm 1
+    (thesis: algorithm 6); Roberts, https://arxiv.org/abs/1210.0933, for x''. Its step sizes come from
+    `fastsde.Adaptive`.
 
     Args:
         extrapolate: return x'' (published), or x' with x'' as error estimate only.
@@ -43,7 +44,7 @@ class ExtrapolatedEM(Solver):
         ValueError: for an unknown `reference`.
     """
 
-    order = "strong 1, weak 1"
+    order = "strong 1, weak 2"
     calls_per_step = 2
     adaptive = True
     use = "no schedule to tune: a step size per sample from rtol"

@@ -1,0 +1,214 @@
+"""The step size rule of Algorithm 6, its clamps and failures; and grids that are even in the clock they name."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from oracles import SDES, vector
+
+from fastsde import EDM, VPSDE, Adaptive, Grid, Status
+from fastsde.noise import RESOLUTION
+
+T_END = 1e-3
+UNIT = (1 - T_END) * RESOLUTION
+"""The smallest step on [T_END, 1]."""
+each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
+
+
+def assert_rounded(h, wanted, unit):
+    """h is `wanted` to six significant bits of a whole number of units, at most the range of 2^16 units."""
+    wanted = min(wanted, unit * 2.0**16)
+    # Half of the last of six bits is 1/64 of the number; below 32 units the last whole unit is more.
+    assert abs(h - wanted) <= max(wanted / 64, unit / 2) * (1 + 1e-9)
+    count = h / unit
+    assert abs(count - round(count)) < 1e-9 * max(count, 1)
+    odd = round(count)
+    while odd and odd % 2 == 0:
+        odd //= 2
+    assert odd < 2**6
+
+
+def judge(control, error, scale, t=0.5, h=0.1):
+    """The decision on a step of size h from t, for rows of errors and scales given as nested lists."""
+    error, scale = torch.tensor(error, dtype=torch.float64), torch.tensor(scale, dtype=torch.float64)
+    start = torch.full((len(error),), t, dtype=torch.float64)
+    return control.update(start, start - h, T_END, error, scale, control.init(torch.ones_like(start), T_END))
+
+
+@given(
+    rows=st.integers(1, 4),
+    size=st.integers(1, 7),
+    seed=st.integers(0, 1000),
+    rtol=st.floats(1e-3, 1),
+    atol=st.floats(1e-3, 1),
+    r=st.floats(0.5, 1),
+    safety=st.floats(0.1, 1),
+    norm=st.sampled_from([2.0, math.inf]),
+)
+def test_error_acceptance_and_next_step(rows, size, seed, rtol, atol, r, safety, norm):
+    error, scale = np.random.default_rng(seed).lognormal(-2, 2, size=(2, rows, size))
+    decision = judge(Adaptive(rtol, atol, r, safety, norm=norm), error.tolist(), scale.tolist())
+    for row in range(rows):
+        ratio = error[row] / np.maximum(atol, rtol * scale[row])
+        # ||.||_q / d^(1/q): the root mean square for q = 2, the largest element for q = infinity
+        e = np.sqrt(np.sum(ratio**2) / size) if norm == 2 else ratio.max()
+        assert bool(decision.accept[row]) == (e <= 1)
+        assert_rounded(float(decision.carry["h"][row]), safety * 0.1 * e**-r, UNIT)
+
+
+@pytest.mark.parametrize("norm", [2.0, math.inf])
+def test_acceptance_includes_an_error_of_exactly_one(norm):
+    # Powers of two, so that the error is exactly 1, and the next larger number is not.
+    control = Adaptive(0.25, 0.5, norm=norm)
+    assert judge(control, [[0.5, -0.5]], [[1.0, 2.0]]).accept.tolist() == [True]
+    above = math.nextafter(0.5, 1)
+    assert judge(control, [[above, -above]], [[1.0, 2.0]]).accept.tolist() == [False]
+
+
+def test_norms_divide_by_the_elements_of_one_row():
+    control, error, scale = Adaptive(0.1, 0.01), [0.01, 0.03, 0.002], [1.0, 0.2, 0.001]
+    alone = judge(control, [error], [scale]).carry["h"]
+    # More elements of the same kind, or other rows, change nothing but the order of a mean (roundings).
+    wide = judge(control, [error * 50], [scale * 50]).carry["h"]
+    beside = judge(control, [[9.0] * 3, error], [[1.0] * 3, scale]).carry["h"][1:]
+    torch.testing.assert_close(wide, alone, rtol=1e-13, atol=0)
+    assert torch.equal(beside, alone)
+    images = judge(control, [[[[e, e], [e, e]] for e in error]], [[[[s, s], [s, s]] for s in scale]]).carry["h"]
+    torch.testing.assert_close(images, alone, rtol=1e-13, atol=0)
+
+
+@given(
+    t=st.floats(2 * T_END, 1),
+    h=st.floats(1e-6, 10),
+)
+def test_targets_lie_below_now_and_meet_the_end_exactly(t, h):
+    control = Adaptive(0.1, 0.01)
+    h_min = control.init(vector(1.0), T_END)["h_min"]
+    s = float(control.target(vector(t), T_END, {"h": vector(h), "h_min": h_min}))
+    remainder = t - h - T_END
+    # Either the full step, leaving at least h_min, or all that is left.
+    assert s == (T_END if remainder < float(h_min) else t - h)
+    assert T_END <= s < t
+
+
+def test_remainder_below_the_smallest_step_is_taken_along():
+    carry = {"h": vector(0.01, 0.01, math.inf), "h_min": vector(1e-3, 1e-3, 1e-3)}
+    # What would be left after the step: 0.9e-3, 1.1e-3; an infinite step.
+    t = vector(T_END + 0.0109, T_END + 0.0111, 0.7)
+    s = Adaptive(0.1, 0.01).target(t, T_END, carry)
+    assert s.tolist() == [T_END, float(t[1]) - 0.01, T_END]
+
+
+@pytest.mark.parametrize("h_init", [1e-12, 1e-4, 0.01, 0.3, 5.0])
+def test_first_step(h_init):
+    control = Adaptive(0.1, 0.01, h_init=h_init)
+    carry = control.init(vector(1.0), T_END)
+    assert carry["h_min"].tolist() == [UNIT]
+    # Not below the resolution, where a step would be 0, and not beyond the range.
+    assert_rounded(float(carry["h"]), max(h_init, UNIT), UNIT)
+    s = float(control.target(vector(1.0), T_END, carry))
+    assert T_END <= s < 1
+    if h_init > 1:
+        assert s == T_END
+
+
+def test_failures_are_told_per_row():
+    # Accepted; rejected; asks for 0.9 * 0.1 * 1e5^-0.9 = 3e-6, a fifth of a unit; NaN; infinite. The tolerance is 0.1.
+    decision = judge(Adaptive(0.1, 0.01), [[0.05], [0.2], [1e4], [math.nan], [math.inf]], [[1.0]] * 5)
+    assert decision.accept.tolist() == [True, False, False, False, False]
+    expected = [Status.PENDING, Status.PENDING, Status.MIN_STEP, Status.NON_FINITE, Status.NON_FINITE]
+    assert decision.failure.tolist() == [int(status) for status in expected]
+
+
+def test_error_zero_takes_the_whole_range_and_nan_scale_fails():
+    free = judge(Adaptive(0.1, 0.01), [[0.0]], [[1.0]])
+    assert free.accept.tolist() == [True]
+    assert float(free.carry["h"]) == pytest.approx(1 - T_END, rel=1e-15)
+    decision = judge(Adaptive(0.1, 0.01), [[0.1]], [[math.nan]])
+    assert not decision.accept
+    assert decision.failure.tolist() == [int(Status.NON_FINITE)]
+
+
+def test_last_step_may_be_followed_by_too_small_a_step():
+    control = Adaptive(0.1, 0.01, safety=0.2)
+    # A step of two units with E = 1 asks for 0.4 units next. At the end it is accepted and nobody needs the next one;
+    # elsewhere the row has failed, although the step is accepted.
+    at_end = judge(control, [[0.1]], [[1.0]], t=T_END + 2 * UNIT, h=2 * UNIT + 1e-18)
+    elsewhere = judge(control, [[0.1]], [[1.0]], t=0.5, h=2 * UNIT)
+    assert at_end.accept.tolist() == elsewhere.accept.tolist() == [True]
+    assert at_end.failure.tolist() == [int(Status.PENDING)]
+    assert elsewhere.failure.tolist() == [int(Status.MIN_STEP)]
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Adaptive(0.0, 0.1), "rtol must be positive, finite and at most inf; got 0.0"),
+        (lambda: Adaptive(math.nan, 0.1), "rtol must be positive, finite.*got nan"),
+        (lambda: Adaptive(math.inf, 0.1), "rtol must be positive, finite.*got inf"),
+        (lambda: Adaptive(0.1, 0.0), "atol must be positive, finite and at most inf; got 0.0"),
+        (lambda: Adaptive(0.1, math.nan), "atol must be positive, finite.*got nan"),
+        (lambda: Adaptive(0.1, 0.1, r=0.0), "r must be positive, finite and at most 2; got 0.0"),
+        (lambda: Adaptive(0.1, 0.1, r=2.5), "r must be positive, finite and at most 2; got 2.5"),
+        (lambda: Adaptive(0.1, 0.1, safety=1.1), "safety must be positive, finite and at most 1; got 1.1"),
+        (lambda: Adaptive(0.1, 0.1, h_init=-1.0), "h_init must be positive, finite.*got -1.0"),
+        (lambda: Adaptive(0.1, 0.1, norm=1.0), "norm must be 2 or math.inf; got 1.0"),
+        (lambda: Adaptive(0.1, 0.1).update(vector(1.0), vector(0.9), 0.1, None, None, {}), "no error estimate"),
+        (lambda: Grid([1.0]), r"at least 2 numbers; got shape \(1,\)"),
+        (lambda: Grid([1.0, 1.0]), "strictly decreasing"),
+        (lambda: Grid([0.1, 1.0]), "strictly decreasing"),
+        (lambda: Grid([1.0, math.nan]), "finite"),
+        (lambda: Grid.uniform(VPSDE(), 0), "steps must be at least 1; got 0"),
+        (lambda: Grid([1.0, 0.5]).check(0.1, 1.0), "from t_max=1.0 to t_min=0.1; it goes from 1.0 to 0.5"),
+        (lambda: Grid([0.9, 0.1]).check(0.1, 1.0), "it goes from 0.9 to 0.1"),
+    ],
+)
+def test_refusals_name_what_came_and_what_is_allowed(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+# Each grid is even in this function of time.
+CLOCKS = {
+    "uniform": lambda sde, t: t,
+    "geometric": lambda sde, t: t.log(),
+    "log_snr": lambda sde, t: sde.log_snr(t),
+    "karras": lambda sde, t: (sde.sigma(t) / sde.alpha(t)) ** (1 / 7),
+}
+
+
+@each_sde
+@pytest.mark.parametrize("name", CLOCKS)
+@pytest.mark.parametrize("steps", [1, 2, 17])
+def test_grids_are_even_in_their_clock_and_end_exactly(sde, name, steps):
+    grid = getattr(Grid, name)(sde, steps)
+    grid.check(sde.t_min, sde.t_max)
+    assert (float(grid.times[0]), float(grid.times[-1]), grid.steps) == (sde.t_max, sde.t_min, steps)
+    clock = CLOCKS[name](sde, grid.times)
+    # t_of_log_snr gives times to ten digits (test_sde.py), and the clocks span at most 20.
+    even = torch.linspace(float(clock[0]), float(clock[-1]), steps + 1, dtype=torch.float64)
+    torch.testing.assert_close(clock, even, rtol=1e-9, atol=1e-9)
+
+
+def test_karras_grid_is_that_of_the_paper():
+    i, rho = torch.arange(19, dtype=torch.float64), 7
+    # Karras et al. 2022, eq. 5, with 18 steps from 80 to 0.002
+    paper = (80 ** (1 / rho) + i / 18 * (0.002 ** (1 / rho) - 80 ** (1 / rho))) ** rho
+    # A seventh power of float64 roundings, magnified where the two terms cancel (0.002 is 3 % of its parts).
+    torch.testing.assert_close(Grid.karras(EDM(), 18).times, paper, rtol=1e-11, atol=0)
+
+
+def test_rows_of_a_grid_walk_it_each_at_its_own_place():
+    grid = Grid([1.0, 0.7, 0.4, 0.1])
+    t = vector(1.0, 0.4)
+    carry = {"k": torch.tensor([0, 2])}
+    s = grid.target(t, 0.1, carry)
+    assert s.tolist() == [0.7, 0.1]
+    decision = grid.update(t, s, 0.1, None, None, carry)
+    assert decision.accept.all()
+    assert decision.carry["k"].tolist() == [1, 3]
+    assert decision.failure.tolist() == [int(Status.PENDING)] * 2
+    assert grid.init(t, 0.1)["k"].tolist() == [0, 0]
