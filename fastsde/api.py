@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +81,13 @@ def sample(
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished; the finished ones are in `.result`.
     """
+    for name, value, fits, kind in (
+        ("x_init", x_init, isinstance(x_init, Tensor), "a tensor"),
+        ("cond", cond, isinstance(cond, Mapping), "a dict of tensors"),
+        ("callback", callback, callable(callback), "callable"),
+    ):
+        if value is not None and not fits:
+            raise TypeError(f"{name} must be {kind}; got {type(value).__name__}.")
     model = _as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     count, event, numbers = _resolve_shape(model, n, shape, x_init, index)
@@ -89,6 +96,7 @@ def sample(
     solver = ExtrapolatedEM() if solver is None else solver
     controller = _resolve_controller(model, process, solver, controller, rtol, atol)
     controller.check(process.t_min, process.t_max)
+    _check_count("seed", seed, 0)
     _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + denoise))
     batch = min(count, 64) if batch_size is None else _check_count("batch_size", batch_size, 1)
     noise = (
@@ -157,6 +165,8 @@ def _resolve_shape(
             hint = "shape=(n, *event)" if model.event_shape is None else "n= or shape=(n, *event)"
             raise ValueError(f"how many samples of which shape? Give {hint}, for example shape=(64, 3, 32, 32).")
         shape = (count, *model.event_shape)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be (n, *event), for example (64, 3, 32, 32); got {shape!r}.")
     shape = tuple(shape)
     if not shape or any(not isinstance(k, int) or isinstance(k, bool) for k in shape) or min(shape) < 1:
         raise ValueError(f"shape must be (n, *event) with positive integers; got {shape}.")
@@ -185,7 +195,10 @@ def _resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dt
 def _resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
     parameter = model.parameter
     if device is not None:
-        return torch.device(device)
+        try:
+            return torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device must be one torch knows, such as 'cpu' or 'cuda'; got {device!r}.") from error
     if x_init is not None:
         return x_init.device
     return torch.device("cpu") if parameter is None else parameter.device

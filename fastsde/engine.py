@@ -7,6 +7,7 @@ the slowest row, and no row reads another.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -39,7 +40,7 @@ class EngineState:
     Attributes:
         turn: turns so far.
         finished: samples that have ended.
-        index: sample number in each slot, with shape (B,).
+        index: sample number in each slot, with shape (B,); a slot whose sample has left keeps its last number.
         x: current states, with shape (B, *event).
         t: current times, with shape (B,).
         nfe: calls so far of the sample in each slot, with shape (B,).
@@ -106,21 +107,22 @@ class Engine:
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
         start, turn = time.perf_counter(), 0
-        bar = tqdm(total=self.n, desc="sample", unit="sample", disable=not self.job.progress)
+        bar = tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=not self.job.progress)
         try:
             self.rows = self._fresh_rows(self.job.batch_size)
             self.live = len(self.rows["row"]["slot"])
-            while self.live:
-                done = self._read_flags(self._turn())
-                turn += 1
-                if done:
-                    self._retire(done)
+            with contextlib.suppress(KeyboardInterrupt):
+                while self.live:
+                    done = self._read_flags(self._turn())
+                    turn += 1
+                    if done:
+                        self._retire(done)
+                    # Every turn, so that the bar is alive before the first sample ends.
+                    mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
+                    bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
                     bar.update(self.finished - bar.n)
-                    bar.set_postfix(mean_nfe=f"{self.nfe_finished / self.finished:.1f}")
-                if self.job.callback is not None:
-                    self.job.callback(self._state(turn))
-            self._flush()
-        except KeyboardInterrupt:
+                    if self.job.callback is not None:
+                        self.job.callback(self._state(turn))
             self._flush()
         except Exception as error:
             if not self.finished:
@@ -208,7 +210,8 @@ class Engine:
         ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
         self.pool.append(ended)
         self.finished += len(done)
-        self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * self.job.denoise * len(done)
+        to_denoise = int((ended["row"]["status"] != Status.NON_FINITE).sum()) * self.job.denoise
+        self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * to_denoise
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
 

@@ -18,17 +18,17 @@ UNIT = (1 - T_END) * RESOLUTION
 each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 
 
-def assert_rounded(h, wanted, unit):
-    """h is `wanted` to six significant bits of a whole number of units, at most the range of 2^16 units."""
-    wanted = min(wanted, unit * 2.0**16)
-    # Half of the last of six bits is 1/64 of the number; below 32 units the last whole unit is more.
-    assert abs(h - wanted) <= max(wanted / 64, unit / 2) * (1 + 1e-9)
-    count = h / unit
+def assert_cut(h, wanted, unit):
+    """h is `wanted` cut to six significant bits of a whole number of units, at most the range of 2^16 units."""
+    count, exact = h / unit, min(wanted / unit, 2.0**16)
+    # The last of six bits is 1/32 of the number at most; below 64 units the last whole unit is more. 1e-9: roundings.
+    assert exact - max(exact / 32, 1) < count + 1e-9 * exact
+    assert count <= exact * (1 + 1e-9)
     assert abs(count - round(count)) < 1e-9 * max(count, 1)
     odd = round(count)
     while odd and odd % 2 == 0:
         odd //= 2
-    assert odd < 2**6
+    assert odd < 64
 
 
 def judge(control, error, scale, t=0.5, h=0.1):
@@ -56,7 +56,7 @@ def test_error_acceptance_and_next_step(rows, size, seed, rtol, atol, r, safety,
         # ||.||_q / d^(1/q): the root mean square for q = 2, the largest element for q = infinity
         e = np.sqrt(np.sum(ratio**2) / size) if norm == 2 else ratio.max()
         assert bool(decision.accept[row]) == (e <= 1)
-        assert_rounded(float(decision.carry["h"][row]), safety * 0.1 * e**-r, UNIT)
+        assert_cut(float(decision.carry["h"][row]), 0.1 * min(safety * e**-r, 10), UNIT)
 
 
 @pytest.mark.parametrize("norm", [2.0, math.inf])
@@ -108,7 +108,7 @@ def test_first_step(h_init):
     carry = control.init(vector(1.0), T_END)
     assert carry["h_min"].tolist() == [UNIT]
     # Not below the resolution, where a step would be 0, and not beyond the range.
-    assert_rounded(float(carry["h"]), max(h_init, UNIT), UNIT)
+    assert_cut(float(carry["h"]), max(h_init, UNIT), UNIT)
     s = float(control.target(vector(1.0), T_END, carry))
     assert T_END <= s < 1
     if h_init > 1:
@@ -212,3 +212,28 @@ def test_rows_of_a_grid_walk_it_each_at_its_own_place():
     assert decision.carry["k"].tolist() == [1, 3]
     assert decision.failure.tolist() == [int(Status.PENDING)] * 2
     assert grid.init(t, 0.1)["k"].tolist() == [0, 0]
+
+
+def test_a_step_of_few_units_shrinks_when_asked_to():
+    # Rounded to the nearest, 0.9 of 4 units would be 4 units again, and a rejected step on a kept path would repeat
+    # for ever.
+    controller = Adaptive(rtol=0.1, atol=1.0)
+    span = 1.0
+    unit = span * 2.0**-16
+    t = torch.full((6,), span, dtype=torch.float64)
+    carry = controller.init(t, 0.0)
+    h = torch.tensor([2, 3, 4, 5, 31, 33], dtype=torch.float64) * unit
+    error = torch.full((6, 1), 1.001, dtype=torch.float64)  # just rejected
+    decision = controller.update(t, t - h, 0.0, error, torch.ones(6, 1, dtype=torch.float64), carry)
+    assert not decision.accept.any()
+    assert (decision.carry["h"] < h).all()
+
+
+def test_growth_is_capped():
+    controller = Adaptive(rtol=0.1, atol=1.0, growth=5.0)
+    t = torch.ones(1, dtype=torch.float64)
+    carry = controller.init(t, 0.0)
+    decision = controller.update(t, t - 2.0**-10, 0.0, torch.full((1, 1), 1e-9), torch.ones(1, 1), carry)
+    assert decision.carry["h"].item() == 5 * 2.0**-10
+    with pytest.raises(ValueError, match="growth"):
+        Adaptive(rtol=0.1, atol=1.0, growth=1.0)

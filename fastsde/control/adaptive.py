@@ -23,10 +23,11 @@ class Adaptive(Controller):
     The rule and its constants are those of thesis sec. 10.4.1 and Algorithm 6. (The prose of sec. 10.4.2 names q =
     infinity as default; the algorithm, the released code and Table D.2 use q = 2, and so does this class.)
 
-    One thing is added: h is rounded to six significant bits, in units of the Brownian path's resolution. A Brownian
+    Two things are added. h is cut to six significant bits, in units of the Brownian path's resolution: a Brownian
     path is so rough that a change of 1e-7 in a time changes its value by 3e-4, the next time by more, and after a few
     steps everything; with rounded steps the last digits of the network do not reach the times, and a sample is the
-    same at any batch size. The rounding moves h by at most 1.6 %, unless h is below 2^-11 of the range.
+    same at any batch size. That costs at most 3 % of a step, 1 % on average. And h grows at most tenfold from one step
+    to the next: in few dimensions an error can be tiny by accident, and the step after it would leave the data.
 
     Args:
         rtol: relative tolerance, positive.
@@ -35,6 +36,7 @@ class Adaptive(Controller):
         safety: theta in (0, 1].
         h_init: first step, in units of time, positive; cut to the time range.
         norm: 2 or `math.inf`.
+        growth: largest ratio of a step to the one before, above 1.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -48,6 +50,7 @@ class Adaptive(Controller):
     safety: float = 0.9
     h_init: float = 0.01
     norm: float = 2.0
+    growth: float = 10.0
 
     def __post_init__(self) -> None:
         limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
@@ -56,11 +59,13 @@ class Adaptive(Controller):
                 raise ValueError(f"{name} must be positive, finite and at most {most}; got {getattr(self, name)}.")
         if self.norm not in (2.0, math.inf):
             raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
+        if not self.growth > 1:
+            raise ValueError(f"growth must be above 1; got {self.growth}.")
 
     def init(self, t: Time, t_end: float) -> Carry:
         h_min = (t - t_end) * RESOLUTION
         # A first step below the resolution would round to 0 and never move.
-        return {"h": _round_step(torch.full_like(t, self.h_init), h_min).maximum(h_min), "h_min": h_min}
+        return {"h": _cut_step(torch.full_like(t, self.h_init), h_min).maximum(h_min), "h_min": h_min}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
         s = t - carry["h"]
@@ -74,7 +79,7 @@ class Adaptive(Controller):
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
-        h = _round_step(self.safety * (t - s) * scaled.pow(-self.r), h_min)
+        h = _cut_step((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min)
         accept = scaled <= 1
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
@@ -83,8 +88,11 @@ class Adaptive(Controller):
         return Decision(accept, {"h": h, "h_min": h_min}, failure)
 
 
-def _round_step(h: Coef, unit: Coef) -> Coef:
-    """h rounded to six significant bits of a whole number of units, at most the whole range, with shape (B,)."""
+def _cut_step(h: Coef, unit: Coef) -> Coef:
+    """h cut to six significant bits of a whole number of units, at most the whole range, with shape (B,).
+
+    Cut, not rounded: a step of few units, asked to shrink by a tenth, must not come back as it was.
+    """
     count = (h / unit).clamp(max=1 / RESOLUTION)
     spacing = torch.ldexp(torch.ones_like(count), (torch.frexp(count).exponent - 6).clamp(min=0))
-    return (count / spacing).round() * spacing * unit
+    return (count / spacing).floor() * spacing * unit
