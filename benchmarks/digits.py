@@ -9,6 +9,9 @@ Quality is the Frechet distance between the moments of 8000 samples and the exac
 mean distance of 8000 exact samples. 1 is perfect, and a ratio below 1 is chance: one draw of exact samples has a spread
 of about 12 %, which the `spread` column (standard deviation over seeds) shows for the solvers.
 
+ExponentialPC and DDIM walk a grid uniform in log-SNR; the number of calls counts the first, at t_max, and the last,
+which gives the denoised sample.
+
 Algorithm 6 runs with the library's defaults (atol = 2/256, h_init 0.01, reference "previous"), once with the Brownian
 path kept through rejections and once with the noise drawn anew, as published. NFE count the final denoising call. The
 columns `notes` hold what an independent implementation measured on this problem, with the noise redrawn; whether it
@@ -16,6 +19,8 @@ denoised is not recorded (without, Euler-Maruyama at 100 steps comes out near 1.
 """
 
 from __future__ import annotations
+
+from itertools import product
 
 import click
 import torch
@@ -35,6 +40,12 @@ NOTES = {
     "Euler-Maruyama, 1000 steps": (1000, 0.99),
     "Euler-Maruyama, 180 steps": (180, 1.12),
     "Euler-Maruyama, 100 steps": (100, 1.70),
+    "ExponentialPC, eta 0, 10 calls": (10, 1.35),
+    "ExponentialPC, eta 0, 12 calls": (12, 1.17),
+    "ExponentialPC, eta 0, 20 calls": (20, 1.06),
+    "ExponentialPC, eta 1, 10 calls": (10, 3.92),
+    "ExponentialPC, eta 1, 12 calls": (12, 2.85),
+    "ExponentialPC, eta 1, 20 calls": (20, 1.20),
 }
 """Calls and ratio measured before, with another implementation."""
 
@@ -92,6 +103,7 @@ def measure(
 @click.option("--seeds", default=3, help="Runs of each solver.")
 @click.option("--rtol", "rtols", type=float, multiple=True, default=(0.02, 0.05, 0.1, 0.5))
 @click.option("--steps", type=int, multiple=True, default=(1000, 180, 100), help="Steps of Euler-Maruyama.")
+@click.option("--calls", type=int, multiple=True, default=(10, 12, 20), help="Calls of ExponentialPC and DDIM.")
 @click.option("--ridge", default=4e-4, help="Added to the diagonal of each covariance.")
 @click.option("--floor-draws", default=50, help="Draws of exact samples behind the floor.")
 @click.option("--batch-size", default=2000)
@@ -102,6 +114,7 @@ def main(
     seeds: int,
     rtols: tuple[float, ...],
     steps: tuple[int, ...],
+    calls: tuple[int, ...],
     ridge: float,
     floor_draws: int,
     batch_size: int,
@@ -119,6 +132,11 @@ def main(
         solver = fastsde.ExtrapolatedEM(keep_path=kept)
         jobs += [(f"Algorithm 6, rtol {rtol:g}, {name}", {"solver": solver, "rtol": rtol}) for rtol in rtols]
     jobs += [(f"Euler-Maruyama, {k} steps", {"solver": fastsde.EulerMaruyama(steps=k)}) for k in steps]
+    for eta, k in product((0, 1), calls):
+        solver = fastsde.ExponentialPC(steps=k - 1, eta=eta)
+        jobs.append((f"ExponentialPC, eta {eta}, {k} calls", {"solver": solver}))
+    grid = {k: fastsde.Grid.log_snr(model.sde, k - 1) for k in calls}
+    jobs += [(f"DDIM on the same grid, {k} calls", {"solver": fastsde.DDIM(), "controller": grid[k]}) for k in calls]
     rows = [
         measure(model, label, unit, seeds, samples, batch_size, **options)
         for label, options in tqdm(jobs, disable=None)

@@ -14,11 +14,12 @@ from fastsde.sde.flow import RectifiedFlow
 from fastsde.sde.sub_vp import SubVPSDE
 from fastsde.sde.ve import VESDE
 from fastsde.sde.vp import VPSDE
-from fastsde.solvers import SOLVERS, EulerMaruyama, ExtrapolatedEM, Solver
+from fastsde.solvers import DDIM, SOLVERS, EulerMaruyama, ExponentialPC, ExtrapolatedEM, Solver
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DDIM",
     "EDM",
     "SDE",
     "SOLVERS",
@@ -29,6 +30,7 @@ __all__ = [
     "DiscreteVPSDE",
     "EngineState",
     "EulerMaruyama",
+    "ExponentialPC",
     "ExtrapolatedEM",
     "Grid",
     "Prediction",

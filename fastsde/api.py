@@ -97,7 +97,7 @@ def sample(
     controller = _resolve_controller(model, process, solver, controller, rtol, atol)
     controller.check(process.t_min, process.t_max)
     _check_count("seed", seed, 0)
-    _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + denoise))
+    _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + (denoise or solver.warm_up)))
     batch = min(count, 64) if batch_size is None else _check_count("batch_size", batch_size, 1)
     noise = (
         BrownianPath(seed, event, dtype, t_min=process.t_min, t_max=process.t_max)
@@ -234,7 +234,7 @@ def _resolve_controller(
         raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExtrapolatedEM().")
     if solver.steps is None:
         raise ValueError(f"{name} needs its number of steps: {name}(steps=...), or controller=fastsde.Grid(...).")
-    return Grid.uniform(sde, solver.steps)
+    return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, solver.steps)
 
 
 def _resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

@@ -97,6 +97,8 @@ class Engine:
         self.out: Carry = {"x": torch.full(shape, torch.nan, dtype=job.noise.dtype, device=self.device)}
         for name in ("nfe", "accepted", "rejected", "status"):
             self.out[name] = torch.zeros(self.n, dtype=torch.int64, device=self.device)
+        # A solver that warmed up has the denoised sample already.
+        self.denoising_call = job.denoise and not job.solver.warm_up
         self.nfe_finished = 0
         self.finished = 0
 
@@ -148,7 +150,7 @@ class Engine:
         t = torch.full(index.shape, job.sde.t_max, dtype=torch.float64, device=self.device)
         zero = torch.zeros_like(index)
         row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
-        row |= {"nfe": zero, "accepted": zero, "rejected": zero}
+        row |= {"nfe": zero, "accepted": zero, "rejected": zero, "warm": zero != job.solver.warm_up}
         return {
             "row": {key: value.clone() for key, value in row.items()},
             "solver": job.solver.init(x),
@@ -162,7 +164,8 @@ class Engine:
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.sde.t_min
         x, t, active = row["x"], row["t"], row["status"] == Status.PENDING
-        s = torch.where(active, job.controller.target(t, t_end, rows["control"]), t)
+        moving = active & ~row["warm"]
+        s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
         attempt = row["accepted"] + row["rejected"]
         dw, noise = job.noise.increment(row["index"], attempt, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
@@ -174,14 +177,15 @@ class Engine:
         row["x"] = torch.where(expand_like(accept, x), step.x, x)
         row["t"] = torch.where(accept, s, t)
         row["nfe"] = row["nfe"] + model.nfe
-        row["accepted"] = row["accepted"] + accept
-        row["rejected"] = row["rejected"] + (active & ~accept)
+        row["accepted"] = row["accepted"] + (accept & moving)
+        row["rejected"] = row["rejected"] + (moving & ~accept)
+        row["warm"] = row["warm"] & ~accept
         rows["solver"] = where_rows(accept, step.carry, rows["solver"])
         rows["noise"] = where_rows(accept, noise, rows["noise"])
-        rows["control"] = where_rows(active, decision.carry, rows["control"])
+        rows["control"] = where_rows(moving, decision.carry, rows["control"])
 
         per_step = job.model.calls * job.solver.calls_per_step
-        spent = row["nfe"] + per_step + job.model.calls * job.denoise > job.max_nfe
+        spent = row["nfe"] + per_step + job.model.calls * self.denoising_call > job.max_nfe
         status = decision.failure.masked_fill((decision.failure == Status.PENDING) & spent, int(Status.MAX_NFE))
         status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
         status = status.masked_fill(~finite, int(Status.NON_FINITE))
@@ -208,9 +212,11 @@ class Engine:
         self.flags.clear()  # they describe the layout before this call; ended rows keep their status
         ids = torch.tensor(done, device=self.device)
         ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
+        if self.job.denoise and self.job.solver.warm_up:
+            ended["row"]["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
         self.pool.append(ended)
         self.finished += len(done)
-        to_denoise = int((ended["row"]["status"] != Status.NON_FINITE).sum()) * self.job.denoise
+        to_denoise = int((ended["row"]["status"] != Status.NON_FINITE).sum()) * self.denoising_call
         self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * to_denoise
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
@@ -248,12 +254,12 @@ class Engine:
         while self.pool:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             lost = row["status"] == Status.NON_FINITE
-            if denoise and self.job.denoise:
+            if denoise and self.denoising_call:
                 model = BoundModel(self.job.model, cond, ~lost)
                 row["x"] = model(row["x"], row["t"]).x_0
                 row["nfe"] = row["nfe"] + model.nfe
-                lost |= ~all_finite(row["x"])
-                row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
+            lost |= ~all_finite(row["x"])
+            row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
             row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
             write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
             self.pool.pop(0)  # only now, so that a call that fails or is interrupted loses no finished sample

@@ -85,7 +85,7 @@ class Noise(ABC):
         self.size = math.prod(event_shape)
 
     def _draw(self, index: Index, position: Tensor, purpose: int) -> State:
-        word = torch.tensor([purpose], device=index.device)
+        word = torch.full((1,), purpose, device=index.device)  # filled there: a copy would wait for the device
         z = _normals(self.seed, index, position[:, None], word, self.size, self.dtype)
         return z.reshape(len(index), *self.event_shape)
 
@@ -197,8 +197,8 @@ class BrownianPath(Noise):
         time_key = (u * 2.0**32).long().clamp(max=_WORD)
         weight = torch.cat([u[:, None], hat[:, :-1] / (2 * cells[:-1].sqrt()), leaf[:, None]], 1)
         position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
-        ends = torch.tensor([_ROOT, _LEAF], device=u.device)
-        purpose = torch.cat([ends[:1], _NODE + (level[:-1] << 8), ends[1:]])
+        first, last = (torch.full((1,), word, device=u.device) for word in (_ROOT, _LEAF))
+        purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
         return weight * math.sqrt(self.span), position, purpose
 
     def start(self, index: Index) -> Carry:

@@ -44,7 +44,7 @@ _COLUMNS = ("solver", "order", "calls per step", "step size", "use")
 
 def _solver_rows() -> list[tuple[str, str, int, str, str]]:
     return [
-        (s.__name__, s.order, s.calls_per_step, "per sample, from rtol" if s.adaptive else "grid", s.use)
+        (s.__name__, s.convergence, s.calls_per_step, "per sample, from rtol" if s.adaptive else "grid", s.use)
         for s in SOLVERS
     ]
 

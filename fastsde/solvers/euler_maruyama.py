@@ -8,7 +8,7 @@ from fastsde.batching import expand_like
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
-from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.base import Solver, Step, check_steps
 from fastsde.types import Carry, State, Time
 
 
@@ -30,7 +30,7 @@ class EulerMaruyama(Solver):
         ValueError: if `steps` is below 1.
     """
 
-    order = "strong 1, weak 1"
+    convergence = "strong 1, weak 1"
     calls_per_step = 1
     adaptive = False
     use = "baseline; safe with many steps"
@@ -39,8 +39,7 @@ class EulerMaruyama(Solver):
     keep_path: bool = False
 
     def __post_init__(self) -> None:
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be at least 1; got {self.steps}.")
+        check_steps(self.steps)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, dw: State, carry: Carry) -> Step:
         drift = reverse_drift(sde, x_t, t, model(x_t, t).score)

@@ -44,7 +44,7 @@ class ExtrapolatedEM(Solver):
         ValueError: for an unknown `reference`.
     """
 
-    order = "strong 1, weak 2"
+    convergence = "strong 1, weak 2"
     calls_per_step = 2
     adaptive = True
     use = "no schedule to tune: a step size per sample from rtol"
