@@ -162,6 +162,11 @@ def test_idx_files_are_read_and_checked(tmp_path):
     read, read_labels = load_images(tmp_path)
     assert np.array_equal(read[:, 0].numpy(), images)
     assert read_labels.tolist() == labels.tolist()
+    raw = tmp_path / "root" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    write_idx(raw / "t10k-images-idx3-ubyte.gz", images[:2])
+    write_idx(raw / "t10k-labels-idx1-ubyte.gz", labels[:2])
+    assert len(load_images(tmp_path / "root", train=False)[0]) == 2
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels[:3])
     with pytest.raises(ValueError, match="as many labels"):
         load_images(tmp_path)

@@ -35,7 +35,7 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
     """Images and labels of a torchvision-style folder with `train-images-idx3-ubyte[.gz]` and its companions.
 
     Args:
-        folder: where the four IDX files lie.
+        folder: where the four IDX files lie; also the root that torchvision's data sets take, with NAME/raw below it.
         train: the training split, or else the test split (`t10k`).
 
     Returns:
@@ -58,9 +58,10 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
 
 
 def _find(folder: Path, stem: str) -> Path:
-    for name in (f"{stem}.gz", stem):
-        if (folder / name).is_file():
-            return folder / name
+    for place in (folder, folder / "raw", *sorted(folder.glob("*/raw"))):
+        for name in (f"{stem}.gz", stem):
+            if (place / name).is_file():
+                return place / name
     raise FileNotFoundError(f"{folder / stem}[.gz] not found; the folder must hold the four IDX files.")
 
 
