@@ -18,12 +18,13 @@ UNIT = (1 - T_END) * RESOLUTION
 each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
 
 
-def assert_cut(h, wanted, unit):
-    """h is `wanted` cut to six significant bits of a whole number of units, at most the range of 2^16 units."""
+def assert_rounded(h, wanted, unit, *, down=False):
+    """h is `wanted` to six significant bits of a whole number of units, at most the range of 2^16 units."""
     count, exact = h / unit, min(wanted / unit, 2.0**16)
     # The last of six bits is 1/32 of the number at most; below 64 units the last whole unit is more. 1e-9: roundings.
-    assert exact - max(exact / 32, 1) < count + 1e-9 * exact
-    assert count <= exact * (1 + 1e-9)
+    last = max(exact / 32, 1)
+    assert count - exact <= (1e-9 * exact if down else last / 2)
+    assert exact - count <= (last if down else last / 2) + 1e-9 * exact
     assert abs(count - round(count)) < 1e-9 * max(count, 1)
     odd = round(count)
     while odd and odd % 2 == 0:
@@ -56,7 +57,8 @@ def test_error_acceptance_and_next_step(rows, size, seed, rtol, atol, r, safety,
         # ||.||_q / d^(1/q): the root mean square for q = 2, the largest element for q = infinity
         e = np.sqrt(np.sum(ratio**2) / size) if norm == 2 else ratio.max()
         assert bool(decision.accept[row]) == (e <= 1)
-        assert_cut(float(decision.carry["h"][row]), 0.1 * min(safety * e**-r, 10), UNIT)
+        wanted = 0.1 * min(safety * e**-r, 10)
+        assert_rounded(float(decision.carry["h"][row]), wanted, UNIT, down=e > 1)
 
 
 @pytest.mark.parametrize("norm", [2.0, math.inf])
@@ -108,7 +110,7 @@ def test_first_step(h_init):
     carry = control.init(vector(1.0), T_END)
     assert carry["h_min"].tolist() == [UNIT]
     # Not below the resolution, where a step would be 0, and not beyond the range.
-    assert_cut(float(carry["h"]), max(h_init, UNIT), UNIT)
+    assert_rounded(float(carry["h"]), max(h_init, UNIT), UNIT)
     s = float(control.target(vector(1.0), T_END, carry))
     assert T_END <= s < 1
     if h_init > 1:

@@ -6,6 +6,7 @@ import torch
 
 import fastsde
 from fastsde.score import GaussianScore, MixtureScore
+from fastsde.score.base import BoundModel
 from fastsde.solvers.base import unit_normal
 
 SDES = [
@@ -66,7 +67,8 @@ def test_ddim_with_eta_one_is_the_ancestral_step(sde):
     mean = (ratio * sde.sigma(s) ** 2 / sde.sigma(t) ** 2)[:, None] * x
     mean = mean + (sde.alpha(s) * step_variance / sde.sigma(t) ** 2)[:, None] * prediction.x_0
     std = (sde.sigma(s) ** 2 * step_variance / sde.sigma(t) ** 2).sqrt()
-    step = fastsde.DDIM(1, eta=1.0).step(model, sde, x, t, s, z * (t - s).sqrt()[:, None], {})
+    bound = BoundModel(model, {}, torch.ones(3, dtype=torch.bool))
+    step = fastsde.DDIM(1, eta=1.0).step(bound, sde, x, t, s, z * (t - s).sqrt()[:, None], {})
     torch.testing.assert_close(step.x, mean + std[:, None] * z, rtol=1e-10, atol=1e-12)
 
 
@@ -93,14 +95,14 @@ def flow_map(model, x, sde):
 @pytest.mark.parametrize("sde", [SDES[0], SDES[2], SDES[4]], ids=lambda sde: type(sde).__name__)
 def test_order_on_the_probability_flow(sde, solver, order):
     model = GaussianScore(sde, torch.full((5,), 0.2), torch.linspace(0.2, 0.6, 5, dtype=torch.float64))
-    x, steps = start(sde), [64, 128, 256, 512]
+    x, steps = start(sde), [256, 512, 1024]
     exact = flow_map(model, x, sde)
     errors = []
     for k in steps:
         r = fastsde.sample(model, x_init=x, solver=solver, controller=fastsde.Grid.log_snr(sde, k), denoise=False)
         errors.append(float((r.samples - exact).norm()))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    assert slope == pytest.approx(order, abs=0.15)  # the next term is a sixteenth of a step at most
+    assert slope == pytest.approx(order, abs=0.12)  # measured 1.93 to 1.98 for the second order, rising
 
 
 def test_the_same_samples_in_every_dressing_of_one_model():

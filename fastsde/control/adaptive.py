@@ -11,7 +11,7 @@ from fastsde.batching import row_norm
 from fastsde.control.base import Controller, Decision
 from fastsde.noise import RESOLUTION
 from fastsde.result import Status
-from fastsde.types import Carry, Coef, State, Time
+from fastsde.types import Carry, Coef, Mask, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Adaptive(Controller):
     The rule and its constants are those of thesis sec. 10.4.1 and Algorithm 6. (The prose of sec. 10.4.2 names q =
     infinity as default; the algorithm, the released code and Table D.2 use q = 2, and so does this class.)
 
-    Two things are added. h is cut to six significant bits, in units of the Brownian path's resolution: a Brownian
+    Two things are added. h is rounded to six significant bits, in units of the Brownian path's resolution: a Brownian
     path is so rough that a change of 1e-7 in a time changes its value by 3e-4, the next time by more, and after a few
     steps everything; with rounded steps the last digits of the network do not reach the times, and a sample is the
-    same at any batch size. That costs at most 3 % of a step, 1 % on average. And h grows at most tenfold from one step
-    to the next: in few dimensions an error can be tiny by accident, and the step after it would leave the data.
+    same at any batch size. That moves h by at most 1.6 %, after a rejection down by at most 3 %. And h grows at most
+    tenfold from one step to the next: in few dimensions an error can be tiny by accident, and the step after it would
+    leave the data.
 
     Args:
         rtol: relative tolerance, positive.
@@ -65,7 +66,7 @@ class Adaptive(Controller):
     def init(self, t: Time, t_end: float) -> Carry:
         h_min = (t - t_end) * RESOLUTION
         # A first step below the resolution would round to 0 and never move.
-        return {"h": _cut_step(torch.full_like(t, self.h_init), h_min).maximum(h_min), "h_min": h_min}
+        return {"h": _round_step(torch.full_like(t, self.h_init), h_min, down=h_min < 0).maximum(h_min), "h_min": h_min}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
         s = t - carry["h"]
@@ -79,8 +80,8 @@ class Adaptive(Controller):
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
-        h = _cut_step((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min)
         accept = scaled <= 1
+        h = _round_step((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
         failure = failure.masked_fill((h < h_min) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))
@@ -88,11 +89,12 @@ class Adaptive(Controller):
         return Decision(accept, {"h": h, "h_min": h_min}, failure)
 
 
-def _cut_step(h: Coef, unit: Coef) -> Coef:
-    """h cut to six significant bits of a whole number of units, at most the whole range, with shape (B,).
+def _round_step(h: Coef, unit: Coef, down: Mask) -> Coef:
+    """h to six significant bits of a whole number of units, at most the whole range, with shape (B,).
 
-    Cut, not rounded: a step of few units, asked to shrink by a tenth, must not come back as it was.
+    `down` where the step was rejected: a step of few units, asked to shrink by a tenth, must not come back as it was.
     """
     count = (h / unit).clamp(max=1 / RESOLUTION)
     spacing = torch.ldexp(torch.ones_like(count), (torch.frexp(count).exponent - 6).clamp(min=0))
-    return (count / spacing).floor() * spacing * unit
+    count = count / spacing
+    return torch.where(down, count.floor(), count.round()) * spacing * unit
