@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -54,11 +55,11 @@ def sample(
         score_fn: `score_fn(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the score with the shape
             of x; or a `ScoreModel`, which reads other kinds of networks. A torch module runs in evaluation mode.
         sde: the forward process the score belongs to; a `ScoreModel` brings its own.
-        n: number of samples, if the model knows its event shape (or with `shape`, which must then agree).
+        n: number of samples, if the model knows its event shape (or with `shape` or `index`, which must then agree).
         shape: (n, *event).
         rtol: relative tolerance, positive; 0.05 by default. For adaptive solvers.
         atol: absolute tolerance in units of the data; by default one 8-bit level of the model's data range, that is
-            (high - low) / 256.
+            (high - low) / 256: 1/128 for a plain function, taken to be for data in [-1, 1].
         solver: the stepping method, `ExtrapolatedEM()` by default.
         controller: overrides what rtol, atol and the solver's `steps` say: `Adaptive(...)` or `Grid(...)`.
         seed: in [0, 2^64).
@@ -96,8 +97,10 @@ def sample(
     solver = ExtrapolatedEM() if solver is None else solver
     controller = _resolve_controller(model, process, solver, controller, rtol, atol)
     controller.check(process.t_min, process.t_max)
-    _check_count("seed", seed, 0)
-    _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + (denoise or solver.warm_up)))
+    if not isinstance(denoise, bool):
+        raise TypeError(f"denoise must be True or False; got {denoise!r}.")
+    seed = _check_count("seed", seed, 0)
+    max_nfe = _check_count("max_nfe", max_nfe, model.calls * (solver.calls_per_step + (denoise or solver.warm_up)))
     batch = min(count, 64) if batch_size is None else _check_count("batch_size", batch_size, 1)
     noise = (
         BrownianPath(seed, event, dtype, t_min=process.t_min, t_max=process.t_max)
@@ -129,7 +132,8 @@ def _as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
         model = score_fn
         if sde is not None and sde is not model.sde:
             t = torch.linspace(max(sde.t_min, model.sde.t_min), min(sde.t_max, model.sde.t_max), 5, dtype=torch.float64)
-            if not torch.allclose(sde.log_snr(t), model.sde.log_snr(t)):
+            pairs = ((sde.log_snr(t), model.sde.log_snr(t)), (sde.log_alpha(t), model.sde.log_alpha(t)))
+            if not all(torch.allclose(a, b) for a, b in pairs):
                 raise ValueError(f"sde is {sde}, but the score model was built for {model.sde}: leave sde out.")
     elif not isinstance(sde, SDE):
         raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
@@ -151,7 +155,7 @@ def _resolve_shape(
 ) -> tuple[int, tuple[int, ...], Tensor]:
     """Number of samples, event shape and sample numbers, from whichever arguments say so."""
     if n is not None:
-        _check_count("n", n, 1)
+        n = _check_count("n", n, 1)
     numbers = None if index is None else torch.as_tensor(index)
     if numbers is not None and (numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
@@ -196,9 +200,13 @@ def _resolve_device(model: ScoreModel, device: torch.device | str | None, x_init
     parameter = model.parameter
     if device is not None:
         try:
-            return torch.device(device)
-        except RuntimeError as error:
-            raise ValueError(f"device must be one torch knows, such as 'cpu' or 'cuda'; got {device!r}.") from error
+            probe = torch.empty(0, device=device)
+            probe.cpu()  # fails on "meta", which holds no numbers
+            return probe.device
+        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+            raise ValueError(
+                f"device must be one this torch can use, such as 'cpu'; got {device!r} ({error})."
+            ) from error
     if x_init is not None:
         return x_init.device
     return torch.device("cpu") if parameter is None else parameter.device
@@ -247,10 +255,15 @@ def _resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.de
     return {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
 
 
-def _check_count(name: str, value: int, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least or not math.isfinite(value):
+def _check_count(name: str, value: SupportsIndex, least: int) -> int:
+    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
         raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
-    return value
+    return count
 
 
 @contextlib.contextmanager

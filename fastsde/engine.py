@@ -7,7 +7,6 @@ the slowest row, and no row reads another.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections import deque
@@ -35,7 +34,7 @@ _SIZES = 8
 
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """What a callback sees after every turn. Reading a tensor on a GPU waits for it.
+    """What a callback sees after every turn: copies, so that it cannot disturb the run.
 
     Attributes:
         turn: turns so far.
@@ -108,37 +107,47 @@ class Engine:
         Raises:
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
-        start, turn = time.perf_counter(), 0
+        start = time.perf_counter()
         bar = tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=not self.job.progress)
         try:
-            self.rows = self._fresh_rows(self.job.batch_size)
-            self.live = len(self.rows["row"]["slot"])
-            with contextlib.suppress(KeyboardInterrupt):
-                while self.live:
-                    done = self._read_flags(self._turn())
-                    turn += 1
-                    if done:
-                        self._retire(done)
-                    # Every turn, so that the bar is alive before the first sample ends.
-                    mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
-                    bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
-                    bar.update(self.finished - bar.n)
-                    if self.job.callback is not None:
-                        self.job.callback(self._state(turn))
+            try:
+                self._loop(bar)
+            except KeyboardInterrupt:
+                self._pool_ended()
             self._flush()
+        except KeyboardInterrupt:
+            self._flush(denoise=False)
         except Exception as error:
+            self._pool_ended()
             if not self.finished:
                 raise
-            raw = sum(len(part["row"]["slot"]) for part in self.pool)
             self._flush(denoise=False)
+            result = self._result(start)
             raise SamplingError(
                 f"sampling failed after {self.finished} of {self.n} samples ({type(error).__name__}: {error}); "
-                f"they are in .result of this exception, the last {raw} of them not denoised.",
-                self._result(start),
+                f"they are in .result of this exception: {result.counts()}.",
+                result,
             ) from error
         finally:
             bar.close()
         return self._result(start)
+
+    def _loop(self, bar: tqdm) -> None:
+        """Turns until every sample has ended."""
+        turn = 0
+        self.rows = self._fresh_rows(self.job.batch_size)
+        self.live = len(self.rows["row"]["slot"])
+        while self.live:
+            done = self._read_flags(self._turn())
+            turn += 1
+            if done:
+                self._retire(done)
+            # Every turn, so that the bar is alive before the first sample ends.
+            mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
+            bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
+            bar.update(self.finished - bar.n)
+            if self.job.callback is not None:
+                self.job.callback(self._state(turn))
 
     def _fresh_rows(self, count: int) -> dict[str, Carry]:
         """Start states of the next `count` samples of the queue; fewer or none if it runs out."""
@@ -207,17 +216,29 @@ class Engine:
             event.synchronize()
         return flag.nonzero().flatten().tolist()
 
-    def _retire(self, done: list[int]) -> None:
-        """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
-        self.flags.clear()  # they describe the layout before this call; ended rows keep their status
-        ids = torch.tensor(done, device=self.device)
+    def _pool_ended(self) -> None:
+        """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
+        done = (self.rows["row"]["status"] > Status.PENDING).nonzero().flatten().tolist() if self.rows else []
+        if done:
+            self._to_pool(done)
+
+    def _to_pool(self, done: list[int]) -> Tensor:
+        """Moves the given ended rows to the pool, leaving empty slots; returns the slots as a tensor."""
+        ids = torch.tensor(done, dtype=torch.int64, device=self.device)
         ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
         if self.job.denoise and self.job.solver.warm_up:
             ended["row"]["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
         self.pool.append(ended)
+        self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
         self.finished += len(done)
         to_denoise = int((ended["row"]["status"] != Status.NON_FINITE).sum()) * self.denoising_call
         self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * to_denoise
+        return ids
+
+    def _retire(self, done: list[int]) -> None:
+        """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
+        self.flags.clear()  # they describe the layout before this call; ended rows keep their status
+        ids = self._to_pool(done)
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
 
@@ -225,7 +246,6 @@ class Engine:
         taken = len(fresh["row"]["slot"])
         for group, values in fresh.items():
             write_rows(ids[:taken], values, self.rows[group])
-        self.rows["row"]["status"].index_fill_(0, ids[taken:], _EMPTY)
         self.empty.update(done[taken:])
         self.live += taken - len(done)
         self._shrink()
@@ -258,6 +278,9 @@ class Engine:
                 model = BoundModel(self.job.model, cond, ~lost)
                 row["x"] = model(row["x"], row["t"]).x_0
                 row["nfe"] = row["nfe"] + model.nfe
+            elif self.denoising_call:
+                raw = row["status"] == Status.SUCCESS
+                row["status"] = row["status"].masked_fill(raw, int(Status.NOT_DENOISED))
             lost |= ~all_finite(row["x"])
             row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
             row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
@@ -266,7 +289,7 @@ class Engine:
 
     def _state(self, turn: int) -> EngineState:
         row = self.rows["row"]
-        return EngineState(turn, self.finished, row["index"].clone(), row["x"], row["t"], row["nfe"])
+        return EngineState(turn, self.finished, *(row[key].clone() for key in ("index", "x", "t", "nfe")))
 
     def _result(self, start: float) -> SampleResult:
         out, job = self.out, self.job

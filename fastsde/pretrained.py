@@ -46,8 +46,18 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def read_card(name: str | Path) -> dict[str, Any]:
-    """What a checkpoint says of itself: data, licence, command, metrics, and how to read its network."""
-    card: dict[str, Any] = json.loads((find_checkpoint(name) / CARD).read_text())
+    """What a checkpoint says of itself: data, licence, command, metrics, and how to read its network.
+
+    Raises:
+        FileNotFoundError: as `find_checkpoint`.
+        ValueError: if the card is damaged or lacks what is needed to read the network, naming the file.
+    """
+    path = find_checkpoint(name) / CARD
+    card = _read_json(path)
+    needed = ("timestep_levels", "classes", "event_shape", "data_range", "prediction", "sde")
+    missing = [key for key in needed if key not in card]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}.")
     return card
 
 
@@ -82,16 +92,32 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     except ImportError as error:
         raise ImportError("this network is diffusers': pip install 'fastsde[diffusers]'.") from error
     card = read_card(folder)
-    network = UNet2DModel.from_config(json.loads((folder / CONFIG).read_text()))
+    config = _read_json(folder / CONFIG)
     try:
-        weights = {key: value.float() for key, value in load_file(folder / WEIGHTS).items()}
-        network.load_state_dict(weights)
+        network = UNet2DModel.from_config(config)
+        sde = VPSDE(**card["sde"])
+        model = score_model(network.eval(), sde, card)
+    except (TypeError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
+    try:
+        network.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
-    sde = VPSDE(**card["sde"])
-    return score_model(network.eval().to(device), sde, card), sde
+    network.to(device)
+    return model, sde
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; anything else would reach code that takes strings for names on a hub."""
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object; it holds a {type(value).__name__}.")
+    return value
 
 
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:

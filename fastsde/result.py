@@ -21,6 +21,8 @@ class Status(enum.IntEnum):
     """The tolerance asked for a step below the smallest allowed; the sample is the denoised state where it stopped."""
     NON_FINITE = 4
     """The network or the step gave NaN or infinity. Its row of `samples` is NaN."""
+    NOT_DENOISED = 5
+    """Reached t_min, but the run failed or was interrupted before its last call; the sample is the state there."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,6 +96,7 @@ def test_json_on_standard_output_is_the_record(tmp_path):
         (["--model", "cifar"], "fashion-mnist"),
         (["--seed", "-1"], "seed must be"),
         (["--device", "abacus"], "abacus"),
+        (["--device", "meta"], "meta"),
     ],
 )
 def test_bad_options_are_refused_before_sampling(network, tmp_path, arguments, message):
@@ -145,6 +146,34 @@ def test_a_late_failure_keeps_what_is_finished(network, tmp_path):
     assert 0 < record["finished"] < 40
     with np.load(tmp_path / "samples.npz") as arrays:
         assert len(arrays["arr_0"]) == record["finished"]
+
+
+def test_a_failure_in_the_last_call_is_told_per_sample(network, tmp_path):
+    options = ["-n", 5, "--batch-size", 3, "--rtol", 0.5, "--label", "0", "--out", tmp_path]
+    calls = []
+    plain = network.forward
+    network.forward = lambda *a, **k: (calls.append(1), plain(*a, **k))[1]
+    assert run("sample", *options).exit_code == 0
+    network.fail_after = len(calls) - 1
+    assert run("sample", *options).exit_code == 1
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["status_counts"]["NOT_DENOISED"] == 2  # the second pool: 5 - 3
+    assert record["in_npz"] == [0, 1, 2, 3, 4]
+
+
+def test_interrupted_before_anything_is_finished_leaves_old_results_alone(network, tmp_path):
+    options = ["-n", 2, "--rtol", 0.5, "--out", tmp_path]
+    assert run("sample", *options).exit_code == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    network.forward = interrupt
+    result = run("sample", *options)
+    assert result.exit_code == 1
+    assert "nothing was written" in result.output
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_rounding_to_eight_bits_is_to_the_nearest():

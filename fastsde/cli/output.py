@@ -37,21 +37,33 @@ def prepare_folder(folder: Path, needed: int) -> None:
         raise click.ClickException(f"--out {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls `write(temporary)` and gives the file its name only when it is whole.
+def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> list[Path]:
+    """Writes files that belong together: all of them whole under temporary names first, then renamed.
+
+    Args:
+        folder: where they go.
+        writers: for each file name, a function that writes to the path it is given.
+
+    Returns:
+        The files' paths.
 
     Raises:
-        click.ClickException: if the file cannot be written, a full disk included; nothing is left behind.
+        click.ClickException: if one cannot be written, a full disk included; then none of them is.
     """
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
+    pairs = [(folder / f".{Path(name).stem}.tmp{Path(name).suffix}", folder / name) for name in writers]
     try:
-        write(temporary)
-        os.replace(temporary, path)
+        for (temporary, _), write in zip(pairs, writers.values(), strict=True):
+            write(temporary)
+        for temporary, path in pairs:
+            os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise click.ClickException(
-            f"{path} was not written: {error.strerror or error}. The same command gives the same samples again."
+            f"{folder} was not written: {error.strerror or error}. The same command gives the same samples again."
         ) from error
+    finally:
+        for temporary, _ in pairs:
+            temporary.unlink(missing_ok=True)
+    return [path for _, path in pairs]
 
 
 def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +47,19 @@ def sample(
     """Draw samples with the adaptive extrapolating solver (Algorithm 6 of "Gotta Go Fast").
 
     Writes grid.png (the first 64 samples), samples.npz (uint8, NHWC, under arr_0; labels under arr_1) and samples.json
-    (calls, steps and status of every sample, settings, seed, versions, weight hash, wall time). Ctrl-C keeps what is
-    finished. Ends with status 1 if any sample failed or is missing.
+    (calls, steps and status of every sample, settings, seed, versions, weight hash, wall time; in_npz says which
+    samples the .npz holds, in its order). Ctrl-C keeps what is finished. Ends with status 1 if any sample failed or is
+    missing.
 
     \b
     Example:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
+    failed = False
     try:
-        score_model, sde = pretrained(model, device=device)
+        score_model, sde = pretrained(model, device=_device(device))
+        weights = weight_hash(model)
         labels = _labels(label, n, read_card(model)["classes"])
         event = score_model.event_shape or ()
         prepare_folder(out, needed=3 * n * math.prod(event) + (1 << 20))
@@ -63,12 +69,12 @@ def sample(
         )
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
-        result = error.result
-    except (ValueError, TypeError, ImportError, FileNotFoundError, RuntimeError) as error:
+        result, failed = error.result, True
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     record = _record(result, labels) | {
         "model": model,
-        "weights_sha256": weight_hash(model),
+        "weights_sha256": weights,
         "sde": repr(sde),
         "solver": "ExtrapolatedEM()",
         "rtol": rtol,
@@ -77,10 +83,21 @@ def sample(
         "device": device,
         "versions": versions(),
     }
-    _write(out, result, labels, record, score_model.data_range)
-    click.echo(dump_json(record) if as_json else _summary(result, out), nl=not as_json)
-    if not result.success.all():
+    if not (result.status != Status.PENDING).any():
+        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
+    files = _write(out, result, labels, record, score_model.data_range)
+    click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
+    if failed or not result.success.all():
         raise SystemExit(1)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        probe = torch.empty(0, device=name)
+        probe.cpu()  # fails on "meta", which holds no numbers
+        return probe.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _labels(label: str, n: int, classes: list[str]) -> Tensor | None:
@@ -89,10 +106,15 @@ def _labels(label: str, n: int, classes: list[str]) -> Tensor | None:
         return None
     if label == "cycle":
         return torch.arange(n) % len(classes)
-    if not label.isdigit() or int(label) >= len(classes):
+    if not label.isdecimal() or int(label) >= len(classes):
         allowed = f"0 .. {len(classes) - 1}, " if classes else ""
         raise ValueError(f'--label must be {allowed}"cycle" or "none" for this model; got {label!r}.')
     return torch.full((n,), int(label))
+
+
+def _whole(result: SampleResult) -> Tensor:
+    """Which samples are there: neither missing nor lost, with shape (n,)."""
+    return torch.isfinite(result.samples.flatten(1)).all(1)
 
 
 def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
@@ -106,6 +128,7 @@ def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
         "seed": result.seed,
         "index": result.index.tolist(),
         "label": None if labels is None else labels.tolist(),
+        "in_npz": result.index[_whole(result)].tolist(),
         "nfe": result.nfe.tolist(),
         "accepted": result.accepted.tolist(),
         "rejected": result.rejected.tolist(),
@@ -115,18 +138,23 @@ def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
 
 def _write(
     out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], data_range: tuple[float, float]
-) -> None:
-    """Writes the three files; samples that are missing or lost appear in the record alone."""
-    whole = torch.isfinite(result.samples.flatten(1)).all(1)
+) -> list[Path]:
+    """Writes the files and returns their paths; samples that are missing or lost appear in the record alone."""
+    whole = _whole(result)
     images = to_uint8(result.samples[whole], data_range)
     arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels[whole.cpu()].numpy()})
-    write_atomic(out / "samples.npz", lambda path: np.savez_compressed(path, **arrays))  # type: ignore[arg-type]
-    write_atomic(out / "samples.json", lambda path: path.write_text(dump_json(record)))
+    writers: dict[str, Callable[[Path], object]] = {
+        "samples.npz": lambda path: np.savez_compressed(path, **arrays),  # type: ignore[arg-type]
+        "samples.json": lambda path: path.write_text(dump_json(record)),
+    }
     if len(images):
-        write_atomic(out / "grid.png", lambda path: image_grid(images[:64]).save(path))
+        writers["grid.png"] = lambda path: image_grid(images[:64]).save(path)
+    else:
+        (out / "grid.png").unlink(missing_ok=True)
+    return write_atomic(out, writers)
 
 
-def _summary(result: SampleResult, out: Path) -> str:
+def _summary(result: SampleResult, files: list[Path]) -> str:
     ended = result.status != Status.PENDING
     nfe, steps = result.nfe[ended].double(), int((result.accepted + result.rejected).sum())
     lines = [f"{int(result.success.sum())} of {len(result.nfe)} samples in {result.seconds:.1f} s"]
@@ -137,4 +165,4 @@ def _summary(result: SampleResult, out: Path) -> str:
         )
     if not result.success.all():
         lines.append(f"not all succeeded: {result.counts()}; see samples.json")
-    return "\n".join([*lines, *(f"  {out / name}" for name in ("grid.png", "samples.npz", "samples.json"))])
+    return "\n".join([*lines, *(f"  {path}" for path in files)])

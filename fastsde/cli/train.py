@@ -9,11 +9,10 @@ from typing import Any, cast
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.pretrained import save_checkpoint_folder, score_model
-from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE
 from fastsde.training.data import load_images
 from fastsde.training.loop import TrainConfig, held_out_loss
@@ -24,12 +23,19 @@ _DEFAULT = TrainConfig()
 
 
 @click.command(short_help="Train a small score network on a folder of IDX images.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with the four IDX files (.gz).")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder with train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz] and, for a test, t10k-*.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for checkpoint and model.")
 @click.option("--steps", default=_DEFAULT.steps, type=click.IntRange(1), help="Optimiser steps in all.")
 @click.option("--batch-size", default=_DEFAULT.batch_size, type=click.IntRange(1), help="Images a step.")
 @click.option("--learning-rate", default=_DEFAULT.learning_rate, help="Peak learning rate of Adam.")
-@click.option("--seed", default=_DEFAULT.seed, type=click.IntRange(0), help="Weights, batches, times and noise.")
+@click.option(
+    "--seed", default=_DEFAULT.seed, type=click.IntRange(0, 1 << 31), help="Weights, batches, times and noise."
+)
 @click.option("--bf16/--fp32", default=_DEFAULT.bf16, help="Precision of the network's arithmetic.")
 @click.option("--classes", default="", help="Class names, comma-separated; numbers by default.")
 @click.option("--title", default="", help="Name and licence of the data, for the card: 'Fashion-MNIST; MIT'.")
@@ -64,6 +70,7 @@ def train(
         raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
     try:
         images, labels = load_images(data)
+        test = _test_split(data, images, labels)
         prepare_folder(out, needed=100 << 20)
         names = classes.split(",") if classes else [str(k) for k in range(int(labels.max()) + 1)]
         if len(names) != int(labels.max()) + 1:
@@ -74,31 +81,38 @@ def train(
         card["parameters"] = sum(p.numel() for p in network.parameters())
         model = score_model(network, sde, card)
         model.network = run_training(model, images, labels, config, checkpoint, resume=resume)
-        card["metrics"] = _metrics(model, data)
-    except (ValueError, FileNotFoundError, FloatingPointError, ImportError) as error:
+        save_checkpoint_folder(out / "model", model.network, card)
+        if test is not None:
+            loss = held_out_loss(model, *test)
+            card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
+            save_checkpoint_folder(out / "model", model.network, card)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    save_checkpoint_folder(out / "model", model.network, card)
     click.echo(f"{out / 'model'} is ready: fastsde sample --model {out / 'model'}")
 
 
-def _metrics(model: ScoreModel, data: Path) -> dict[str, Any]:
-    """The denoising loss on the test split; nothing if the folder has none."""
+def _test_split(data: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Images and labels of the test split, checked against the training split before any training; None without one."""
+    if images.shape[-1] != images.shape[-2]:
+        raise ValueError(f"{data}: images must be square; they are {tuple(images.shape[-2:])}.")
     try:
-        images, labels = load_images(data, train=False)
+        test_images, test_labels = load_images(data, train=False)
     except FileNotFoundError:
-        return {}
-    loss = held_out_loss(model, images, labels)
-    return {"test_denoising_loss": round(loss, 5), "test_images": len(images)}
+        return None
+    if test_images.shape[1:] != images.shape[1:] or test_labels.max() > labels.max():
+        raise ValueError(f"{data}: the test split has other image sizes or classes than the training split.")
+    return test_images, test_labels
 
 
 def _card(shape: torch.Size, names: list[str], title: str, config: TrainConfig) -> dict[str, Any]:
     """What the model says of itself, and how to read its network."""
     source, _, licence = title.partition(";")
     settings = dataclasses.asdict(config)
+    options = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
     return {
         "data": source.strip() or "not stated",
         "licence": licence.strip() or "not stated",
-        "command": f"fastsde train --steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}",
+        "command": f"fastsde train --data FOLDER --out OUT {options}",
         "settings": json.loads(json.dumps(settings)),
         "images_seen": config.steps * config.batch_size,
         "metrics": {},

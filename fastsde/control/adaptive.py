@@ -56,11 +56,13 @@ class Adaptive(Controller):
     def __post_init__(self) -> None:
         limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
         for name, most in limits.items():
-            if not 0 < getattr(self, name) <= most or math.isinf(getattr(self, name)):
-                raise ValueError(f"{name} must be positive, finite and at most {most}; got {getattr(self, name)}.")
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 < value <= most or math.isinf(value):
+                top = "" if math.isinf(most) else f" and at most {most}"
+                raise ValueError(f"{name} must be a positive, finite number{top}; got {value!r}.")
         if self.norm not in (2.0, math.inf):
             raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
-        if not self.growth > 1:
+        if not isinstance(self.growth, (int, float)) or not self.growth > 1:
             raise ValueError(f"growth must be above 1; got {self.growth}.")
 
     def init(self, t: Time, t_end: float) -> Carry:

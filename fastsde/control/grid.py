@@ -41,7 +41,7 @@ class Grid(Controller):
     adaptive = False
 
     def __init__(self, times: Tensor | list[float]) -> None:
-        self.times = torch.as_tensor(times, dtype=torch.float64).cpu()
+        self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(f"times must be a vector of at least 2 numbers; got shape {tuple(self.times.shape)}.")
         if not torch.isfinite(self.times).all() or not (self.times.diff() < 0).all():

@@ -98,7 +98,7 @@ class ScoreModel:
 
     Raises:
         ValueError: for an unknown `prediction` or an empty `data_range`.
-        TypeError: if `network` cannot be called.
+        TypeError: if `network` cannot be called or `sde` is no SDE.
     """
 
     calls = 1
@@ -117,6 +117,8 @@ class ScoreModel:
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, t); got {type(network).__name__}.")
+        if not isinstance(sde, SDE):
+            raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
         if prediction not in _READ:
             raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
         if not data_range[0] < data_range[1]:
@@ -124,6 +126,10 @@ class ScoreModel:
         self.network, self.sde, self.prediction = network, sde, prediction
         self.event_shape, self.data_range = event_shape, data_range
         self.timestep, self.default_cond = timestep, default_cond
+
+    def __repr__(self) -> str:
+        name = getattr(self.network, "__name__", type(self.network).__name__)
+        return f"{type(self).__name__}({name}, {self.sde}, {self.prediction!r}, event_shape={self.event_shape})"
 
     @property
     def parameter(self) -> Tensor | None:
@@ -147,8 +153,9 @@ class ScoreModel:
         parameter = self.parameter
         dtype = x_t.dtype if parameter is None else parameter.dtype
         time = t if self.timestep is None else self.timestep(t)
-        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        out = self.network(x_t.to(dtype), time, **(cond or {}))
+        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        # Copies, because a network may work in place on what it is given.
+        out = self.network(x_t.to(dtype, copy=True), time, **(cond or {}))
         out = _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t)
         return Prediction(self.prediction, out.to(x_t.dtype), x_t, self.sde.alpha(t), self.sde.sigma(t))
 

@@ -11,6 +11,7 @@ Times are float64 vectors with one entry per row, because steps near `t_min` van
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 
 import torch
@@ -95,5 +96,5 @@ def check_range(name: str, t_min: float, t_max: float, *, upper: float | None = 
         ValueError: naming the class, what came and what is allowed.
     """
     top = "" if upper is None else f" <= {upper}"
-    if not (0 < t_min < t_max and (upper is None or t_max <= upper)):
+    if not (0 < t_min < t_max < math.inf and (upper is None or t_max <= upper)):
         raise ValueError(f"{name} needs 0 < t_min < t_max{top}; got t_min={t_min}, t_max={t_max}.")

@@ -43,12 +43,12 @@ class DiscreteVPSDE(SDE):
             raise ValueError("DiscreteVPSDE needs exactly one of betas and alphas_cumprod.")
         if betas is not None:
             rates = torch.as_tensor(betas, dtype=torch.float64)
-            if rates.ndim != 1 or not ((rates > 0) & (rates < 1)).all():
+            if rates.ndim != 1 or not len(rates) or not ((rates > 0) & (rates < 1)).all():
                 raise ValueError("betas must be one-dimensional with every value in (0, 1).")
             log_alpha_bar = torch.log1p(-rates).cumsum(0)
         else:
             bars = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
-            if bars.ndim != 1 or not ((bars > 0) & (bars < 1)).all() or not (bars.diff() < 0).all():
+            if bars.ndim != 1 or not len(bars) or not ((bars > 0) & (bars < 1)).all() or not (bars.diff() < 0).all():
                 raise ValueError(
                     "alphas_cumprod must be one-dimensional and strictly decreasing inside (0, 1); a last value of 0 "
                     "(zero terminal SNR) has no finite score."

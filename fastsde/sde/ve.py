@@ -32,7 +32,7 @@ class VESDE(SDE):
     def __init__(
         self, sigma_min: float = 0.01, sigma_max: float = 50.0, *, t_min: float = 1e-5, t_max: float = 1.0
     ) -> None:
-        if not 0 < sigma_min < sigma_max:
+        if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"VESDE needs 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}.")
         check_range("VESDE", t_min, t_max)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max

@@ -2,6 +2,8 @@ r"""Variance-preserving diffusion with a linear beta(t)."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from fastsde.sde.base import SDE, check_range
@@ -18,7 +20,7 @@ class LinearBeta(SDE):
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-3, t_max: float = 1.0
     ) -> None:
         name = type(self).__name__
-        if not 0 < beta_min <= beta_max:
+        if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"{name} needs 0 < beta_min <= beta_max; got {beta_min} and {beta_max}.")
         check_range(name, t_min, t_max)
         self.beta_min, self.beta_max = beta_min, beta_max

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,10 @@ def read_idx(path: str | Path) -> np.ndarray:
         ValueError: if the file is not IDX or is shorter than its header says.
     """
     path = Path(path)
-    raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is not a whole gzip file: {error}") from error
     if len(raw) < 4 or raw[:2] != b"\0\0" or raw[2] not in _DTYPES:
         raise ValueError(f"{path} is not an IDX file: it starts with {raw[:4].hex() or 'nothing'}.")
     dtype, rank = np.dtype(_DTYPES[raw[2]]), raw[3]
@@ -49,9 +53,9 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
     images, labels = (
         read_idx(_find(Path(folder), f"{split}-{name}")) for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
     )
-    if images.ndim != 3 or images.dtype != np.uint8 or len(images) != len(labels):
+    if images.ndim != 3 or not len(images) or images.dtype != np.uint8 or len(images) != len(labels):
         raise ValueError(
-            f"{folder}: expected 8-bit images (N, H, W) and as many labels; "
+            f"{folder}: expected 8-bit images (N, H, W), N >= 1, and as many labels; "
             f"got {images.dtype} {images.shape} and {labels.shape}."
         )
     return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -178,9 +178,14 @@ def load_checkpoint(
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start without --resume.")
-    with safe_open(path, "pt") as file:
-        meta = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if not {"step", "config"} <= meta.keys():
+        raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
     stored, wanted = json.loads(meta["config"]), dataclasses.asdict(config)
     changed = [k for k in wanted if k != "steps" and stored.get(k) != wanted[k]]
     if changed:
@@ -198,4 +203,6 @@ def load_checkpoint(
             _, i, name = key.split(".", 2)
             state.setdefault(int(i), {})[name] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    if int(meta["step"]) > config.steps:
+        raise ValueError(f"{path} is at step {meta['step']}, beyond the {config.steps} steps asked for.")
     return int(meta["step"])
