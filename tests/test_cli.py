@@ -234,6 +234,12 @@ def test_train_then_sample(tmp_path):
     assert "--resume" in again.output
     model, _ = fastsde.pretrained(out / "model")
     assert model.event_shape == (1, 8, 8)
+    write_idx(data / "t10k-images-idx3-ubyte.gz", np.zeros((3, 12, 12), np.uint8))
+    write_idx(data / "t10k-labels-idx1-ubyte.gz", np.zeros(3, np.uint8))
+    other = run("train", "--data", data, "--out", out / "y", "--steps", 2)
+    assert other.exit_code == 1
+    assert "test split has other image sizes" in other.output
+    assert not (out / "y").exists()
     missing = run("train", "--data", tmp_path, "--out", out / "x")
     assert missing.exit_code == 1
     assert "train-images-idx3-ubyte" in missing.output

@@ -93,6 +93,22 @@ def test_pickle_is_never_opened(folder):
         load(folder / "weights.pt")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        (CARD, "{", "card.json is not JSON"),
+        (CONFIG, "{", "config.json is not JSON"),
+        (CARD, "[]", "card.json must hold a JSON object; it holds a list"),
+        (CONFIG, '"some/name"', "config.json must hold a JSON object; it holds a str"),
+        (CARD, "{}", "card.json lacks timestep_levels, classes"),
+    ],
+)
+def test_damaged_descriptions_name_the_file(folder, file, content, message):
+    (folder / file).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        load(folder)
+
+
 def test_weights_of_another_network(folder):
     config = json.loads((folder / CONFIG).read_text())
     config["block_out_channels"] = [16, 32, 56]

@@ -1,12 +1,13 @@
 """Training: the loss is the published one, and a resumed run repeats an uninterrupted one."""
 
+import dataclasses
 import gzip
 import struct
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastsde
@@ -129,6 +130,15 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, data):
     other = fastsde.ScoreModel(nn.Conv2d(1, 1, 1), fastsde.VPSDE(), "epsilon")
     with pytest.raises(ValueError, match="another network"):
         train(other, images, None, config, path, resume=True)
+    with pytest.raises(ValueError, match="at step 2, beyond the 1 steps"):
+        train(tiny_model(), images, labels, dataclasses.replace(config, steps=1), path, resume=True)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="truncated"):
+        train(tiny_model(), images, labels, config, path, resume=True)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="no checkpoint of"):
+        train(tiny_model(), images, labels, config, path, resume=True)
     with pytest.raises(FileNotFoundError, match="without --resume"):
         train(tiny_model(), images, labels, config, tmp_path / "none.safetensors", resume=True)
 
@@ -173,6 +183,10 @@ def test_idx_files_are_read_and_checked(tmp_path):
     (tmp_path / "short").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 9, 1]))
     with pytest.raises(ValueError, match="damaged"):
         read_idx(tmp_path / "short")
+    for name, raw in (("cut.gz", gzip.compress(bytes(1000))[:-12]), ("plain.gz", b"hello")):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match="not a whole gzip file"):
+            read_idx(tmp_path / name)
     (tmp_path / "text").write_bytes(b"hello")
     with pytest.raises(ValueError, match="not an IDX file"):
         read_idx(tmp_path / "text")

@@ -34,6 +34,8 @@ def info(as_json: bool, markdown: bool) -> None:
     for name, card in models.items():
         shape = " x ".join(map(str, card["event_shape"]))
         click.echo(f"  {name}: {shape}, {card['parameters']:,} parameters, {card['data']} ({card['licence']})")
+        if card["classes"]:
+            click.echo("      class_labels: " + ", ".join(f"{k} {label}" for k, label in enumerate(card["classes"])))
     click.echo("\nsolvers")
     for name, order, calls, steps, use in _solver_rows():
         click.echo(f"  {name}: {calls} call{'s' if calls > 1 else ''} a step, {steps}; order: {order}\n      {use}")
