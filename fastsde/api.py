@@ -199,17 +199,25 @@ def _resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dt
 def _resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
     parameter = model.parameter
     if device is not None:
-        try:
-            probe = torch.empty(0, device=device)
-            probe.cpu()  # fails on "meta", which holds no numbers
-            return probe.device
-        except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-            raise ValueError(
-                f"device must be one this torch can use, such as 'cpu'; got {device!r} ({error})."
-            ) from error
+        return usable_device(device)
     if x_init is not None:
         return x_init.device
     return torch.device("cpu") if parameter is None else parameter.device
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of that name, if tensors can live there.
+
+    Raises:
+        ValueError: if this torch does not know it or cannot use it here.
+    """
+    try:
+        probe = torch.empty(0, device=device)
+        probe.cpu()  # fails on "meta", which holds no numbers
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one this torch can use, such as 'cpu'; got {device!r} ({reason}).") from error
+    return probe.device
 
 
 def _resolve_controller(

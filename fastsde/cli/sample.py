@@ -58,7 +58,7 @@ def sample(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
-        score_model, sde = pretrained(model, device=_device(device))
+        score_model, sde = pretrained(model, device=api.usable_device(device))
         weights = weight_hash(model)
         labels = _labels(label, n, read_card(model)["classes"])
         event = score_model.event_shape or ()
@@ -89,15 +89,6 @@ def sample(
     click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
-
-
-def _device(name: str) -> torch.device:
-    try:
-        probe = torch.empty(0, device=name)
-        probe.cpu()  # fails on "meta", which holds no numbers
-        return probe.device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"--device {name} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _labels(label: str, n: int, classes: list[str]) -> Tensor | None:
