@@ -35,10 +35,10 @@ class DDIM(Solver):
     calls_per_step = 1
     adaptive = False
     use = "baseline; exact for a single point"
+    keep_path = False
 
     steps: int | None = None
     eta: float = 0.0
-    keep_path: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_steps(self.steps)

@@ -45,11 +45,11 @@ class ExponentialPC(Solver):
     use = "few calls: 10 to 30 for a whole sample"
     warm_up = True
     log_snr_steps = True
+    keep_path = False
 
     steps: int | None = None
     eta: float = 0.0
     order: int = 2
-    keep_path: bool = dataclasses.field(default=False, init=False)
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
