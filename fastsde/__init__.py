@@ -1,11 +1,11 @@
 """fastsde: samples from pretrained diffusion models, with no schedule to tune."""
 
 from fastsde import score
-from fastsde.api import sample
+from fastsde.api import encode, sample
 from fastsde.control import Adaptive, Controller, Grid
-from fastsde.engine import EngineState
+from fastsde.job import EngineState
 from fastsde.pretrained import pretrained
-from fastsde.result import SampleResult, SamplingError, Status
+from fastsde.result import SampleResult, SamplingError, Status, Trajectory
 from fastsde.score.base import Prediction, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
@@ -14,33 +14,76 @@ from fastsde.sde.flow import RectifiedFlow
 from fastsde.sde.sub_vp import SubVPSDE
 from fastsde.sde.ve import VESDE
 from fastsde.sde.vp import VPSDE
-from fastsde.solvers import DDIM, SOLVERS, EulerMaruyama, ExponentialPC, ExtrapolatedEM, Solver
+from fastsde.solvers import (
+    DDIM,
+    DEIS,
+    DORMAND_PRINCE,
+    EULER,
+    HEUN,
+    RK4,
+    SOLVERS,
+    Ancestral,
+    AnnealedLangevin,
+    ConsistentAnnealed,
+    DPMSolverPP,
+    EulerMaruyama,
+    ExponentialPC,
+    ExtrapolatedEM,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ProbabilityFlow,
+    ReverseDiffusion,
+    SASolver,
+    Solver,
+    Tableau,
+    UniPC,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DDIM",
+    "DEIS",
+    "DORMAND_PRINCE",
     "EDM",
+    "EULER",
+    "HEUN",
+    "RK4",
     "SDE",
     "SOLVERS",
     "VESDE",
     "VPSDE",
     "Adaptive",
+    "Ancestral",
+    "AnnealedLangevin",
+    "ConsistentAnnealed",
     "Controller",
+    "DPMSolverPP",
     "DiscreteVPSDE",
     "EngineState",
     "EulerMaruyama",
     "ExponentialPC",
     "ExtrapolatedEM",
     "Grid",
+    "Heun",
+    "Langevin",
     "Prediction",
+    "PredictorCorrector",
+    "ProbabilityFlow",
     "RectifiedFlow",
+    "ReverseDiffusion",
+    "SASolver",
     "SampleResult",
     "SamplingError",
     "ScoreModel",
     "Solver",
     "Status",
     "SubVPSDE",
+    "Tableau",
+    "Trajectory",
+    "UniPC",
+    "encode",
     "pretrained",
     "sample",
     "score",

@@ -7,10 +7,8 @@ the slowest row, and no row reads another.
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -18,66 +16,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
-from fastsde.control.base import Controller
-from fastsde.noise import Noise
+from fastsde.job import EngineState, Job
+from fastsde.noise import StepNoise
 from fastsde.result import SampleResult, SamplingError, Status
-from fastsde.score.base import BoundModel, ScoreModel
-from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver
+from fastsde.score.base import BoundModel
 from fastsde.types import Carry
 
 _EMPTY = -1
 """Status of a row whose sample has left and whose slot nobody took: padding until the batch shrinks."""
 _SIZES = 8
 """The batch shrinks through this many sizes, multiples of batch_size / 8, so that compiled graphs are reused."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineState:
-    """What a callback sees after every turn: copies, so that it cannot disturb the run.
-
-    Attributes:
-        turn: turns so far.
-        finished: samples that have ended.
-        index: sample number in each slot, with shape (B,); a slot whose sample has left keeps its last number.
-        x: current states, with shape (B, *event).
-        t: current times, with shape (B,).
-        nfe: calls so far of the sample in each slot, with shape (B,).
-    """
-
-    turn: int
-    finished: int
-    index: Tensor
-    x: Tensor
-    t: Tensor
-    nfe: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Everything that stays fixed while sampling; `api.sample` has checked it.
-
-    Attributes:
-        index: sample numbers, with shape (n,), in the order of the queue and of the result.
-        cond: conditioning, each tensor with leading axis n.
-        x_init: start states with shape (n, *event), or None to draw them from the prior.
-        lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
-    """
-
-    model: ScoreModel
-    sde: SDE
-    solver: Solver
-    controller: Controller
-    noise: Noise
-    index: Tensor
-    cond: Carry
-    x_init: Tensor | None
-    denoise: bool
-    max_nfe: int
-    batch_size: int
-    progress: bool
-    callback: Callable[[EngineState], None] | None
-    lag: int
 
 
 class Engine:
@@ -96,8 +44,8 @@ class Engine:
         self.out: Carry = {"x": torch.full(shape, torch.nan, dtype=job.noise.dtype, device=self.device)}
         for name in ("nfe", "accepted", "rejected", "status"):
             self.out[name] = torch.zeros(self.n, dtype=torch.int64, device=self.device)
-        # A solver that warmed up has the denoised sample already.
-        self.denoising_call = job.denoise and not job.solver.warm_up
+        # Some solvers end with the denoised sample in hand.
+        self.denoising_call = job.denoise and not job.solver.keeps_x_0
         self.nfe_finished = 0
         self.finished = 0
 
@@ -155,15 +103,17 @@ class Engine:
         slots = torch.tensor(list(islice(self.queue, count)), dtype=torch.int64)
         slots = slots.to(self.device)
         index = job.index[slots]
-        x = job.sde.prior(job.noise.prior(index)) if job.x_init is None else job.x_init[slots]
-        t = torch.full(index.shape, job.sde.t_max, dtype=torch.float64, device=self.device)
+        x = job.sde.prior(job.noise.prior(index), job.t_start) if job.x_init is None else job.x_init[slots]
+        t = torch.full(index.shape, job.t_start, dtype=torch.float64, device=self.device)
         zero = torch.zeros_like(index)
         row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
+        if job.recorder is not None:
+            job.recorder.keep(slots, zero == 0, t, x)
         row |= {"nfe": zero, "accepted": zero, "rejected": zero, "warm": zero != job.solver.warm_up}
         return {
             "row": {key: value.clone() for key, value in row.items()},
             "solver": job.solver.init(x),
-            "control": job.controller.init(t, job.sde.t_min),
+            "control": job.controller.init(t, job.t_end),
             "noise": job.noise.start(index),
             "cond": select_rows(slots, job.cond),
         }
@@ -171,18 +121,19 @@ class Engine:
     def _turn(self) -> Tensor:
         """One attempted step of every row; returns which rows have ended, with shape (B,)."""
         job, rows = self.job, self.rows
-        row, t_end = rows["row"], job.sde.t_min
+        row, t_end = rows["row"], job.t_end
         x, t, active = row["x"], row["t"], row["status"] == Status.PENDING
         moving = active & ~row["warm"]
         s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
         attempt = row["accepted"] + row["rejected"]
-        dw, noise = job.noise.increment(row["index"], attempt, t, s, rows["noise"])
+        position = row["accepted"] + ~row["warm"]
+        noise = StepNoise(job.noise, row["index"], attempt, position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
-        step = job.solver.step(model, job.sde, x, t, s, dw, rows["solver"])
+        step = job.solver.step(model, job.sde, x, t, s, noise, rows["solver"])
         decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
 
         finite = all_finite(step.x)
-        accept = decision.accept & active & finite
+        accept = (decision.accept | ~moving) & active & finite
         row["x"] = torch.where(expand_like(accept, x), step.x, x)
         row["t"] = torch.where(accept, s, t)
         row["nfe"] = row["nfe"] + model.nfe
@@ -190,15 +141,18 @@ class Engine:
         row["rejected"] = row["rejected"] + (moving & ~accept)
         row["warm"] = row["warm"] & ~accept
         rows["solver"] = where_rows(accept, step.carry, rows["solver"])
-        rows["noise"] = where_rows(accept, noise, rows["noise"])
+        rows["noise"] = where_rows(accept, noise.carry, rows["noise"])
         rows["control"] = where_rows(moving, decision.carry, rows["control"])
 
         per_step = job.model.calls * job.solver.calls_per_step
         spent = row["nfe"] + per_step + job.model.calls * self.denoising_call > job.max_nfe
-        status = decision.failure.masked_fill((decision.failure == Status.PENDING) & spent, int(Status.MAX_NFE))
-        status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
+        failure = decision.failure.masked_fill(~moving, int(Status.PENDING))
+        status = failure.masked_fill((failure == Status.PENDING) & spent, int(Status.MAX_NFE))
+        status = status.masked_fill(accept & moving & (s <= t_end), int(Status.SUCCESS))
         status = status.masked_fill(~finite, int(Status.NON_FINITE))
         row["status"] = torch.where(active, status, row["status"])
+        if job.recorder is not None:
+            job.recorder.keep(row["slot"], accept & moving, s, row["x"])
         return row["status"] > Status.PENDING
 
     def _read_flags(self, done: Tensor) -> list[int]:
@@ -226,7 +180,7 @@ class Engine:
         """Moves the given ended rows to the pool, leaving empty slots; returns the slots as a tensor."""
         ids = torch.tensor(done, dtype=torch.int64, device=self.device)
         ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
-        if self.job.denoise and self.job.solver.warm_up:
+        if self.job.denoise and self.job.solver.keeps_x_0:
             ended["row"]["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
         self.pool.append(ended)
         self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
@@ -295,5 +249,13 @@ class Engine:
         out, job = self.out, self.job
         seconds = time.perf_counter() - start
         return SampleResult(
-            out["x"], out["nfe"], out["accepted"], out["rejected"], out["status"], job.index, job.noise.seed, seconds
+            out["x"],
+            out["nfe"],
+            out["accepted"],
+            out["rejected"],
+            out["status"],
+            job.index,
+            job.noise.seed,
+            seconds,
+            None if job.recorder is None else job.recorder.paths(),
         )

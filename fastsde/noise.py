@@ -11,6 +11,7 @@ made from them (Box and Muller 1958) are equal up to the rounding of the device'
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 
@@ -21,8 +22,8 @@ from fastsde.batching import expand_like
 from fastsde.types import Carry, Index, State, Time
 
 _WORD = 0xFFFFFFFF
-_PRIOR, _STEP, _ROOT, _NODE, _LEAF = range(5)
-"""Purposes, in the low byte of the last counter word; the level of a node stands above it."""
+_PRIOR, _STEP, _ROOT, _NODE, _LEAF, _EXTRA = range(6)
+"""Purposes, in the low byte of the last counter word; the level of a node, or the number of an extra draw, above it."""
 RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 _CHUNK = 1 << 18
@@ -92,6 +93,10 @@ class Noise(ABC):
     def prior(self, index: Index) -> State:
         """The standard normal that the given samples start from, with shape (B, *event)."""
         return self._draw(index, torch.zeros_like(index), _PRIOR)
+
+    def normal(self, index: Index, position: Index, k: int) -> State:
+        """Standard normals number k at the given position of each sample's walk, with shape (B, *event)."""
+        return self._draw(index, position, _EXTRA + (k << 8))
 
     @abstractmethod
     def start(self, index: Index) -> Carry:
@@ -208,3 +213,50 @@ class BrownianPath(Noise):
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
         w = self(index, s)
         return carry["w"] - w, {"w": w}
+
+
+class StepNoise:
+    """The noise of one attempted step, for every row. Nothing is drawn before it is asked for.
+
+    Args:
+        source: where the noise comes from.
+        index: sample numbers, with shape (B,).
+        attempt: steps tried before by each sample, with shape (B,).
+        position: steps accepted before by each sample, the warm-up turn included, with shape (B,).
+        t: now, with shape (B,).
+        s: target, with shape (B,).
+        carry: what travels with the rows.
+    """
+
+    def __init__(
+        self, source: Noise, index: Index, attempt: Index, position: Index, t: Time, s: Time, carry: Carry
+    ) -> None:
+        self._source, self._index, self._attempt, self._position = source, index, attempt, position
+        self._t, self._s, self._before = t, s, carry
+
+    @functools.cached_property
+    def _increment(self) -> tuple[State, Carry]:
+        return self._source.increment(self._index, self._attempt, self._t, self._s, self._before)
+
+    @property
+    def dw(self) -> State:
+        """Brownian increment over [s, t], with shape (B, *event) and variance t - s."""
+        return self._increment[0]
+
+    @property
+    def z(self) -> State:
+        """The increment scaled to variance 1, with shape (B, *event); 0 where t = s."""
+        h = (self._t - self._s).clamp(min=torch.finfo(torch.float32).tiny)
+        return self.dw / expand_like(h.sqrt(), self.dw)
+
+    def normal(self, k: int = 0) -> State:
+        """Standard normals number k of this step, with shape (B, *event).
+
+        Independent of the increment and of every other k and step; the same again if the step is rejected.
+        """
+        return self._source.normal(self._index, self._position, k)
+
+    @property
+    def carry(self) -> Carry:
+        """What travels on with the rows if the step is accepted."""
+        return self._increment[1] if self._before else {}

@@ -26,6 +26,19 @@ class Status(enum.IntEnum):
 
 
 @dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """The way of one sample.
+
+    Attributes:
+        t: times in the order they were reached, in float64, with shape (k,).
+        x: the states there, with shape (k, *event).
+    """
+
+    t: Tensor
+    x: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class SampleResult:
     """Samples and what each of them cost, in the order they were asked for.
 
@@ -38,6 +51,7 @@ class SampleResult:
         index: the number of each sample in the seed's stream, with shape (n,).
         seed: the seed; (seed, index) determines the sample.
         seconds: wall time of the whole run.
+        trajectory: the states on the way, for each sample, if they were asked for.
     """
 
     samples: Tensor
@@ -48,6 +62,7 @@ class SampleResult:
     index: Tensor
     seed: int
     seconds: float
+    trajectory: list[Trajectory] | None = None
 
     @property
     def success(self) -> Tensor:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from fastsde import EDM, VESDE, VPSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
+from fastsde.noise import StepNoise
 
 LINEAR_BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
 """The table of DDPM (Ho et al. 2020, sec. 4)."""
@@ -47,3 +48,16 @@ def fitted_order(steps, errors):
     """Slope of -log error against log steps, by least squares."""
     slope, _ = np.polyfit([math.log(n) for n in steps], [math.log(float(e)) for e in errors], 1)
     return -slope
+
+
+class GivenNoise(StepNoise):
+    """Noise for one step by hand: the increment dw over [s, t], and further normals if any."""
+
+    dw = z = None  # plain attributes in the place of the properties
+
+    def __init__(self, dw, t=None, s=None, normals=()):
+        self.dw, self.normals = dw, normals
+        self.z = dw if t is None else dw / (t - s).sqrt().reshape(-1, *(1,) * (dw.ndim - 1))
+
+    def normal(self, k=0):
+        return self.normals[k]

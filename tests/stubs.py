@@ -9,7 +9,8 @@ import torch
 
 from fastsde import EDM, Controller, ScoreModel, Solver, Status
 from fastsde.control import Decision
-from fastsde.engine import Engine, Job
+from fastsde.engine import Engine
+from fastsde.job import Job
 from fastsde.noise import BrownianPath
 from fastsde.solvers import Step
 
@@ -34,7 +35,7 @@ class StubSolver(Solver):
     `nan` holds pairs (place in the queue, attempt) whose proposal is not a number.
     """
 
-    order, calls_per_step, adaptive, use = "none", 1, True, "tests"
+    convergence, noise, calls_per_step, adaptive, use = "none", "path", 1, True, "tests"
 
     def __init__(self, nan=()):
         self.log, self.nan, self.started = defaultdict(list), set(nan), 0
@@ -44,7 +45,8 @@ class StubSolver(Solver):
         self.started += len(x_t)
         return {"place": place, "accepted": torch.zeros_like(place)}
 
-    def step(self, model, sde, x_t, t, s, dw, carry):
+    def step(self, model, sde, x_t, t, s, noise, carry):
+        dw = noise.dw
         x = x_t + dw + 0 * model(x_t, t).score
         for row in model.active.nonzero().flatten().tolist():
             place, accepted = int(carry["place"][row]), int(carry["accepted"][row])
@@ -64,9 +66,6 @@ class StubController(Controller):
 
     def __init__(self, sizes, reject=(), fail=None):
         self.sizes, self.reject, self.fail, self.started = sizes, set(reject), fail or {}, 0
-
-    def check(self, t_min, t_max):
-        pass
 
     def init(self, t, t_end):
         place = torch.arange(self.started, self.started + len(t))
@@ -146,6 +145,8 @@ def run(n, controller, *, solver=None, network=None, sde=CLOCK, **options):
         "callback": None,
         "lag": 0,
         "noise": path(sde),
+        "t_start": sde.t_max,
+        "t_end": sde.t_min,
     }
     model = ScoreModel(network or Recorder(), sde)
     job = Job(model=model, sde=sde, solver=solver or StubSolver(), controller=controller, **(defaults | options))

@@ -164,8 +164,8 @@ class Walk(Solver):
     order, calls_per_step, adaptive, use = "exact", 1, True, "tests"
     keep_path: bool = True
 
-    def step(self, model, sde, x_t, t, s, dw, carry):
-        return Step(x_t + dw + 0 * model(x_t, t).score, {}, dw, dw)
+    def step(self, model, sde, x_t, t, s, noise, carry):
+        return Step(x_t + noise.dw + 0 * model(x_t, t).score, {}, noise.dw, noise.dw)
 
 
 class RefuseLarge(Controller):
@@ -328,9 +328,9 @@ REFUSED |= {
     f"grid {first} .. {last}": (
         model(),
         {"n": 3, "solver": EulerMaruyama(), "controller": Grid([first, 0.3, last])},
-        f"grid must go from t_max=1.0 to t_min=0.001; it goes from {first} to {last}",
+        f"grid must lie within t_min=0.001 .. t_max=1.0; it goes from {first} to {last}",
     )
-    for first, last in ((1.0, 0.01), (0.9, 0.001), (1.5, 0.001), (1.0, 0.0))
+    for first, last in ((1.5, 0.001), (1.0, 0.0))
 }
 
 

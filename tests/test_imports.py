@@ -18,11 +18,16 @@ LEVELS = {
     "score": 3,
     "solvers": 4,
     "control": 4,
-    "engine": 5,
-    "api": 6,
-    "pretrained": 7,
-    "training": 8,
-    "cli": 9,
+    "trajectory": 2,
+    "job": 5,
+    "engine": 6,
+    "arguments": 5,
+    "api": 7,
+    "integrate": 8,
+    "likelihood": 8,
+    "pretrained": 8,
+    "training": 9,
+    "cli": 10,
 }
 """A module imports from lower levels or from its own part. `import fastsde` counts as `api`."""
 FOUNDATIONS = {

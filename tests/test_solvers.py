@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracles import exact_variance, fitted_order, vector
+from oracles import GivenNoise, exact_variance, fitted_order, vector
 from scipy.integrate import solve_ivp
 
 import fastsde
@@ -79,8 +79,8 @@ def test_extrapolated_step_is_algorithm_6(solver):
     t, h = np.array([0.9, 0.5, 0.2, 0.011]), np.array([0.05, 0.001, 0.1, 0.01])
     sde, dw = VPSDE(), np.sqrt(h)[:, None] * z
     carry = {"previous": torch.from_numpy(x_prev)} if solver.reference == "previous" else {}
-    model, args = bind(curved_model(sde), 4), [torch.from_numpy(a) for a in (x, t, t - h, dw)]
-    step = solver.step(model, sde, *args, carry)
+    model, args = bind(curved_model(sde), 4), [torch.from_numpy(a) for a in (x, t, t - h)]
+    step = solver.step(model, sde, *args, GivenNoise(torch.from_numpy(dw)), carry)
     control = fastsde.Adaptive(rtol=0.05, atol=0.0078)
     decision = control.update(
         args[1], args[2], 1e-3, step.error, step.scale, control.init(torch.ones_like(args[1]), 1e-3)
@@ -119,7 +119,7 @@ def test_first_step_refers_to_the_start_state():
 
 def test_euler_maruyama_step():
     x, dw, t, s = vector(1.0, -2.0)[:, None], vector(0.3, -0.1)[:, None], vector(0.8, 0.1), vector(0.7, 0.09)
-    step = EulerMaruyama().step(bind(curved_model(VPSDE()), 2), VPSDE(), x, t, s, dw, {})
+    step = EulerMaruyama().step(bind(curved_model(VPSDE()), 2), VPSDE(), x, t, s, GivenNoise(dw), {})
     h, beta, time = (t - s)[:, None], 0.1 + 19.9 * t[:, None], t[:, None]
     # beta (x / 2 + score) is the drift in reversed time; roundings only.
     expected = x + h * beta * (x / 2 + curved(x, time)) + beta.sqrt() * dw
@@ -138,11 +138,11 @@ def test_rows_of_a_step_do_not_see_each_other(solver):
     t = torch.linspace(0.2, 1.0, n, dtype=torch.float64)
     s = t - torch.linspace(0.1, 0.001, n, dtype=torch.float64)
     carry = {"previous": previous} if solver.init(x) else {}
-    joint = solver.step(bind(curved_model(sde), n), sde, x, t, s, dw, carry)
+    joint = solver.step(bind(curved_model(sde), n), sde, x, t, s, GivenNoise(dw), carry)
     for i in range(n):
         row = slice(i, i + 1)
         own = {key: value[row] for key, value in carry.items()}
-        alone = solver.step(bind(curved_model(sde), 1), sde, x[row], t[row], s[row], dw[row], own)
+        alone = solver.step(bind(curved_model(sde), 1), sde, x[row], t[row], s[row], GivenNoise(dw[row]), own)
         for name in ("x", "error", "scale"):
             if getattr(alone, name) is not None:
                 # Vectorised and scalar kernels may round elementary functions differently by an ulp.
@@ -170,7 +170,9 @@ def walk(solver, model, sde, times, x):
     """The solver along the given times with no noise."""
     carry = solver.init(x)
     for t, s in itertools.pairwise(times):
-        step = solver.step(bind(model, len(x)), sde, x, t.expand(len(x)), s.expand(len(x)), torch.zeros_like(x), carry)
+        step = solver.step(
+            bind(model, len(x)), sde, x, t.expand(len(x)), s.expand(len(x)), GivenNoise(torch.zeros_like(x)), carry
+        )
         x, carry = step.x, step.carry
     return x
 
@@ -213,7 +215,7 @@ def moments_after(solver, sde, data_mean, std, times):
     mean, variance = float(sde.alpha(start)) * data_mean, float(exact_variance(sde, std, start))
     x, dw = vector(0.0, 1.0, 0.0)[:, None], vector(0.0, 0.0, 1.0)[:, None]
     for t, s in itertools.pairwise(times):
-        step = solver.step(bind(model, 3), sde, x, t.expand(3), s.expand(3), dw, solver.init(x))
+        step = solver.step(bind(model, 3), sde, x, t.expand(3), s.expand(3), GivenNoise(dw), solver.init(x))
         at_zero, at_x, at_dw = step.x[:, 0].tolist()
         slope, noise = at_x - at_zero, at_dw - at_zero
         mean, variance = slope * mean + at_zero, slope**2 * variance + noise**2 * float(t - s)

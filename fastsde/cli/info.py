@@ -8,7 +8,7 @@ import click
 
 from fastsde.cli.output import versions
 from fastsde.pretrained import packaged, read_card, weight_hash
-from fastsde.solvers import SOLVERS
+from fastsde.solvers import SOLVERS, Solver
 
 
 @click.command(short_help="Versions, packaged models and solvers.")
@@ -37,18 +37,25 @@ def info(as_json: bool, markdown: bool) -> None:
         if card["classes"]:
             click.echo("      class_labels: " + ", ".join(f"{k} {label}" for k, label in enumerate(card["classes"])))
     click.echo("\nsolvers")
-    for name, order, calls, steps, use in _solver_rows():
-        click.echo(f"  {name}: {calls} call{'s' if calls > 1 else ''} a step, {steps}; order: {order}\n      {use}")
+    for name, order, calls, steps, noise, sdes, use in _solver_rows():
+        click.echo(
+            f"  {name}: {use}\n      order {order}; calls a step: {calls}; steps: {steps}; noise: {noise}; SDEs: {sdes}"
+        )
 
 
-_COLUMNS = ("solver", "order", "calls per step", "step size", "use")
+_COLUMNS = ("solver", "order", "calls per step", "step size", "noise", "SDEs", "use")
 
 
-def _solver_rows() -> list[tuple[str, str, int, str, str]]:
+def _solver_rows() -> list[tuple[str, ...]]:
     return [
-        (s.__name__, s.convergence, s.calls_per_step, "per sample, from rtol" if s.adaptive else "grid", s.use)
+        (s.__name__, s.convergence, s.cost or str(s.calls_per_step), _stepping(s), s.noise, s.sdes, s.use)
         for s in SOLVERS
     ]
+
+
+def _stepping(solver: type[Solver]) -> str:
+    trait = vars(solver).get("adaptive", False)
+    return "grid" if trait is False else "per sample, from rtol" if trait is True else "per sample, from rtol, or grid"
 
 
 def solver_table() -> str:

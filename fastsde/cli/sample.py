@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsde import api
+from fastsde.arguments import DEFAULT_RTOL, usable_device
 from fastsde.cli.output import dump_json, image_grid, prepare_folder, to_uint8, versions, write_atomic
 from fastsde.pretrained import pretrained, read_card, weight_hash
 from fastsde.result import SampleResult, SamplingError, Status
@@ -22,7 +23,7 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
 @click.option("--model", default="fashion-mnist", help="A packaged model, or a folder written by `fastsde train`.")
 @click.option("-n", "--number", "n", default=64, type=click.IntRange(1), help="Number of samples.")
-@click.option("--rtol", default=api.DEFAULT_RTOL, help="Relative tolerance: smaller is slower and closer.")
+@click.option("--rtol", default=DEFAULT_RTOL, help="Relative tolerance: smaller is slower and closer.")
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
 @click.option("--seed", default=0, help="Sample i depends on (seed, i) alone.")
 @click.option(
@@ -58,7 +59,7 @@ def sample(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
-        score_model, sde = pretrained(model, device=api.usable_device(device))
+        score_model, sde = pretrained(model, device=usable_device(device))
         weights = weight_hash(model)
         labels = _labels(label, n, read_card(model)["classes"])
         event = score_model.event_shape or ()

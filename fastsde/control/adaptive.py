@@ -38,6 +38,8 @@ class Adaptive(Controller):
         h_init: first step, in units of time, positive; cut to the time range.
         norm: 2 or `math.inf`.
         growth: largest ratio of a step to the one before, above 1.
+        resolution: smallest step, as a share of the time range; by default that of a Brownian path.
+        stops: times that every sample steps on exactly, in any order.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -52,6 +54,8 @@ class Adaptive(Controller):
     h_init: float = 0.01
     norm: float = 2.0
     growth: float = 10.0
+    resolution: float = RESOLUTION
+    stops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
@@ -64,16 +68,22 @@ class Adaptive(Controller):
             raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
         if not isinstance(self.growth, (int, float)) or not self.growth > 1:
             raise ValueError(f"growth must be above 1; got {self.growth}.")
+        if not 0 < self.resolution < 1:
+            raise ValueError(f"resolution must be in (0, 1); got {self.resolution}.")
 
     def init(self, t: Time, t_end: float) -> Carry:
-        h_min = (t - t_end) * RESOLUTION
+        h_min = (t - t_end) * self.resolution
         # A first step below the resolution would round to 0 and never move.
-        return {"h": _round_step(torch.full_like(t, self.h_init), h_min, down=h_min < 0).maximum(h_min), "h_min": h_min}
+        h = self._round(torch.full_like(t, self.h_init), h_min, down=h_min < 0).maximum(h_min)
+        return {"h": h, "h_min": h_min}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        s = t - carry["h"]
+        s, stop = t - carry["h"], torch.full_like(t, t_end)
+        if self.stops:
+            stops = torch.tensor(sorted({t_end, *self.stops}), dtype=torch.float64, device=t.device)
+            stop = stops[(torch.searchsorted(stops, t) - 1).clamp(min=0)]
         # A remainder below the smallest step is taken along: it would cost calls and see a path it cannot resolve.
-        return torch.where(s - t_end < carry["h_min"], torch.full_like(s, t_end), s)
+        return torch.where(s - stop < carry["h_min"], stop, s)
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
@@ -83,20 +93,23 @@ class Adaptive(Controller):
         h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
         accept = scaled <= 1
-        h = _round_step((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
+        h = self._round((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
+        if self.stops:
+            # A step cut short to meet a stop says nothing against the length it was meant to have.
+            h = torch.where(accept & (t - s < carry["h"]), h.maximum(carry["h"]), h)
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
         failure = failure.masked_fill((h < h_min) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))
         failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
         return Decision(accept, {"h": h, "h_min": h_min}, failure)
 
+    def _round(self, h: Coef, unit: Coef, down: Mask) -> Coef:
+        """h to six significant bits of a whole number of units, at most the whole range, with shape (B,).
 
-def _round_step(h: Coef, unit: Coef, down: Mask) -> Coef:
-    """h to six significant bits of a whole number of units, at most the whole range, with shape (B,).
-
-    `down` where the step was rejected: a step of few units, asked to shrink by a tenth, must not come back as it was.
-    """
-    count = (h / unit).clamp(max=1 / RESOLUTION)
-    spacing = torch.ldexp(torch.ones_like(count), (torch.frexp(count).exponent - 6).clamp(min=0))
-    count = count / spacing
-    return torch.where(down, count.floor(), count.round()) * spacing * unit
+        `down` where the step was rejected: a step of few units, asked to shrink by a tenth, must not come back as it
+        was.
+        """
+        count = (h / unit).clamp(max=1 / self.resolution)
+        spacing = torch.ldexp(torch.ones_like(count), (torch.frexp(count).exponent - 6).clamp(min=0))
+        count = count / spacing
+        return torch.where(down, count.floor(), count.round()) * spacing * unit

@@ -33,12 +33,13 @@ class Controller(ABC):
 
     adaptive: ClassVar[bool]
 
-    def check(self, t_min: float, t_max: float) -> None:  # noqa: B027 - most controllers can walk any range
-        """Refuses a time range this controller cannot walk.
+    def span(self, t_min: float, t_max: float) -> tuple[float, float]:
+        """Where sampling starts and ends, within the process's range: (t_max, t_min) unless the controller says so.
 
         Raises:
-            ValueError: saying why.
+            ValueError: if this controller cannot walk that range, saying why.
         """
+        return t_max, t_min
 
     @abstractmethod
     def init(self, t: Time, t_end: float) -> Carry:

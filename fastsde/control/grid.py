@@ -28,11 +28,19 @@ class Clock(Protocol):
         ...
 
 
+@runtime_checkable
+class Levels(Protocol):
+    """What `Grid.timesteps` needs to know of a discrete process: how many levels its table has."""
+
+    levels: int
+
+
 class Grid(Controller):
     """Walks the given times, the same for every sample, and accepts every step.
 
     Args:
-        times: strictly decreasing, from the process's t_max to its t_min; a tensor or a sequence of at least 2 numbers.
+        times: strictly decreasing, within the process's t_max .. t_min, usually from end to end: sampling starts at the
+            first and denoises at the last. A tensor or a sequence of at least 2 numbers.
 
     Raises:
         ValueError: if the times are too few, not finite or not strictly decreasing.
@@ -77,14 +85,56 @@ class Grid(Controller):
         return cls._pinned(clock.t_of_log_snr(-2 * rho * _line(first, last, steps).log()), clock)
 
     @classmethod
+    def timesteps(cls, table: Levels, steps: int, spacing: str = "trailing", *, offset: int = 0) -> Grid:
+        """Timesteps of a discrete table as pipelines choose them: `steps` levels, that is `steps` calls in all.
+
+        "leading": k N' with N' = N // steps, plus `offset`; "trailing": N, N - N / steps, .. rounded, minus 1;
+        "linspace": equal steps from 0 to N - 1, rounded; level k is at t = (k + 1) / N. The last level is where the
+        sample is denoised. Source: Lin et al., https://arxiv.org/abs/2305.08891, table 2 (diffusers' names).
+
+        Args:
+            table: a `DiscreteVPSDE`.
+            steps: number of levels, from 2 to N.
+            spacing: "leading", "trailing" or "linspace".
+            offset: added to leading levels (`steps_offset` of a config).
+
+        Raises:
+            ValueError: naming the argument that is out of range.
+        """
+        n = table.levels
+        if not 2 <= steps <= n:
+            raise ValueError(f"steps must be from 2 to the table's {n} levels; got {steps}.")
+        k = torch.arange(steps, dtype=torch.float64)
+        spaced = {
+            "leading": k.flip(0) * (n // steps) + offset,
+            "trailing": (n - k * n / steps).round() - 1,
+            "linspace": torch.linspace(n - 1, 0, steps, dtype=torch.float64).round(),
+        }
+        if spacing not in spaced:
+            raise ValueError(f"spacing must be one of {', '.join(spaced)}; got {spacing!r}.")
+        return cls((spaced[spacing] + 1) / n)
+
+    @classmethod
     def _pinned(cls, times: Tensor, clock: Clock) -> Grid:
         times[0], times[-1] = clock.t_max, clock.t_min
         return cls(times)
 
-    def check(self, t_min: float, t_max: float) -> None:
-        first, last = float(self.times[0]), float(self.times[-1])
-        if first != t_max or last != t_min:
-            raise ValueError(f"the grid must go from t_max={t_max} to t_min={t_min}; it goes from {first} to {last}.")
+    @property
+    def ends(self) -> tuple[float, float]:
+        """The first and the last time."""
+        return float(self.times[0]), float(self.times[-1])
+
+    def span(self, t_min: float, t_max: float) -> tuple[float, float]:
+        first, last = self.ends
+        if not t_min <= last < first <= t_max:
+            raise ValueError(
+                f"the grid must lie within t_min={t_min} .. t_max={t_max}; it goes from {first} to {last}."
+            )
+        return first, last
+
+    def reversed(self) -> Grid:
+        """The same times from the last to the first, on the clock u = -t that a `Forward` solver runs on."""
+        return Grid(-self.times.flip(0))
 
     def init(self, t: Time, t_end: float) -> Carry:
         return {"k": torch.zeros(t.shape, dtype=torch.int64, device=t.device)}

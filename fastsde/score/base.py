@@ -138,6 +138,16 @@ class ScoreModel:
             return None
         return next((p for p in self.network.parameters() if p.is_floating_point()), None)
 
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        """What the network itself returns; arguments and errors as for a call."""
+        parameter = self.parameter
+        dtype = x_t.dtype if parameter is None else parameter.dtype
+        time = t if self.timestep is None else self.timestep(t)
+        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
+        # Copies, because a network may work in place on what it is given.
+        out = self.network(x_t.to(dtype, copy=True), time, **(cond or {}))
+        return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t).to(x_t.dtype)
+
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
         """Evaluates the network once on every row.
 
@@ -150,14 +160,7 @@ class ScoreModel:
             ValueError: if the network returns another shape or device than it was given.
             TypeError: if it returns no floating-point tensor.
         """
-        parameter = self.parameter
-        dtype = x_t.dtype if parameter is None else parameter.dtype
-        time = t if self.timestep is None else self.timestep(t)
-        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
-        # Copies, because a network may work in place on what it is given.
-        out = self.network(x_t.to(dtype, copy=True), time, **(cond or {}))
-        out = _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t)
-        return Prediction(self.prediction, out.to(x_t.dtype), x_t, self.sde.alpha(t), self.sde.sigma(t))
+        return Prediction(self.prediction, self.output(x_t, t, cond), x_t, self.sde.alpha(t), self.sde.sigma(t))
 
 
 def _check_output(out: object, x_t: Tensor) -> Tensor:
@@ -191,3 +194,8 @@ class BoundModel:
         """The prediction for every row, adding the calls it cost to `nfe`."""
         self.nfe += self.model.calls * self.active
         return self.model(x_t, t, self.cond)
+
+    def output(self, x_t: State, t: Time) -> State:
+        """What the network itself returns for every row, adding the calls it cost to `nfe`."""
+        self.nfe += self.model.calls * self.active
+        return self.model.output(x_t, t, self.cond)

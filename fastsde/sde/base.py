@@ -63,6 +63,14 @@ class SDE(ABC):
         """
         return 2 * (self.log_alpha(t) - self.sigma(t).log())
 
+    def transition(self, t: Time, s: Time) -> tuple[Coef, Coef]:
+        """a and b^2 of the process from s to t > s, x_t = a x_s + b z: alpha_t / alpha_s, sigma_t^2 - a^2 sigma_s^2.
+
+        Both with shape (B,).
+        """
+        a = (self.log_alpha(t) - self.log_alpha(s)).exp()
+        return a, -(self.sigma(t) ** 2) * torch.expm1(self.log_snr(t) - self.log_snr(s))
+
     def drift(self, x: State, t: Time) -> State:
         """Forward drift f(t) x, with shape (B, *event)."""
         return expand_like(self.f(t), x) * x
@@ -76,9 +84,11 @@ class SDE(ABC):
         """Standard deviation of the start of sampling: that of the noise at `t_max`."""
         return float(self.sigma(torch.tensor([self.t_max], dtype=torch.float64)))
 
-    def prior(self, noise: State) -> State:
-        """The start of sampling, N(0, sigma(t_max)^2 I), made from standard normal `noise` (B, *event)."""
-        return noise * self.prior_std
+    def prior(self, noise: State, t: float | None = None) -> State:
+        """The start of sampling, N(0, sigma(t)^2 I) at t = t_max or below, from standard normal `noise` (B, *event)."""
+        if t is None or t == self.t_max:
+            return noise * self.prior_std
+        return noise * float(self.sigma(torch.tensor([t], dtype=torch.float64)))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={_short(v)}" for k, v in vars(self).items() if not k.startswith("_"))

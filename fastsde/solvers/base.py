@@ -6,9 +6,9 @@ import dataclasses
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
+from torch import Tensor
 
-from fastsde.batching import expand_like
+from fastsde.noise import RESOLUTION, StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.types import Carry, State, Time
@@ -32,38 +32,74 @@ class Step:
 
 
 class Solver(ABC):
-    """One step from t to s < t, for every row. A pure function: no loop, no random numbers, no batch statistics.
+    """One step from t to s < t, for every row. A pure function: no loop, no generator, no batch statistics.
 
-    Class attributes are traits, checked before the first network call and listed in the solver table.
+    The attributes are traits, checked before the first network call; those of the class make up the solver table.
 
     Attributes:
         convergence: the order of convergence, in words.
-        calls_per_step: network calls of one attempted step.
-        adaptive: whether a step comes with an error estimate.
+        cost: network calls of one attempted step in terms of the arguments, where they decide.
+        noise: which noise it uses, in words.
+        sdes: which processes it takes.
         use: when to choose it.
-        warm_up: whether the first turn of a sample has t = s, so that a solver with one call a step, made at its end,
-            gets the prediction it starts from. Such a solver keeps the last prediction as `carry["x_0"]`, which serves
-            as the denoised sample without another call.
         log_snr_steps: whether `steps` are uniform in log-SNR rather than in t.
-        steps: number of steps, if the solver walks a grid and the caller gives no other.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
+        resolution: smallest step of adaptive control, as a share of the time range.
     """
 
     convergence: ClassVar[str]
-    calls_per_step: ClassVar[int]
-    adaptive: ClassVar[bool]
+    cost: ClassVar[str] = ""
+    noise: ClassVar[str]
+    sdes: ClassVar[str] = "any linear"
     use: ClassVar[str]
-    warm_up: ClassVar[bool] = False
     log_snr_steps: ClassVar[bool] = False
-    steps: int | None = None
-    keep_path: bool = True
+    keep_path: bool = False
+    resolution: float = RESOLUTION
+
+    @property
+    @abstractmethod
+    def calls_per_step(self) -> int:
+        """Network calls of one attempted step."""
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a step comes with an error estimate, to choose steps by."""
+        return False
+
+    @property
+    def error_power(self) -> float:
+        """Power of the scaled error in the rule for the next step size."""
+        return 0.9
+
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of the grid to walk, if the solver says."""
+        return None
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a step uses no noise at all."""
+        return self.noise == "none"
+
+    @property
+    def warm_up(self) -> bool:
+        """Whether the first turn has t = s, for a first prediction, or for work at the first level of noise."""
+        return False
+
+    @property
+    def keeps_x_0(self) -> bool:
+        """Whether `carry["x_0"]` is the prediction at the state reached: the denoised sample without another call."""
+        return False
+
+    def check(self, sde: SDE, times: Tensor | None) -> None:  # noqa: B027 - most solvers can walk anything
+        """Refuses, with a ValueError, a process or a grid of times (None if adaptive) that it cannot walk."""
 
     def init(self, x_t: State) -> Carry:
         """The solver's memory at the start, from the start state: tensors with leading axis B."""
         return {}
 
     @abstractmethod
-    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, dw: State, carry: Carry) -> Step:
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         """One step.
 
         Args:
@@ -72,21 +108,12 @@ class Solver(ABC):
             x_t: with shape (B, *event).
             t: now, with shape (B,).
             s: target, with shape (B,), at most t.
-            dw: Brownian increment over [s, t], with shape (B, *event) and variance t - s.
+            noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
             carry: the memory of the last accepted step.
         """
 
 
 def check_steps(steps: int | None) -> None:
-    """Refuses a number of steps below 1; None is no number yet.
-
-    Raises:
-        ValueError: naming what came.
-    """
+    """Refuses a number of steps below 1 with a ValueError; None is no number yet."""
     if steps is not None and steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
-
-
-def unit_normal(dw: State, t: Time, s: Time) -> State:
-    """The Brownian increment over [s, t] scaled to variance 1, with shape (B, *event); 0 where t = s."""
-    return dw / expand_like((t - s).clamp(min=torch.finfo(torch.float32).tiny).sqrt(), dw)

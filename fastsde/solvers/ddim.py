@@ -7,9 +7,10 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
+from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps, unit_normal
+from fastsde.solvers.base import Solver, Step, check_steps
 from fastsde.types import Carry, State, Time
 
 
@@ -33,9 +34,8 @@ class DDIM(Solver):
 
     convergence = "1 (eta = 0), weak 1"
     calls_per_step = 1
-    adaptive = False
+    noise = "none, or fresh (eta)"
     use = "baseline; exact for a single point"
-    keep_path = False
 
     steps: int | None = None
     eta: float = 0.0
@@ -45,13 +45,16 @@ class DDIM(Solver):
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta must be in [0, 1]; got {self.eta}.")
 
-    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, dw: State, carry: Carry) -> Step:
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         variance = sde.sigma(s) ** 2
         fresh = -(self.eta**2) * variance * torch.expm1(sde.log_snr(t) - sde.log_snr(s))
         prediction = model(x_t, t)
         x_s = (
             expand_like(sde.alpha(s), x_t) * prediction.x_0
             + expand_like((variance - fresh).sqrt(), x_t) * prediction.epsilon
-            + expand_like(fresh.sqrt(), x_t) * unit_normal(dw, t, s)
         )
-        return Step(x_s, {})
+        return Step(x_s if self.deterministic else x_s + expand_like(fresh.sqrt(), x_t) * noise.z, {})

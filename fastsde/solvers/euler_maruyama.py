@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.batching import expand_like
+from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
@@ -32,7 +33,7 @@ class EulerMaruyama(Solver):
 
     convergence = "strong 1, weak 1"
     calls_per_step = 1
-    adaptive = False
+    noise = "fresh, or a path"
     use = "baseline; safe with many steps"
 
     steps: int | None = None
@@ -41,6 +42,6 @@ class EulerMaruyama(Solver):
     def __post_init__(self) -> None:
         check_steps(self.steps)
 
-    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, dw: State, carry: Carry) -> Step:
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         drift = reverse_drift(sde, x_t, t, model(x_t, t).score)
-        return Step(x_t - expand_like(t - s, x_t) * drift + expand_like(sde.g2(t).sqrt(), x_t) * dw, {})
+        return Step(x_t - expand_like(t - s, x_t) * drift + expand_like(sde.g2(t).sqrt(), x_t) * noise.dw, {})

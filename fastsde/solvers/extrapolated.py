@@ -7,6 +7,7 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
+from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
@@ -47,6 +48,7 @@ class ExtrapolatedEM(Solver):
     convergence = "strong 1, weak 2"
     calls_per_step = 2
     adaptive = True
+    noise = "path"
     use = "no schedule to tune: a step size per sample from rtol"
 
     extrapolate: bool = True
@@ -61,8 +63,8 @@ class ExtrapolatedEM(Solver):
     def init(self, x_t: State) -> Carry:
         return {"previous": x_t.clone()} if self.reference == "previous" else {}
 
-    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, dw: State, carry: Carry) -> Step:
-        h = expand_like(t - s, x_t)
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        h, dw = expand_like(t - s, x_t), noise.dw
         noise_t = expand_like(sde.g2(t).sqrt(), x_t) * dw
         noise_s = noise_t if self.lamba else expand_like(sde.g2(s).sqrt(), x_t) * dw
         low = x_t - h * reverse_drift(sde, x_t, t, model(x_t, t).score) + noise_t

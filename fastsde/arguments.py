@@ -1,0 +1,218 @@
+"""Checks of arguments, before the first network call: what came, and what is allowed."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import SupportsIndex
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.control import Adaptive, Controller, Grid
+from fastsde.score.base import ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.solvers import Solver
+from fastsde.types import Cond, ScoreFn
+
+DEFAULT_RTOL = 0.05
+"""Relative tolerance when nothing is said: the thesis's setting for fast results."""
+
+
+def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
+    """The score model that the caller means.
+
+    Raises:
+        TypeError, ValueError: if there is no process, or another than the model's, or the weights are not finite.
+    """
+    if isinstance(score_fn, ScoreModel) and (sde is None or isinstance(sde, SDE)):
+        model = score_fn
+        if sde is not None and sde is not model.sde:
+            t = torch.linspace(max(sde.t_min, model.sde.t_min), min(sde.t_max, model.sde.t_max), 5, dtype=torch.float64)
+            pairs = ((sde.log_snr(t), model.sde.log_snr(t)), (sde.log_alpha(t), model.sde.log_alpha(t)))
+            if not all(torch.allclose(a, b) for a, b in pairs):
+                raise ValueError(f"sde is {sde}, but the score model was built for {model.sde}: leave sde out.")
+    elif not isinstance(sde, SDE):
+        raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
+    else:
+        model = ScoreModel(score_fn, sde)
+    if isinstance(model.network, nn.Module):
+        for name, parameter in model.network.named_parameters():
+            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+    return model
+
+
+def resolve_shape(
+    model: ScoreModel,
+    n: int | None,
+    shape: Sequence[int] | None,
+    x_init: Tensor | None,
+    index: Sequence[int] | Tensor | None,
+    name: str = "x_init",
+) -> tuple[int, tuple[int, ...], Tensor]:
+    """Number of samples, event shape and sample numbers, from whichever arguments say so.
+
+    `x_init` stands for any given states; `name` is what the caller calls them.
+
+    Raises:
+        TypeError, ValueError: if they say too little, disagree or hold numbers that are none.
+    """
+    if n is not None:
+        n = check_count("n", n, 1)
+    numbers = None if index is None else torch.as_tensor(index)
+    if numbers is not None and (numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32)):
+        raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
+    if numbers is not None and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
+        raise ValueError(f"index must be in [0, 2^32); got {int(numbers.min())} .. {int(numbers.max())}.")
+    if shape is None and x_init is not None:
+        shape = tuple(x_init.shape)
+    if shape is None:
+        count = n if numbers is None or n is not None else len(numbers)
+        if model.event_shape is None or count is None:
+            hint = "shape=(n, *event)" if model.event_shape is None else "n= or shape=(n, *event)"
+            raise ValueError(f"how many samples of which shape? Give {hint}, for example shape=(64, 3, 32, 32).")
+        shape = (count, *model.event_shape)
+    if not isinstance(shape, Sequence):
+        raise TypeError(f"shape must be (n, *event), for example (64, 3, 32, 32); got {shape!r}.")
+    shape = tuple(shape)
+    if not shape or any(not isinstance(k, int) or isinstance(k, bool) for k in shape) or min(shape) < 1:
+        raise ValueError(f"shape must be (n, *event) with positive integers; got {shape}.")
+    counts = {"n": n, "shape": shape[0], "index": None if numbers is None else len(numbers)}
+    said = {name: count for name, count in counts.items() if count is not None}
+    if len(set(said.values())) > 1:
+        raise ValueError(f"the number of samples disagrees: {', '.join(f'{k} says {c}' for k, c in said.items())}.")
+    if model.event_shape is not None and shape[1:] != tuple(model.event_shape):
+        raise ValueError(
+            f"the model's samples have shape {tuple(model.event_shape)}; got {shape[1:]} in shape={shape}."
+        )
+    if x_init is not None and tuple(x_init.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(x_init.shape)}.")
+    if x_init is not None and not torch.isfinite(x_init).all():
+        raise ValueError(f"{name} holds NaN or infinity.")
+    return shape[0], shape[1:], torch.arange(shape[0]) if numbers is None else numbers.long()
+
+
+def resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dtype:
+    """The dtype of the state: the one given, that of the start states, or float32.
+
+    Raises:
+        TypeError: if it is not real floating point.
+    """
+    dtype = dtype or (torch.float32 if x_init is None else x_init.dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"the state must be real floating point (dtype=torch.float32 or float64); got {dtype}.")
+    return dtype
+
+
+def resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
+    """The device of the run: the one given, that of the start states, or that of the network."""
+    parameter = model.parameter
+    if device is not None:
+        return usable_device(device)
+    if x_init is not None:
+        return x_init.device
+    return torch.device("cpu") if parameter is None else parameter.device
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """The device of that name, if tensors can live there.
+
+    Raises:
+        ValueError: if this torch does not know it or cannot use it here.
+    """
+    try:
+        probe = torch.empty(0, device=device)
+        probe.cpu()  # fails on "meta", which holds no numbers
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one this torch can use, such as 'cpu'; got {device!r} ({reason}).") from error
+    return probe.device
+
+
+def resolve_controller(
+    model: ScoreModel,
+    sde: SDE,
+    solver: Solver,
+    controller: Controller | None,
+    rtol: float | None,
+    atol: float | None,
+) -> Controller:
+    """The controller asked for, after refusing pairs that cannot work.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what to use instead.
+    """
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be an object such as fastsde.EulerMaruyama(steps=1000); got {solver!r}.")
+    name = type(solver).__name__
+    tolerances = {k: v for k, v in (("rtol", rtol), ("atol", atol)) if v is not None}
+    if controller is not None:
+        if not isinstance(controller, Controller):
+            raise TypeError(f"controller must be a fastsde.Grid or fastsde.Adaptive; got {controller!r}.")
+        if tolerances or solver.steps is not None:
+            said = ", ".join([*tolerances, *(["solver.steps"] if solver.steps is not None else [])])
+            raise ValueError(f"give either controller= or {said}, not both.")
+        if controller.adaptive and not solver.adaptive:
+            raise ValueError(f"{name} has no error estimate, so it cannot be adaptive; use Grid or ExtrapolatedEM().")
+        return controller
+    if solver.adaptive:
+        low, high = model.data_range
+        level = (high - low) / 256 if atol is None else atol
+        rtol = DEFAULT_RTOL if rtol is None else rtol
+        return Adaptive(rtol, level, r=solver.error_power, resolution=solver.resolution)
+    if tolerances:
+        raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExtrapolatedEM().")
+    if solver.steps is None:
+        raise ValueError(f"{name} needs its number of steps: {name}(steps=...), or controller=fastsde.Grid(...).")
+    return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, solver.steps)
+
+
+def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
+    """The conditioning on the right device; the model's default repeated n times for what the caller left out."""
+    check_kind("cond", cond, Mapping, "a dict of tensors")
+    default = {k: v.expand(n, *v.shape) for k, v in (model.default_cond or {}).items()}
+    for key, value in (cond or {}).items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
+            came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"cond[{key!r}] must be a tensor with leading axis n={n}; got {came}.")
+    return {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
+
+
+def check_kind(name: str, value: object, kind: type, what: str) -> None:
+    """Refuses, with a TypeError, a value that is neither None nor of the kind."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")
+
+
+def check_flag(name: str, value: bool) -> bool:
+    """The value, if it is True or False; a TypeError otherwise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
+    return value
+
+
+def check_count(name: str, value: SupportsIndex, least: int) -> int:
+    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    return count
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: ScoreFn) -> Iterator[None]:
+    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
+    modules = list(network.modules()) if isinstance(network, nn.Module) else []
+    modes = [module.training for module in modules]
+    if isinstance(network, nn.Module):
+        network.eval()
+    try:
+        yield
+    finally:
+        for module, training in zip(modules, modes, strict=True):
+            module.training = training

@@ -1,0 +1,70 @@
+"""What the engine is given, and what it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from fastsde.control.base import Controller
+from fastsde.noise import Noise
+from fastsde.score.base import ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.base import Solver
+from fastsde.trajectory import Recorder
+from fastsde.types import Carry
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineState:
+    """What a callback sees after every turn: copies, so that it cannot disturb the run.
+
+    Attributes:
+        turn: turns so far.
+        finished: samples that have ended.
+        index: sample number in each slot, with shape (B,); a slot whose sample has left keeps its last number.
+        x: current states, with shape (B, *event).
+        t: current times, with shape (B,).
+        nfe: calls so far of the sample in each slot, with shape (B,).
+    """
+
+    turn: int
+    finished: int
+    index: Tensor
+    x: Tensor
+    t: Tensor
+    nfe: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Everything that stays fixed while sampling; `api.sample` has checked it.
+
+    Attributes:
+        t_start: where every sample starts, on the engine's clock, which runs down.
+        t_end: where it ends, below `t_start`.
+        index: sample numbers, with shape (n,), in the order of the queue and of the result.
+        cond: conditioning, each tensor with leading axis n.
+        x_init: start states with shape (n, *event), or None to draw them from the prior.
+        lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
+        recorder: keeps the states on the way, if anyone wants them.
+    """
+
+    model: ScoreModel
+    sde: SDE
+    solver: Solver
+    controller: Controller
+    noise: Noise
+    t_start: float
+    t_end: float
+    index: Tensor
+    cond: Carry
+    x_init: Tensor | None
+    denoise: bool
+    max_nfe: int
+    batch_size: int
+    progress: bool
+    callback: Callable[[EngineState], None] | None
+    lag: int
+    recorder: Recorder | None = None

@@ -1,0 +1,114 @@
+"""What the multistep solvers share: exponential Adams methods in the log-SNR."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from fastsde.batching import expand_like
+from fastsde.noise import StepNoise
+from fastsde.score.base import BoundModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.adams_weights import adams_weights, weighted_sum
+from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.types import Carry, Coef, State, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentialAdams(Solver):
+    r"""An exponential Adams method with one network call a step: predict, evaluate, and, if asked, correct.
+
+    In y = x / alpha, rho = sigma / alpha and lam = -log rho, the backward dynamics with noise eta are
+    dy = c (D - y) dlam + eta sqrt(2) rho dW, with c = 1 + eta^2 and D = E[x_0 | x_t]. Over h = lam_s - lam_t,
+
+        y_s = e^{-c h} y_t + sum_i w_i D_i + rho_s sqrt(1 - e^{-2 eta^2 h}) z
+
+    where the weights integrate a polynomial through the values D_i exactly: with nodes u_i = (lam_i - lam_t) / h and
+    a = c h, sum_i w_i u_i^j = m_j = integral over [0, 1] of a e^{-a (1 - u)} u^j du. The prediction uses the current
+    and earlier D, the correction also D at the predicted state, whose call serves the next step. N steps cost N + 1
+    calls, and the last D is the denoised sample. In the first steps the order is lower. Subclasses choose orders,
+    moments and what is interpolated.
+
+    Args:
+        steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, anything not negative; or a function of the noise
+            levels rho, with shape (B,), at the start of each step.
+    """
+
+    midpoint: ClassVar[bool] = True
+    """Whether a polynomial of degree 1 gets the weight m_0 / 2 rather than m_1: better at few calls, equal in order."""
+    interpolates_noise: ClassVar[bool] = False
+    """Whether to interpolate eps rather than D: y / rho then grows, c = -1."""
+    calls_per_step = 1
+    noise = "none, or fresh (eta)"
+    warm_up = True
+    keeps_x_0 = True
+    log_snr_steps = True
+
+    steps: int | None = None
+    eta: float | Callable[[Coef], Coef] = 0.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        if not callable(self.eta) and not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be finite and not negative; got {self.eta}.")
+
+    @property
+    def deterministic(self) -> bool:
+        return self.eta == 0
+
+    @property
+    def values(self) -> tuple[int, int]:
+        """How many predictions the predictor and the corrector (0: none) read."""
+        raise NotImplementedError
+
+    def combine_moments(self, m_0: Coef, m: Tensor) -> Tensor:
+        """The right-hand sides of the weights for as many differences as `m` has columns, with shape (B, q)."""
+        return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
+
+    def init(self, x_t: State) -> Carry:
+        kept = max(*self.values, 1)
+        return {
+            "x_0": torch.zeros_like(x_t),
+            "past": x_t.new_zeros(len(x_t), kept, *x_t.shape[1:]),
+            "lam": torch.zeros(len(x_t), kept, dtype=torch.float64, device=x_t.device),
+            "count": torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device),
+        }
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
+        h = lam_s - lam
+        eta = self.eta((-lam).exp()) if callable(self.eta) else torch.full_like(h, self.eta)
+        a = -h if self.interpolates_noise else (1 + eta**2) * h
+        ratio = sde.alpha(s) / sde.alpha(t)
+        keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
+        base = expand_like(keep, x_t) * x_t
+        if not self.deterministic:
+            base = base + expand_like(sde.sigma(s) * (-torch.expm1(-2 * eta**2 * h)).sqrt(), x_t) * noise.z
+
+        # In the warm-up turn h = 0: all weights vanish, whatever the nodes.
+        nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]
+        predictor, corrector = self.values
+        past, count = carry["past"], carry["count"]
+        rule = self.combine_moments
+        weights = adams_weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0), rule)
+        x_s = base + expand_like(gain, x_t) * weighted_sum(weights, past)
+        prediction = model(x_s, s)
+        new = prediction.epsilon if self.interpolates_noise else prediction.x_0
+        if corrector:
+            nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, 1 : corrector - 1]], 1)
+            weights = adams_weights(a, nodes, count, rule)
+            values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
+            x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
+        carry = {
+            "x_0": prediction.x_0,
+            "past": torch.cat([new[:, None], past[:, :-1]], 1),
+            "lam": torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1),
+            "count": count + 1,
+        }
+        return Step(x_s, carry)

@@ -1,0 +1,55 @@
+"""The weights of exponential Adams methods on unequal steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsde.types import Coef, Index, State
+
+
+def moments(a: Coef, count: int) -> Tensor:
+    """m_j = integral over [0, 1] of a e^{-a (1 - u)} u^j du for j = 1 .. count, with shape (B, count); a may be < 0."""
+    up = [-torch.expm1(-a)]
+    for j in range(1, count + 1):
+        up.append(1 - j / torch.where(a == 0, 1.0, a) * up[-1])
+    # Upwards the recursion cancels for small a; downwards it damps: 24 levels above leave less than 1e-16.
+    m, down = torch.zeros_like(a), []
+    for j in range(count + 24, 0, -1):
+        down.append(m)
+        m = (1 - m) * a / j
+    below = torch.stack(down[::-1][:count], 1)
+    return torch.where(a.abs()[:, None] < 1, below, torch.stack(up[1:], 1))
+
+
+def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Tensor], Tensor]) -> Tensor:
+    """Weights that integrate a polynomial through the current value and those at the nodes, against a e^{-a (1 - u)}.
+
+    Args:
+        a: exponent of a step, with shape (B,); 0 gives weights of 0.
+        nodes: where the other values are, 0 being now and 1 the end of the step, with shape (B, q).
+        known: how many of the nodes, the first ones, have a value, with shape (B,); more than q count as q.
+        rule: gives the right-hand sides for p nodes from m_0 and (m_1, .., m_p); the latter would be exact.
+
+    Returns:
+        The weight of the current value and those at the nodes, with shape (B, 1 + q); 0 at unknown nodes.
+    """
+    m_0, q = -torch.expm1(-a), nodes.shape[1]
+    weights = torch.zeros(len(a), 1 + q, dtype=torch.float64, device=a.device)
+    for p in range(1, q + 1):
+        degrees = torch.arange(1, p + 1, device=a.device)
+        powers = nodes[:, None, :p] ** degrees[None, :, None]
+        # Rows with fewer values have nodes that mean nothing; their system may be singular, and is not used.
+        solution = torch.linalg.solve_ex(powers, rule(m_0, moments(a, p))[:, :, None]).result[:, :, 0]
+        chosen = known == p if p < q else known >= p
+        weights[:, 1 : 1 + p] = torch.where(chosen[:, None], solution, weights[:, 1 : 1 + p])
+    weights[:, 0] = m_0 - weights[:, 1:].sum(1)
+    return weights
+
+
+def weighted_sum(weights: Tensor, values: Tensor) -> State:
+    """sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, at least q, *event)."""
+    values = values[:, : weights.shape[1]]
+    return torch.einsum("bq,bqd->bd", weights.to(values.dtype), values.flatten(2)).reshape(values[:, 0].shape)

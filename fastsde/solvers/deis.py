@@ -1,0 +1,43 @@
+"""Adams-Bashforth in exponential form, on the predicted noise."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastsde.solvers.adams import ExponentialAdams
+
+
+@dataclasses.dataclass(frozen=True)
+class DEIS(ExponentialAdams):
+    r"""Exponential Adams-Bashforth of the probability flow: a polynomial in the log-SNR through the last noises.
+
+        y_s = y_t - integral e^{-lam} eps(lam) dlam,    eps a polynomial of degree order - 1
+
+    exactly integrated. Source: Zhang and Chen, https://arxiv.org/abs/2204.13902, eqs. 14-15; they interpolate in t,
+    in the log-SNR as here the method is also known as lambda-AB.
+
+    Args:
+        steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
+        order: 1 (DDIM) to 4.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    convergence = "that of the argument"
+    noise = "none"
+    midpoint = False
+    interpolates_noise = True
+    use = "peer: Adams-Bashforth in exponential form"
+
+    eta: float = dataclasses.field(default=0.0, init=False)
+    order: int = 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in (1, 2, 3, 4):
+            raise ValueError(f"order must be 1, 2, 3 or 4; got {self.order}.")
+
+    @property
+    def values(self) -> tuple[int, int]:
+        return self.order, 0

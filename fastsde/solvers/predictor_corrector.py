@@ -1,0 +1,84 @@
+"""Predictor-corrector sampling: a step of any solver, then Langevin dynamics at the level reached."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastsde.noise import StepNoise
+from fastsde.score.base import BoundModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.langevin import Langevin
+from fastsde.solvers.reverse_diffusion import ReverseDiffusion
+from fastsde.types import Carry, State, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class PredictorCorrector(Solver):
+    r"""Algorithms 2 (VE) and 3 (VP): a predictor's step from t to s, then `n_corrector` Langevin steps at s.
+
+    With `corrector_first`, the Langevin steps come first, at t, as in the released code; the state at t_min is then
+    not corrected. Source: Song et al., https://arxiv.org/abs/2011.13456, app. G; thesis algorithms 2 and 3.
+
+    Args:
+        predictor: a solver that neither adapts its steps nor needs a warm-up; its `steps` are the grid.
+        corrector: how to correct.
+        n_corrector: corrections after each step; 0 leaves the predictor alone.
+        corrector_first: whether to correct before the predictor's step rather than after.
+
+    Raises:
+        ValueError: if `n_corrector` is negative or the predictor cannot be used.
+        TypeError: if predictor or corrector is something else.
+    """
+
+    convergence = "that of the predictor"
+    cost = "predictor + n_corrector"
+    noise = "fresh"
+    use = "score_sde's best sampler, for replication"
+
+    predictor: Solver = dataclasses.field(default_factory=ReverseDiffusion)
+    corrector: Langevin = dataclasses.field(default_factory=Langevin)
+    n_corrector: int = 1
+    corrector_first: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (("predictor", self.predictor, Solver), ("corrector", self.corrector, Langevin)):
+            if not isinstance(value, kind):
+                raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.ReverseDiffusion(); got {value!r}.")
+        if isinstance(self.n_corrector, bool) or not isinstance(self.n_corrector, int) or self.n_corrector < 0:
+            raise ValueError(f"n_corrector must be an integer of at least 0; got {self.n_corrector!r}.")
+        if self.predictor.adaptive or self.predictor.warm_up:
+            raise ValueError(
+                f"{type(self.predictor).__name__} cannot be a predictor: use ReverseDiffusion, Ancestral, DDIM or "
+                "EulerMaruyama."
+            )
+
+    @property
+    def steps(self) -> int | None:
+        return self.predictor.steps
+
+    @property
+    def keep_path(self) -> bool:  # type: ignore[override]
+        return self.predictor.keep_path
+
+    @property
+    def calls_per_step(self) -> int:
+        return self.predictor.calls_per_step + self.n_corrector
+
+    def check(self, sde: SDE, times: object) -> None:
+        self.predictor.check(sde, times)  # type: ignore[arg-type]
+
+    def init(self, x_t: State) -> Carry:
+        return self.predictor.init(x_t)
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        shrink = (sde.alpha(t) / sde.alpha(s)) ** 2
+        if self.corrector_first:
+            return self.predictor.step(model, sde, self._correct(model, sde, x_t, t, shrink, noise), t, s, noise, carry)
+        step = self.predictor.step(model, sde, x_t, t, s, noise, carry)
+        return Step(self._correct(model, sde, step.x, s, shrink, noise), step.carry)
+
+    def _correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Time, noise: StepNoise) -> State:
+        for k in range(self.n_corrector):
+            x = self.corrector.correct(model, sde, x, t, shrink, noise.normal(k))
+        return x

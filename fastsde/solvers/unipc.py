@@ -1,0 +1,39 @@
+"""UniPC: a unified predictor-corrector."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from fastsde.solvers.adams import ExponentialAdams
+
+
+@dataclasses.dataclass(frozen=True)
+class UniPC(ExponentialAdams):
+    r"""UniPC-p with B_2(h) = e^h - 1, predicting data: predictor through p values, corrector through p + 1.
+
+    In the terms of `ExponentialAdams`; a polynomial of degree 1 gets the weight B_2 / 2 = k / 2 in both. The corrector
+    raises the order by one and costs no call, since the next step uses the same prediction. Source: Zhao et al.,
+    https://arxiv.org/abs/2302.04867, algorithms 1 and 2.
+
+    Args:
+        steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
+        eta: 0 for the ODE, as published; anything not negative; or a function of rho.
+        order: p, from 1 to 3.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    convergence = "p + 1 (eta = 0), weak 1"
+    use = "peer: UniPC-2 and -3"
+
+    order: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order not in (1, 2, 3):
+            raise ValueError(f"order must be 1, 2 or 3; got {self.order}.")
+
+    @property
+    def values(self) -> tuple[int, int]:
+        return self.order, self.order + 1

@@ -1,0 +1,54 @@
+"""Keeping the states on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastsde.result import Trajectory
+from fastsde.types import Index, Mask, State, Time
+
+
+class Recorder:
+    """Keeps accepted states, every one or those at given times. They are moved to the CPU as they come.
+
+    Args:
+        n: number of samples.
+        save_at: the times to keep, on the engine's clock; None for all. The controller must stop there.
+        sign: -1 if the engine's clock is the time reversed, so that the times handed back are the caller's.
+    """
+
+    def __init__(self, n: int, save_at: Sequence[float] | None = None, *, sign: float = 1.0) -> None:
+        self.n, self.sign = n, sign
+        self.save_at = None if save_at is None else torch.tensor(save_at, dtype=torch.float64)
+        self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def keep(self, slots: Index, moved: Mask, t: Time, x: State) -> None:
+        """Notes where the rows that moved are now.
+
+        Args:
+            slots: the place of each row in the result, with shape (B,).
+            moved: which rows have reached a new time, with shape (B,).
+            t: that time, with shape (B,).
+            x: the state there, with shape (B, *event).
+        """
+        if self.save_at is not None:
+            moved = moved & torch.isin(t, self.save_at.to(t.device))
+        rows = moved.nonzero().flatten()
+        if len(rows):
+            self._kept.append((slots[rows].cpu(), t[rows].cpu(), x[rows].detach().cpu()))
+
+    def paths(self) -> list[Trajectory]:
+        """What was kept of each sample, in the order of the result."""
+        if not self._kept:
+            return []
+        slot, t, x = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        # A stable sort keeps the order of time within a sample: a row only ever moves on.
+        order = slot.sort(stable=True).indices
+        counts = torch.bincount(slot, minlength=self.n).tolist()
+        return [
+            Trajectory(self.sign * times, states)
+            for times, states in zip(t[order].split(counts), x[order].split(counts), strict=True)
+        ]
