@@ -3,7 +3,10 @@
 from fastsde import score
 from fastsde.api import encode, sample
 from fastsde.control import Adaptive, Controller, Grid
+from fastsde.integrate import integrate
 from fastsde.job import EngineState
+from fastsde.likelihood import Likelihood, log_likelihood
+from fastsde.ode import ProbabilityFlowODE
 from fastsde.pretrained import pretrained
 from fastsde.result import SampleResult, SamplingError, Status, Trajectory
 from fastsde.score.base import Prediction, ScoreModel
@@ -68,9 +71,11 @@ __all__ = [
     "Grid",
     "Heun",
     "Langevin",
+    "Likelihood",
     "Prediction",
     "PredictorCorrector",
     "ProbabilityFlow",
+    "ProbabilityFlowODE",
     "RectifiedFlow",
     "ReverseDiffusion",
     "SASolver",
@@ -84,6 +89,8 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "encode",
+    "integrate",
+    "log_likelihood",
     "pretrained",
     "sample",
     "score",

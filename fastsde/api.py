@@ -195,8 +195,8 @@ def encode(
         process,
         Forward(solver),
         controller.reversed() if isinstance(controller, Grid) else controller,
-        t_start=-t_end,
-        t_end=-t_start,
+        t_start=t_end,
+        t_end=t_start,
         event=event,
         index=numbers,
         x_init=x,
@@ -236,19 +236,21 @@ def run(
 ) -> SampleResult:
     """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
 
-    Args are those of `sample`, resolved; `t_start` and `t_end` are on the engine's clock, which runs down: a negative
-    clock is the time reversed, and times of `trajectory` are then the caller's, with the sign turned.
+    Arguments are those of `sample`, resolved. From `t_start` up to `t_end`, the engine's clock, which always falls, is
+    u = -t, and solver and controller must be made for it (`Forward`, `Grid.reversed`).
     """
     solver.check(sde, controller.times if isinstance(controller, Grid) else None)
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
     seed = check_count("seed", seed, 0)
     least = model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
     max_nfe = check_count("max_nfe", max_nfe, least)
-    sign = -1.0 if t_start < 0 else 1.0
+    sign = 1.0 if t_end < t_start else -1.0
+    t_start, t_end = sign * t_start, sign * t_end
     recorder, controller = _recorder(trajectory, controller, count, t_start, t_end, sign)
-    low, high = sorted((t_start, t_end))
     noise = (
-        BrownianPath(seed, event, dtype, t_min=low, t_max=high) if solver.keep_path else FreshNoise(seed, event, dtype)
+        BrownianPath(seed, event, dtype, t_min=t_end, t_max=t_start)
+        if solver.keep_path
+        else FreshNoise(seed, event, dtype)
     )
     index = index.to(device)
     if x_data is not None:

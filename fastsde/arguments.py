@@ -165,7 +165,9 @@ def resolve_controller(
     if tolerances:
         raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExtrapolatedEM().")
     if solver.steps is None:
-        raise ValueError(f"{name} needs its number of steps: {name}(steps=...), or controller=fastsde.Grid(...).")
+        raise ValueError(
+            f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
+        )
     return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, solver.steps)
 
 

@@ -256,6 +256,10 @@ class StepNoise:
         """
         return self._source.normal(self._index, self._position, k)
 
+    def fixed(self, k: int = 0) -> State:
+        """Standard normals number k of each sample, the same at every step, with shape (B, *event)."""
+        return self._source.normal(self._index, torch.zeros_like(self._index), k)
+
     @property
     def carry(self) -> Carry:
         """What travels on with the rows if the step is accepted."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import SDES, vector
+from oracles import LINEAR_BETAS, SDES, vector
 
-from fastsde import EDM, VPSDE, Adaptive, Grid, Status
+from fastsde import EDM, VPSDE, Adaptive, DiscreteVPSDE, Grid, Status
 from fastsde.noise import RESOLUTION
 
 T_END = 1e-3
@@ -239,3 +239,44 @@ def test_growth_is_capped():
     assert decision.carry["h"].item() == 5 * 2.0**-10
     with pytest.raises(ValueError, match="growth"):
         Adaptive(rtol=0.1, atol=1.0, growth=1.0)
+
+
+# ---- timesteps of a table --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [7, 10, 50, 999, 1000])
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_timesteps_are_those_of_diffusers(spacing, steps):
+    schedulers = pytest.importorskip("diffusers")
+    table = DiscreteVPSDE(LINEAR_BETAS)
+    theirs = schedulers.DDIMScheduler(num_train_timesteps=1000, timestep_spacing=spacing)
+    theirs.set_timesteps(steps)
+    levels = Grid.timesteps(table, steps, spacing).times * 1000 - 1
+    # 1000 t - 1 gives a level back up to a rounding of t.
+    torch.testing.assert_close(levels, theirs.timesteps.double(), rtol=0, atol=1e-9)
+
+
+def test_timesteps_with_an_offset_and_their_refusals():
+    table = DiscreteVPSDE(LINEAR_BETAS)
+    offset = Grid.timesteps(table, 50, "leading", offset=1)
+    torch.testing.assert_close(offset.times[-1:] * 1000 - 1, vector(1.0), rtol=0, atol=1e-9)
+    for arguments, message in [((1,), "from 2 to the table's 1000 levels; got 1"), ((50, "late"), "one of leading")]:
+        with pytest.raises(ValueError, match=message):
+            Grid.timesteps(table, *arguments)
+
+
+# ---- stops -----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_meet_their_stops_and_go_on_as_before():
+    control = Adaptive(0.1, 0.01, stops=(0.5, 0.8))
+    carry = {"h": vector(0.3, 0.3, 0.3, 0.1), "h_min": vector(*[1e-5] * 4)}
+    t = vector(0.9, 0.8, 0.4, 0.95)
+    # Cut at 0.8; at 0.5, not at 0.8 again; at the end; not cut.
+    assert control.target(t, T_END, carry).tolist() == [0.8, 0.5, 0.4 - 0.3, 0.95 - 0.1]
+    cut, error = vector(0.8), torch.full((1, 2), 1e-9)
+    decision = control.update(
+        vector(0.9), cut, T_END, error, torch.ones(1, 2), {"h": vector(0.3), "h_min": vector(UNIT)}
+    )
+    # An accepted step that was cut short keeps the length it was meant to have, at least.
+    assert float(decision.carry["h"]) >= 0.3

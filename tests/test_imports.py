@@ -24,6 +24,7 @@ LEVELS = {
     "arguments": 5,
     "api": 7,
     "integrate": 8,
+    "ode": 8,
     "likelihood": 8,
     "pretrained": 8,
     "training": 9,

@@ -154,7 +154,7 @@ def test_rows_of_a_step_do_not_see_each_other(solver):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: EulerMaruyama(steps=0), "steps must be at least 1; got 0"),
+        (lambda: EulerMaruyama(steps=0), "steps must be an integer of at least 1; got 0"),
         (lambda: ExtrapolatedEM(reference="best"), "one of previous, current, proposal; got 'best'"),
     ],
 )

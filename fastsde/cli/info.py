@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import click
 
@@ -12,13 +13,15 @@ from fastsde.solvers import SOLVERS, Solver
 
 
 @click.command(short_help="Versions, packaged models and solvers.")
+@click.argument("topic", required=False, type=click.Choice(["models", "solvers"]))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--markdown", is_flag=True, help="Print the solver table of docs/solvers.md.")
-def info(as_json: bool, markdown: bool) -> None:
-    """Show versions, the packaged models with their cards, and the solvers with their traits.
+def info(topic: str | None, as_json: bool, markdown: bool) -> None:
+    """Show versions, the packaged models with their cards, and the solvers with their traits; or one TOPIC of these.
 
     \b
-    Example:
+    Examples:
+      fastsde info solvers
       fastsde info --json
     """
     if markdown:
@@ -27,15 +30,26 @@ def info(as_json: bool, markdown: bool) -> None:
     models = {name: read_card(name) | {"weights_sha256": weight_hash(name)} for name in packaged()}
     if as_json:
         rows = {name: dict(zip(_COLUMNS[1:], traits, strict=True)) for name, *traits in _solver_rows()}
-        click.echo(json.dumps({"versions": versions(), "models": models, "solvers": rows}, indent=2))
+        parts = {"models": models, "solvers": rows}
+        click.echo(json.dumps({"versions": versions()} | (parts if topic is None else {topic: parts[topic]}), indent=2))
         return
     click.echo("  ".join(f"{name} {version}" for name, version in versions().items()))
+    if topic != "solvers":
+        _print_models(models)
+    if topic != "models":
+        _print_solvers()
+
+
+def _print_models(models: dict[str, Any]) -> None:
     click.echo("\nmodels")
     for name, card in models.items():
         shape = " x ".join(map(str, card["event_shape"]))
         click.echo(f"  {name}: {shape}, {card['parameters']:,} parameters, {card['data']} ({card['licence']})")
         if card["classes"]:
             click.echo("      class_labels: " + ", ".join(f"{k} {label}" for k, label in enumerate(card["classes"])))
+
+
+def _print_solvers() -> None:
     click.echo("\nsolvers")
     for name, order, calls, steps, noise, sdes, use in _solver_rows():
         click.echo(

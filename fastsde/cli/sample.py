@@ -16,6 +16,7 @@ from torch import Tensor
 from fastsde import api
 from fastsde.arguments import DEFAULT_RTOL, usable_device
 from fastsde.cli.output import dump_json, image_grid, prepare_folder, to_uint8, versions, write_atomic
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
 from fastsde.pretrained import pretrained, read_card, weight_hash
 from fastsde.result import SampleResult, SamplingError, Status
 
@@ -23,8 +24,23 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
 @click.option("--model", default="fashion-mnist", help="A packaged model, or a folder written by `fastsde train`.")
 @click.option("-n", "--number", "n", default=64, type=click.IntRange(1), help="Number of samples.")
-@click.option("--rtol", default=DEFAULT_RTOL, help="Relative tolerance: smaller is slower and closer.")
+@click.option(
+    "--solver",
+    "solver_name",
+    default="ExtrapolatedEM",
+    metavar="NAME",
+    type=click.Choice(list(SOLVER_NAMES)),
+    help="One of those that `fastsde info solvers` lists.",
+)
+@click.option(
+    "--rtol", type=float, show_default=str(DEFAULT_RTOL), help="Relative tolerance: smaller is slower and closer."
+)
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
+@click.option("--steps", type=click.IntRange(1), help="Steps of a grid, for every sample the same.")
+@click.option("--grid", type=click.Choice(list(GRIDS)), show_default="the solver's own", help="How steps are spaced.")
+@click.option(
+    "--option", "-o", "options", multiple=True, metavar="KEY=VALUE", help="An argument of the solver; may be repeated."
+)
 @click.option("--seed", default=0, help="Sample i depends on (seed, i) alone.")
 @click.option(
     "--label", default="cycle", help='A class number, "cycle" for all in turn, or "none" for the model\'s own mix.'
@@ -36,8 +52,12 @@ from fastsde.result import SampleResult, SamplingError, Status
 def sample(
     model: str,
     n: int,
-    rtol: float,
+    solver_name: str,
+    rtol: float | None,
     atol: float | None,
+    steps: int | None,
+    grid: str | None,
+    options: tuple[str, ...],
     seed: int,
     label: str,
     batch_size: int,
@@ -45,7 +65,7 @@ def sample(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Draw samples with the adaptive extrapolating solver (Algorithm 6 of "Gotta Go Fast").
+    """Draw samples, by default with the adaptive extrapolating solver (Algorithm 6 of "Gotta Go Fast").
 
     Writes grid.png (the first 64 samples), samples.npz (uint8, NHWC, under arr_0; labels under arr_1) and samples.json
     (calls, steps and status of every sample, settings, seed, versions, weight hash, wall time; in_npz says which
@@ -53,20 +73,34 @@ def sample(
     missing.
 
     \b
-    Example:
+    Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
+      fastsde sample --solver ExponentialPC --steps 11 -o eta=0
+      fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
         score_model, sde = pretrained(model, device=usable_device(device))
         weights = weight_hash(model)
+        solver = build_solver(solver_name, options)
+        controller = build_controller(sde, solver, steps, grid, rtol is not None or atol is not None)
         labels = _labels(label, n, read_card(model)["classes"])
         event = score_model.event_shape or ()
         prepare_folder(out, needed=3 * n * math.prod(event) + (1 << 20))
         cond = None if labels is None else {"class_labels": labels}
         result = api.sample(
-            score_model, sde, n=n, rtol=rtol, atol=atol, seed=seed, batch_size=batch_size, cond=cond, progress=True
+            score_model,
+            sde,
+            n=n,
+            rtol=rtol,
+            atol=atol,
+            solver=solver,
+            controller=controller,
+            seed=seed,
+            batch_size=batch_size,
+            cond=cond,
+            progress=True,
         )
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
@@ -77,9 +111,10 @@ def sample(
         "model": model,
         "weights_sha256": weights,
         "sde": repr(sde),
-        "solver": "ExtrapolatedEM()",
-        "rtol": rtol,
-        "atol": atol if atol is not None else (score_model.data_range[1] - score_model.data_range[0]) / 256,
+        "solver": repr(solver),
+        "steps": steps,
+        "grid": None if controller is None else repr(controller),
+        **(_tolerances(rtol, atol, score_model.data_range) if controller is None and solver.adaptive else {}),
         "batch_size": batch_size,
         "device": device,
         "versions": versions(),
@@ -90,6 +125,12 @@ def sample(
     click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
+
+
+def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
+    """The tolerances as used, defaults included."""
+    low, high = data_range
+    return {"rtol": DEFAULT_RTOL if rtol is None else rtol, "atol": (high - low) / 256 if atol is None else atol}
 
 
 def _labels(label: str, n: int, classes: list[str]) -> Tensor | None:

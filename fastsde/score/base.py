@@ -103,6 +103,8 @@ class ScoreModel:
 
     calls = 1
     """Network calls per evaluation and row; guidance that doubles the batch says 2."""
+    role = "the score function"
+    """What the network is called in messages."""
 
     def __init__(
         self,
@@ -146,7 +148,9 @@ class ScoreModel:
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
         out = self.network(x_t.to(dtype, copy=True), time, **(cond or {}))
-        return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t).to(x_t.dtype)
+        return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t, self.role).to(
+            x_t.dtype
+        )
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
         """Evaluates the network once on every row.
@@ -163,17 +167,17 @@ class ScoreModel:
         return Prediction(self.prediction, self.output(x_t, t, cond), x_t, self.sde.alpha(t), self.sde.sigma(t))
 
 
-def _check_output(out: object, x_t: Tensor) -> Tensor:
+def _check_output(out: object, x_t: Tensor, role: str) -> Tensor:
     if not isinstance(out, Tensor) or not out.is_floating_point():
         kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"the score function must return a floating-point tensor; it returned {kind}.")
+        raise TypeError(f"{role} must return a floating-point tensor; it returned {kind}.")
     if out.shape != x_t.shape:
         raise ValueError(
-            f"the score function was given x with shape {tuple(x_t.shape)} and must return the same shape; "
+            f"{role} was given x with shape {tuple(x_t.shape)} and must return the same shape; "
             f"it returned {tuple(out.shape)}."
         )
     if out.device != x_t.device:
-        raise ValueError(f"the score function was given x on {x_t.device} and returned a tensor on {out.device}.")
+        raise ValueError(f"{role} was given x on {x_t.device} and returned a tensor on {out.device}.")
     return out
 
 

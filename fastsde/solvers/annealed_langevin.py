@@ -34,8 +34,8 @@ class AnnealedLangevin(Solver):
     Args:
         levels: L, uniform in log-SNR, that is geometric in rho; or `controller=Grid(...)`, whose times are the levels.
         n_sigma: Langevin steps at each level.
-        eta: step size eps / sigma_L^2 in (0, 1); by default the one with which the noise of one level comes closest to
-            that of the next (Song and Ermon, https://arxiv.org/abs/2006.09011, technique 4).
+        eta: step size eps / sigma_L^2 in (0, 1); by default the one that keeps the noise closest to its level along
+            these levels (`closest_step`).
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -43,6 +43,7 @@ class AnnealedLangevin(Solver):
 
     convergence = "none at fixed n_sigma"
     cost = "n_sigma (also at the first level)"
+    grid_hint = "levels=..."
     noise = "fresh"
     use = "the original sampler of score matching"
     warm_up = True
@@ -83,18 +84,20 @@ class AnnealedLangevin(Solver):
 
 @functools.cache
 def closest_step(gamma: float, n_sigma: int) -> float:
-    """The step size whose n_sigma steps bring noise sigma / gamma closest to sigma: it stays above (Proposition 1)."""
+    r"""The step size that keeps the noise closest to its level, along levels of ratio gamma.
+
+    With q = (1 - eta)^(2 n_sigma), Proposition 1's recursion takes a noise of r rho_i to r' rho_{i+1} with
+    r'^2 = q r^2 / gamma^2 + 2 (1 - q) / (2 - eta); this minimises its fixed point, 2 (1 - q) / (2 - eta) /
+    (1 - q / gamma^2) > 1. (Song and Ermon's technique 4, https://arxiv.org/abs/2006.09011, starts each level from
+    r = 1, which one step at a level never comes back to: it would rest at r^2 = 2.)
+    """
     eta = torch.linspace(0, 1, 10_001, dtype=torch.float64)[1:-1]
     kept = (1 - eta) ** (2 * n_sigma)
-    return float(eta[(kept / gamma**2 + 2 / (2 - eta) * (1 - kept)).argmin()])
+    excess = 2 * (1 - kept) / (2 - eta) / (1 - kept / gamma**2)
+    return float(eta[excess.masked_fill(kept >= gamma**2, torch.inf).argmin()])
 
 
 def check_levels(levels: int | None, n_sigma: int) -> None:
-    """Refuses fewer than two levels or no step at each.
-
-    Raises:
-        ValueError: naming what came.
-    """
-    if levels is not None and levels < 2:
-        raise ValueError(f"levels must be at least 2; got {levels}.")
-    check_steps(n_sigma)
+    """Refuses, with a ValueError, fewer than two levels or no step at each."""
+    check_steps(levels, "levels", 2)
+    check_steps(n_sigma, "n_sigma")

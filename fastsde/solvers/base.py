@@ -40,9 +40,9 @@ class Solver(ABC):
         convergence: the order of convergence, in words.
         cost: network calls of one attempted step in terms of the arguments, where they decide.
         noise: which noise it uses, in words.
-        sdes: which processes it takes.
+        sdes: which it takes.
         use: when to choose it.
-        log_snr_steps: whether `steps` are uniform in log-SNR rather than in t.
+        log_snr_steps, grid_hint: whether steps are uniform in log-SNR rather than in t; the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
         resolution: smallest step of adaptive control, as a share of the time range.
     """
@@ -53,6 +53,7 @@ class Solver(ABC):
     sdes: ClassVar[str] = "any linear"
     use: ClassVar[str]
     log_snr_steps: ClassVar[bool] = False
+    grid_hint: ClassVar[str] = "steps=..."
     keep_path: bool = False
     resolution: float = RESOLUTION
 
@@ -63,7 +64,7 @@ class Solver(ABC):
 
     @property
     def adaptive(self) -> bool:
-        """Whether a step comes with an error estimate, to choose steps by."""
+        """Whether a step comes with an error estimate."""
         return False
 
     @property
@@ -113,7 +114,7 @@ class Solver(ABC):
         """
 
 
-def check_steps(steps: int | None) -> None:
-    """Refuses a number of steps below 1 with a ValueError; None is no number yet."""
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}.")
+def check_steps(steps: int | None, name: str = "steps", least: int = 1) -> None:
+    """Refuses, with a ValueError, anything but an integer of at least `least`, or None for no number yet."""
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < least):
+        raise ValueError(f"{name} must be an integer of at least {least}; got {steps!r}.")

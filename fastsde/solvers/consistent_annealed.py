@@ -43,6 +43,7 @@ class ConsistentAnnealed(Solver):
 
     convergence = "weak 1"
     calls_per_step = 1
+    grid_hint = "levels=..."
     noise = "fresh"
     use = "annealed sampling whose noise keeps to its schedule"
     log_snr_steps = True
@@ -53,6 +54,8 @@ class ConsistentAnnealed(Solver):
 
     def __post_init__(self) -> None:
         check_levels(self.levels, self.n_sigma)
+        if self.eta is not None and not 0 < self.eta < 2:
+            raise ValueError(f"eta (= eps / sigma_L^2) must be in (0, 2); got {self.eta}.")
 
     @property
     def steps(self) -> int | None:

@@ -13,8 +13,9 @@ class DEIS(ExponentialAdams):
 
         y_s = y_t - integral e^{-lam} eps(lam) dlam,    eps a polynomial of degree order - 1
 
-    exactly integrated. Source: Zhang and Chen, https://arxiv.org/abs/2204.13902, eqs. 14-15; they interpolate in t,
-    in the log-SNR as here the method is also known as lambda-AB.
+    exactly integrated. The first steps have fewer values: from a cold start the error of the first, h^2, remains, and
+    orders above 2 need a grid whose first steps are shorter. Source: Zhang and Chen,
+    https://arxiv.org/abs/2204.13902, eqs. 14-15 (there in t; in the log-SNR, as diffusers has it).
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
@@ -24,7 +25,7 @@ class DEIS(ExponentialAdams):
         ValueError: naming the argument that is out of range.
     """
 
-    convergence = "that of the argument"
+    convergence = "order, from a cold start at most 2"
     noise = "none"
     midpoint = False
     interpolates_noise = True

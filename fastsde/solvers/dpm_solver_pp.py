@@ -20,8 +20,8 @@ class DPMSolverPP(ExponentialAdams):
 
     with D' and D'' from divided differences of the last two or three predictions and m_j the moments of
     `ExponentialAdams`. eta = 1 is the SDE version. The Taylor coefficient of h^2 D''/2 is m_2, not the m_2 / 2 that
-    every published code of 3M has, so 3M as published has order 2 (measured in the tests); `DEIS(order=3)` and
-    `UniPC(order=3)` have order 3. Source: Lu et al., https://arxiv.org/abs/2211.01095, algorithm 2 and app. B.
+    published codes of 3M have, so 3M as published has order 2 (measured in the tests). Source: Lu et al.,
+    https://arxiv.org/abs/2211.01095, algorithm 2 and app. B.
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.

@@ -12,6 +12,9 @@ from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, State, Time
 
+_LEAST_SCORE = 1e-12
+"""Root mean square of a score below which there is no Langevin step."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Langevin:
@@ -59,7 +62,7 @@ class Langevin:
             above, below = row_norm(z), row_norm(score)
             if self.batch_mean:
                 above, below = above.mean().expand_as(above), below.mean().expand_as(below)
-            # A score of exactly zero would ask for an infinite step.
-            ratio = above / below.clamp(min=torch.finfo(torch.float64).tiny)
+            # A score of zero asks for an infinite step, or says nothing about it: none is taken.
+            ratio = torch.where(below > _LEAST_SCORE, above / below, 0.0)
         size = 2 * (self.snr * ratio) ** 2 * shrink
         return x + expand_like(size, x) * score + expand_like((2 * size).sqrt(), x) * z

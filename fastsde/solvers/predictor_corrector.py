@@ -18,7 +18,8 @@ class PredictorCorrector(Solver):
     r"""Algorithms 2 (VE) and 3 (VP): a predictor's step from t to s, then `n_corrector` Langevin steps at s.
 
     With `corrector_first`, the Langevin steps come first, at t, as in the released code; the state at t_min is then
-    not corrected. Source: Song et al., https://arxiv.org/abs/2011.13456, app. G; thesis algorithms 2 and 3.
+    not corrected. In few dimensions d, the per-sample snr rule rests near (d + 2) / (d - 2) times the variance.
+    Source: Song et al., https://arxiv.org/abs/2011.13456, app. G; thesis algorithms 2 and 3.
 
     Args:
         predictor: a solver that neither adapts its steps nor needs a warm-up; its `steps` are the grid.
@@ -33,6 +34,7 @@ class PredictorCorrector(Solver):
 
     convergence = "that of the predictor"
     cost = "predictor + n_corrector"
+    grid_hint = "predictor=ReverseDiffusion(steps=...)"
     noise = "fresh"
     use = "score_sde's best sampler, for replication"
 
@@ -47,7 +49,7 @@ class PredictorCorrector(Solver):
                 raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.ReverseDiffusion(); got {value!r}.")
         if isinstance(self.n_corrector, bool) or not isinstance(self.n_corrector, int) or self.n_corrector < 0:
             raise ValueError(f"n_corrector must be an integer of at least 0; got {self.n_corrector!r}.")
-        if self.predictor.adaptive or self.predictor.warm_up:
+        if self.predictor.adaptive or self.predictor.warm_up or isinstance(self.predictor, PredictorCorrector):
             raise ValueError(
                 f"{type(self.predictor).__name__} cannot be a predictor: use ReverseDiffusion, Ancestral, DDIM or "
                 "EulerMaruyama."
@@ -60,6 +62,10 @@ class PredictorCorrector(Solver):
     @property
     def keep_path(self) -> bool:  # type: ignore[override]
         return self.predictor.keep_path
+
+    @property
+    def log_snr_steps(self) -> bool:  # type: ignore[override]
+        return self.predictor.log_snr_steps
 
     @property
     def calls_per_step(self) -> int:
@@ -80,5 +86,6 @@ class PredictorCorrector(Solver):
 
     def _correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Time, noise: StepNoise) -> State:
         for k in range(self.n_corrector):
-            x = self.corrector.correct(model, sde, x, t, shrink, noise.normal(k))
+            # Number 0 may be the predictor's.
+            x = self.corrector.correct(model, sde, x, t, shrink, noise.normal(k + 1))
         return x

@@ -46,8 +46,8 @@ class Tableau:
 EULER = Tableau("EULER", 1, (), (1.0,), (0.0,))
 HEUN = Tableau("HEUN", 2, ((1.0,),), (0.5, 0.5), (0.0, 1.0), (-0.5, 0.5), 2)
 """Heun's method, with Euler's as error estimate."""
+# Kutta 1901.
 RK4 = Tableau("RK4", 4, ((0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 0.5, 0.5, 1.0))
-"""The classic method (Kutta 1901)."""
 DORMAND_PRINCE = Tableau(
     "DORMAND_PRINCE",
     5,
@@ -80,6 +80,8 @@ def runge_kutta_step(
     t: Time,
     s: Time,
     first: State | None = None,
+    *,
+    logarithmic: bool = False,
 ) -> tuple[State, State | None, State]:
     r"""One step of dy / drho = slope(y, t), where rho = sigma / alpha is the noise level at t.
 
@@ -93,19 +95,24 @@ def runge_kutta_step(
         t: now, with shape (B,).
         s: target, with shape (B,), below or above t.
         first: slope(y, t), if it is known.
+        logarithmic: step in log rho instead, of dy / dlog rho = rho slope(y, t).
 
     Returns:
         y_s, the estimate of its error (None if the tableau has none) and the last slope, each with shape (B, *event).
     """
-    rho_t, rho_s = noise_level(sde, t), noise_level(sde, s)
-    step = expand_like(rho_s - rho_t, y)
-    slopes = [slope(y, t) if first is None else first]
-    for row, node in zip(tableau.a, tableau.c[1:], strict=True):
+    ends = (-0.5 * sde.log_snr(t), -0.5 * sde.log_snr(s))
+    u_t, u_s = ends if logarithmic else (ends[0].exp(), ends[1].exp())
+    step = expand_like(u_s - u_t, y)
+    slopes: list[State] = []
+    for row, node in zip(((), *tableau.a), tableau.c, strict=True):
+        u = torch.lerp(u_t, u_s, node)
         # The ends are taken as they are: an inverse of the clock would move them by a rounding.
-        at = s if node == 1 else sde.t_of_log_snr(-2 * torch.lerp(rho_t, rho_s, node).log())
-        slopes.append(slope(y + step * _combine(row, slopes), at))
+        at = t if node == 0 else s if node == 1 else sde.t_of_log_snr(-2 * (u if logarithmic else u.log()))
+        k = first if first is not None and not slopes else slope(y + step * _combine(row, slopes) if row else y, at)
+        first = None
+        slopes.append(k * expand_like(u.exp(), y) if logarithmic else k)
     error = None if tableau.error is None else step * _combine(tableau.error, slopes)
-    return y + step * _combine(tableau.b, slopes), error, slopes[-1]
+    return y + step * _combine(tableau.b, slopes), error, k
 
 
 def _combine(weights: tuple[float, ...], slopes: list[State]) -> State:

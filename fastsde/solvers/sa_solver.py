@@ -27,7 +27,7 @@ class SASolver(ExponentialAdams):
         ValueError: naming the argument that is out of range.
     """
 
-    convergence = "predictor, or corrector (eta = 0), weak 1"
+    convergence = "predictor or corrector, from a cold start at most 2 or 3 (eta = 0), weak 1"
     midpoint = False
     use = "peer: stochastic Adams with eta(rho)"
 

@@ -24,7 +24,7 @@ class UniPC(ExponentialAdams):
         ValueError: naming the argument that is out of range.
     """
 
-    convergence = "p + 1 (eta = 0), weak 1"
+    convergence = "order + 1, from a cold start at most 3 (eta = 0), weak 1"
     use = "peer: UniPC-2 and -3"
 
     order: int = 2

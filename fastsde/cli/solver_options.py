@@ -1,0 +1,84 @@
+"""From words on the command line to a solver and its grid."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from fastsde.control import Controller, Grid
+from fastsde.sde.base import SDE
+from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, Langevin, Solver, Tableau
+
+SOLVER_NAMES = {solver.__name__: solver for solver in SOLVERS}
+GRIDS = {"uniform": Grid.uniform, "geometric": Grid.geometric, "log-snr": Grid.log_snr, "karras": Grid.karras}
+_VALUES: dict[str, Any] = {
+    **SOLVER_NAMES,
+    "Langevin": Langevin,
+    **{tableau.name: tableau for tableau in (EULER, HEUN, RK4, DORMAND_PRINCE)},
+}
+"""What an option's value may name besides a Python literal; a class stands for itself with its defaults."""
+
+
+def build_solver(name: str, options: Sequence[str]) -> Solver:
+    """The solver of that name, with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
+
+    Raises:
+        ValueError: naming the option, what came and what is allowed.
+    """
+    solver = SOLVER_NAMES[name]()
+    for option in options:
+        key, equals, text = option.partition("=")
+        if not equals:
+            raise ValueError(f"--option must be KEY=VALUE; got {option!r}.")
+        solver = _replaced(solver, key.split("."), _value(key, text))
+    return solver
+
+
+def build_controller(sde: SDE, solver: Solver, steps: int | None, grid: str | None, rtol: bool) -> Controller | None:
+    """The grid asked for, or None where the solver's own choice stands.
+
+    Raises:
+        ValueError: if the options do not go together.
+    """
+    name = type(solver).__name__
+    if steps is None:
+        if grid is not None:
+            raise ValueError("--grid needs --steps.")
+        if not solver.adaptive and solver.steps is None:
+            raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps.")
+        return None
+    if rtol:
+        raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
+    return GRIDS[grid or ("log-snr" if solver.log_snr_steps else "uniform")](sde, steps)
+
+
+def _value(key: str, text: str) -> Any:
+    if text in _VALUES:
+        value = _VALUES[text]
+        return value() if isinstance(value, type) else value
+    try:
+        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    except (ValueError, SyntaxError) as error:
+        raise ValueError(f"--option {key}: {text!r} is neither a number, true, false nor a known name.") from error
+
+
+def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
+    """The dataclass instance with the field at the end of the path changed."""
+    fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}
+    if path[0] not in fields:
+        raise ValueError(f"{type(obj).__name__} has no option {path[0]!r}; it has {', '.join(fields) or 'none'}.")
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(fields[path[0]]):
+            raise ValueError(f"{type(obj).__name__}.{path[0]} has no options of its own.")
+        value = _replaced(fields[path[0]], path[1:], value)
+    now = fields[path[0]]
+    for kind in (bool, Tableau, Langevin, Solver):
+        if isinstance(now, kind) != isinstance(value, kind):
+            raise ValueError(f"{type(obj).__name__}.{path[0]} is {now!r} by default; {value!r} is of another kind.")
+    if isinstance(value, (str, list, tuple, dict)):
+        raise ValueError(f"{type(obj).__name__}.{path[0]} is {now!r} by default; {value!r} is of another kind.")
+    if isinstance(now, float) and isinstance(value, int):
+        value = float(value)
+    return dataclasses.replace(obj, **{path[0]: value})

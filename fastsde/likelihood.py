@@ -1,0 +1,245 @@
+"""`log_likelihood`: the density of data under the probability flow."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from fastsde.api import run
+from fastsde.arguments import (
+    as_model,
+    check_count,
+    check_flag,
+    check_kind,
+    resolve_controller,
+    resolve_device,
+    resolve_dtype,
+    resolve_shape,
+)
+from fastsde.batching import expand_like
+from fastsde.control import Controller, Grid
+from fastsde.noise import FreshNoise, StepNoise
+from fastsde.result import Status
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.forward import Forward
+from fastsde.solvers.probability_flow import ProbabilityFlow
+from fastsde.solvers.runge_kutta import DORMAND_PRINCE, Tableau, noise_level, runge_kutta_step
+from fastsde.types import Carry, Cond, ScoreFn, State, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihood:
+    """Log-likelihoods, in the order of the data.
+
+    Attributes:
+        log_prob: log p(x) in nats, averaged over probes and dequantisations, with shape (n,); NaN where it failed.
+        bits_per_dim: -log2 p(x) / d, minus log2 of the bin width if the data were dequantised, with shape (n,).
+        standard_error: that of `bits_per_dim`, from probes or dequantisations, with shape (n,); 0 for the exact trace,
+            NaN where a single draw cannot tell. From k of them, errors divided by it follow about Student's t with
+            k - 1 degrees of freedom.
+        nfe: network calls, each with one backward pass for each probe (d for the exact trace), with shape (n,).
+        status: a `Status` for each, with shape (n,).
+        seconds: wall time.
+    """
+
+    log_prob: Tensor
+    bits_per_dim: Tensor
+    standard_error: Tensor
+    nfe: Tensor
+    status: Tensor
+    seconds: float
+
+
+def log_likelihood(
+    score_fn: ScoreModel | ScoreFn,
+    sde: SDE | None = None,
+    *,
+    x: Tensor,
+    probes: int = 4,
+    exact: bool = False,
+    gaussian: bool = False,
+    bin_width: float | None = None,
+    draws: int = 1,
+    rtol: float | None = None,
+    atol: float | None = None,
+    tableau: Tableau = DORMAND_PRINCE,
+    controller: Controller | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    cond: Cond | None = None,
+    max_nfe: int = 10_000,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> Likelihood:
+    r"""Log-likelihood of data under the probability flow, with a step size per sample and a standard error.
+
+        log p(x) = log N(y_T; 0, rho_T^2 I) + integral over rho from rho_0 to rho_T of div eps(y) drho - d log alpha_0
+
+    along dy / drho = eps in y = x / alpha, rho = sigma / alpha, from t_min to t_max, stepping in log rho, where the
+    divergence is smooth. The density is that of x_t at `t_min`, where the noise is sigma(t_min). The divergence is
+    estimated by Hutchinson's v^T (d eps / dy) v with `probes` vectors v, fixed along the path of a sample, or computed
+    exactly, by d backward passes. Source: Song et al., https://arxiv.org/abs/2011.13456, app. D; Grathwohl et al.,
+    https://arxiv.org/abs/1810.01367, sec. 3.
+
+    Args:
+        score_fn: as for `sample`; differentiable in x.
+        sde: as for `sample`.
+        x: data, with shape (n, *event).
+        probes: number of probe vectors v for each sample; one backward pass each, at each call. The standard error
+            needs two or more of them, or of the draws.
+        exact: compute the trace exactly instead.
+        gaussian: normal probes rather than Rademacher's signs, which have less variance.
+        bin_width: spacing of the values that quantised data can take, in units of x (2 / 255 for 8 bits in [-1, 1]).
+            The data are then dequantised by uniform noise over a bin, and the bits are those of the quantised data (a
+            bound from above). None for continuous data.
+        draws: number of dequantisations of each sample.
+        rtol: relative tolerance, 1e-4 by default.
+        atol: absolute tolerance, in units of the data and of nats per dimension, 1e-4 by default.
+        tableau: Runge-Kutta method.
+        controller: a `Grid` to walk instead.
+        seed: of probes and dequantisation; sample i depends on (seed, i) alone.
+        batch_size: rows evaluated at a time; at most 64 by default.
+        cond: keyword arguments of the network, each with leading axis n.
+        max_nfe: as for `sample`.
+        dtype: floating dtype of the state; that of `x` by default.
+        device: that of `x` by default.
+        progress: show a bar.
+
+    Raises:
+        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
+        SamplingError: if the network fails after the first sample was finished.
+    """
+    check_kind("x", x, Tensor, "a tensor")
+    model = as_model(score_fn, sde)
+    process = model.sde if sde is None else sde
+    n, event, _ = resolve_shape(model, None, None, x, None, "x")
+    dtype, device = resolve_dtype(dtype, x), resolve_device(model, device, x)
+    d, exact = math.prod(event), check_flag("exact", exact)
+    probes, draws = check_count("probes", probes, 1), check_count("draws", draws, 1)
+    seed = check_count("seed", seed, 0)
+    if bin_width is not None and not 0 < bin_width < math.inf:
+        raise ValueError(f"bin_width must be a positive, finite number; got {bin_width}.")
+    if bin_width is None and draws > 1:
+        raise ValueError("draws counts dequantisations; it needs bin_width=.")
+    if controller is None:
+        rtol, atol = 1e-4 if rtol is None else rtol, 1e-4 if atol is None else atol
+    controller = resolve_controller(model, process, ProbabilityFlow(tableau=tableau), controller, rtol, atol)
+    t_start, t_end = controller.span(process.t_min, process.t_max)
+
+    index = torch.arange(n * draws, device=device)
+    noise = FreshNoise(seed, event, dtype)
+    data = x.to(device, dtype).repeat_interleave(draws, 0)
+    if bin_width is not None:
+        # The normal distribution function makes a uniform draw of a normal one.
+        data = data + bin_width * (torch.special.ndtr(noise.prior(index)) - 0.5)
+    ends = torch.tensor([t_end, t_start], dtype=torch.float64, device=device)
+    columns = 1 if exact else probes
+    start = torch.cat([data.flatten(1) / float(process.alpha(ends)[0]), data.new_zeros(n * draws, columns)], 1)
+    result = run(
+        model,
+        process,
+        Forward(_Density(tableau, event, columns, exact, check_flag("gaussian", gaussian))),
+        controller.reversed() if isinstance(controller, Grid) else controller,
+        t_start=t_end,
+        t_end=t_start,
+        event=(d + columns,),
+        index=index,
+        x_init=start,
+        dtype=dtype,
+        device=device,
+        seed=seed,
+        batch_size=batch_size,
+        cond=None if cond is None else {key: value.repeat_interleave(draws, 0) for key, value in cond.items()},
+        max_nfe=max_nfe,
+        progress=progress,
+    )
+    y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
+    rho, log_alpha = float(noise_level(process, ends)[1]), float(process.log_alpha(ends)[0])
+    prior = -0.5 * (y / rho).square().sum(1) - d * (math.log(rho) + 0.5 * math.log(2 * math.pi))
+    status = result.status.reshape(n, draws)
+    log_prob = (prior[:, None] + d * (gained - log_alpha)).reshape(n, draws, columns)
+    log_prob = log_prob.masked_fill((status != Status.SUCCESS).any(1)[:, None, None], torch.nan)
+    average, bits = log_prob.mean((1, 2)), d * math.log(2)
+    return Likelihood(
+        average,
+        -average / bits - (0.0 if bin_width is None else math.log2(bin_width)),
+        _standard_error(log_prob, certain=exact and bin_width is None) / bits,
+        result.nfe.reshape(n, draws).sum(1),
+        status.max(1).values,
+        result.seconds,
+    )
+
+
+def _standard_error(log_prob: Tensor, *, certain: bool) -> Tensor:
+    """That of the mean of estimates (n, draws, columns): over the draws if there are several, else over the columns."""
+    values = log_prob.mean(2) if log_prob.shape[1] > 1 else log_prob[:, 0]
+    if certain:
+        return 0 * values[:, 0]
+    count = values.shape[1]
+    return values.std(1) / math.sqrt(count) if count > 1 else torch.full_like(values[:, 0], torch.nan)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Density(Solver):
+    """Runge-Kutta for y and, in further columns, the integral of the divergence per dimension, one for each probe."""
+
+    convergence = "that of the tableau"
+    noise = "none"
+    use = "log_likelihood"
+
+    tableau: Tableau
+    event: tuple[int, ...]
+    columns: int
+    exact: bool
+    gaussian: bool
+
+    @property
+    def calls_per_step(self) -> int:
+        return len(self.tableau.c) - self.warm_up
+
+    @property
+    def adaptive(self) -> bool:
+        return self.tableau.error is not None
+
+    @property
+    def warm_up(self) -> bool:
+        return self.tableau.first_same_as_last
+
+    def init(self, x_t: State) -> Carry:
+        return {"slope": torch.zeros_like(x_t)} if self.warm_up else {}
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        vectors = self._vectors(x_t, noise)
+
+        def slope(packed: State, at: Time) -> State:
+            with torch.enable_grad():
+                y = packed[:, : -self.columns].detach().requires_grad_()
+                x = (expand_like(sde.alpha(at), y) * y).reshape(-1, *self.event)
+                eps = model(x, at).epsilon.flatten(1)
+            divergence = [self._divergence(eps, y, v) for v in vectors]
+            per_dim = torch.stack(divergence, 1)
+            if self.exact:
+                per_dim = per_dim.sum(1, keepdim=True)
+            return torch.cat([eps.detach(), per_dim / y.shape[1]], 1)
+
+        y, error, last = runge_kutta_step(self.tableau, slope, sde, x_t, t, s, carry.get("slope"), logarithmic=True)
+        return Step(y, {"slope": last} if self.warm_up else {}, error, torch.maximum(x_t.abs(), y.abs()))
+
+    def _vectors(self, packed: State, noise: StepNoise) -> list[Tensor]:
+        d = packed.shape[1] - self.columns
+        if self.exact:
+            return list(torch.eye(d, dtype=packed.dtype, device=packed.device)[:, None].expand(-1, len(packed), -1))
+        # Fixed along the path: drawn at position 0 of the sample's stream, whatever the step.
+        normals = [noise.fixed(k)[:, :d] for k in range(self.columns)]
+        return normals if self.gaussian else [z.sign() for z in normals]
+
+    @staticmethod
+    def _divergence(eps: Tensor, y: Tensor, v: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(eps, y, v, retain_graph=True)
+        return (product * v).sum(1)

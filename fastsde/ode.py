@@ -1,0 +1,45 @@
+"""The probability-flow ODE as a function, for solvers of other libraries."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastsde.arguments import as_model
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.sde.reverse import probability_flow_drift
+from fastsde.types import Cond, ScoreFn
+
+
+class ProbabilityFlowODE:
+    r"""dx/dt = f(t) x - g(t)^2 score(x, t) / 2, in the signature of torchdiffeq: `ode(t, x)`.
+
+    With `times = torch.tensor([sde.t_max, sde.t_min])`, `torchdiffeq.odeint(ode, x, times, options={"step_t":
+    times[1:]})[-1]` samples: without the option its adaptive methods step beyond the end, where no diffusion is. Our
+    own way is `sample(..., solver=ProbabilityFlow())`. Source: Song et al., https://arxiv.org/abs/2011.13456, eq. 13.
+
+    Args:
+        score_fn: as for `sample`.
+        sde: as for `sample`.
+        cond: keyword arguments of the network, each with the leading axis of x.
+
+    Attributes:
+        nfe: network calls so far; each is of the whole batch.
+
+    Raises:
+        TypeError, ValueError: as for `sample`.
+    """
+
+    def __init__(self, score_fn: ScoreModel | ScoreFn, sde: SDE | None = None, *, cond: Cond | None = None) -> None:
+        self.model = as_model(score_fn, sde)
+        self.sde = self.model.sde if sde is None else sde
+        self.cond, self.nfe = cond or {}, 0
+
+    def __call__(self, t: Tensor | float, x: Tensor) -> Tensor:
+        """The slope at (x, t), with the shape of x (B, *event); t is one number, or one for each row (B,)."""
+        times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
+        bound = BoundModel(self.model, self.cond, torch.ones(len(x), dtype=torch.bool, device=x.device))
+        slope = probability_flow_drift(self.sde, x, times, bound(x, times).score)
+        self.nfe += int(bound.nfe.max())
+        return slope

@@ -1,0 +1,196 @@
+"""`integrate` against SDEs with known solutions on the same Brownian path."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracles import fitted_order, vector
+from scipy.integrate import solve_ivp
+
+import fastsde
+from fastsde import Status
+from fastsde.noise import BrownianPath
+
+MU, VOLATILITY, N = 0.5, 0.8, 400
+
+
+def brownian(n, size, t0, t1, times, seed=0):
+    """W(t) - W(t0) of the first n samples, as `integrate` walks it: on the clock u = -t, with shape (n, size)."""
+    path = BrownianPath(seed, (size,), torch.float64, t_min=-t1, t_max=-t0)
+    index = torch.arange(n)
+    return path(index, torch.full((n,), -t0, dtype=torch.float64)) - path(index, -times)
+
+
+def geometric(ito, w, t):
+    """The exact geometric Brownian motion from 1 at time t, for the increment w = W(t) - W(0)."""
+    return torch.exp((MU - VOLATILITY**2 / 2 if ito else MU) * t + VOLATILITY * w)
+
+
+def drift(x, t):
+    return MU * x
+
+
+def diffusion(x, t):
+    return VOLATILITY * x
+
+
+@pytest.mark.parametrize(
+    ("ito", "extrapolate", "order"), [(True, True, 1), (False, True, 1), (True, False, 0.5)], ids=str
+)
+def test_strong_order_with_multiplicative_noise(ito, extrapolate, order):
+    """Algorithm 9 has strong order 1 in both senses; Euler-Maruyama 1/2 (measured 0.94, 0.98 and 0.49)."""
+    exact = geometric(ito, brownian(N, 1, 0.0, 1.0, torch.ones(N, dtype=torch.float64)), 1.0)
+    steps = (8, 16, 32, 64, 128)
+    x0 = torch.ones(N, 1, dtype=torch.float64)
+    runs = [
+        fastsde.integrate(
+            drift, diffusion, x0, 0.0, 1.0, ito=ito, extrapolate=extrapolate, steps=k, batch_size=N
+        ).samples
+        for k in steps
+    ]
+    # 400 paths know a mean error to about 5 %, and a slope over four doublings to about 0.03.
+    assert fitted_order(steps, [(run - exact).abs().mean() for run in runs]) == pytest.approx(order, abs=0.12)
+
+
+@pytest.mark.parametrize("ito", [True, False])
+def test_adaptive_steps_follow_the_tolerance_in_both_senses(ito):
+    exact = geometric(ito, brownian(N, 1, 0.0, 1.0, torch.ones(N, dtype=torch.float64)), 1.0)
+    x0 = torch.ones(N, 1, dtype=torch.float64)
+    errors = []
+    for rtol in (0.1, 0.03, 0.01):
+        r = fastsde.integrate(drift, diffusion, x0, 0.0, 1.0, ito=ito, rtol=rtol, atol=rtol / 10, batch_size=N)
+        assert r.success.all()
+        assert (r.nfe == 2 * (r.accepted + r.rejected)).all()
+        errors.append(float((r.samples - exact).abs().mean()))
+    # Measured 0.06, 0.03, 0.016 (Ito) and 0.05, 0.015, 0.005. The other sense is 0.6 away.
+    assert errors[0] > 1.5 * errors[1] > 2.25 * errors[2]
+    assert errors[2] < 0.025
+
+
+def coupled(x, t):
+    """Each element's diffusion is the other element: one sign for both would bias the mean."""
+    return x.flip(1)
+
+
+@pytest.mark.parametrize("ito", [True, False])
+def test_coupled_diffusion_has_the_right_mean(ito):
+    """dx_1 = x_2 dw_1, dx_2 = x_1 dw_2: the mean stays (Ito), and also in Stratonovich's sense, as dg_1/dx_1 = 0."""
+    n = 10_000
+    x0 = torch.ones(n, 2, dtype=torch.float64)
+    r = fastsde.integrate(lambda x, t: 0 * x, coupled, x0, 0.0, 0.5, ito=ito, steps=8, batch_size=n)
+    error = r.samples.std(0) / math.sqrt(n)
+    # With one sign for both elements, every step multiplies the mean by 1 - h / 2: the mean would be 0.78.
+    assert ((r.samples.mean(0) - 1).abs() < 5 * error).all()
+
+
+def test_weak_order_two_with_additive_noise():
+    """dx = -x dt + 0.5 dw: mean and variance of the improved Euler step, exact by linearity, in one step of size h."""
+    x0 = vector(2.0, 1.0)[:, None]
+    biases = []
+    for steps in (4, 8, 16):
+        r = fastsde.integrate(lambda x, t: -x, lambda x, t: 0.5, x0, 0.0, 1.0, additive=True, steps=steps, seed=3)
+        # Two samples with other starts share no path, so the noise is taken out with a run from elsewhere.
+        moved = fastsde.integrate(
+            lambda x, t: -x, lambda x, t: 0.5, x0 + 1, 0.0, 1.0, additive=True, steps=steps, seed=3
+        )
+        biases.append(float((moved.samples - r.samples - math.exp(-1)).abs().max()))
+    assert fitted_order((4, 8, 16), biases) == pytest.approx(2, abs=0.15)  # the next term of the series on 4 steps
+
+
+def test_without_noise_it_is_heun_with_adaptive_steps():
+    def field(x, t):
+        return torch.stack([x[:, 1], -torch.sin(x[:, 0]) * (1 + t)], 1)
+
+    x0 = vector(1.0, 0.2)[None]
+    exact = solve_ivp(
+        lambda t, y: [y[1], -math.sin(y[0]) * (1 + t)], (0, 3), x0[0].numpy(), method="DOP853", rtol=1e-12, atol=1e-12
+    ).y[:, -1]
+    r = fastsde.integrate(field, None, x0, 0.0, 3.0, rtol=1e-4, atol=1e-5)
+    # Some 100 steps, each wrong by at most about 1e-4 of numbers near 1.
+    np.testing.assert_allclose(r.samples[0], exact, atol=2e-3)
+
+
+def test_saved_states_lie_on_the_exact_path():
+    times = [0.0, 0.3, 0.71, 1.0]
+    x0 = torch.ones(20, 1, dtype=torch.float64)
+    r = fastsde.integrate(
+        drift, diffusion, x0, 0.0, 1.0, ito=False, rtol=0.01, atol=0.001, save_at=times, batch_size=20
+    )
+    for i, path in enumerate(r.trajectory):
+        assert path.t.tolist() == times
+        w = brownian(20, 1, 0.0, 1.0, torch.full((20,), 0.71, dtype=torch.float64))[i]
+        # Measured 0.005 at the end for this tolerance, on average; another path would be 0.5 away.
+        torch.testing.assert_close(path.x[2], geometric(False, w, 0.71), rtol=0.04, atol=0.0)
+        assert torch.equal(path.x[0], x0[i])
+        assert torch.equal(path.x[-1], r.samples[i])
+
+
+def test_dense_output_has_every_accepted_state():
+    x0 = torch.ones(5, 2, dtype=torch.float64)
+    r = fastsde.integrate(drift, diffusion, x0, -1.0, 0.5, rtol=0.1, dense=True, batch_size=2)
+    for i, path in enumerate(r.trajectory):
+        assert len(path.t) == int(r.accepted[i]) + 1
+        assert path.t[0] == -1.0
+        assert path.t[-1] == 0.5
+        assert (path.t.diff() > 0).all()
+        assert torch.equal(path.x[-1], r.samples[i])
+
+
+def test_a_sample_is_the_same_in_any_batch():
+    x0 = torch.linspace(0.5, 2, 7, dtype=torch.float64)[:, None]
+    whole = fastsde.integrate(drift, diffusion, x0, 0.0, 1.0)
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    shuffled = fastsde.integrate(drift, diffusion, x0[order], 0.0, 1.0, index=order, batch_size=3)
+    assert shuffled.nfe.tolist() == whole.nfe[order].tolist()
+    torch.testing.assert_close(shuffled.samples, whole.samples[order], rtol=1e-12, atol=0)
+
+
+def test_a_sample_that_blows_up_is_retired_alone():
+    def explode(x, t):
+        return torch.where(x > 1.5, x**9 * 1e12, 0 * x)
+
+    r = fastsde.integrate(explode, None, vector(1.0, 2.0)[:, None], 0.0, 1.0)
+    assert r.status[0] == Status.SUCCESS
+    assert r.status[1] != Status.SUCCESS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"t1": 0.0}, "finite with t0 < t1; got 0.0 and 0.0"),
+        ({"t1": math.inf}, "finite with t0 < t1"),
+        ({"x0": torch.ones(3, 1, dtype=torch.int64)}, "x0 must be floating point; got torch.int64"),
+        ({"x0": torch.full((3, 1), math.nan)}, "x0 holds NaN"),
+        ({"x0": [1.0]}, "x0 must be a tensor; got list"),
+        ({"drift": 1.0}, "drift must be callable"),
+        ({"diffusion": 0.5}, "diffusion must be callable"),
+        ({"rtol": 0.0}, "rtol must be a positive"),
+        ({"steps": 0}, "steps must be an integer of at least 1; got 0"),
+        ({"save_at": [2.0]}, r"times from 0.0 to 1.0; got \[2.0\]"),
+        ({"save_at": [0.5], "dense": True}, "either save_at= or dense=True"),
+        ({"ito": False, "extrapolate": False}, "solves Ito SDEs"),
+        ({"ito": "yes"}, "ito must be True or False"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_refusals(change, message, without_type_checks):
+    def never(x, t):
+        raise AssertionError("called")
+
+    arguments = {"drift": never, "diffusion": never, "x0": torch.ones(3, 1), "t0": 0.0, "t1": 1.0} | change
+    with pytest.raises((ValueError, TypeError), match=message):
+        fastsde.integrate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"drift": lambda x, t: x[:, :1]}, "drift was given x with shape"),
+        ({"diffusion": lambda x, t: torch.ones(7)}, r"diffusion was given x .*\(3, 2\).* it returned \(7,\)"),
+    ],
+)
+def test_wrong_shapes_are_named(wrong, message):
+    arguments = {"drift": drift, "diffusion": diffusion} | wrong
+    with pytest.raises(ValueError, match=message):
+        fastsde.integrate(**arguments, x0=torch.ones(3, 2), t0=0.0, t1=1.0)
