@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from fastsde.arguments import (
     check_count,
     check_flag,
     check_kind,
+    check_tensor,
     evaluation_mode,
     resolve_cond,
     resolve_controller,
@@ -23,7 +24,7 @@ from fastsde.arguments import (
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job
-from fastsde.noise import BrownianPath, FreshNoise
+from fastsde.noise import BrownianPath, FreshNoise, Noise
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
@@ -50,10 +51,10 @@ def sample(
     x_init: Tensor | None = None,
     x_data: Tensor | None = None,
     denoise: bool = True,
-    max_nfe: int = 10_000,
+    max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    trajectory: bool | Sequence[float] = False,
+    trajectory: bool | Iterable[float] | Tensor = False,
     progress: bool = False,
     callback: Callable[[EngineState], None] | None = None,
 ) -> SampleResult:
@@ -82,7 +83,7 @@ def sample(
         x_data: data with shape (n, *event), which sampling starts from after adding each sample's own noise up to the
             start: alpha x_data + sigma z. With a `Grid` that starts below t_max, an edit of the data.
         denoise: whether to return the denoised sample rather than the state at `t_min`.
-        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`.
+        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`; 10,000, or what a grid needs.
         dtype: floating dtype of the state; that of `x_init`, or float32.
         device: that of `x_init` or of the network by default.
         trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result; or the times to
@@ -147,10 +148,10 @@ def encode(
     controller: Controller | None = None,
     batch_size: int | None = None,
     cond: Cond | None = None,
-    max_nfe: int = 10_000,
+    max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    trajectory: bool | Sequence[float] = False,
+    trajectory: bool | Iterable[float] | Tensor = False,
     progress: bool = False,
 ) -> SampleResult:
     r"""The inverse of deterministic sampling: from the state at t_min, along the probability flow, to noise at t_max.
@@ -182,7 +183,7 @@ def encode(
         ValueError, TypeError: before the first network call; also if the solver uses noise.
         SamplingError: if the network fails after the first sample was finished.
     """
-    check_kind("x", x, Tensor, "a tensor")
+    check_tensor("x", x)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     _, event, numbers = resolve_shape(model, None, None, x, None, "x")
@@ -194,7 +195,7 @@ def encode(
         model,
         process,
         Forward(solver),
-        controller.reversed() if isinstance(controller, Grid) else controller,
+        controller.reversed(),
         t_start=t_end,
         t_end=t_start,
         event=event,
@@ -227,31 +228,31 @@ def run(
     seed: int,
     batch_size: int | None,
     cond: Cond | None,
-    max_nfe: int,
+    max_nfe: int | None,
     x_data: Tensor | None = None,
     denoise: bool = False,
-    trajectory: bool | Sequence[float] = False,
+    trajectory: bool | Iterable[float] | Tensor = False,
     progress: bool = False,
     callback: Callable[[EngineState], None] | None = None,
+    saved_by: str = "trajectory",
 ) -> SampleResult:
     """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
 
-    Arguments are those of `sample`, resolved. From `t_start` up to `t_end`, the engine's clock, which always falls, is
-    u = -t, and solver and controller must be made for it (`Forward`, `Grid.reversed`).
+    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`. From `t_start` up to
+    `t_end`, the engine's clock, which always falls, is u = -t, and solver and controller must be made for it: see
+    `Forward` and `Controller.reversed`.
     """
     solver.check(sde, controller.times if isinstance(controller, Grid) else None)
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
     seed = check_count("seed", seed, 0)
     least = model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
-    max_nfe = check_count("max_nfe", max_nfe, least)
+    steps = controller.steps if isinstance(controller, Grid) else 1
+    enough = max(10_000, least + (steps - 1) * model.calls * solver.calls_per_step)
+    max_nfe = enough if max_nfe is None else check_count("max_nfe", max_nfe, least)
     sign = 1.0 if t_end < t_start else -1.0
     t_start, t_end = sign * t_start, sign * t_end
-    recorder, controller = _recorder(trajectory, controller, count, t_start, t_end, sign)
-    noise = (
-        BrownianPath(seed, event, dtype, t_min=t_end, t_max=t_start)
-        if solver.keep_path
-        else FreshNoise(seed, event, dtype)
-    )
+    recorder, controller = _recorder(trajectory, saved_by, controller, count, t_start, t_end, sign)
+    noise = _noise(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
         start = torch.full((count,), t_start, dtype=torch.float64, device=device)
@@ -279,8 +280,21 @@ def run(
         return Engine(job).run()
 
 
+def _noise(
+    seed: int, event: tuple[int, ...], dtype: torch.dtype, solver: Solver, sde: SDE, span: tuple[float, float]
+) -> Noise:
+    """Fresh noise, or a path in the solver's clock over the whole range of the process."""
+    if not solver.keep_path:
+        return FreshNoise(seed, event, dtype)
+    low, high = span
+    if solver.clock_power is None:
+        return BrownianPath(seed, event, dtype, t_min=low, t_max=high)
+    return BrownianPath(seed, event, dtype, t_min=low, t_max=high, log_snr=sde.log_snr, power=solver.clock_power)
+
+
 def _recorder(
-    trajectory: bool | Sequence[float],
+    trajectory: bool | Iterable[float] | Tensor,
+    name: str,
     controller: Controller,
     n: int,
     t_start: float,
@@ -290,15 +304,25 @@ def _recorder(
     """The recorder that `trajectory` asks for, and the controller, which then stops at its times."""
     if isinstance(trajectory, bool):
         return (Recorder(n, sign=sign) if trajectory else None), controller
-    times = [sign * float(t) for t in trajectory]
-    outside = [sign * t for t in times if not t_end <= t <= t_start]
-    if outside or not times:
-        low, high = sorted((sign * t_start, sign * t_end))
-        raise ValueError(f"trajectory must be True, False or times from {low} to {high}; got {outside or times}.")
+    try:
+        given = [float(t) for t in trajectory]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be True, False or a sequence of times; got {trajectory!r}.") from error
+    low, high = sorted((sign * t_start, sign * t_end))
+    outside = [t for t in given if not low <= t <= high]
+    if outside or not given:
+        raise ValueError(f"{name} must hold times from {low} to {high}; got {outside or given}.")
+    times = [sign * t for t in given]
     if isinstance(controller, Adaptive):
         controller = dataclasses.replace(controller, stops=(*controller.stops, *times))
     elif isinstance(controller, Grid):
-        missing = sorted({sign * t for t in times} - {sign * t for t in controller.times.tolist()})
+        # Times that went through a rounding or a single precision are still meant.
+        grid = controller.times
+        nearest = [int((grid - t).abs().argmin()) for t in times]
+        missing = [
+            t for t, k in zip(given, nearest, strict=True) if abs(float(grid[k]) - sign * t) > 1e-6 * (high - low)
+        ]
         if missing:
-            raise ValueError(f"trajectory has times that are not on the grid: {missing[:5]}.")
+            raise ValueError(f"{name} has times that are not on the grid: {missing[:5]}.")
+        times = [float(grid[k]) for k in nearest]
     return Recorder(n, times, sign=sign), controller

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from numbers import Integral
 from typing import SupportsIndex
 
 import torch
@@ -61,7 +62,10 @@ def resolve_shape(
     """
     if n is not None:
         n = check_count("n", n, 1)
-    numbers = None if index is None else torch.as_tensor(index)
+    try:
+        numbers = None if index is None else torch.as_tensor(index)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"index must be a vector of sample numbers; got {str(index)[:80]}.") from error
     if numbers is not None and (numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32)):
         raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
     if numbers is not None and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
@@ -76,7 +80,7 @@ def resolve_shape(
         shape = (count, *model.event_shape)
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be (n, *event), for example (64, 3, 32, 32); got {shape!r}.")
-    shape = tuple(shape)
+    shape = tuple(int(k) if isinstance(k, Integral) and not isinstance(k, bool) else k for k in shape)
     if not shape or any(not isinstance(k, int) or isinstance(k, bool) for k in shape) or min(shape) < 1:
         raise ValueError(f"shape must be (n, *event) with positive integers; got {shape}.")
     counts = {"n": n, "shape": shape[0], "index": None if numbers is None else len(numbers)}
@@ -186,6 +190,12 @@ def check_kind(name: str, value: object, kind: type, what: str) -> None:
     """Refuses, with a TypeError, a value that is neither None nor of the kind."""
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuses, with a TypeError, a value that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
 
 
 def check_flag(name: str, value: bool) -> bool:

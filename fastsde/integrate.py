@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from fastsde.result import SampleResult
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.edm import EDM
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_steps
 from fastsde.types import Carry, State, Time
 
 _PROCESS = EDM()
@@ -38,7 +39,7 @@ def integrate(
     atol: float = 0.01,
     steps: int | None = None,
     extrapolate: bool = True,
-    save_at: Sequence[float] | None = None,
+    save_at: Iterable[float] | Tensor | None = None,
     dense: bool = False,
     seed: int = 0,
     index: Sequence[int] | Tensor | None = None,
@@ -62,7 +63,7 @@ def integrate(
 
     Args:
         drift: `drift(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the shape of x.
-        diffusion: `diffusion(x, t)`, returning the shape of x, (B,), or a number; None for an ODE.
+        diffusion: `diffusion(x, t)`, returning the shape of x, (B, 1, .., 1) or a number; None for an ODE.
         x0: start states, with shape (n, *event), floating.
         t0: start, finite.
         t1: end, above t0.
@@ -92,9 +93,11 @@ def integrate(
     for name, value in (("drift", drift), ("diffusion", diffusion)):
         if not callable(value) and (name, value) != ("diffusion", None):
             raise TypeError(f"{name} must be callable as {name}(x, t); got {type(value).__name__}.")
+    if x0 is None or x0.ndim == 0 or x0.numel() == 0:
+        raise ValueError(f"x0 must be (n, *event) with n >= 1; got {None if x0 is None else tuple(x0.shape)}.")
     if not x0.is_floating_point():
         raise TypeError(f"x0 must be floating point; got {x0.dtype}.")
-    if not -math.inf < t0 < t1 < math.inf:
+    if not all(isinstance(t, (int, float)) for t in (t0, t1)) or not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 and t1 must be finite with t0 < t1; got {t0} and {t1}.")
     if not extrapolate and not ito and not additive:
         raise ValueError("extrapolate=False is Euler-Maruyama, which solves Ito SDEs; this one is Stratonovich.")
@@ -124,6 +127,7 @@ def integrate(
         cond=None,
         max_nfe=max_nfe,
         trajectory=check_flag("dense", dense) if save_at is None else save_at,
+        saved_by="save_at",
         progress=progress,
     )
 
@@ -157,15 +161,15 @@ class _ImprovedEuler(Solver):
 
     def _g(self, x: State, t: Time) -> Tensor:
         """The diffusion at (x, t), broadcastable against x."""
-        g = torch.as_tensor(0.0 if self.diffusion is None else self.diffusion(x.clone(), -t.to(x.dtype)))
-        g = expand_like(g, x) if g.shape == t.shape else g
-        try:
-            return g.expand(x.shape)
-        except RuntimeError as error:
+        g = 0.0 if self.diffusion is None else self.diffusion(x.clone(), -t.to(x.dtype))
+        g = g if isinstance(g, Tensor) else torch.tensor(g, dtype=x.dtype, device=x.device)
+        rows = (len(x), *(1,) * (x.ndim - 1))
+        if tuple(g.shape) not in ((), rows, tuple(x.shape)) or g.is_complex():
             raise ValueError(
-                f"diffusion was given x with shape {tuple(x.shape)} and must return that shape, ({len(x)},) or a "
-                f"number; it returned {tuple(g.shape)}."
-            ) from error
+                f"diffusion was given x with shape {tuple(x.shape)} and must return that shape, {rows} or a number, "
+                f"real; it returned {tuple(g.shape)} of {g.dtype}."
+            )
+        return g.to(x.dtype)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         h, g = expand_like(t - s, x_t), self._g(x_t, t)

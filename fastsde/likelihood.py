@@ -13,14 +13,14 @@ from fastsde.arguments import (
     as_model,
     check_count,
     check_flag,
-    check_kind,
+    check_tensor,
     resolve_controller,
     resolve_device,
     resolve_dtype,
     resolve_shape,
 )
 from fastsde.batching import expand_like
-from fastsde.control import Controller, Grid
+from fastsde.control import Controller
 from fastsde.noise import FreshNoise, StepNoise
 from fastsde.result import Status
 from fastsde.score.base import BoundModel, ScoreModel
@@ -28,7 +28,8 @@ from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
 from fastsde.solvers.forward import Forward
 from fastsde.solvers.probability_flow import ProbabilityFlow
-from fastsde.solvers.runge_kutta import DORMAND_PRINCE, Tableau, noise_level, runge_kutta_step
+from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
+from fastsde.solvers.tableaus import DORMAND_PRINCE, Tableau
 from fastsde.types import Carry, Cond, ScoreFn, State, Time
 
 
@@ -72,7 +73,7 @@ def log_likelihood(
     seed: int = 0,
     batch_size: int | None = None,
     cond: Cond | None = None,
-    max_nfe: int = 10_000,
+    max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
@@ -88,7 +89,7 @@ def log_likelihood(
     https://arxiv.org/abs/1810.01367, sec. 3.
 
     Args:
-        score_fn: as for `sample`; differentiable in x.
+        score_fn: as for `sample`; differentiable in x by autograd.
         sde: as for `sample`.
         x: data, with shape (n, *event).
         probes: number of probe vectors v for each sample; one backward pass each, at each call. The standard error
@@ -115,7 +116,7 @@ def log_likelihood(
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished.
     """
-    check_kind("x", x, Tensor, "a tensor")
+    check_tensor("x", x)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     n, event, _ = resolve_shape(model, None, None, x, None, "x")
@@ -128,29 +129,29 @@ def log_likelihood(
     if bin_width is None and draws > 1:
         raise ValueError("draws counts dequantisations; it needs bin_width=.")
     if controller is None:
+        if tableau.error is None:
+            raise ValueError(f"tableau {tableau} has no error estimate to choose steps by; give controller=Grid(...).")
         rtol, atol = 1e-4 if rtol is None else rtol, 1e-4 if atol is None else atol
     controller = resolve_controller(model, process, ProbabilityFlow(tableau=tableau), controller, rtol, atol)
     t_start, t_end = controller.span(process.t_min, process.t_max)
 
     index = torch.arange(n * draws, device=device)
-    noise = FreshNoise(seed, event, dtype)
     data = x.to(device, dtype).repeat_interleave(draws, 0)
     if bin_width is not None:
         # The normal distribution function makes a uniform draw of a normal one.
-        data = data + bin_width * (torch.special.ndtr(noise.prior(index)) - 0.5)
-    ends = torch.tensor([t_end, t_start], dtype=torch.float64, device=device)
-    columns = 1 if exact else probes
-    start = torch.cat([data.flatten(1) / float(process.alpha(ends)[0]), data.new_zeros(n * draws, columns)], 1)
+        data = data + bin_width * (torch.special.ndtr(FreshNoise(seed, event, dtype).prior(index)) - 0.5)
+    ends, columns = torch.tensor([t_end, t_start], dtype=torch.float64, device=device), 1 if exact else probes
+    y_start = data.reshape(len(data), -1) / float(process.alpha(ends)[0])
     result = run(
         model,
         process,
         Forward(_Density(tableau, event, columns, exact, check_flag("gaussian", gaussian))),
-        controller.reversed() if isinstance(controller, Grid) else controller,
+        controller.reversed(),
         t_start=t_end,
         t_end=t_start,
         event=(d + columns,),
         index=index,
-        x_init=start,
+        x_init=torch.nn.functional.pad(y_start, (0, columns)),
         dtype=dtype,
         device=device,
         seed=seed,
@@ -221,7 +222,12 @@ class _Density(Solver):
             with torch.enable_grad():
                 y = packed[:, : -self.columns].detach().requires_grad_()
                 x = (expand_like(sde.alpha(at), y) * y).reshape(-1, *self.event)
-                eps = model(x, at).epsilon.flatten(1)
+                prediction = model(x, at)
+                if not prediction.out.requires_grad:
+                    raise ValueError(
+                        "the network's output must be differentiable in x: no no_grad, detach or constant."
+                    )
+                eps = prediction.epsilon.reshape(len(y), -1)
             divergence = [self._divergence(eps, y, v) for v in vectors]
             per_dim = torch.stack(divergence, 1)
             if self.exact:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import functools
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.types import Carry, Index, State, Time
+from fastsde.types import Carry, Coef, Index, State, Time
 
 _WORD = 0xFFFFFFFF
 _PRIOR, _STEP, _ROOT, _NODE, _LEAF, _EXTRA = range(6)
@@ -98,13 +99,17 @@ class Noise(ABC):
         """Standard normals number k at the given position of each sample's walk, with shape (B, *event)."""
         return self._draw(index, position, _EXTRA + (k << 8))
 
+    def variance(self, t: Time, s: Time) -> Coef:
+        """Variance of the increment over [s, t], with shape (B,)."""
+        return t - s
+
     @abstractmethod
     def start(self, index: Index) -> Carry:
         """What must travel with each row, at the start of its run."""
 
     @abstractmethod
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
-        """The Brownian increment over [s, t], with variance t - s.
+        """The Brownian increment over [s, t], with the variance that `variance` says.
 
         Args:
             index: sample numbers, with shape (B,).
@@ -136,18 +141,23 @@ class FreshNoise(Noise):
 class BrownianPath(Noise):
     r"""One Brownian path per sample, a function of (seed, sample, time) alone, queried in any order.
 
-    Levy's construction in the basis of Schauder, on u = (t - t_min) / (t_max - t_min) in [0, 1]:
+    Levy's construction in the basis of Schauder. With u in [0, 1] linear in the time and T(u) the variance up to u,
 
-        W(u) = u z_root + sum_{l < depth} 2^{-l/2 - 1} hat(2^l u - n_l) z_{l, n_l}
-                        + sqrt(r (1 - r) 2^{-depth}) z_leaf(u)
+        W(u) = T(u) z_root + sum_{l < depth} sd(T_a, T_m, T_b) hat(T(u); T_a, T_m, T_b) z_{l, n_l}
+                           + sd(T_a, T(u), T_b) z_leaf(u),    sd(a, m, b)^2 = (b - m) (m - a) / (b - a)
 
-    with `n_l = floor(2^l u)`, `hat` the triangle on [0, 1] and r the position in the finest cell. The last term,
-    keyed by the time itself, restores the variance that the finite sum lacks, so the law of the values at any times
-    in different finest cells is exactly Brownian. Two times inside one cell, closer than 2^-depth of the range, would
-    see too much noise: that is `RESOLUTION`, below which the adaptive controller does not step.
+    where n_l = floor(2^l u) numbers the cell of level l that holds u, T_a, T_m, T_b are T at its ends and middle, and
+    `hat` rises from 0 at T_a to 1 at T_m and falls to 0 at T_b. The last term, in the finest cell and keyed by u,
+    restores the variance that the finite sum lacks, so the law of the values at any times in different finest cells is
+    exactly Brownian. Two times inside one cell, closer than 2^-depth of the range, would see too much noise: that is
+    `RESOLUTION`, below which the adaptive controller does not step.
 
     Nothing is stored but the value at the last accepted time, so a rejected step sees the path again, and runs at other
     tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
+
+    By default u runs with t and T(u) = u, for increments of variance t - s. A solver that integrates the linear part of
+    the SDE exactly needs the path in another clock, tau = (sigma / alpha)^-power: then u runs with the log-SNR and
+    T(u) = (e^{a u} - 1) / (e^a - 1), a = power / 2 times the range of the log-SNR.
 
     Args:
         seed: in [0, 2^64).
@@ -155,6 +165,8 @@ class BrownianPath(Noise):
         dtype: floating dtype of the noise.
         t_min: lower end of the time range.
         t_max: upper end of the time range.
+        log_snr: the log-SNR at times with shape (B,), for the second clock.
+        power: that of the second clock, positive.
     """
 
     def __init__(
@@ -165,23 +177,44 @@ class BrownianPath(Noise):
         *,
         t_min: float,
         t_max: float,
+        log_snr: Callable[[Time], Coef] | None = None,
+        power: float = 0.0,
     ) -> None:
         super().__init__(seed, event_shape, dtype)
-        self.t_min, self.span, self.depth = t_min, t_max - t_min, round(-math.log2(RESOLUTION))
+        self.t_max, self.depth, self._clock = t_max, round(-math.log2(RESOLUTION)), log_snr
+        ends = torch.tensor([t_min, t_max], dtype=torch.float64)
+        first, last = (ends if log_snr is None else log_snr(ends).flip(0)).tolist()
+        self._first, self._length = first, last - first
+        self._growth = 0.0 if log_snr is None else power / 2 * self._length
+        self._scale = self._length if log_snr is None else 1.0
+
+    def _position(self, t: Time) -> Time:
+        """u at t, with shape (B,)."""
+        u = ((t if self._clock is None else self._clock(t)) - self._first) / self._length
+        # To 40 bits, so that times on the grid of cells stay there after arithmetic with rounded times.
+        return (u.clamp(0, 1) * 2.0**40).round() * 2.0**-40
+
+    def _variance(self, u: Tensor) -> Tensor:
+        """T(u), from 0 to 1."""
+        if self._growth == 0:
+            return u
+        # Relative to the end, so that no growth is too large for a float64.
+        return (torch.exp(self._growth * (u - 1)) - math.exp(-self._growth)) / -math.expm1(-self._growth)
+
+    def variance(self, t: Time, s: Time) -> Coef:
+        return self._scale * (self._variance(self._position(t)) - self._variance(self._position(s))).abs()
 
     def __call__(self, index: Index, t: Time) -> State:
-        """W(t) for each sample, with W(t_min) = 0.
+        """W(t) for each sample, with W = 0 where u = 0: at t_min, or at t_max in the clock of the log-SNR.
 
         Args:
             index: sample numbers, with shape (B,).
             t: times in [t_min, t_max], with shape (B,).
 
         Returns:
-            The values, with shape (B, *event) and variance t - t_min.
+            The values, with shape (B, *event).
         """
-        u = ((t - self.t_min) / self.span).clamp(0, 1)
-        # To 40 bits, so that times on the grid of cells stay there after arithmetic with rounded times.
-        weight, position, purpose = self._basis((u * 2.0**40).round() * 2.0**-40)
+        weight, position, purpose = self._basis(self._position(t))
         w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
         levels = max(1, _CHUNK // max(1, len(index) * self.size))
         parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype)[:, None], position, purpose)), strict=True)
@@ -194,20 +227,22 @@ class BrownianPath(Noise):
         """Weights (B, L), positions (B, L) and purposes (L,) of the normals that make up W(u)."""
         level = torch.arange(self.depth + 1, device=u.device)
         cells = 2.0**level
-        scaled = u[:, None] * cells
-        cell = torch.minimum(scaled.floor(), cells - 1)
-        inside = scaled - cell
-        hat = 1 - (2 * inside - 1).abs()
-        leaf = (inside[:, -1] * (1 - inside[:, -1]) / cells[-1]).clamp(min=0).sqrt()
+        cell = torch.minimum((u[:, None] * cells).floor(), cells - 1)
+        now, low, middle, high = (
+            self._variance(v) for v in (u[:, None], cell / cells, (cell + 0.5) / cells, (cell + 1) / cells)
+        )
+        hat = torch.minimum((now - low) / (middle - low), (high - now) / (high - middle))
+        spread = ((high - middle) * (middle - low) / (high - low)).sqrt()
+        leaf = ((high - now) * (now - low) / (high - low))[:, -1].clamp(min=0).sqrt()
         time_key = (u * 2.0**32).long().clamp(max=_WORD)
-        weight = torch.cat([u[:, None], hat[:, :-1] / (2 * cells[:-1].sqrt()), leaf[:, None]], 1)
+        weight = torch.cat([now, (hat * spread)[:, :-1], leaf[:, None]], 1)
         position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
         first, last = (torch.full((1,), word, device=u.device) for word in (_ROOT, _LEAF))
         purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
-        return weight * math.sqrt(self.span), position, purpose
+        return weight * math.sqrt(self._scale), position, purpose
 
     def start(self, index: Index) -> Carry:
-        top = torch.full(index.shape, self.t_min + self.span, dtype=torch.float64, device=index.device)
+        top = torch.full(index.shape, self.t_max, dtype=torch.float64, device=index.device)
         return {"w": self(index, top)}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
@@ -240,14 +275,14 @@ class StepNoise:
 
     @property
     def dw(self) -> State:
-        """Brownian increment over [s, t], with shape (B, *event) and variance t - s."""
+        """Brownian increment over [s, t], with shape (B, *event) and variance t - s, or that of the solver's clock."""
         return self._increment[0]
 
     @property
     def z(self) -> State:
         """The increment scaled to variance 1, with shape (B, *event); 0 where t = s."""
-        h = (self._t - self._s).clamp(min=torch.finfo(torch.float32).tiny)
-        return self.dw / expand_like(h.sqrt(), self.dw)
+        scale = self._source.variance(self._t, self._s).sqrt()
+        return self.dw / expand_like(torch.where(scale == 0, 1.0, scale), self.dw)
 
     def normal(self, k: int = 0) -> State:
         """Standard normals number k of this step, with shape (B, *event).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastsde.arguments import as_model
+from fastsde.arguments import as_model, evaluation_mode
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import probability_flow_drift
@@ -40,6 +40,7 @@ class ProbabilityFlowODE:
         """The slope at (x, t), with the shape of x (B, *event); t is one number, or one for each row (B,)."""
         times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         bound = BoundModel(self.model, self.cond, torch.ones(len(x), dtype=torch.bool, device=x.device))
-        slope = probability_flow_drift(self.sde, x, times, bound(x, times).score)
+        with evaluation_mode(self.model.network):
+            slope = probability_flow_drift(self.sde, x, times, bound(x, times).score)
         self.nfe += int(bound.nfe.max())
         return slope

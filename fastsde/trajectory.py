@@ -43,7 +43,7 @@ class Recorder:
     def paths(self) -> list[Trajectory]:
         """What was kept of each sample, in the order of the result."""
         if not self._kept:
-            return []
+            return [Trajectory(torch.empty(0, dtype=torch.float64), torch.empty(0)) for _ in range(self.n)]
         slot, t, x = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
         # A stable sort keeps the order of time within a sample: a row only ever moves on.
         order = slot.sort(stable=True).indices

@@ -425,6 +425,11 @@ def test_refusals_at_construction(build, message):
 
 def test_refusals_before_the_first_call():
     grid = Grid.log_snr(VESDE(), 5)
-    refused(AnnealedLangevin(), "needs eta when the levels are given by a controller", grid)
+    refused(AnnealedLangevin(), "needs levels=..., or eta=... where a controller gives the levels", grid)
     refused(AnnealedLangevin(levels=5, eta=0.1), "either controller= or solver.steps", grid)
     refused(ConsistentAnnealed(), "needs its number of steps")
+
+
+def test_two_levels_far_apart_get_a_large_step():
+    # No step size settles on so steep a ladder; the largest forgets the most.
+    assert closest_step(1e-5, 1) > 0.99

@@ -194,3 +194,34 @@ def test_wrong_shapes_are_named(wrong, message):
     arguments = {"drift": drift, "diffusion": diffusion} | wrong
     with pytest.raises(ValueError, match=message):
         fastsde.integrate(**arguments, x0=torch.ones(3, 2), t0=0.0, t1=1.0)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_a_vector_over_elements_is_no_diffusion(n):
+    # With as many rows as elements it could be either; it is refused whatever the batch.
+    with pytest.raises(ValueError, match=r"must return that shape, \(\d, 1\) or a number, real; it returned \(2,\)"):
+        fastsde.integrate(drift, lambda x, t: torch.tensor([0.0, 1.0]), torch.ones(n, 2), 0.0, 1.0)
+
+
+def test_the_diffusion_may_be_a_number_a_row_or_a_state_in_any_precision():
+    x0 = torch.ones(3, 2)
+    forms = [
+        lambda x, t: 0.1,
+        lambda x, t: torch.tensor(0.1, dtype=torch.float64),
+        lambda x, t: torch.full((len(x), 1), 0.1),
+        lambda x, t: torch.full_like(x, 0.1, dtype=torch.float64),
+    ]
+    runs = [fastsde.integrate(drift, form, x0, 0.0, 1.0, steps=5, dense=True) for form in forms]
+    for run in runs:
+        assert torch.equal(run.samples, runs[0].samples)
+        assert run.trajectory[0].x.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "times", [[0.3], np.linspace(0, 1, 11), torch.linspace(0, 1, 11)], ids=["list", "numpy", "torch"]
+)
+def test_times_to_save_need_not_match_the_grid_to_the_last_bit(times):
+    r = fastsde.integrate(lambda x, t: -x, None, torch.ones(2, 2), 0.0, 1.0, steps=10, save_at=times)
+    assert [len(path.t) for path in r.trajectory] == [len(times)] * 2
+    with pytest.raises(ValueError, match=r"save_at has times that are not on the grid: \[0.35\]"):
+        fastsde.integrate(lambda x, t: -x, None, torch.ones(2, 2), 0.0, 1.0, steps=10, save_at=[0.35])

@@ -169,3 +169,30 @@ def test_refusals(change, message, without_type_checks):
     model = ScoreModel(never, VPSDE(), event_shape=(2,))
     with pytest.raises((ValueError, TypeError), match=message):
         fastsde.log_likelihood(model, **({"x": torch.ones(3, 2)} | change))
+
+
+@pytest.mark.parametrize(
+    "network",
+    [torch.no_grad()(lambda x, t: -x), lambda x, t: -x.detach(), lambda x, t: torch.ones_like(x)],
+    ids=["no_grad", "detach", "constant"],
+)
+def test_a_network_without_gradients_is_refused(network):
+    # Its divergence would be taken for zero, and the likelihood would be wrong without a word.
+    with pytest.raises(ValueError, match="must be differentiable in x"):
+        fastsde.log_likelihood(network, VPSDE(), x=torch.ones(3, 2))
+
+
+def test_numbers_are_events_too():
+    model = ScoreModel(
+        lambda x, t: -x / (0.25 * VPSDE().alpha(t.double()) ** 2 + VPSDE().sigma(t.double()) ** 2), VPSDE()
+    )
+    x = torch.tensor([0.1, -0.4, 0.7], dtype=torch.float64)
+    r = fastsde.log_likelihood(model, x=x, exact=True)
+    # Blur of 1e-4 on a variance of 0.25, tolerance 1e-4.
+    torch.testing.assert_close(r.log_prob, torch.distributions.Normal(0, 0.5).log_prob(x), rtol=0, atol=2e-3)
+
+
+def test_an_error_estimate_is_needed_to_choose_steps():
+    model = GaussianScore(VPSDE(), torch.zeros(2), torch.ones(2))
+    with pytest.raises(ValueError, match="RK4 has no error estimate to choose steps by; give controller=Grid"):
+        fastsde.log_likelihood(model, x=torch.ones(3, 2), tableau=fastsde.RK4)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from oracles import vector
 from scipy import stats
 
-from fastsde.noise import RESOLUTION, BrownianPath, FreshNoise, philox4x32
+from fastsde.noise import RESOLUTION, BrownianPath, FreshNoise, StepNoise, philox4x32
 
 T_MIN, T_MAX = 1e-3, 2.0
 SPAN = T_MAX - T_MIN
@@ -230,3 +230,57 @@ def test_steps_of_every_size_have_their_variance(power):
     # 5 standard errors of the variance (sqrt 2 / n) and of the mean of 20 000 normals.
     assert abs(float(dw.square().mean()) - 1) < 5 * math.sqrt(2 / len(dw))
     assert abs(float(dw.mean())) < 5 / math.sqrt(len(dw))
+
+
+# ---- the clock of the log-SNR ---------------------------------------------------------------------------------------
+
+LENGTH = math.log(T_MAX / T_MIN) * 2
+
+
+def exponential_path(power, seed=0, event_shape=EVENT):
+    """A path in the clock rho^-power of the process with rho = t, whose log-SNR is -2 log t."""
+    clock = {"log_snr": lambda t: -2 * t.log(), "power": power}
+    return BrownianPath(seed, event_shape, torch.float64, t_min=T_MIN, t_max=T_MAX, **clock)
+
+
+@pytest.mark.parametrize("power", [0.02, 0.5, 2.0, 8.0])
+def test_path_in_the_clock_of_the_log_snr_has_its_covariance(power):
+    u = separated_times(torch.Generator().manual_seed(1))
+    times = T_MAX * torch.exp(-u * LENGTH / 2)
+    n, w = 2500, exponential_path(power, seed=5)
+    # tau = t^-power, less its start, as a share of its end.
+    tau = (times**-power - T_MAX**-power) / (T_MIN**-power - T_MAX**-power)
+    start = torch.full((1,), T_MAX, dtype=torch.float64)
+    for time, variance in zip(times, tau, strict=True):
+        torch.testing.assert_close(w.variance(start, time[None]), variance[None], rtol=1e-9, atol=0)
+    values = torch.stack([w(rows(n), time.expand(n)).flatten() for time in times], 1)
+    # Independent increments, each scaled by its own deviation: they span eleven orders of magnitude for power 8.
+    steps = torch.diff(values, dim=1, prepend=torch.zeros(len(values), 1, dtype=torch.float64))
+    assert_white(steps / torch.diff(tau, prepend=torch.zeros(1, dtype=torch.float64)).sqrt())
+
+
+def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals():
+    w, index = exponential_path(2.0), rows(3)
+    top, low = torch.full((3,), T_MAX, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
+    carry = w.start(index)
+    assert torch.equal(carry["w"], torch.zeros(3, *EVENT, dtype=torch.float64))
+    noise = StepNoise(w, index, index, index, top, low, carry)
+    torch.testing.assert_close(noise.z, (0 - w(index, low)) / w.variance(top, low).sqrt()[:, None], rtol=1e-12, atol=0)
+    assert torch.equal(
+        StepNoise(w, index, index, index, top, top, carry).z, torch.zeros(3, *EVENT, dtype=torch.float64)
+    )
+
+
+def test_noise_is_drawn_only_when_asked_for():
+    class Refusing(FreshNoise):
+        def increment(self, index, attempt, t, s, carry):
+            raise AssertionError("drawn")
+
+    index, t = rows(2), torch.ones(2, dtype=torch.float64)
+    noise = StepNoise(Refusing(0, EVENT, torch.float64), index, index, index, t, 0.5 * t, {})
+    assert noise.carry == {}
+    # Other numbers, other steps and the steps' own increments: independent; the same again after a rejection.
+    later = StepNoise(Refusing(0, EVENT, torch.float64), index, index + 7, index, t, 0.1 * t, {})
+    assert torch.equal(noise.normal(3), later.normal(3))
+    draws = [noise.normal(0), noise.normal(1), StepNoise(fresh(), index, index, index + 1, t, t, {}).normal(0)]
+    assert not any(torch.equal(a, b) for a, b in zip(draws, draws[1:] + draws[:1], strict=True))

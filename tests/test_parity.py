@@ -1,7 +1,7 @@
 """The fixed-grid solvers against the schedulers of diffusers: the same levels, network and noise, in float64."""
 
 import importlib
-import itertools
+from collections import deque
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from oracles import LINEAR_BETAS, vector
 
 import fastsde
 from fastsde import DDIM, DEIS, Ancestral, DiscreteVPSDE, DPMSolverPP, Grid, Heun, ScoreModel, UniPC
-from fastsde.noise import FreshNoise
+from fastsde.noise import StepNoise
 from fastsde.score import MixtureScore
 from fastsde.solvers.adams_weights import adams_weights
 
@@ -42,14 +42,20 @@ MODEL = ScoreModel(epsilon, SDE, "epsilon", timestep=lambda t: 1000 * t - 1)
 
 @pytest.fixture
 def their_noise(monkeypatch):
-    """Gives their schedulers the normals of our solvers, the next of them at each draw."""
-    rows, zero = torch.arange(len(START)), torch.zeros(len(START), dtype=torch.float64)
-    noise, step = FreshNoise(0, (4,), torch.float64), itertools.count()
+    """Notes the normals of our solvers' steps, and gives them to their schedulers in turn: ours must run first."""
+    noted, z = deque(), StepNoise.z.fget
+
+    def noting(noise):
+        value = z(noise)
+        if value.any():  # a warm-up turn of no length has none
+            noted.append(value)
+        return value
 
     def draw(shape, dtype=None, **_):
-        # Over unit time an increment has variance 1.
-        return noise.increment(rows, torch.full_like(rows, next(step)), zero + 1, zero, {})[0].to(dtype)
+        # Their last step, which denoises, draws as well, and gives it no weight.
+        return noted.popleft().to(dtype) if noted else torch.full(shape, 7.0, dtype=dtype)
 
+    monkeypatch.setattr(StepNoise, "z", property(noting))
     for name in ("ddim", "ddpm", "dpmsolver_multistep", "euler_ancestral_discrete"):
         monkeypatch.setattr(importlib.import_module(f"diffusers.schedulers.scheduling_{name}"), "randn_tensor", draw)
 

@@ -11,6 +11,7 @@ from oracles import SDES, exact_variance, inside, vector
 from torch import nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
+import fastsde
 from fastsde import VPSDE, Prediction, ScoreModel
 from fastsde.score.analytic import DatasetScore, GaussianScore, MixtureScore
 from fastsde.score.base import BoundModel
@@ -298,3 +299,15 @@ def test_moments_follow_the_law_of_total_variance():
     mean, covariance = model.moments()
     torch.testing.assert_close(mean, w[0] * m[0] + w[1] * m[1], rtol=1e-14, atol=1e-15)
     torch.testing.assert_close(covariance, second - torch.outer(mean, mean), rtol=1e-13, atol=1e-14)
+
+
+def test_a_network_that_works_in_place_does_not_change_its_conditioning():
+    seen = []
+
+    def network(x, t, scale):
+        seen.append(float(scale[0]))
+        scale.mul_(2)
+        return -x
+
+    fastsde.sample(network, VPSDE(), shape=(2, 2), solver=fastsde.DDIM(3), cond={"scale": torch.ones(2)})
+    assert seen == [1.0] * 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import ast
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +18,8 @@ _VALUES: dict[str, Any] = {
     "Langevin": Langevin,
     **{tableau.name: tableau for tableau in (EULER, HEUN, RK4, DORMAND_PRINCE)},
 }
-"""What an option's value may name besides a Python literal; a class stands for itself with its defaults."""
+"""What an option's value may name besides a number or a word; a class stands for itself with its defaults."""
+_WORDS = {"true": True, "false": False, "none": None}
 
 
 def build_solver(name: str, options: Sequence[str]) -> Solver:
@@ -58,10 +59,12 @@ def _value(key: str, text: str) -> Any:
     if text in _VALUES:
         value = _VALUES[text]
         return value() if isinstance(value, type) else value
-    try:
-        return ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
-    except (ValueError, SyntaxError) as error:
-        raise ValueError(f"--option {key}: {text!r} is neither a number, true, false nor a known name.") from error
+    if text in _WORDS:
+        return _WORDS[text]
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
@@ -70,15 +73,24 @@ def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
     if path[0] not in fields:
         raise ValueError(f"{type(obj).__name__} has no option {path[0]!r}; it has {', '.join(fields) or 'none'}.")
     if len(path) > 1:
-        if not dataclasses.is_dataclass(fields[path[0]]):
+        if not isinstance(fields[path[0]], (Solver, Langevin)):
             raise ValueError(f"{type(obj).__name__}.{path[0]} has no options of its own.")
         value = _replaced(fields[path[0]], path[1:], value)
     now = fields[path[0]]
-    for kind in (bool, Tableau, Langevin, Solver):
-        if isinstance(now, kind) != isinstance(value, kind):
-            raise ValueError(f"{type(obj).__name__}.{path[0]} is {now!r} by default; {value!r} is of another kind.")
-    if isinstance(value, (str, list, tuple, dict)):
-        raise ValueError(f"{type(obj).__name__}.{path[0]} is {now!r} by default; {value!r} is of another kind.")
-    if isinstance(now, float) and isinstance(value, int):
+    if isinstance(now, float) and type(value) is int:
         value = float(value)
+    if not _fits(now, value):
+        raise ValueError(
+            f"--option {path[0]} of {type(obj).__name__} is {now!r} by default; {str(value)[:80]!r} is of another kind."
+        )
     return dataclasses.replace(obj, **{path[0]: value})
+
+
+def _fits(now: Any, value: Any) -> bool:
+    """Whether a value is of the kind of the default; a default of None takes numbers, and None itself."""
+    if now is None:
+        return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+    for kind in (bool, int, float, str, Tableau, Langevin, Solver):
+        if isinstance(now, kind):
+            return isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    return False

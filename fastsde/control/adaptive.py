@@ -70,6 +70,17 @@ class Adaptive(Controller):
             raise ValueError(f"growth must be above 1; got {self.growth}.")
         if not 0 < self.resolution < 1:
             raise ValueError(f"resolution must be in (0, 1); got {self.resolution}.")
+        if not isinstance(self.stops, tuple) or not all(isinstance(t, float) and math.isfinite(t) for t in self.stops):
+            raise ValueError(f"stops must be a tuple of finite floats; got {self.stops!r}.")
+
+    def span(self, t_min: float, t_max: float) -> tuple[float, float]:
+        outside = [t for t in self.stops if not t_min <= t <= t_max]
+        if outside:
+            raise ValueError(f"stops must lie within t_min={t_min} .. t_max={t_max}; got {outside}.")
+        return t_max, t_min
+
+    def reversed(self) -> Adaptive:
+        return dataclasses.replace(self, stops=tuple(-t for t in self.stops))
 
     def init(self, t: Time, t_end: float) -> Carry:
         h_min = (t - t_end) * self.resolution

@@ -41,6 +41,10 @@ class Controller(ABC):
         """
         return t_max, t_min
 
+    def reversed(self) -> Controller:
+        """The same on the clock u = -t, for a walk from t_min up to t_max."""
+        return self
+
     @abstractmethod
     def init(self, t: Time, t_end: float) -> Carry:
         """The controller's memory for rows that start at t, with shape (B,)."""

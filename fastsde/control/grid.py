@@ -133,7 +133,7 @@ class Grid(Controller):
         return first, last
 
     def reversed(self) -> Grid:
-        """The same times from the last to the first, on the clock u = -t that a `Forward` solver runs on."""
+        """The same times from the last to the first, on the clock u = -t."""
         return Grid(-self.times.flip(0))
 
     def init(self, t: Time, t_end: float) -> Carry:

@@ -147,7 +147,7 @@ class ScoreModel:
         time = t if self.timestep is None else self.timestep(t)
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
-        out = self.network(x_t.to(dtype, copy=True), time, **(cond or {}))
+        out = self.network(x_t.to(dtype, copy=True), time, **{key: v.clone() for key, v in (cond or {}).items()})
         return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t, self.role).to(
             x_t.dtype
         )

@@ -15,8 +15,8 @@ from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.predictor_corrector import PredictorCorrector
 from fastsde.solvers.probability_flow import ProbabilityFlow
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
-from fastsde.solvers.runge_kutta import DORMAND_PRINCE, EULER, HEUN, RK4, Tableau
 from fastsde.solvers.sa_solver import SASolver
+from fastsde.solvers.tableaus import DORMAND_PRINCE, EULER, HEUN, RK4, Tableau
 from fastsde.solvers.unipc import UniPC
 
 SOLVERS: tuple[type[Solver], ...] = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -15,7 +14,8 @@ from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.adams_weights import adams_weights, weighted_sum
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_number, check_steps
 from fastsde.types import Carry, Coef, State, Time
 
 
@@ -36,16 +36,17 @@ class ExponentialAdams(Solver):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, anything not negative; or a function of the noise
-            levels rho, with shape (B,), at the start of each step.
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of the noise levels rho,
+            with shape (B,), at the start of each step. The noise of a constant eta is that of a Brownian path in the
+            clock rho^(-2 eta^2), so that other numbers of steps give nearby samples.
     """
 
     midpoint: ClassVar[bool] = True
-    """Whether a polynomial of degree 1 gets the weight m_0 / 2 rather than m_1: better at few calls, equal in order."""
+    """Whether a polynomial of degree 1 gets the weight m_0 / 2 rather than m_1: better at few calls."""
     interpolates_noise: ClassVar[bool] = False
     """Whether to interpolate eps rather than D: y / rho then grows, c = -1."""
     calls_per_step = 1
-    noise = "none, or fresh (eta)"
+    noise = "none, or path (eta)"
     warm_up = True
     keeps_x_0 = True
     log_snr_steps = True
@@ -55,12 +56,20 @@ class ExponentialAdams(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if not callable(self.eta) and not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be finite and not negative; got {self.eta}.")
+        if not callable(self.eta):
+            check_number("eta", self.eta, 0.0, 5.0)
 
     @property
     def deterministic(self) -> bool:
         return self.eta == 0
+
+    @property
+    def keep_path(self) -> bool:  # type: ignore[override]
+        return not self.deterministic and not callable(self.eta)
+
+    @property
+    def clock_power(self) -> float | None:
+        return None if callable(self.eta) else 2 * self.eta**2
 
     @property
     def values(self) -> tuple[int, int]:
@@ -83,7 +92,7 @@ class ExponentialAdams(Solver):
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
         h = lam_s - lam
-        eta = self.eta((-lam).exp()) if callable(self.eta) else torch.full_like(h, self.eta)
+        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta).to(h)
         a = -h if self.interpolates_noise else (1 + eta**2) * h
         ratio = sde.alpha(s) / sde.alpha(t)
         keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
@@ -91,24 +100,18 @@ class ExponentialAdams(Solver):
         if not self.deterministic:
             base = base + expand_like(sde.sigma(s) * (-torch.expm1(-2 * eta**2 * h)).sqrt(), x_t) * noise.z
 
-        # In the warm-up turn h = 0: all weights vanish, whatever the nodes.
+        # In the warm-up turn h = 0: all weights vanish.
         nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]
         predictor, corrector = self.values
         past, count = carry["past"], carry["count"]
-        rule = self.combine_moments
-        weights = adams_weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0), rule)
+        weights = adams_weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0), self.combine_moments)
         x_s = base + expand_like(gain, x_t) * weighted_sum(weights, past)
         prediction = model(x_s, s)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if corrector:
             nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, 1 : corrector - 1]], 1)
-            weights = adams_weights(a, nodes, count, rule)
+            weights = adams_weights(a, nodes, count, self.combine_moments)
             values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
             x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
-        carry = {
-            "x_0": prediction.x_0,
-            "past": torch.cat([new[:, None], past[:, :-1]], 1),
-            "lam": torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1),
-            "count": count + 1,
-        }
-        return Step(x_s, carry)
+        past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)
+        return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1})

@@ -52,4 +52,5 @@ def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Te
 def weighted_sum(weights: Tensor, values: Tensor) -> State:
     """sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, at least q, *event)."""
     values = values[:, : weights.shape[1]]
-    return torch.einsum("bq,bqd->bd", weights.to(values.dtype), values.flatten(2)).reshape(values[:, 0].shape)
+    flat = values.reshape(*values.shape[:2], -1)  # an event may be a single number
+    return torch.einsum("bq,bqd->bd", weights.to(values.dtype), flat).reshape(values[:, 0].shape)

@@ -8,7 +8,8 @@ from fastsde.batching import expand_like
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_flags, check_steps
 from fastsde.types import Carry, State, Time
 
 
@@ -42,6 +43,7 @@ class Ancestral(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        check_flags(posterior=self.posterior)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         a, b2 = sde.transition(t, s)

@@ -12,7 +12,8 @@ from fastsde.batching import expand_like
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_number, check_steps
 from fastsde.solvers.runge_kutta import noise_level
 from fastsde.types import Carry, State, Time
 
@@ -55,8 +56,8 @@ class AnnealedLangevin(Solver):
 
     def __post_init__(self) -> None:
         check_levels(self.levels, self.n_sigma)
-        if self.eta is not None and not 0 < self.eta < 1:
-            raise ValueError(f"eta (= eps / sigma_L^2) must be in (0, 1); got {self.eta}.")
+        if self.eta is not None:
+            check_number("eta (= eps / sigma_L^2)", self.eta, 0.0, 1.0, ends="()")
 
     @property
     def steps(self) -> int | None:
@@ -68,7 +69,7 @@ class AnnealedLangevin(Solver):
 
     def check(self, sde: SDE, times: Tensor | None) -> None:
         if self.levels is None and self.eta is None:
-            raise ValueError("AnnealedLangevin needs eta when the levels are given by a controller.")
+            raise ValueError("AnnealedLangevin needs levels=..., or eta=... where a controller gives the levels.")
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         eta = self._size(sde) if self.eta is None else self.eta
@@ -94,7 +95,8 @@ def closest_step(gamma: float, n_sigma: int) -> float:
     eta = torch.linspace(0, 1, 10_001, dtype=torch.float64)[1:-1]
     kept = (1 - eta) ** (2 * n_sigma)
     excess = 2 * (1 - kept) / (2 - eta) / (1 - kept / gamma**2)
-    return float(eta[excess.masked_fill(kept >= gamma**2, torch.inf).argmin()])
+    settles = kept < gamma**2
+    return float(eta[excess.masked_fill(~settles, torch.inf).argmin()] if settles.any() else eta[-1])
 
 
 def check_levels(levels: int | None, n_sigma: int) -> None:

@@ -83,6 +83,11 @@ class Solver(ABC):
         return self.noise == "none"
 
     @property
+    def clock_power(self) -> float | None:
+        """The power p of the clock (sigma / alpha)^-p in which a kept path runs; None for t."""
+        return None
+
+    @property
     def warm_up(self) -> bool:
         """Whether the first turn has t = s, for a first prediction, or for work at the first level of noise."""
         return False
@@ -112,9 +117,3 @@ class Solver(ABC):
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
             carry: the memory of the last accepted step.
         """
-
-
-def check_steps(steps: int | None, name: str = "steps", least: int = 1) -> None:
-    """Refuses, with a ValueError, anything but an integer of at least `least`, or None for no number yet."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < least):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {steps!r}.")

@@ -13,6 +13,7 @@ from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.annealed_langevin import check_levels
 from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_number
 from fastsde.solvers.runge_kutta import noise_level
 from fastsde.types import Carry, State, Time
 
@@ -54,8 +55,8 @@ class ConsistentAnnealed(Solver):
 
     def __post_init__(self) -> None:
         check_levels(self.levels, self.n_sigma)
-        if self.eta is not None and not 0 < self.eta < 2:
-            raise ValueError(f"eta (= eps / sigma_L^2) must be in (0, 2); got {self.eta}.")
+        if self.eta is not None:
+            check_number("eta (= eps / sigma_L^2)", self.eta, 0.0, 2.0, ends="()")
 
     @property
     def steps(self) -> int | None:

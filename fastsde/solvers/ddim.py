@@ -10,7 +10,8 @@ from fastsde.batching import expand_like
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_number, check_steps
 from fastsde.types import Carry, State, Time
 
 
@@ -42,8 +43,7 @@ class DDIM(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be in [0, 1]; got {self.eta}.")
+        check_number("eta", self.eta, 0.0, 1.0)
 
     @property
     def deterministic(self) -> bool:

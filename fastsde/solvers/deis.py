@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.solvers.adams import ExponentialAdams
+from fastsde.solvers.checks import check_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +37,7 @@ class DEIS(ExponentialAdams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in (1, 2, 3, 4):
-            raise ValueError(f"order must be 1, 2, 3 or 4; got {self.order}.")
+        check_order("order", self.order, (1, 2, 3, 4))
 
     @property
     def values(self) -> tuple[int, int]:

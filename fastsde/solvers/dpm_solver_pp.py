@@ -7,6 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from fastsde.solvers.adams import ExponentialAdams
+from fastsde.solvers.checks import check_order
 from fastsde.types import Coef
 
 
@@ -25,7 +26,7 @@ class DPMSolverPP(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the ODE, 1 for the SDE, anything not negative; or a function of rho.
+        eta: 0 for the ODE, 1 for the SDE, up to 5; or a function of rho.
         order: 1, 2 or 3.
 
     Raises:
@@ -39,8 +40,7 @@ class DPMSolverPP(ExponentialAdams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3; got {self.order}.")
+        check_order("order", self.order, (1, 2, 3))
 
     @property
     def values(self) -> tuple[int, int]:

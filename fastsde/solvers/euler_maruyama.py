@@ -9,7 +9,8 @@ from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_flags, check_steps
 from fastsde.types import Carry, State, Time
 
 
@@ -41,6 +42,7 @@ class EulerMaruyama(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        check_flags(keep_path=self.keep_path)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         drift = reverse_drift(sde, x_t, t, model(x_t, t).score)

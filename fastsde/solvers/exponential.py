@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.solvers.adams import ExponentialAdams
+from fastsde.solvers.checks import check_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ExponentialPC(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, anything not negative; or a function of rho.
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of rho.
         order: 2, or 1 for `base` alone (for eta = 0 that is DDIM).
 
     Raises:
@@ -38,8 +39,7 @@ class ExponentialPC(ExponentialAdams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in (1, 2):
-            raise ValueError(f"order must be 1 or 2; got {self.order}.")
+        check_order("order", self.order, (1, 2))
 
     @property
     def values(self) -> tuple[int, int]:

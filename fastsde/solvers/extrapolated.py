@@ -12,6 +12,7 @@ from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
 from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_flags
 from fastsde.types import Carry, State, Time
 
 _REFERENCES = ("previous", "current", "proposal")
@@ -57,6 +58,7 @@ class ExtrapolatedEM(Solver):
     keep_path: bool = True
 
     def __post_init__(self) -> None:
+        check_flags(extrapolate=self.extrapolate, lamba=self.lamba, keep_path=self.keep_path)
         if self.reference not in _REFERENCES:
             raise ValueError(f"reference must be one of {', '.join(_REFERENCES)}; got {self.reference!r}.")
 

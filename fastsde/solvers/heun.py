@@ -11,8 +11,10 @@ from fastsde.batching import expand_like
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
-from fastsde.solvers.runge_kutta import HEUN, noise_level, runge_kutta_step
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_number, check_steps
+from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
+from fastsde.solvers.tableaus import HEUN
 from fastsde.types import Carry, State, Time
 
 
@@ -54,12 +56,10 @@ class Heun(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if not 0 <= self.churn <= math.sqrt(2) - 1:
-            raise ValueError(f"churn must be in [0, sqrt(2) - 1] (S_churn / steps); got {self.churn}.")
-        if not 0 <= self.s_min <= self.s_max:
-            raise ValueError(f"s_min and s_max must satisfy 0 <= s_min <= s_max; got {self.s_min} and {self.s_max}.")
-        if not 0 < self.s_noise < math.inf:
-            raise ValueError(f"s_noise must be positive and finite; got {self.s_noise}.")
+        check_number("churn (S_churn / steps)", self.churn, 0.0, math.sqrt(2) - 1)
+        check_number("s_min", self.s_min, 0.0)
+        check_number("s_max", self.s_max, self.s_min)
+        check_number("s_noise", self.s_noise, 0.0, ends="()")
 
     @property
     def deterministic(self) -> bool:

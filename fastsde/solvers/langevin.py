@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import torch
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
+from fastsde.solvers.checks import check_flags, check_number
 from fastsde.types import Coef, State, Time
 
 _LEAST_SCORE = 1e-12
@@ -33,7 +33,7 @@ class Langevin:
         batch_mean: use the mean norms of the batch.
 
     Raises:
-        ValueError: if `snr` is not a positive, finite number.
+        ValueError, TypeError: naming the argument.
     """
 
     snr: float = 0.16
@@ -41,8 +41,8 @@ class Langevin:
     batch_mean: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 < self.snr < math.inf:
-            raise ValueError(f"snr must be a positive, finite number; got {self.snr}.")
+        check_number("snr", self.snr, 0.0, ends="()")
+        check_flags(annealed=self.annealed, batch_mean=self.batch_mean)
 
     def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, z: State) -> State:
         """One step.

@@ -8,6 +8,7 @@ from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_flags, check_steps
 from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
 from fastsde.types import Carry, State, Time
@@ -47,8 +48,8 @@ class PredictorCorrector(Solver):
         for name, value, kind in (("predictor", self.predictor, Solver), ("corrector", self.corrector, Langevin)):
             if not isinstance(value, kind):
                 raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.ReverseDiffusion(); got {value!r}.")
-        if isinstance(self.n_corrector, bool) or not isinstance(self.n_corrector, int) or self.n_corrector < 0:
-            raise ValueError(f"n_corrector must be an integer of at least 0; got {self.n_corrector!r}.")
+        check_steps(self.n_corrector, "n_corrector", 0)
+        check_flags(corrector_first=self.corrector_first)
         if self.predictor.adaptive or self.predictor.warm_up or isinstance(self.predictor, PredictorCorrector):
             raise ValueError(
                 f"{type(self.predictor).__name__} cannot be a predictor: use ReverseDiffusion, Ancestral, DDIM or "

@@ -6,12 +6,14 @@ import dataclasses
 
 import torch
 
-from fastsde.batching import expand_like
+from fastsde.batching import expand_like, row_norm
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
-from fastsde.solvers.runge_kutta import DORMAND_PRINCE, Tableau, noise_level, runge_kutta_step
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_steps
+from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
+from fastsde.solvers.tableaus import DORMAND_PRINCE, Tableau
 from fastsde.types import Carry, State, Time
 
 
@@ -24,10 +26,10 @@ class ProbabilityFlow(Solver):
 
         dy / drho = eps(alpha y, t(rho))
 
-    so that Euler's method is DDIM and Heun's is EDM's sampler. Errors are measured in x. Without `steps`, the steps
-    come from rtol and atol, by the tableau's own error estimate. Source: Song et al., https://arxiv.org/abs/2011.13456,
-    sec. 4.3; Karras et al., https://arxiv.org/abs/2206.00364, sec. 3. `fastsde.probability_flow` gives the same ODE in
-    t as a function, for other libraries' solvers.
+    so that Euler's method is DDIM and Heun's is EDM's sampler. Without `steps`, the steps come from rtol and atol, by
+    the tableau's own error estimate in x; rtol refers to the root mean square of the sample. Source: Song et al.,
+    https://arxiv.org/abs/2011.13456, sec. 4.3; Karras et al., https://arxiv.org/abs/2206.00364, sec. 3.
+    `fastsde.ProbabilityFlowODE` is the same ODE in t, for other libraries' solvers.
 
     Args:
         steps: number of steps, uniform in log-SNR; None for adaptive steps, or with `controller=Grid(...)`.
@@ -35,6 +37,7 @@ class ProbabilityFlow(Solver):
 
     Raises:
         ValueError: if `steps` is below 1.
+        TypeError: if the tableau is none.
     """
 
     convergence = "that of the tableau: 5, 4, 2, 1"
@@ -49,6 +52,8 @@ class ProbabilityFlow(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
+        if not isinstance(self.tableau, Tableau):
+            raise TypeError(f"tableau must be a fastsde.Tableau such as fastsde.HEUN; got {self.tableau!r}.")
 
     @property
     def calls_per_step(self) -> int:
@@ -80,6 +85,9 @@ class ProbabilityFlow(Solver):
         alpha_t, alpha_s = expand_like(sde.alpha(t), x_t), expand_like(sde.alpha(s), x_t)
         y, error, last = runge_kutta_step(self.tableau, slope, sde, x_t / alpha_t, t, s, carry.get("slope"))
         x_s = alpha_s * y
+        # That of the smaller end: the larger would let a step from much noise to none be wrong by a share of the noise,
+        # and a step that leaves the data be judged by where it went.
+        scale = expand_like(torch.minimum(row_norm(x_t), row_norm(x_s)), x_t).expand(x_t.shape)
         if self.warm_up:
             carry = {"slope": last, "x_0": y - expand_like(noise_level(sde, s), y) * last}
-        return Step(x_s, carry, None if error is None else alpha_s * error, torch.maximum(x_t.abs(), x_s.abs()))
+        return Step(x_s, carry, None if error is None else alpha_s * error, scale)

@@ -8,7 +8,8 @@ from fastsde.batching import expand_like
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step, check_steps
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.checks import check_steps
 from fastsde.types import Carry, State, Time
 
 

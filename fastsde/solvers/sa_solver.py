@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 from fastsde.solvers.adams import ExponentialAdams
+from fastsde.solvers.checks import check_order
 from fastsde.types import Coef
 
 
@@ -19,7 +20,7 @@ class SASolver(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 1 for the reverse-time SDE, anything not negative; or a function of rho with shape (B,).
+        eta: 1 for the reverse-time SDE, up to 5; or a function of rho with shape (B,).
         predictor: values read by the predictor, 1 to 4.
         corrector: values read by the corrector, the new one included, 2 to 4, or 0 for none.
 
@@ -37,10 +38,8 @@ class SASolver(ExponentialAdams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.predictor not in (1, 2, 3, 4):
-            raise ValueError(f"predictor must be 1, 2, 3 or 4; got {self.predictor}.")
-        if self.corrector not in (0, 2, 3, 4):
-            raise ValueError(f"corrector must be 0, 2, 3 or 4; got {self.corrector}.")
+        check_order("predictor", self.predictor, (1, 2, 3, 4))
+        check_order("corrector", self.corrector, (0, 2, 3, 4))
 
     @property
     def values(self) -> tuple[int, int]:

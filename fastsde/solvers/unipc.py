@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.solvers.adams import ExponentialAdams
+from fastsde.solvers.checks import check_order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +18,7 @@ class UniPC(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the ODE, as published; anything not negative; or a function of rho.
+        eta: 0 for the ODE, as published; up to 5; or a function of rho.
         order: p, from 1 to 3.
 
     Raises:
@@ -31,8 +32,7 @@ class UniPC(ExponentialAdams):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in (1, 2, 3):
-            raise ValueError(f"order must be 1, 2 or 3; got {self.order}.")
+        check_order("order", self.order, (1, 2, 3))
 
     @property
     def values(self) -> tuple[int, int]:
