@@ -164,8 +164,8 @@ def encode(
         score_fn: as for `sample`.
         sde: as for `sample`.
         x: states at t_min (data, for practical purposes), with shape (n, *event).
-        rtol: relative tolerance of an adaptive solver, 0.05 by default.
-        atol: absolute tolerance, one 8-bit level of the data by default.
+        rtol: relative tolerance of an adaptive solver, 1e-3 by default: what is lost here, sampling cannot bring back.
+        atol: absolute tolerance in units of the data, 1e-3 by default.
         solver: a deterministic one; adaptive `ProbabilityFlow()` by default.
         controller: as for `sample`; a `Grid` is walked from its last time to its first.
         batch_size: rows evaluated at a time; at most 64 by default.
@@ -188,6 +188,8 @@ def encode(
     process = model.sde if sde is None else sde
     _, event, numbers = resolve_shape(model, None, None, x, None, "x")
     solver = ProbabilityFlow() if solver is None else solver
+    if controller is None and isinstance(solver, Solver) and solver.adaptive:
+        rtol, atol = 1e-3 if rtol is None else rtol, 1e-3 if atol is None else atol
     controller = resolve_controller(model, process, solver, controller, rtol, atol)
     t_start, t_end = controller.span(process.t_min, process.t_max)
     solver.check(process, controller.times if isinstance(controller, Grid) else None)

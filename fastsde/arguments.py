@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -165,7 +166,11 @@ def resolve_controller(
         low, high = model.data_range
         level = (high - low) / 256 if atol is None else atol
         rtol = DEFAULT_RTOL if rtol is None else rtol
-        return Adaptive(rtol, level, r=solver.error_power, resolution=solver.resolution)
+        rule = Adaptive(rtol, level, r=solver.error_power, resolution=solver.resolution)
+        if solver.log_snr_steps:
+            # Small growth and safety: half as many rejections as with 10 and 0.9 (`benchmarks/ode.py`).
+            return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
+        return rule
     if tolerances:
         raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExtrapolatedEM().")
     if solver.steps is None:

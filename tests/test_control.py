@@ -280,3 +280,25 @@ def test_steps_meet_their_stops_and_go_on_as_before():
     )
     # An accepted step that was cut short keeps the length it was meant to have, at least.
     assert float(decision.carry["h"]) >= 0.3
+
+
+# ---- steps planned in the log-SNR ------------------------------------------------------------------------------------
+
+
+@each_sde
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_clock_makes_steps_differences_of_log_snr(sde, mirrored):
+    control = Adaptive(0.1, 0.01, clock=sde, h_init=0.5, resolution=2.0**-30, mirrored=mirrored)
+    t, end = (-sde.t_min, -sde.t_max) if mirrored else (sde.t_max, sde.t_min)
+    sign = -1 if mirrored else 1
+    carry = control.init(vector(t), end)
+    s = control.target(vector(t), end, carry)
+    assert end < float(s) < t
+    # t_of_log_snr gives times to ten digits, and h has six bits.
+    moved = (sde.log_snr(sign * s) - sde.log_snr(sign * vector(t))).abs()
+    torch.testing.assert_close(moved, vector(0.5), rtol=1 / 64, atol=1e-6)
+    error = torch.full((1, 2), 0.05)
+    h = control.update(vector(t), s, end, error, torch.ones(1, 2), carry).carry["h"]
+    torch.testing.assert_close(h, moved * 0.9 * 0.5**-0.9, rtol=1 / 32, atol=0)
+    # A step beyond the end ends there, exactly.
+    assert float(control.target(vector(t), end, {"h": vector(1e3), "h_min": carry["h_min"]})) == end

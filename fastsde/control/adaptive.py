@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastsde.batching import row_norm
-from fastsde.control.base import Controller, Decision
+from fastsde.control.base import Clock, Controller, Decision
 from fastsde.noise import RESOLUTION
 from fastsde.result import Status
 from fastsde.types import Carry, Coef, Mask, State, Time
@@ -35,11 +35,14 @@ class Adaptive(Controller):
         atol: absolute tolerance in units of the data, positive.
         r: exponent of the error, in (0, 2]; anything in [0.5, 1] works.
         safety: theta in (0, 1].
-        h_init: first step, in units of time, positive; cut to the time range.
+        h_init: first step, in units of time (or of the clock), positive; cut to the time range.
         norm: 2 or `math.inf`.
         growth: largest ratio of a step to the one before, above 1.
         resolution: smallest step, as a share of the time range; by default that of a Brownian path.
         stops: times that every sample steps on exactly, in any order.
+        clock: an SDE, to plan steps in its log-SNR rather than in t: h is then a difference of log-SNR. Right for a
+            solver whose error depends on that, whatever the process calls time.
+        mirrored: whether the engine runs on u = -t.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -56,6 +59,8 @@ class Adaptive(Controller):
     growth: float = 10.0
     resolution: float = RESOLUTION
     stops: tuple[float, ...] = ()
+    clock: Clock | None = None
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
@@ -80,21 +85,33 @@ class Adaptive(Controller):
         return t_max, t_min
 
     def reversed(self) -> Adaptive:
-        return dataclasses.replace(self, stops=tuple(-t for t in self.stops))
+        return dataclasses.replace(self, stops=tuple(-t for t in self.stops), mirrored=not self.mirrored)
+
+    def _position(self, t: Time) -> Time:
+        """Where t is on the clock of the steps, which falls as t does, with shape (B,)."""
+        if self.clock is None:
+            return t
+        return self.clock.log_snr(-t) if self.mirrored else -self.clock.log_snr(t)
+
+    def _time(self, position: Time) -> Time:
+        """The inverse of `_position`."""
+        if self.clock is None:
+            return position
+        return -self.clock.t_of_log_snr(position) if self.mirrored else self.clock.t_of_log_snr(-position)
 
     def init(self, t: Time, t_end: float) -> Carry:
-        h_min = (t - t_end) * self.resolution
+        h_min = (self._position(t) - self._position(torch.full_like(t, t_end))) * self.resolution
         # A first step below the resolution would round to 0 and never move.
         h = self._round(torch.full_like(t, self.h_init), h_min, down=h_min < 0).maximum(h_min)
         return {"h": h, "h_min": h_min}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        s, stop = t - carry["h"], torch.full_like(t, t_end)
+        position, stop = self._position(t) - carry["h"], torch.full_like(t, t_end)
         if self.stops:
             stops = torch.tensor(sorted({t_end, *self.stops}), dtype=torch.float64, device=t.device)
             stop = stops[(torch.searchsorted(stops, t) - 1).clamp(min=0)]
         # A remainder below the smallest step is taken along: it would cost calls and see a path it cannot resolve.
-        return torch.where(s - stop < carry["h_min"], stop, s)
+        return torch.where(position - self._position(stop) < carry["h_min"], stop, self._time(position))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
@@ -104,10 +121,11 @@ class Adaptive(Controller):
         h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
         accept = scaled <= 1
-        h = self._round((t - s) * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
+        tried = self._position(t) - self._position(s)
+        h = self._round(tried * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
         if self.stops:
             # A step cut short to meet a stop says nothing against the length it was meant to have.
-            h = torch.where(accept & (t - s < carry["h"]), h.maximum(carry["h"]), h)
+            h = torch.where(accept & (tried < carry["h"]), h.maximum(carry["h"]), h)
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
         failure = failure.masked_fill((h < h_min) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Protocol, runtime_checkable
 
-from fastsde.types import Carry, Index, Mask, State, Time
+from fastsde.types import Carry, Coef, Index, Mask, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +22,22 @@ class Decision:
     accept: Mask
     carry: Carry
     failure: Index
+
+
+@runtime_checkable
+class Clock(Protocol):
+    """What a controller may know of a process: its time range and its log-SNR clock."""
+
+    t_min: float
+    t_max: float
+
+    def log_snr(self, t: Time) -> Coef:
+        """Log signal-to-noise ratio at t, with shape (B,)."""
+        ...
+
+    def t_of_log_snr(self, log_snr: Coef) -> Time:
+        """The inverse of `log_snr`, with shape (B,)."""
+        ...
 
 
 class Controller(ABC):

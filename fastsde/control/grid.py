@@ -7,25 +7,9 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastsde.control.base import Controller, Decision
+from fastsde.control.base import Clock, Controller, Decision
 from fastsde.result import Status
-from fastsde.types import Carry, Coef, State, Time
-
-
-@runtime_checkable
-class Clock(Protocol):
-    """What a grid needs to know of a process: its time range and its log-SNR clock."""
-
-    t_min: float
-    t_max: float
-
-    def log_snr(self, t: Time) -> Coef:
-        """Log signal-to-noise ratio at t, with shape (B,)."""
-        ...
-
-    def t_of_log_snr(self, log_snr: Coef) -> Time:
-        """The inverse of `log_snr`, with shape (B,)."""
-        ...
+from fastsde.types import Carry, State, Time
 
 
 @runtime_checkable
