@@ -282,7 +282,7 @@ def test_options_reach_the_solver():
         (["--grid", "karras"], "--grid needs --steps"),
         (["--solver", "DDIM", "--steps", "5", "--rtol", "0.1"], "--steps fixes the grid"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta"], "--option must be KEY=VALUE; got 'eta'"),
-        (["--solver", "DDIM", "--steps", "5", "-o", "eta=much"], "'much' is neither a number"),
+        (["--solver", "DDIM", "--steps", "5", "-o", "eta=much"], "is 0.0 by default; 'much' is of another kind"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta=7"], "eta must be in"),
         (["--solver", "DDIM", "--steps", "5", "-o", "spin=7"], "DDIM has no option 'spin'; it has steps, eta"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta=DDIM"], "is of another kind"),

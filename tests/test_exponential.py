@@ -165,7 +165,7 @@ def test_law_with_noise_on_a_mixture():
     [
         (lambda: fastsde.DDIM(0), "steps must be an integer of at least 1"),
         (lambda: fastsde.DDIM(eta=1.5), "eta must be in"),
-        (lambda: fastsde.ExponentialPC(eta=-0.1), "eta must be finite and not negative"),
+        (lambda: fastsde.ExponentialPC(eta=-0.1), r"eta must be in \[0, 5\]; got -0.1"),
         (lambda: fastsde.ExponentialPC(order=4), "order must be 1 or 2"),
     ],
 )

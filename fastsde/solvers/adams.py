@@ -92,7 +92,8 @@ class ExponentialAdams(Solver):
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
         h = lam_s - lam
-        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta).to(h)
+        eta = self.eta((-lam).exp()) if callable(self.eta) else self.eta
+        eta = torch.as_tensor(eta, dtype=h.dtype, device=h.device)
         a = -h if self.interpolates_noise else (1 + eta**2) * h
         ratio = sde.alpha(s) / sde.alpha(t)
         keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
