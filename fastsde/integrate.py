@@ -99,13 +99,14 @@ def integrate(
         raise TypeError(f"x0 must be floating point; got {x0.dtype}.")
     if not all(isinstance(t, (int, float)) for t in (t0, t1)) or not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 and t1 must be finite with t0 < t1; got {t0} and {t1}.")
+    for name, flag in (("ito", ito), ("additive", additive), ("extrapolate", extrapolate), ("dense", dense)):
+        check_flag(name, flag)
     if not extrapolate and not ito and not additive:
         raise ValueError("extrapolate=False is Euler-Maruyama, which solves Ito SDEs; this one is Stratonovich.")
     if dense and save_at is not None:
         raise ValueError("give either save_at= or dense=True, not both.")
     _, event, numbers = resolve_shape(_Drift(drift), None, None, x0, index, "x0")
-    noisy = diffusion is not None and check_flag("ito", ito) and not check_flag("additive", additive)
-    solver = _ImprovedEuler(diffusion, noisy, check_flag("extrapolate", extrapolate))
+    solver = _ImprovedEuler(diffusion, diffusion is not None and ito and not additive, extrapolate)
     controller: Controller = Adaptive(rtol, atol, resolution=solver.resolution)
     if steps is not None:
         check_steps(steps)
@@ -126,7 +127,7 @@ def integrate(
         batch_size=batch_size,
         cond=None,
         max_nfe=max_nfe,
-        trajectory=check_flag("dense", dense) if save_at is None else save_at,
+        trajectory=dense if save_at is None else save_at,
         saved_by="save_at",
         progress=progress,
     )

@@ -14,6 +14,7 @@ from fastsde.arguments import (
     check_count,
     check_flag,
     check_tensor,
+    resolve_cond,
     resolve_controller,
     resolve_device,
     resolve_dtype,
@@ -128,11 +129,12 @@ def log_likelihood(
         raise ValueError(f"bin_width must be a positive, finite number; got {bin_width}.")
     if bin_width is None and draws > 1:
         raise ValueError("draws counts dequantisations; it needs bin_width=.")
+    flow, given = ProbabilityFlow(tableau=tableau), resolve_cond(model, cond, n, device)
     if controller is None:
-        if tableau.error is None:
+        if not flow.adaptive:
             raise ValueError(f"tableau {tableau} has no error estimate to choose steps by; give controller=Grid(...).")
         rtol, atol = 1e-4 if rtol is None else rtol, 1e-4 if atol is None else atol
-    controller = resolve_controller(model, process, ProbabilityFlow(tableau=tableau), controller, rtol, atol)
+    controller = resolve_controller(model, process, flow, controller, rtol, atol)
     t_start, t_end = controller.span(process.t_min, process.t_max)
 
     index = torch.arange(n * draws, device=device)
@@ -156,7 +158,7 @@ def log_likelihood(
         device=device,
         seed=seed,
         batch_size=batch_size,
-        cond=None if cond is None else {key: value.repeat_interleave(draws, 0) for key, value in cond.items()},
+        cond={key: value.repeat_interleave(draws, 0) for key, value in given.items()},
         max_nfe=max_nfe,
         progress=progress,
     )

@@ -171,6 +171,7 @@ def test_a_sample_that_blows_up_is_retired_alone():
         ({"save_at": [0.5], "dense": True}, "either save_at= or dense=True"),
         ({"ito": False, "extrapolate": False}, "solves Ito SDEs"),
         ({"ito": "yes"}, "ito must be True or False"),
+        ({"ito": False, "additive": "no"}, "additive must be True or False"),
     ],
     ids=lambda value: str(value)[:40],
 )

@@ -158,6 +158,8 @@ def test_labels_travel_with_their_sample():
         ({"x": torch.ones(2, 5)}, r"samples have shape \(2,\); got \(5,\)"),
         ({"x": None}, "x must|shape"),
         ({"rtol": -1.0}, "rtol must be a positive"),
+        ({"tableau": "RK4"}, "tableau must be a fastsde.Tableau"),
+        ({"cond": {"y": torch.ones(2)}}, r"cond\['y'\] must be a tensor with leading axis n=3; got \(2,\)"),
         ({"controller": Grid([2.0, 0.001])}, "grid must lie within"),
     ],
     ids=lambda value: str(value)[:40],

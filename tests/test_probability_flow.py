@@ -222,6 +222,9 @@ def test_stops_hold_on_the_way_back():
     r = fastsde.encode(model, x=torch.full((2, 3), 0.3), controller=stops, trajectory=True)
     for path in r.trajectory:
         assert {0.5, 0.9} <= set(path.t.tolist())
+    # The default plans in the log-SNR, mirrored here, and meets times to keep all the same.
+    r = fastsde.encode(model, x=torch.full((2, 3), 0.3), trajectory=[0.9, 0.25])
+    assert [path.t.tolist() for path in r.trajectory] == [[0.25, 0.9]] * 2
     with pytest.raises(ValueError, match=r"stops must lie within .*; got \[7.0\]"):
         fastsde.sample(model, n=2, controller=fastsde.Adaptive(0.01, 0.001, stops=(7.0,)))
 

@@ -33,7 +33,7 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
         key, equals, text = option.partition("=")
         if not equals:
             raise ValueError(f"--option must be KEY=VALUE; got {option!r}.")
-        solver = _replaced(solver, key.split("."), _value(key, text))
+        solver = _replaced(solver, key.split("."), _value(text))
     return solver
 
 
@@ -55,7 +55,7 @@ def build_controller(sde: SDE, solver: Solver, steps: int | None, grid: str | No
     return GRIDS[grid or ("log-snr" if solver.log_snr_steps else "uniform")](sde, steps)
 
 
-def _value(key: str, text: str) -> Any:
+def _value(text: str) -> Any:
     if text in _VALUES:
         value = _VALUES[text]
         return value() if isinstance(value, type) else value
