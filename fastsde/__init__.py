@@ -2,7 +2,8 @@
 
 from fastsde import score
 from fastsde.api import encode, sample
-from fastsde.control import Adaptive, Controller, Grid
+from fastsde.calibrate import Schedule, calibrate
+from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.integrate import integrate
 from fastsde.job import EngineState
 from fastsde.likelihood import Likelihood, log_likelihood
@@ -58,6 +59,7 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "Adaptive",
+    "AdaptiveGrid",
     "Ancestral",
     "AnnealedLangevin",
     "ConsistentAnnealed",
@@ -81,6 +83,7 @@ __all__ = [
     "SASolver",
     "SampleResult",
     "SamplingError",
+    "Schedule",
     "ScoreModel",
     "Solver",
     "Status",
@@ -88,6 +91,7 @@ __all__ = [
     "Tableau",
     "Trajectory",
     "UniPC",
+    "calibrate",
     "encode",
     "integrate",
     "log_likelihood",

@@ -21,14 +21,14 @@ from fastsde.arguments import (
     resolve_dtype,
     resolve_shape,
 )
-from fastsde.control import Adaptive, Controller, Grid
+from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job
 from fastsde.noise import BrownianPath, FreshNoise, Noise
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
-from fastsde.solvers import ExtrapolatedEM, ProbabilityFlow, Solver
+from fastsde.solvers import ExponentialPC, ProbabilityFlow, Solver
 from fastsde.solvers.forward import Forward
 from fastsde.trajectory import Recorder
 from fastsde.types import Cond, ScoreFn
@@ -42,6 +42,7 @@ def sample(
     shape: Sequence[int] | None = None,
     rtol: float | None = None,
     atol: float | None = None,
+    nfe: int | None = None,
     solver: Solver | None = None,
     controller: Controller | None = None,
     seed: int = 0,
@@ -60,9 +61,11 @@ def sample(
 ) -> SampleResult:
     r"""Draws samples by solving the reverse-time SDE from `sde.t_max` to `sde.t_min` (or along a `Grid` in between).
 
-    By default the adaptive extrapolating solver (Algorithm 6 of "Gotta Go Fast") chooses a step size for each sample
-    from `rtol` and `atol`. Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its
-    neighbours. At `t_min` the sample is denoised, E[x_0 | x_t] = (x_t + sigma^2 score) / alpha, with one more call.
+    By default `ExponentialPC` chooses the steps of each sample from `rtol` and `atol`, along the probability flow; with
+    `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE; `solver=ExtrapolatedEM()` is Algorithm 6 of "Gotta Go
+    Fast", as published. Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its neighbours.
+    The result is denoised, E[x_0 | x_t] = (x_t + sigma^2 score) / alpha at `t_min`, with one more call where the solver
+    does not end with it.
 
     Args:
         score_fn: `score_fn(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the score with the shape
@@ -73,7 +76,8 @@ def sample(
         rtol: relative tolerance, positive; 0.05 by default. For adaptive solvers.
         atol: absolute tolerance in units of the data; by default one 8-bit level of the model's data range, that is
             (high - low) / 256: 1/128 for a plain function, taken to be for data in [-1, 1].
-        solver: the stepping method, `ExtrapolatedEM()` by default.
+        nfe: budget: network calls that no sample exceeds, in place of rtol and atol. The solver walks its own grid.
+        solver: the stepping method, `ExponentialPC()` by default.
         controller: overrides what rtol, atol and the solver's `steps` say: `Adaptive(...)` or `Grid(...)`.
         seed: in [0, 2^64).
         index: draw these sample numbers of the seed, rather than 0 .. n - 1.
@@ -110,8 +114,9 @@ def sample(
     process = model.sde if sde is None else sde
     _, event, numbers = resolve_shape(model, n, shape, given, index, name)
     dtype = resolve_dtype(dtype, given)
-    solver = ExtrapolatedEM() if solver is None else solver
-    controller = resolve_controller(model, process, solver, controller, rtol, atol)
+    solver = ExponentialPC() if solver is None else solver
+    denoise = check_flag("denoise", denoise)
+    controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     t_start, t_end = controller.span(process.t_min, process.t_max)
     return run(
         model,
@@ -127,7 +132,7 @@ def sample(
         seed=seed,
         batch_size=batch_size,
         cond=cond,
-        denoise=check_flag("denoise", denoise),
+        denoise=denoise,
         max_nfe=max_nfe,
         dtype=dtype,
         device=resolve_device(model, device, given),
@@ -317,6 +322,8 @@ def _recorder(
     times = [sign * t for t in given]
     if isinstance(controller, Adaptive):
         controller = dataclasses.replace(controller, stops=(*controller.stops, *times))
+    elif isinstance(controller, AdaptiveGrid):
+        controller = dataclasses.replace(controller, grid=controller.grid.through(times))
     elif isinstance(controller, Grid):
         # Times that went through a rounding or a single precision are still meant.
         grid = controller.times

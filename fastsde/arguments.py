@@ -12,7 +12,7 @@ from typing import SupportsIndex
 import torch
 from torch import Tensor, nn
 
-from fastsde.control import Adaptive, Controller, Grid
+from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import Solver
@@ -143,6 +143,8 @@ def resolve_controller(
     controller: Controller | None,
     rtol: float | None,
     atol: float | None,
+    nfe: int | None = None,
+    denoise: bool = True,
 ) -> Controller:
     """The controller asked for, after refusing pairs that cannot work.
 
@@ -153,31 +155,63 @@ def resolve_controller(
         raise TypeError(f"solver must be an object such as fastsde.EulerMaruyama(steps=1000); got {solver!r}.")
     name = type(solver).__name__
     tolerances = {k: v for k, v in (("rtol", rtol), ("atol", atol)) if v is not None}
+    said = [*tolerances, *(["solver.steps"] if solver.steps is not None else [])]
     if controller is not None:
         if not isinstance(controller, Controller):
             raise TypeError(f"controller must be a fastsde.Grid or fastsde.Adaptive; got {controller!r}.")
-        if tolerances or solver.steps is not None:
-            said = ", ".join([*tolerances, *(["solver.steps"] if solver.steps is not None else [])])
-            raise ValueError(f"give either controller= or {said}, not both.")
+        said += ["nfe"] * (nfe is not None)
+        if said:
+            raise ValueError(f"give either controller= or {', '.join(said)}, not both.")
         if controller.adaptive and not solver.adaptive:
-            raise ValueError(f"{name} has no error estimate, so it cannot be adaptive; use Grid or ExtrapolatedEM().")
+            raise ValueError(f"{name} has no error estimate, so it cannot be adaptive; use Grid or ExponentialPC().")
         return controller
+    if nfe is not None:
+        if said:
+            raise ValueError(f"give either nfe= or {', '.join(said)}, not both.")
+        return own_grid(sde, solver, _affordable(model, solver, check_count("nfe", nfe, 1), denoise))
     if solver.adaptive:
         low, high = model.data_range
         level = (high - low) / 256 if atol is None else atol
-        rtol = DEFAULT_RTOL if rtol is None else rtol
-        rule = Adaptive(rtol, level, r=solver.error_power, resolution=solver.resolution)
-        if solver.log_snr_steps:
-            # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
-            return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
-        return rule
+        return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level)
     if tolerances:
-        raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExtrapolatedEM().")
+        raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
     if solver.steps is None:
         raise ValueError(
             f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
         )
-    return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, solver.steps)
+    return own_grid(sde, solver, solver.steps)
+
+
+def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
+    """The controller of an adaptive solver: a grid that samples refine, or steps from errors alone."""
+    rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
+    step = solver.base_step(rtol)
+    if step is not None:
+        first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
+        # The first step of a tapered grid is twice as long, the last two are shorter: 0.55 of a step saved.
+        return AdaptiveGrid(Grid.tapered(sde, max(3, round((last - first) / 2 / step - 0.55))), rtol, atol, sde)
+    if solver.log_snr_steps:
+        # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
+        return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
+    return rule
+
+
+def _affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> int:
+    """The number of steps that `nfe` calls pay for, the first and the last call of a sample included."""
+    calls, per_step = model.calls, solver.calls_per_step
+    fixed = per_step * solver.warm_up + (denoise and not solver.keeps_x_0)
+    if nfe < calls * (fixed + per_step):
+        raise ValueError(
+            f"nfe must be at least {calls * (fixed + per_step)} for one step of {type(solver).__name__}; got {nfe}."
+        )
+    return (nfe // calls - fixed) // per_step
+
+
+def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
+    """The grid that a solver walks when only the number of steps is said."""
+    if solver.tapered_steps:
+        return Grid.tapered(sde, steps)
+    return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, steps)
 
 
 def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.option(
     "--solver",
     "solver_name",
-    default="ExtrapolatedEM",
+    default="ExponentialPC",
     metavar="NAME",
     type=click.Choice(list(SOLVER_NAMES)),
     help="One of those that `fastsde info solvers` lists.",

@@ -7,12 +7,19 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from fastsde.arguments import own_grid
 from fastsde.control import Controller, Grid
 from fastsde.sde.base import SDE
 from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, Langevin, Solver, Tableau
 
 SOLVER_NAMES = {solver.__name__: solver for solver in SOLVERS}
-GRIDS = {"uniform": Grid.uniform, "geometric": Grid.geometric, "log-snr": Grid.log_snr, "karras": Grid.karras}
+GRIDS = {
+    "uniform": Grid.uniform,
+    "geometric": Grid.geometric,
+    "log-snr": Grid.log_snr,
+    "tapered": Grid.tapered,
+    "karras": Grid.karras,
+}
 _VALUES: dict[str, Any] = {
     **SOLVER_NAMES,
     "Langevin": Langevin,
@@ -52,7 +59,7 @@ def build_controller(sde: SDE, solver: Solver, steps: int | None, grid: str | No
         return None
     if rtol:
         raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
-    return GRIDS[grid or ("log-snr" if solver.log_snr_steps else "uniform")](sde, steps)
+    return own_grid(sde, solver, steps) if grid is None else GRIDS[grid](sde, steps)
 
 
 def _value(text: str) -> Any:

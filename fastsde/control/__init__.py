@@ -1,7 +1,8 @@
 """Controllers: which step comes next, per sample."""
 
 from fastsde.control.adaptive import Adaptive
+from fastsde.control.adaptive_grid import AdaptiveGrid
 from fastsde.control.base import Controller, Decision
 from fastsde.control.grid import Grid
 
-__all__ = ["Adaptive", "Controller", "Decision", "Grid"]
+__all__ = ["Adaptive", "AdaptiveGrid", "Controller", "Decision", "Grid"]

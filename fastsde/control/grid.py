@@ -62,6 +62,21 @@ class Grid(Controller):
         return cls._pinned(clock.t_of_log_snr(_line(first, last, steps)), clock)
 
     @classmethod
+    def tapered(cls, clock: Clock, steps: int) -> Grid:
+        """Steps in log-SNR of relative lengths 2, 1, .., 1, 0.85, 0.7: the default of `ExponentialPC`.
+
+        At first almost nothing is known of the sample, so that the prediction hardly changes; at the end no later step
+        makes up for an error. Found on exact problems: docs/solver.md.
+        """
+        _check_steps(steps)
+        lengths = torch.ones(steps, dtype=torch.float64)
+        if steps > 3:
+            lengths[[0, -2, -1]] = torch.tensor([2.0, 0.85, 0.7], dtype=torch.float64)
+        first, last = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
+        share = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0) / lengths.sum()])
+        return cls._pinned(clock.t_of_log_snr(first + share * (last - first)), clock)
+
+    @classmethod
     def karras(cls, clock: Clock, steps: int, rho: float = 7.0) -> Grid:
         """Equal steps in (sigma / alpha)^(1 / rho) (Karras et al., https://arxiv.org/abs/2206.00364, eq. 5)."""
         ends = (-0.5 * clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64))).exp()
@@ -116,6 +131,10 @@ class Grid(Controller):
             )
         return first, last
 
+    def through(self, times: list[float]) -> Grid:
+        """The same grid with further times, which lie within it."""
+        return Grid(torch.cat([self.times.cpu(), torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
+
     def reversed(self) -> Grid:
         """The same times from the last to the first, on the clock u = -t."""
         return Grid(-self.times.flip(0))
@@ -123,10 +142,14 @@ class Grid(Controller):
     def init(self, t: Time, t_end: float) -> Carry:
         return {"k": torch.zeros(t.shape, dtype=torch.int64, device=t.device)}
 
+    def times_on(self, device: torch.device) -> Tensor:
+        """The times, on the device, where they then stay."""
+        if self.times.device != device:
+            self.times = self.times.to(device)
+        return self.times
+
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        if self.times.device != t.device:
-            self.times = self.times.to(t.device)
-        return self.times[(carry["k"] + 1).clamp(max=self.steps)]
+        return self.times_on(t.device)[(carry["k"] + 1).clamp(max=self.steps)]
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
@@ -140,6 +163,10 @@ class Grid(Controller):
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:
+    _check_steps(steps)
+    return torch.linspace(first, last, steps + 1, dtype=torch.float64)
+
+
+def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(f"steps must be at least 1; got {steps}.")
-    return torch.linspace(first, last, steps + 1, dtype=torch.float64)

@@ -16,7 +16,7 @@ from fastsde.sde.base import SDE
 from fastsde.solvers.adams_weights import adams_weights, weighted_sum
 from fastsde.solvers.base import Solver, Step
 from fastsde.solvers.checks import check_number, check_steps
-from fastsde.types import Carry, Coef, State, Time
+from fastsde.types import Carry, Coef, Index, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +80,16 @@ class ExponentialAdams(Solver):
         """The right-hand sides of the weights for as many differences as `m` has columns, with shape (B, q)."""
         return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
 
+    def weights(self, a: Coef, nodes: Tensor, known: Index) -> Tensor:
+        """The weight of the current value and those at the nodes, with shape (B, 1 + q); see `adams_weights`."""
+        return adams_weights(a, nodes, known, self.combine_moments)
+
+    def estimate(
+        self, corrected: State, predicted: State, x_0: State, alpha_s: Coef, h: Coef
+    ) -> tuple[State | None, State | None]:
+        """The error of a step and its scale, in units of the data, both with shape (B, *event); None if unknown."""
+        return None, None
+
     def init(self, x_t: State) -> Carry:
         kept = max(*self.values, 1)
         return {
@@ -105,14 +115,15 @@ class ExponentialAdams(Solver):
         nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]
         predictor, corrector = self.values
         past, count = carry["past"], carry["count"]
-        weights = adams_weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0), self.combine_moments)
-        x_s = base + expand_like(gain, x_t) * weighted_sum(weights, past)
+        weights = self.weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0))
+        x_s = predicted = base + expand_like(gain, x_t) * weighted_sum(weights, past)
         prediction = model(x_s, s)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if corrector:
             nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, 1 : corrector - 1]], 1)
-            weights = adams_weights(a, nodes, count, self.combine_moments)
+            weights = self.weights(a, nodes, count)
             values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
             x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
         past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)
-        return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1})
+        error, scale = self.estimate(x_s, predicted, prediction.x_0, sde.alpha(s), h)
+        return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1}, error, scale)

@@ -42,7 +42,8 @@ class Solver(ABC):
         noise: which noise it uses, in words.
         sdes: which it takes.
         use: when to choose it.
-        log_snr_steps, grid_hint: whether steps are uniform in log-SNR rather than in t; the argument that counts them.
+        log_snr_steps, tapered_steps: whether steps are uniform in log-SNR rather than in t; and tapered at the ends.
+        grid_hint: the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
         resolution: smallest step of adaptive control, as a share of the time range.
     """
@@ -53,6 +54,7 @@ class Solver(ABC):
     sdes: ClassVar[str] = "any linear"
     use: ClassVar[str]
     log_snr_steps: ClassVar[bool] = False
+    tapered_steps: ClassVar[bool] = False
     grid_hint: ClassVar[str] = "steps=..."
     keep_path: bool = False
     resolution: float = RESOLUTION
@@ -71,6 +73,10 @@ class Solver(ABC):
     def error_power(self) -> float:
         """Power of the scaled error in the rule for the next step size."""
         return 0.9
+
+    def base_step(self, rtol: float) -> float | None:
+        """Step of a grid in half the log-SNR, for a tolerance; None if steps follow errors alone."""
+        return None
 
     @property
     def steps(self) -> int | None:

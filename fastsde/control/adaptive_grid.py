@@ -1,0 +1,85 @@
+"""A grid that a sample refines where its own error asks for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from fastsde.batching import row_norm
+from fastsde.control.base import Clock, Controller, Decision
+from fastsde.control.grid import Grid
+from fastsde.result import Status
+from fastsde.types import Carry, State, Time
+
+
+@dataclasses.dataclass(frozen=True)
+class AdaptiveGrid(Controller):
+    r"""Walks a smooth grid, and halves a sample's steps where its error is far above what the grid was made for.
+
+        E = || error / max(atol, rtol scale) ||_2 / d^(1/2)
+
+    A step with E above `limit` is tried again with half its length in log-SNR, down to 2^-depth of a step of the grid;
+    a step with E below limit / 8 makes the next one longer again, up to the grid's own and aligned with it. So step
+    ratios are 1/2, 1 or 2, which a multistep method survives, a sample without difficulties walks the grid itself, and
+    times are the same numbers at any batch size. At the finest level a step is accepted whatever its error.
+
+    Args:
+        grid: the base grid.
+        rtol: relative tolerance, positive.
+        atol: absolute tolerance in units of the data, positive.
+        clock: the SDE, in whose log-SNR steps are halved.
+        limit: E above which a step is halved; `math.inf` for the plain grid.
+        depth: how many times a step may be halved, from 0 to 12.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    adaptive = True
+
+    grid: Grid
+    rtol: float
+    atol: float
+    clock: Clock
+    limit: float = 1.0
+    depth: int = 5
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "limit"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not value > 0 or (name != "limit" and value == float("inf")):
+                raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")
+        if not isinstance(self.depth, int) or not 0 <= self.depth <= 12:
+            raise ValueError(f"depth must be an integer from 0 to 12; got {self.depth!r}.")
+
+    def span(self, t_min: float, t_max: float) -> tuple[float, float]:
+        return self.grid.span(t_min, t_max)
+
+    def init(self, t: Time, t_end: float) -> Carry:
+        zero = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
+        return {"place": zero, "level": zero.clone()}
+
+    def target(self, t: Time, t_end: float, carry: Carry) -> Time:
+        times = self.grid.times_on(t.device)
+        last = self.grid.steps << self.depth
+        place = (carry["place"] + (1 << self.depth >> carry["level"])).clamp(max=last)
+        k, rest = place >> self.depth, (place & ((1 << self.depth) - 1)).double() / (1 << self.depth)
+        low, high = times[k], times[(k + 1).clamp(max=self.grid.steps)]
+        between = torch.lerp(self.clock.log_snr(low), self.clock.log_snr(high), rest)
+        return torch.where(rest == 0, low, self.clock.t_of_log_snr(between))
+
+    def update(
+        self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
+    ) -> Decision:
+        if error is None or scale is None:
+            raise ValueError("the solver gives no error estimate; it needs a Grid.")
+        scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
+        place, level = carry["place"], carry["level"]
+        step = 1 << self.depth >> level
+        accept = (scaled <= self.limit) | (level >= self.depth)
+        place = place + step * accept
+        longer = accept & (scaled < self.limit / 8) & (level > 0) & (place % (2 * step) == 0)
+        failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
+        failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
+        return Decision(accept, {"place": place, "level": level + (~accept).long() - longer.long()}, failure)
