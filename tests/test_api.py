@@ -20,6 +20,7 @@ from fastsde import (
     Controller,
     DiscreteVPSDE,
     EulerMaruyama,
+    ExponentialPC,
     ExtrapolatedEM,
     Grid,
     RectifiedFlow,
@@ -278,7 +279,7 @@ REFUSED = {
     "euler adaptive": (
         model(),
         {"n": 3, "solver": EulerMaruyama(), "controller": Adaptive(0.1, 0.1)},
-        "EulerMaruyama has no error estimate.*use Grid or ExtrapolatedEM",
+        "EulerMaruyama has no error estimate.*use Grid or ExponentialPC",
     ),
     "euler with rtol": (model(), {"n": 3, "solver": EulerMaruyama(steps=3), "rtol": 0.1}, "EulerMaruyama.* no rtol"),
     "euler with both": (
@@ -300,7 +301,7 @@ REFUSED = {
     "batch_size 1.5": (model(), {"n": 3, "batch_size": 1.5}, "batch_size must be an integer of at least 1; got 1.5"),
     "seed negative": (model(), {"n": 3, "seed": -1}, "seed must be an integer of at least 0; got -1"),
     "seed too large": (model(), {"n": 3, "seed": 1 << 64}, r"seed must be in \[0, 2\^64\); got 18446744073709551616"),
-    "max_nfe": (model(), {"n": 3, "max_nfe": 2}, "max_nfe must be an integer of at least 3; got 2"),
+    "max_nfe": (model(), {"n": 3, "max_nfe": 1}, "max_nfe must be an integer of at least 2; got 1"),
     "max_nfe of euler": (
         model(),
         {"n": 3, "max_nfe": 1, "solver": EulerMaruyama(steps=3)},
@@ -424,12 +425,18 @@ def test_default_conditioning_is_used_and_overridden():
 
 
 def test_defaults_are_what_the_documentation_says():
-    """Algorithm 6 at rtol = 0.05 and one 8-bit level of the data range; 64 rows at a time; float32."""
+    """Our solver along the ODE, rtol 0.05 and one 8-bit level of the data range; 64 rows at a time; float32."""
     network = Recorder(lambda x, t: -x)
     score = ScoreModel(network, VP, event_shape=(2,), data_range=(0.0, 32.0))
     said = fastsde.sample(score, n=70)
     assert max(len(t) for _, t, _ in network.calls) == 64
-    parts = {"solver": ExtrapolatedEM(), "rtol": 0.05, "atol": 32 / 256, "batch_size": 64, "dtype": torch.float32}
+    parts = {
+        "solver": ExponentialPC(eta=0.0, order=3),
+        "rtol": 0.05,
+        "atol": 32 / 256,
+        "batch_size": 64,
+        "dtype": torch.float32,
+    }
     assert same(said, fastsde.sample(score, shape=(70, 2), seed=0, **parts))
     assert said.samples.dtype == torch.float32
 

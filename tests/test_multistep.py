@@ -36,7 +36,7 @@ MULTISTEP = [
     *(DEIS(order=p) for p in (1, 2, 3, 4)),
     *(UniPC(order=p) for p in (1, 2, 3)),
     *(SASolver(eta=0.0, predictor=p, corrector=q) for p, q in ((1, 0), (1, 4), (2, 2), (3, 3), (4, 0), (4, 4))),
-    *(ExponentialPC(order=p) for p in (1, 2)),
+    *(ExponentialPC(order=p) for p in (1, 2, 3)),
 ]
 NODES, WEIGHTS = np.polynomial.legendre.leggauss(60)
 
@@ -184,7 +184,7 @@ def test_a_step_of_our_predictor_corrector():
         "lam": torch.stack([sde.log_snr(t) / 2, lam_before], 1),
         "count": torch.tensor([2]),
     }
-    solver, eta = ExponentialPC(eta=0.8), 0.8
+    solver, eta = ExponentialPC(eta=0.8, order=2), 0.8
     step = solver.step(bind(fastsde.ScoreModel(network, sde, "sample"), 1), sde, x, t, s, GivenNoise(z), carry)
     # The formulas of the docstring, in y = x / alpha.
     lam, lam_s = float(sde.log_snr(t) / 2), float(sde.log_snr(s) / 2)
@@ -273,6 +273,7 @@ def sa(predictor, corrector):
         (sa(1, 2), 2),
         (sa(2, 3), 3),
         (ExponentialPC(order=2), 2),
+        (ExponentialPC(order=3), 3),
         (Heun(), 2),
         (ProbabilityFlow(tableau=RK4), 4),
         (ProbabilityFlow(tableau=DORMAND_PRINCE), 5),

@@ -31,20 +31,16 @@ class ExponentialAdams(Solver):
     where the weights integrate a polynomial through the values D_i exactly: with nodes u_i = (lam_i - lam_t) / h and
     a = c h, sum_i w_i u_i^j = m_j = integral over [0, 1] of a e^{-a (1 - u)} u^j du. The prediction uses the current
     and earlier D, the correction also D at the predicted state, whose call serves the next step. N steps cost N + 1
-    calls, and the last D is the denoised sample. In the first steps the order is lower. Subclasses choose orders,
-    moments and what is interpolated.
+    calls, the last D being the denoised sample. In the first steps the order is lower.
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of the noise levels rho,
-            with shape (B,), at the start of each step. The noise of a constant eta is that of a Brownian path in the
-            clock rho^(-2 eta^2), so that other numbers of steps give nearby samples.
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of the rho, with shape (B,),
+            where steps start. Noise of a constant eta comes from a Brownian path in the clock rho^(-2 eta^2).
     """
 
-    midpoint: ClassVar[bool] = True
-    """Whether a polynomial of degree 1 gets the weight m_0 / 2 rather than m_1: better at few calls."""
-    interpolates_noise: ClassVar[bool] = False
-    """Whether to interpolate eps rather than D: y / rho then grows, c = -1."""
+    midpoint: ClassVar[bool] = True  # a polynomial of degree 1 gets m_0 / 2 rather than m_1: better at few calls
+    interpolates_noise: ClassVar[bool] = False  # interpolate eps rather than D: y / rho then grows, c = -1
     calls_per_step = 1
     noise = "none, or path (eta)"
     warm_up = True
@@ -84,10 +80,8 @@ class ExponentialAdams(Solver):
         """The weight of the current value and those at the nodes, with shape (B, 1 + q); see `adams_weights`."""
         return adams_weights(a, nodes, known, self.combine_moments)
 
-    def estimate(
-        self, corrected: State, predicted: State, x_0: State, alpha_s: Coef, h: Coef
-    ) -> tuple[State | None, State | None]:
-        """The error of a step and its scale, in units of the data, both with shape (B, *event); None if unknown."""
+    def estimate(self, difference: State, x_0: State, h: Coef) -> tuple[State | None, State | None]:
+        """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
         return None, None
 
     def init(self, x_t: State) -> Carry:
@@ -102,8 +96,7 @@ class ExponentialAdams(Solver):
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
         h = lam_s - lam
-        eta = self.eta((-lam).exp()) if callable(self.eta) else self.eta
-        eta = torch.as_tensor(eta, dtype=h.dtype, device=h.device)
+        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta).to(h)
         a = -h if self.interpolates_noise else (1 + eta**2) * h
         ratio = sde.alpha(s) / sde.alpha(t)
         keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
@@ -111,10 +104,8 @@ class ExponentialAdams(Solver):
         if not self.deterministic:
             base = base + expand_like(sde.sigma(s) * (-torch.expm1(-2 * eta**2 * h)).sqrt(), x_t) * noise.z
 
-        # In the warm-up turn h = 0: all weights vanish.
-        nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]
-        predictor, corrector = self.values
-        past, count = carry["past"], carry["count"]
+        nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
+        (predictor, corrector), past, count = self.values, carry["past"], carry["count"]
         weights = self.weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0))
         x_s = predicted = base + expand_like(gain, x_t) * weighted_sum(weights, past)
         prediction = model(x_s, s)
@@ -125,5 +116,5 @@ class ExponentialAdams(Solver):
             values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
             x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
         past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)
-        error, scale = self.estimate(x_s, predicted, prediction.x_0, sde.alpha(s), h)
+        error, scale = self.estimate((x_s - predicted) / expand_like(sde.alpha(s), x_t), prediction.x_0, h)
         return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1}, error, scale)

@@ -21,7 +21,7 @@ class Step:
     Attributes:
         x: the proposed state at s, with shape (B, *event).
         carry: the solver's memory if the step is accepted.
-        error: elementwise estimate of the step's error, with shape (B, *event); None if the solver has none.
+        error: elementwise estimate of the step's error, with shape (B, *event); None if there is none.
         scale: elementwise magnitude that a relative tolerance refers to, with shape (B, *event).
     """
 
@@ -34,16 +34,13 @@ class Step:
 class Solver(ABC):
     """One step from t to s < t, for every row. A pure function: no loop, no generator, no batch statistics.
 
-    The attributes are traits, checked before the first network call; those of the class make up the solver table.
-
-    Attributes:
+    Attributes (traits, checked before the first network call; those of the class make up the solver table):
         convergence: the order of convergence, in words.
         cost: network calls of one attempted step in terms of the arguments, where they decide.
         noise: which noise it uses, in words.
         sdes: which it takes.
         use: when to choose it.
-        log_snr_steps, tapered_steps: whether steps are uniform in log-SNR rather than in t; and tapered at the ends.
-        grid_hint: the argument that counts them.
+        log_snr_steps, tapered_steps, grid_hint: steps uniform in log-SNR; tapered there; the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
         resolution: smallest step of adaptive control, as a share of the time range.
     """
@@ -75,7 +72,7 @@ class Solver(ABC):
         return 0.9
 
     def base_step(self, rtol: float) -> float | None:
-        """Step of a grid in half the log-SNR, for a tolerance; None if steps follow errors alone."""
+        """Step of a base grid in half the log-SNR, for a tolerance; None if steps follow errors alone."""
         return None
 
     @property
@@ -117,9 +114,7 @@ class Solver(ABC):
         Args:
             model: the score model, already bound to these rows; each call is counted.
             sde: the forward process.
-            x_t: with shape (B, *event).
-            t: now, with shape (B,).
-            s: target, with shape (B,), at most t.
+            x_t, t, s: the state with shape (B, *event), now, and the target, at most t; times with shape (B,).
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
             carry: the memory of the last accepted step.
         """

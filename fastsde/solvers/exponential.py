@@ -89,16 +89,13 @@ class ExponentialPC(ExponentialAdams):
         share = 1 / (1 + (a / _BEND) ** _POWER)
         return share[:, None] * super().weights(a, nodes, known) + (1 - share)[:, None] * pad(long, (0, 1))
 
-    def estimate(
-        self, corrected: State, predicted: State, x_0: State, alpha_s: Coef, h: Coef
-    ) -> tuple[State | None, State | None]:
+    def estimate(self, difference: State, x_0: State, h: Coef) -> tuple[State | None, State | None]:
         if not self.adaptive:
             return None, None
-        error = (corrected - predicted) / expand_like(alpha_s, corrected)
         scale = row_norm(x_0)
         if not self.deterministic:
             # Noise moves D over any step: that part no step size removes, and it is no error of the law.
             driven = _NOISE_SHARE * scale * (-torch.expm1(-2 * float(self.eta) ** 2 * h)).sqrt()  # type: ignore[arg-type]
-            rest = (1 - (driven / row_norm(error).clamp(min=1e-30)) ** 2).clamp(min=0)
-            error = expand_like(rest.sqrt(), error) * error
-        return error, expand_like(scale, x_0).expand(x_0.shape)
+            rest = (1 - (driven / row_norm(difference).clamp(min=1e-30)) ** 2).clamp(min=0)
+            difference = expand_like(rest.sqrt(), difference) * difference
+        return difference, expand_like(scale, x_0).expand(x_0.shape)

@@ -1,0 +1,94 @@
+r"""What do steps per sample buy? Refinement against the plain grid at equal mean calls, and who pays.
+
+`rare`: 97 % one smooth Gaussian, 3 % tight clusters near each other (512 dimensions, peers/problems.py). `digits`: all
+samples are about as hard. Errors are root mean square distances to a run with 400 steps from the same noise, eta 0;
+`grid at k` are ExponentialPC's own grids with the two nearest numbers of calls.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+
+import click
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "peers"))
+from common import RESULTS, save, table
+from problems import Mixture, digits, rare
+from torch import Tensor
+
+import fastsde
+
+RTOLS = (0.2, 0.1, 0.05, 0.02)
+
+
+def errors(x: Tensor, exact: Tensor, hard: Tensor) -> dict[str, float]:
+    """Root mean squares over all samples and the hard ones, and the median."""
+    each = (x - exact).double().square().mean(1)
+    found = {"rms": float(each.mean().sqrt()), "median": float(each.median().sqrt())}
+    return found | ({"rms, hard": float(each[hard].mean().sqrt())} if hard.any() else {})
+
+
+def study(problem: Mixture) -> tuple[list[dict[str, object]], dict[str, list[int]]]:
+    """Rows of the table, and the calls of easy and hard samples at rtol 0.05."""
+    model, rows, histogram = problem.model(), [], {}
+    options = {"n": problem.n, "batch_size": 2000}
+    exact = fastsde.sample(model, controller=fastsde.Grid.log_snr(model.sde, 400), **options).samples
+    nearest = torch.cdist(exact, problem.means).argmin(1)
+    hard = (nearest > 0) if problem.name == "rare" else torch.zeros(problem.n, dtype=torch.bool)
+    for rtol in RTOLS:
+        r = fastsde.sample(model, rtol=rtol, **options)
+        calls = float(r.nfe.double().mean())
+        row = {"problem": problem.name, "steps": f"rtol {rtol:g}", "calls": round(calls, 2), "max": int(r.nfe.max())}
+        rows.append(row | errors(r.samples, exact, hard) | {"distance": problem.distance(r.samples)})
+        if rtol == 0.05:
+            histogram = {"easy": r.nfe[~hard].tolist(), "hard": r.nfe[hard].tolist()}
+        for k in sorted({math.floor(calls), math.ceil(calls), math.ceil(calls) + 1}):
+            x = fastsde.sample(model, nfe=k, **options).samples
+            row = {"problem": problem.name, "steps": f"grid at {k}", "calls": k, "max": k}
+            rows.append(row | errors(x, exact, hard) | {"distance": problem.distance(x)})
+    return rows, histogram
+
+
+@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@click.option("--samples", "-n", default=4000)
+@click.option("--threads", default=2)
+@click.option("--keep/--discard", default=True, help="Whether to write results/adaptivity.json and .png.")
+def main(samples: int, threads: int, keep: bool) -> None:
+    """Prints the table, writes it and draws the histogram."""
+    settings = click.get_current_context().params
+    torch.set_num_threads(threads)
+    rows, histograms = [], {}
+    for problem in (rare(samples), digits(samples)):
+        unit = problem.floor(6)[0]
+        found, histograms[problem.name] = study(problem)
+        rows += [row | {"distance": row["distance"] / unit} for row in found]
+    header = ("problem", "steps", "calls", "max", "rms", "median", "rms, hard", "distance")
+    table(header, [[f"{v:.5f}" if isinstance(v := r.get(h, "-"), float) else v for h in header] for r in rows])
+    if keep:
+        save("adaptivity", settings, rows)
+        figure(histograms)
+
+
+def figure(histograms: dict[str, dict[str, list[int]]]) -> None:
+    """How many samples took how many calls, easy and hard ones apart."""
+    from matplotlib.figure import Figure
+
+    fig = Figure(figsize=(9, 3), layout="constrained")
+    for ax, (name, parts) in zip(fig.subplots(1, len(histograms)), histograms.items(), strict=True):
+        top = max(max(calls) for calls in parts.values() if calls)
+        for label, color in (("easy", "0.6"), ("hard", "#D55E00")):
+            if parts[label]:
+                shown = label if parts["hard"] else "all"
+                ax.hist(
+                    parts[label], range(14, top + 2), color=color, label=f"{shown} samples", align="left", alpha=0.8
+                )
+        ax.set(yscale="log", xlabel="network calls", ylabel="samples", title=f"{name}, rtol 0.05")
+        ax.legend()
+    fig.savefig(RESULTS / "adaptivity.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,216 @@
+"""Budgets in calls, and the shape of a grid from a pilot."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from stubs import Recorder, never
+from torch import nn
+
+import fastsde
+from fastsde import (
+    DDIM,
+    VPSDE,
+    EulerMaruyama,
+    ExponentialPC,
+    Grid,
+    Heun,
+    PredictorCorrector,
+    ProbabilityFlow,
+    Schedule,
+    ScoreModel,
+    UniPC,
+    calibrate,
+)
+from fastsde.score import GaussianScore
+
+VP = VPSDE()
+
+
+def gaussian(d=200):
+    """Standard deviations of an image's spectrum, on which the shape of the grid matters at few calls."""
+    return GaussianScore(VP, torch.zeros(d), torch.logspace(-0.5, -2, d))
+
+
+# ---- nfe= -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("denoise", [True, False])
+@pytest.mark.parametrize(
+    "solver",
+    [ExponentialPC(), ExponentialPC(eta=1.0), UniPC(), DDIM(), EulerMaruyama(), Heun(), ProbabilityFlow()],
+    ids=lambda solver: type(solver).__name__,
+)
+def test_no_sample_exceeds_its_budget_and_one_step_more_would(solver, denoise):
+    for nfe in (14, 15):
+        r = fastsde.sample(gaussian(8), n=3, nfe=nfe, solver=solver, denoise=denoise)
+        assert r.success.all()
+        assert nfe - solver.calls_per_step < r.nfe.max() <= nfe
+
+
+def test_a_call_that_counts_twice_is_paid_twice():
+    model = gaussian(8)
+    model.calls = 2
+    assert fastsde.sample(model, n=2, nfe=21).nfe.tolist() == [20, 20]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"nfe": 1}, "nfe must be at least 2 for one step of ExponentialPC; got 1"),
+        ({"nfe": 0}, "nfe must be an integer of at least 1; got 0"),
+        ({"nfe": 12, "rtol": 0.1}, "give either nfe= or rtol, not both"),
+        ({"nfe": 12, "solver": DDIM(steps=5)}, "give either nfe= or solver.steps, not both"),
+        ({"nfe": 12, "controller": Grid([1.0, 0.1])}, "give either controller= or nfe, not both"),
+        ({"nfe": 2, "solver": PredictorCorrector()}, "nfe must be at least"),
+    ],
+)
+def test_budget_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        fastsde.sample(ScoreModel(never, VP, event_shape=(2,)), n=2, **options)
+
+
+def test_the_tapered_grid():
+    times = Grid.tapered(VP, 8).times
+    lengths = VP.log_snr(times).diff()
+    torch.testing.assert_close(lengths / lengths[1], torch.tensor([2, 1, 1, 1, 1, 1, 0.85, 0.7]).double())
+    assert times[0] == VP.t_max
+    assert times[-1] == VP.t_min
+    # Too few steps to taper.
+    torch.testing.assert_close(Grid.tapered(VP, 3).times, Grid.log_snr(VP, 3).times, rtol=1e-12, atol=0)
+
+
+# ---- calibrate --------------------------------------------------------------------------------------------------
+
+
+class Counted(nn.Module):
+    """The Gaussian's score as a network with a weight, counting rows."""
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale, self.rows = nn.Parameter(torch.tensor(scale)), 0
+
+    def forward(self, x, t):
+        self.rows += len(x)
+        return self.scale * gaussian().exact_score(x, t)
+
+
+def counted(scale=1.0):
+    return ScoreModel(Counted(scale), VP, event_shape=(200,))
+
+
+def error(model, grid):
+    """Root mean square distance to the end of the probability flow, whose map is known for Gaussian data."""
+    z = torch.randn(300, 200, generator=torch.Generator().manual_seed(4))
+    r = fastsde.sample(model, x_init=z, controller=grid, batch_size=300)
+    fine = fastsde.sample(model, x_init=z, controller=Grid.log_snr(VP, 200), batch_size=300)
+    return float((r.samples - fine.samples).square().mean().sqrt())
+
+
+@pytest.mark.parametrize("nfe", [8, 12, 15])
+def test_the_calibrated_grid_loses_to_no_candidate_beyond_its_margin(nfe):
+    model = gaussian()
+    schedule = calibrate(model, nfe=nfe)
+    assert (schedule.nfe, schedule.steps) == (nfe, nfe - 1)
+    best = min(error(model, grid(VP, nfe - 1)) for grid in (Grid.tapered, Grid.log_snr))
+    # A candidate displaces the default only if its score, quadratic in errors, is a fifth lower: sqrt(1 / 0.8).
+    assert error(model, schedule) <= 1.12 * best
+
+
+def test_a_grid_made_for_the_model_can_be_better():
+    model = gaussian()
+    schedule = calibrate(model, nfe=15)
+    assert schedule.record["chosen"].startswith("measured")
+    assert error(model, schedule) < 0.8 * error(model, Grid.tapered(VP, 14))  # measured 0.45
+
+
+def test_the_cost_is_what_the_network_saw_and_below_two_percent_of_a_job():
+    model = counted()
+    schedule = calibrate(model, nfe=20)
+    assert schedule.record["cost"] == model.network.rows
+    assert schedule.record["cost"] < 0.02 * 2000 * 20
+
+
+def test_rtol_decides_the_number_of_calls():
+    calls = [calibrate(gaussian(), rtol=rtol).nfe for rtol in (0.3, 0.03, 0.003)]
+    assert calls == sorted(calls)
+    assert calls[0] < calls[-1]
+    model, schedule = gaussian(), calibrate(gaussian(), rtol=0.03)
+    size = float((gaussian().std.double() ** 2).mean().sqrt())
+    assert error(model, schedule) < 0.03 * size
+
+
+def test_a_schedule_survives_the_disk(tmp_path):
+    schedule = calibrate(gaussian(), nfe=8)
+    schedule.save(tmp_path / "s.json")
+    again = Schedule.load(tmp_path / "s.json")
+    assert torch.equal(again.times, schedule.times)
+    assert again.record == schedule.record
+    assert "candidates" in json.loads((tmp_path / "s.json").read_text())
+    assert all(name in str(again) for name in ("tapered", "log-SNR", "pilot"))
+    for text in ("[]", "{}", "no json", '{"times": [1.0, 2.0], "nfe": 3}'):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.json is not a schedule"):
+            Schedule.load(tmp_path / "bad.json")
+
+
+def test_the_cache_knows_weights_and_settings(tmp_path):
+    model, file = counted(), tmp_path / "cache.json"
+    first = calibrate(model, nfe=8, cache=file)
+    model.network.rows = 0
+    assert torch.equal(calibrate(model, nfe=8, cache=file).times, first.times)
+    assert model.network.rows == 0
+    for other, nfe in ((counted(0.9), 8), (model, 9)):
+        other.network.rows = 0
+        calibrate(other, nfe=nfe, cache=file)
+        assert other.network.rows > 0
+
+
+def test_pilot_samples_are_none_of_the_users():
+    network = Recorder(lambda x, t: -x)
+    calibrate(ScoreModel(network, VP, event_shape=(2,)), nfe=8)
+    start = network.calls[0][0]
+    drawn = fastsde.sample(ScoreModel(Recorder(lambda x, t: -x), VP, event_shape=(2,)), n=64, nfe=8, trajectory=True)
+    mine = torch.stack([path.x[0] for path in drawn.trajectory])
+    assert not (start[:, None] == mine[None]).all(-1).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either nfe= or rtol="),
+        ({"nfe": 8, "rtol": 0.1}, "give either nfe= or rtol="),
+        ({"nfe": 4}, "nfe must be an integer of at least 5; got 4"),
+        ({"rtol": 1.5}, r"rtol must be in \(0, 1\); got 1.5"),
+        ({"nfe": 8, "pilot": 2}, "pilot must be an integer of at least 3; got 2"),
+        ({"nfe": 8, "cache": "x.json"}, "cache= needs a network with weights"),
+    ],
+)
+def test_calibrate_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(ScoreModel(never, VP, event_shape=(2,)), **options)
+
+
+def test_a_shape_is_needed():
+    with pytest.raises(ValueError, match="which shape has a sample"):
+        calibrate(ScoreModel(never, VP), nfe=8)
+
+
+def test_a_failing_pilot_says_so():
+    with pytest.raises(RuntimeError, match="pilot samples failed"):
+        calibrate(ScoreModel(lambda x, t: x * torch.nan, VP, event_shape=(2,)), nfe=8)
+
+
+def test_guarded_models_stay_guarded():
+    """A model that overrides its call, as guidance does, is called through its own method."""
+
+    @dataclasses.dataclass
+    class Halved(GaussianScore):
+        calls = 2
+
+        def __init__(self):
+            super().__init__(VP, torch.zeros(3), torch.ones(3))
+
+    schedule = calibrate(Halved(), nfe=16)
+    assert (schedule.nfe, schedule.steps) == (16, 7)
