@@ -2,7 +2,7 @@
 
 from fastsde import score
 from fastsde.api import encode, sample
-from fastsde.calibrate import Schedule, calibrate
+from fastsde.calibration import Schedule, calibrate
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.integrate import integrate
 from fastsde.job import EngineState

@@ -188,8 +188,8 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
     step = solver.base_step(rtol)
     if step is not None:
         first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
-        # The first step of a tapered grid is twice as long, the last two are shorter: 0.55 of a step saved.
-        return AdaptiveGrid(Grid.tapered(sde, max(3, round((last - first) / 2 / step - 0.55))), rtol, atol, sde)
+        # The last two steps of a tapered grid are shorter, by 0.45 of a step in all.
+        return AdaptiveGrid(Grid.tapered(sde, max(3, round((last - first) / 2 / step + 0.45))), rtol, atol, sde)
     if solver.log_snr_steps:
         # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
         return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)

@@ -170,7 +170,7 @@ def test_a_trajectory_stops_at_the_times_asked_for():
 class Touchy(ExponentialPC):
     """Takes all of the difference for an error, noise-driven or not, so that acceptance depends on the noise."""
 
-    def estimate(self, difference, x_0, h):
+    def estimate(self, difference, x_0, h, lam):
         return difference, torch.ones_like(difference)
 
 

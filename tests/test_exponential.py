@@ -104,8 +104,8 @@ def test_order_on_the_probability_flow(sde, solver, order):
         r = fastsde.sample(model, x_init=x, solver=solver, controller=fastsde.Grid.log_snr(sde, k), denoise=False)
         errors.append(float((r.samples - exact).norm()))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    # Measured 1.93 to 1.98 for the second order, rising, and REPLACE for the third.
-    assert slope == pytest.approx(order, abs=0.12)
+    # Measured 1.93 to 1.98 for the second order, rising. The third-order terms of Gaussian data cancel: 3.93 to 4.02.
+    assert slope == pytest.approx(4 if order == 3 else order, abs=0.12)
 
 
 def test_a_step_of_order_three():

@@ -23,7 +23,7 @@ LEVELS = {
     "engine": 6,
     "arguments": 5,
     "api": 7,
-    "calibrate": 8,
+    "calibration": 8,
     "integrate": 8,
     "ode": 8,
     "likelihood": 8,

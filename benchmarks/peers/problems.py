@@ -157,7 +157,7 @@ def rare(n: int) -> Mixture:
     variances = torch.full((k, r), 0.0005**2, dtype=torch.float64)
     variances[0] = 0.5 * torch.logspace(0, -2, r, dtype=torch.float64)
     centre = 0.3 * torch.randn(d, generator=generator, dtype=torch.float64)
-    means = centre + 0.04 * torch.randn(k, d, generator=generator, dtype=torch.float64)
+    means = centre + 0.3 * torch.randn(k, d, generator=generator, dtype=torch.float64)
     means[0] = 0
     weights = torch.full((k,), 0.03 / (k - 1), dtype=torch.float64)
     weights[0] = 0.97

@@ -95,10 +95,20 @@ def best_peers(rows: list[Row], problem: str, kind: str, budget: int, count: int
 @click.option("--problem", "only", multiple=True, help="Only these problems.")
 @click.option("--images", "folder", help="Folder with an IDX image data set.")
 @click.option("--floor-draws", default=12, help="Draws of exact samples behind each floor.")
+@click.option("--calls", type=int, multiple=True, default=CALLS, help="Budgets in calls.")
+@click.option("--run/--report", "running", default=True, help="Run what is missing, or only report what is there.")
 @click.option("--threads", default=2)
 @click.option("--name", default="peers", help="Name of the files in results/.")
 def main(
-    samples: int, seeds: int, only: tuple[str, ...], folder: str | None, floor_draws: int, threads: int, name: str
+    samples: int,
+    seeds: int,
+    only: tuple[str, ...],
+    folder: str | None,
+    floor_draws: int,
+    calls: tuple[int, ...],
+    running: bool,
+    threads: int,
+    name: str,
 ) -> None:
     """Runs what is missing in results/NAME.csv, prints the tables and draws the figure."""
     settings = click.get_current_context().params | {"folder": None if folder is None else Path(folder).name}
@@ -117,14 +127,16 @@ def main(
         problem = make()
         unit, spread = problem.floor(floor_draws)
         floors[label] = {"floor": unit, "spread": spread / unit, "n": problem.n}
-        jobs = [(s, b, 0) for s in everybody for b in (s.tolerances or CALLS) if s.tolerances or b >= s.fewest]
+        jobs = [(s, b, 0) for s in everybody for b in (s.tolerances or calls) if s.tolerances or b >= s.fewest]
         # Algorithm 6 at one tolerance elsewhere: noise on a path for hundreds of calls takes longer than all the rest.
         jobs = [(s, b, k) for s, b, k in jobs if label == "digits" or s.name != "Algorithm 6" or b == 0.05]
+        if not running:
+            continue
         for sampler, budget, seed in tqdm(jobs, desc=label, disable=None):
             book.run(problem, unit, sampler, budget, seed)
         for seed in range(1, seeds):
             for kind in ("ODE", "SDE"):
-                for budget in CALLS:
+                for budget in calls:
                     again = best_peers(list(book.rows.values()), label, kind, budget, AGAIN)
                     for sampler in everybody:
                         ours = sampler.family == "fastsde" and sampler.kind == kind and sampler.name[:2] == "Ex"
@@ -143,6 +155,8 @@ def report(book: Book, floors: dict[str, dict[str, float]], settings: dict[str, 
                 best = best_peers(rows, label, kind, budget, AGAIN)
                 of = {s: ratios.get((label, kind, f, s, str(budget)), []) for f, s in who(rows, label, kind)}
                 peer = min(best, key=lambda s: mean(of[s]), default=None)
+                if not best:
+                    continue
                 entry = {"problem": label, "kind": kind, "calls": budget, "spread": floor["spread"], "peer": peer}
                 entry["peer ratio"] = None if peer is None else round(mean(of[peer]), 3)
                 for short, full in OURS[kind].items():

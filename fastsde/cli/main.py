@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 import fastsde
+from fastsde.cli.calibrate import calibrate
 from fastsde.cli.info import info
 from fastsde.cli.sample import sample
 from fastsde.cli.train import train
@@ -21,5 +22,5 @@ def main() -> None:
     """
 
 
-for command in (sample, train, info):
+for command in (sample, calibrate, train, info):
     main.add_command(command)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastsde import api
 from fastsde.arguments import DEFAULT_RTOL, usable_device
+from fastsde.calibration import Schedule
 from fastsde.cli.output import dump_json, image_grid, prepare_folder, to_uint8, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
 from fastsde.pretrained import pretrained, read_card, weight_hash
@@ -36,6 +37,8 @@ from fastsde.result import SampleResult, SamplingError, Status
     "--rtol", type=float, show_default=str(DEFAULT_RTOL), help="Relative tolerance: smaller is slower and closer."
 )
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
+@click.option("--nfe", type=click.IntRange(1), help="Network calls that no sample exceeds, rather than tolerances.")
+@click.option("--schedule", type=click.Path(path_type=Path), help="A grid that `fastsde calibrate` wrote.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of a grid, for every sample the same.")
 @click.option("--grid", type=click.Choice(list(GRIDS)), show_default="the solver's own", help="How steps are spaced.")
 @click.option(
@@ -55,6 +58,8 @@ def sample(
     solver_name: str,
     rtol: float | None,
     atol: float | None,
+    nfe: int | None,
+    schedule: Path | None,
     steps: int | None,
     grid: str | None,
     options: tuple[str, ...],
@@ -65,7 +70,7 @@ def sample(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Draw samples, by default with the adaptive extrapolating solver (Algorithm 6 of "Gotta Go Fast").
+    """Draw samples, by default with our own solver along the probability flow, a step size per sample.
 
     Writes grid.png (the first 64 samples), samples.npz (uint8, NHWC, under arr_0; labels under arr_1) and samples.json
     (calls, steps and status of every sample, settings, seed, versions, weight hash, wall time; in_npz says which
@@ -75,7 +80,8 @@ def sample(
     \b
     Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
-      fastsde sample --solver ExponentialPC --steps 11 -o eta=0
+      fastsde sample --nfe 12
+      fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 6 of "Gotta Go Fast"
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
@@ -84,7 +90,11 @@ def sample(
         score_model, sde = pretrained(model, device=usable_device(device))
         weights = weight_hash(model)
         solver = build_solver(solver_name, options)
-        controller = build_controller(sde, solver, steps, grid, rtol is not None or atol is not None)
+        tolerances, budget = (rtol, atol) != (None, None), (nfe, schedule) != (None, None)
+        controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=budget)
+        if schedule is not None:
+            controller = Schedule.load(schedule)
+        adaptive = solver.adaptive and nfe is None
         labels = _labels(label, n, read_card(model)["classes"])
         event = score_model.event_shape or ()
         prepare_folder(out, needed=3 * n * math.prod(event) + (1 << 20))
@@ -95,6 +105,7 @@ def sample(
             n=n,
             rtol=rtol,
             atol=atol,
+            nfe=nfe,
             solver=solver,
             controller=controller,
             seed=seed,
@@ -112,9 +123,10 @@ def sample(
         "weights_sha256": weights,
         "sde": repr(sde),
         "solver": repr(solver),
+        "nfe_budget": nfe,
         "steps": steps,
         "grid": None if controller is None else repr(controller),
-        **(_tolerances(rtol, atol, score_model.data_range) if controller is None and solver.adaptive else {}),
+        **(_tolerances(rtol, atol, score_model.data_range) if controller is None and adaptive else {}),
         "batch_size": batch_size,
         "device": device,
         "versions": versions(),

@@ -44,7 +44,9 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
     return solver
 
 
-def build_controller(sde: SDE, solver: Solver, steps: int | None, grid: str | None, rtol: bool) -> Controller | None:
+def build_controller(
+    sde: SDE, solver: Solver, steps: int | None, grid: str | None, rtol: bool, budget: bool = False
+) -> Controller | None:
     """The grid asked for, or None where the solver's own choice stands.
 
     Raises:
@@ -54,9 +56,11 @@ def build_controller(sde: SDE, solver: Solver, steps: int | None, grid: str | No
     if steps is None:
         if grid is not None:
             raise ValueError("--grid needs --steps.")
-        if not solver.adaptive and solver.steps is None:
-            raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps.")
+        if not solver.adaptive and solver.steps is None and not budget:
+            raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps, or --nfe.")
         return None
+    if budget:
+        raise ValueError("give either --steps or one of --nfe and --schedule.")
     if rtol:
         raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
     return own_grid(sde, solver, steps) if grid is None else GRIDS[grid](sde, steps)

@@ -80,7 +80,7 @@ class ExponentialAdams(Solver):
         """The weight of the current value and those at the nodes, with shape (B, 1 + q); see `adams_weights`."""
         return adams_weights(a, nodes, known, self.combine_moments)
 
-    def estimate(self, difference: State, x_0: State, h: Coef) -> tuple[State | None, State | None]:
+    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
         return None, None
 
@@ -96,7 +96,7 @@ class ExponentialAdams(Solver):
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
         h = lam_s - lam
-        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta).to(h)
+        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta, dtype=h.dtype)
         a = -h if self.interpolates_noise else (1 + eta**2) * h
         ratio = sde.alpha(s) / sde.alpha(t)
         keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
@@ -116,5 +116,5 @@ class ExponentialAdams(Solver):
             values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
             x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
         past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)
-        error, scale = self.estimate((x_s - predicted) / expand_like(sde.alpha(s), x_t), prediction.x_0, h)
+        error, scale = self.estimate((x_s - predicted) / expand_like(sde.alpha(s), x_t), prediction.x_0, h, lam_s)
         return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1}, error, scale)
