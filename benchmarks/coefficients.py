@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -36,6 +37,7 @@ WEIGHTS: dict[str, fastsde.Solver] = {
 GRIDS: dict[str, Callable[[fastsde.SDE, int], fastsde.Grid]] = {
     "log-SNR": fastsde.Grid.log_snr,
     "tapered": fastsde.Grid.tapered,
+    "long start": partial(fastsde.Grid.tapered, first=2.0),
     "Karras": fastsde.Grid.karras,
 }
 
@@ -85,8 +87,8 @@ def main(samples: int, folder: str | None, threads: int, keep: bool) -> None:
     for problem in problems:
         # The floor of 8000 samples, whatever is drawn here: a distance of moments falls as 1 / n.
         unit = problem.floor(6)[0] * problem.n / 8000
-        rows += excess(problem, unit, ("log-SNR", "tapered"), tuple(WEIGHTS))
-        rows += excess(problem, unit, ("Karras",), ("k/2, k/2", "mixed by c h (order 3)"))
+        rows += excess(problem, unit, ("log-SNR",), tuple(WEIGHTS))
+        rows += excess(problem, unit, ("tapered", "long start", "Karras"), ("k/2, k/2", "mixed by c h (order 3)"))
     header = ("problem", "grid", "weights", *map(str, CALLS))
     table(header, [tuple(row[key] for key in header) for row in rows])
     if keep:

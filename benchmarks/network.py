@@ -9,6 +9,7 @@ agree with diffusers' (tests/test_parity.py), on their best grid of two.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import click
 import torch
@@ -21,6 +22,7 @@ CALLS = (8, 10, 12, 15, 20)
 Solvers = dict[str, tuple[fastsde.Solver, Callable[[fastsde.SDE, int], fastsde.Grid]]]
 SOLVERS: Solvers = {
     "ExponentialPC": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
+    "ExponentialPC, long start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=2.0)),
     "ExponentialPC, log-SNR grid": (fastsde.ExponentialPC(), fastsde.Grid.log_snr),
 }
 for _name, _grid in (("log-SNR", fastsde.Grid.log_snr), ("Karras", fastsde.Grid.karras)):

@@ -31,6 +31,7 @@ class AdaptiveGrid(Controller):
         clock: the SDE, in whose log-SNR steps are halved.
         limit: E above which a step is halved; `math.inf` for the plain grid.
         depth: how many times a step may be halved, from 0 to 12.
+        mirrored: whether the engine, and the grid with it, runs on u = -t.
 
     Raises:
         ValueError: naming the argument that is out of range.
@@ -44,6 +45,7 @@ class AdaptiveGrid(Controller):
     clock: Clock
     limit: float = 1.0
     depth: int = 5
+    mirrored: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "limit"):
@@ -56,6 +58,9 @@ class AdaptiveGrid(Controller):
     def span(self, t_min: float, t_max: float) -> tuple[float, float]:
         return self.grid.span(t_min, t_max)
 
+    def reversed(self) -> AdaptiveGrid:
+        return dataclasses.replace(self, grid=self.grid.reversed(), mirrored=not self.mirrored)
+
     def init(self, t: Time, t_end: float) -> Carry:
         zero = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
         return {"place": zero, "level": zero.clone()}
@@ -66,8 +71,9 @@ class AdaptiveGrid(Controller):
         place = (carry["place"] + (1 << self.depth >> carry["level"])).clamp(max=last)
         k, rest = place >> self.depth, (place & ((1 << self.depth) - 1)).double() / (1 << self.depth)
         low, high = times[k], times[(k + 1).clamp(max=self.grid.steps)]
-        between = torch.lerp(self.clock.log_snr(low), self.clock.log_snr(high), rest)
-        return torch.where(rest == 0, low, self.clock.t_of_log_snr(between))
+        sign = -1.0 if self.mirrored else 1.0
+        between = torch.lerp(self.clock.log_snr(sign * low), self.clock.log_snr(sign * high), rest)
+        return torch.where(rest == 0, low, sign * self.clock.t_of_log_snr(between))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry

@@ -88,7 +88,7 @@ class ExponentialPC(ExponentialAdams):
         long = super().weights(a, nodes[:, :1], known)
         if self.order < 3 or nodes.shape[1] < 2:
             return long
-        share = 1 / (1 + (a / _BEND) ** _POWER)
+        share = 1 / (1 + (a.abs() / _BEND) ** _POWER)  # a < 0 on the way back to noise
         return share[:, None] * super().weights(a, nodes, known) + (1 - share)[:, None] * pad(long, (0, 1))
 
     def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
