@@ -7,14 +7,15 @@ offers, among them one uniform in log-SNR where it has one.
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import functools
+import importlib.util
 import math
 import sys
 import warnings
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 from problems import RHO_MAX, RHO_MIN, SDE, Problem
@@ -133,16 +134,14 @@ def diffusers(name: str, **options: Any) -> Callable[[Problem, int, Any, int], T
     return chunked(draw)
 
 
+@functools.cache
 def k_diffusion_sampling() -> ModuleType:
     """k_diffusion.sampling alone: the package imports image libraries that no sampler needs, and often are broken."""
-    for module in ("torchvision", "torchvision.transforms"):
-        sys.modules.setdefault(module, MagicMock())
-    if "k_diffusion" not in sys.modules:
-        spec = importlib.util.find_spec("k_diffusion")
-        package = ModuleType("k_diffusion")
-        package.__path__ = list(spec.submodule_search_locations)
-        sys.modules["k_diffusion"] = package
-    return importlib.import_module("k_diffusion.sampling")
+    package = ModuleType("k_diffusion")
+    package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
+    stubs = {"k_diffusion": package, "torchvision": MagicMock(), "torchvision.transforms": MagicMock()}
+    with patch.dict(sys.modules, stubs):
+        return importlib.import_module("k_diffusion.sampling")
 
 
 def k_diffusion(name: str, sigmas: str, **options: Any) -> Callable[[Problem, int, Any, int], Tensor]:
