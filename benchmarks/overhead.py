@@ -112,7 +112,13 @@ def main(
         increments(label, noise, model, batch, noise_repeats, k) | {"mark": mark} for label, noise, k, mark in noises
     ]
     runs = [
-        whole_runs(f"Algorithm 6, rtol {rtol:g}, path kept", model, batch, repeats, rtol=rtol),
+        whole_runs(
+            f"Algorithm 6, rtol {rtol:g}, path kept", model, batch, repeats, rtol=rtol, solver=fastsde.ExtrapolatedEM()
+        ),
+        whole_runs(f"ExponentialPC, rtol {rtol:g}", model, batch, repeats, rtol=rtol),
+        whole_runs(
+            "ExponentialPC, eta 1, rtol 0.05", model, batch, repeats, solver=fastsde.ExponentialPC(eta=1.0), rtol=0.05
+        ),
         whole_runs(f"Euler-Maruyama, {steps} steps", model, batch, repeats, solver=fastsde.EulerMaruyama(steps=steps)),
     ]
     table(

@@ -285,7 +285,7 @@ REFUSED = {
     "euler with both": (
         model(),
         {"n": 3, "solver": EulerMaruyama(steps=3), "rtol": 0.1, "atol": 0.1},
-        "EulerMaruyama.* no rtol or atol; use ExtrapolatedEM",
+        "EulerMaruyama.* no rtol or atol; use ExponentialPC",
     ),
     "steps and controller": (
         model(),
