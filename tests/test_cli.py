@@ -311,3 +311,25 @@ def test_info_on_one_topic():
     assert "models" not in run("info", "solvers").output
     parts = json.loads(run("info", "models", "--json").output)
     assert set(parts) == {"versions", "models"}
+
+
+def test_a_budget_and_a_schedule(network, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastsde.cli.calibrate.pretrained", lambda name, device: loaded(network))
+    assert run("sample", "-n", 3, "--nfe", 6, "--out", tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [6, 6, 6]
+    file = tmp_path / "s.json"
+    result = run("calibrate", "--nfe", 7, "--pilot", 3, "--out", file)
+    assert result.exit_code == 0, result.output
+    assert "tapered" in result.output
+    assert run("sample", "-n", 3, "--schedule", file, "--out", tmp_path).exit_code == 0
+    assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [7, 7, 7]
+    for wrong in (["--nfe", 6, "--steps", 5], ["--nfe", 6, "--rtol", 0.1], ["--nfe", 6, "--schedule", file]):
+        result = run("sample", "-n", 3, *wrong, "--out", tmp_path)
+        assert result.exit_code == 1
+        assert "give either" in result.output
+
+
+def loaded(network):
+    model, sde = fastsde.pretrained("fashion-mnist")
+    model.network = network
+    return model, sde
