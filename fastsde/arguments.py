@@ -189,7 +189,13 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
     if step is not None:
         first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
         # The last two steps of a tapered grid are shorter, by 0.45 of a step in all.
-        return AdaptiveGrid(Grid.tapered(sde, max(3, round((last - first) / 2 / step + 0.45))), rtol, atol, sde)
+        steps = max(3, round((last - first) / 2 / step + 0.45))
+        if solver.keep_path and steps << AdaptiveGrid.depth > 1 / solver.resolution:
+            least = rtol * (steps * 2.0**AdaptiveGrid.depth * solver.resolution) ** 2
+            raise ValueError(
+                f"rtol must be at least {least:.1g} with noise, or steps fall below its path's; got {rtol}."
+            )
+        return AdaptiveGrid(Grid.tapered(sde, steps), rtol, atol, sde)
     if solver.log_snr_steps:
         # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
         return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)

@@ -162,6 +162,11 @@ def test_encoding_runs_the_same_flow_backwards(solver):
     assert float((code.samples - exact.samples).square().mean().sqrt()) < 1e-3
 
 
+def test_steps_below_the_resolution_of_the_path_are_refused():
+    with pytest.raises(ValueError, match=r"rtol must be at least .* with noise"):
+        fastsde.sample(mixture(VP), n=2, solver=ExponentialPC(eta=1.0), rtol=1e-7)
+
+
 def test_calls_are_one_a_step_and_one_to_start():
     r = fastsde.sample(mixture(VP), n=40, rtol=0.05, dtype=torch.float64)
     assert torch.equal(r.nfe, r.accepted + r.rejected + 1)
