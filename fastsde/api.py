@@ -15,6 +15,7 @@ from fastsde.arguments import (
     check_kind,
     check_tensor,
     evaluation_mode,
+    fewest_calls,
     resolve_cond,
     resolve_controller,
     resolve_device,
@@ -252,7 +253,7 @@ def run(
     solver.check(sde, controller.times if isinstance(controller, Grid) else None)
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
     seed = check_count("seed", seed, 0)
-    least = model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
+    least = fewest_calls(model, solver, denoise)
     steps = controller.steps if isinstance(controller, Grid) else 1
     enough = max(10_000, least + (steps - 1) * model.calls * solver.calls_per_step)
     max_nfe = enough if max_nfe is None else check_count("max_nfe", max_nfe, least)

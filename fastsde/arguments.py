@@ -204,13 +204,15 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
 
 def _affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> int:
     """The number of steps that `nfe` calls pay for, the first and the last call of a sample included."""
-    calls, per_step = model.calls, solver.calls_per_step
-    fixed = per_step * solver.warm_up + (denoise and not solver.keeps_x_0)
-    if nfe < calls * (fixed + per_step):
-        raise ValueError(
-            f"nfe must be at least {calls * (fixed + per_step)} for one step of {type(solver).__name__}; got {nfe}."
-        )
-    return (nfe // calls - fixed) // per_step
+    least = fewest_calls(model, solver, denoise)
+    if nfe < least:
+        raise ValueError(f"nfe must be at least {least} for one step of {type(solver).__name__}; got {nfe}.")
+    return 1 + (nfe - least) // (model.calls * solver.calls_per_step)
+
+
+def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
+    """Network calls of a sample that takes one step, the first and the last call included."""
+    return model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
 
 
 def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:

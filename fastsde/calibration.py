@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ def calibrate(
         pilot: number of pilot samples, at least 3.
         seed: of the pilot samples, which are none of those that `sample` draws by default.
         cache: a JSON file to keep the schedule in. If it is there and was made for these weights and settings, it is
-            returned without any call.
+            returned without any call; made for others, it is replaced.
 
     Raises:
         ValueError, TypeError: before the first network call, naming the argument.
@@ -152,11 +152,15 @@ def calibrate(
         "pilot": check_count("pilot", pilot, 3),
         "seed": check_count("seed", seed, 0),
         "sde": repr(process),
+        "shape": list(event),
+        "cond_sha256": _digest(cond or {}),
         "weights_sha256": fingerprint(model),
     }
     if cache is not None:
         if settings["weights_sha256"] is None:
             raise ValueError("cache= needs a network with weights to know it by; got a plain function.")
+        if not Path(cache).parent.is_dir():
+            raise ValueError(f"cache= must be a file in a folder that exists; got {cache}.")
         if Path(cache).exists():
             kept = Schedule.load(cache)
             if all(kept.record.get(key) == value for key, value in settings.items()):
@@ -171,8 +175,12 @@ def fingerprint(model: ScoreModel) -> str | None:
     """SHA-256 over names and values of the network's weights, in hexadecimal; None for a plain function."""
     if not isinstance(model.network, nn.Module):
         return None
+    return _digest(model.network.state_dict())
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, value in sorted(model.network.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,6 +1,5 @@
 """Budgets in calls, and the shape of a grid from a pilot."""
 
-import dataclasses
 import json
 
 import pytest
@@ -204,15 +203,35 @@ def test_a_failing_pilot_says_so():
         calibrate(ScoreModel(lambda x, t: x * torch.nan, VP, event_shape=(2,)), nfe=8)
 
 
-def test_guarded_models_stay_guarded():
-    """A model that overrides its call, as guidance does, is called through its own method."""
+def test_a_model_that_overrides_its_call_is_called_through_it():
+    """As guidance does, which also counts twice."""
 
-    @dataclasses.dataclass
-    class Halved(GaussianScore):
+    class Doubled(GaussianScore):
         calls = 2
 
         def __init__(self):
             super().__init__(VP, torch.zeros(3), torch.ones(3))
+            self.asked = 0
 
-    schedule = calibrate(Halved(), nfe=16)
+        def __call__(self, *arguments):
+            self.asked += len(arguments[0])
+            return super().__call__(*arguments)
+
+    model = Doubled()
+    schedule = calibrate(model, nfe=16)
     assert (schedule.nfe, schedule.steps) == (16, 7)
+    assert schedule.record["cost"] == 2 * model.asked
+
+
+def test_the_cache_knows_the_conditioning(tmp_path):
+    class Shifted(Counted):
+        def forward(self, x, t, shift):
+            return super().forward(x, t) + 0 * shift[:, None]
+
+    model = ScoreModel(Shifted(), VP, event_shape=(200,))
+    for k, shift in enumerate((0.0, 1.0)):
+        model.network.rows = 0
+        calibrate(model, nfe=8, cond={"shift": torch.full((6,), shift)}, cache=tmp_path / "c.json")
+        assert model.network.rows > 0, k
+    with pytest.raises(ValueError, match="folder that exists"):
+        calibrate(model, nfe=8, cond={"shift": torch.zeros(6)}, cache=tmp_path / "none" / "c.json")

@@ -62,7 +62,6 @@ class ExponentialPC(ExponentialAdams):
     convergence = "3 (eta = 0), weak 2 on Gaussian data"
     use = "the default: few calls, 8 to 30 for a whole sample; steps per sample from rtol, or a grid"
     tapered_steps = True
-    resolution = 2.0**-16
 
     order: int = 3
 
