@@ -4,6 +4,7 @@ from fastsde import score
 from fastsde.api import encode, sample
 from fastsde.calibration import Schedule, calibrate
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
+from fastsde.diffusers import from_diffusers, sample_pipeline
 from fastsde.integrate import integrate
 from fastsde.job import EngineState
 from fastsde.likelihood import Likelihood, log_likelihood
@@ -93,9 +94,11 @@ __all__ = [
     "UniPC",
     "calibrate",
     "encode",
+    "from_diffusers",
     "integrate",
     "log_likelihood",
     "pretrained",
     "sample",
+    "sample_pipeline",
     "score",
 ]

@@ -41,7 +41,8 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
         model = ScoreModel(score_fn, sde)
     if isinstance(model.network, nn.Module):
         for name, parameter in model.network.named_parameters():
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+            held = parameter.is_floating_point() and not parameter.is_meta  # offloaded weights are elsewhere
+            if held and not torch.isfinite(parameter).all():
                 raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
     return model
 
@@ -113,12 +114,9 @@ def resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dty
 
 def resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
     """The device of the run: the one given, that of the start states, or that of the network."""
-    parameter = model.parameter
     if device is not None:
         return usable_device(device)
-    if x_init is not None:
-        return x_init.device
-    return torch.device("cpu") if parameter is None else parameter.device
+    return model.device if x_init is None else x_init.device
 
 
 def usable_device(device: torch.device | str) -> torch.device:
@@ -223,14 +221,20 @@ def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
 
 
 def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
-    """The conditioning on the right device; the model's default repeated n times for what the caller left out."""
+    """The conditioning on the right device; the model's default repeated n times for what the caller left out.
+
+    Raises:
+        TypeError, ValueError: if it is no dict of tensors with leading axis n, or not what the network takes.
+    """
     check_kind("cond", cond, Mapping, "a dict of tensors")
     default = {k: v.expand(n, *v.shape) for k, v in (model.default_cond or {}).items()}
     for key, value in (cond or {}).items():
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"cond[{key!r}] must be a tensor with leading axis n={n}; got {came}.")
-    return {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
+    full = {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
+    model.check_cond(full)
+    return full
 
 
 def check_kind(name: str, value: object, kind: type, what: str) -> None:

@@ -16,7 +16,7 @@ from fastsde.api import sample
 from fastsde.arguments import as_model, check_count
 from fastsde.control import Grid
 from fastsde.result import SampleResult
-from fastsde.score.base import Prediction, ScoreModel
+from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC
 from fastsde.types import Cond, ScoreFn, State, Time
@@ -186,12 +186,12 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-class _Watched(ScoreModel):
+class _Watched(Wrapper):
     """The same model, keeping every prediction of the denoised sample."""
 
     def __init__(self, model: ScoreModel) -> None:
-        self.__dict__.update(model.__dict__)
-        self.model, self.calls, self.seen = model, model.calls, list[State]()
+        super().__init__(model)
+        self.seen = list[State]()
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
         prediction = self.model(x_t, t, cond)

@@ -29,6 +29,7 @@ LEVELS = {
     "likelihood": 8,
     "pretrained": 8,
     "training": 9,
+    "diffusers": 9,
     "cli": 10,
 }
 """A module imports from lower levels or from its own part. `import fastsde` counts as `api`."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from fastsde.batching import expand_like
 from fastsde.sde.base import SDE
-from fastsde.types import Coef, Cond, Mask, ScoreFn, State, Time
+from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
 # x_0 = a x_t + b out and eps = c x_t + d out, as functions of (alpha, sigma).
 _READ: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any, Any, Any]]] = {
@@ -102,7 +102,7 @@ class ScoreModel:
     """
 
     calls = 1
-    """Network calls per evaluation and row; guidance that doubles the batch says 2."""
+    """The most network calls that an evaluation costs a row; guidance that doubles the batch says 2."""
     role = "the score function"
     """What the network is called in messages."""
 
@@ -140,6 +140,27 @@ class ScoreModel:
             return None
         return next((p for p in self.network.parameters() if p.is_floating_point()), None)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network computes: the device of its parameters, or the CPU."""
+        parameter = self.parameter
+        return torch.device("cpu") if parameter is None else parameter.device
+
+    def cost(self, t: Time, cond: Cond) -> Index:
+        """Network calls that an evaluation costs each row, at most `calls`, with shape (B,)."""
+        return torch.full(t.shape, self.calls, dtype=torch.int64, device=t.device)
+
+    def check_cond(self, cond: Cond) -> None:
+        """Refuses, with a ValueError, conditioning that the network cannot take; a plain network takes any.
+
+        Args:
+            cond: as for a call, defaults included, for all samples.
+        """
+
+    def call(self, x: State, time: Tensor, cond: Cond) -> object:
+        """Calls the network on inputs in its own dtype: the one place that knows its signature."""
+        return self.network(x, time, **cond)
+
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         """What the network itself returns; arguments and errors as for a call."""
         parameter = self.parameter
@@ -147,7 +168,7 @@ class ScoreModel:
         time = t if self.timestep is None else self.timestep(t)
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
-        out = self.network(x_t.to(dtype, copy=True), time, **{key: v.clone() for key, v in (cond or {}).items()})
+        out = self.call(x_t.to(dtype, copy=True), time, {key: v.clone() for key, v in (cond or {}).items()})
         return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t, self.role).to(
             x_t.dtype
         )
@@ -165,6 +186,51 @@ class ScoreModel:
             TypeError: if it returns no floating-point tensor.
         """
         return Prediction(self.prediction, self.output(x_t, t, cond), x_t, self.sde.alpha(t), self.sde.sigma(t))
+
+
+class Wrapper(ScoreModel):
+    """A score model made from another, which changes its prediction or takes part of the conditioning for itself.
+
+    Args:
+        model: the score model inside.
+        prediction: what `output` returns; that of the model inside by default.
+        default_cond: defaults of the conditioning that the wrapper takes, beside those of the model inside.
+
+    Raises:
+        TypeError: if `model` is no score model.
+    """
+
+    own_cond: tuple[str, ...] = ()
+    """Keys of the conditioning that the model inside does not see."""
+
+    def __init__(
+        self, model: ScoreModel, prediction: str | None = None, *, default_cond: dict[str, Tensor] | None = None
+    ) -> None:
+        if not isinstance(model, ScoreModel):
+            raise TypeError(f"model must be a fastsde.ScoreModel; got {type(model).__name__}.")
+        super().__init__(
+            model.network,
+            model.sde,
+            prediction or model.prediction,
+            event_shape=model.event_shape,
+            data_range=model.data_range,
+            default_cond={**(model.default_cond or {}), **(default_cond or {})} or None,
+        )
+        self.model, self.calls = model, model.calls
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
+        """The conditioning without the wrapper's own keys."""
+        return {key: value for key, value in (cond or {}).items() if key not in self.own_cond}
+
+    def cost(self, t: Time, cond: Cond) -> Index:
+        return self.model.cost(t, self.inner_cond(cond))
+
+    def check_cond(self, cond: Cond) -> None:
+        self.model.check_cond(self.inner_cond(cond))
 
 
 def _check_output(out: object, x_t: Tensor, role: str) -> Tensor:
@@ -196,10 +262,10 @@ class BoundModel:
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""
-        self.nfe += self.model.calls * self.active
+        self.nfe += self.model.cost(t, self.cond) * self.active
         return self.model(x_t, t, self.cond)
 
     def output(self, x_t: State, t: Time) -> State:
         """What the network itself returns for every row, adding the calls it cost to `nfe`."""
-        self.nfe += self.model.calls * self.active
+        self.nfe += self.model.cost(t, self.cond) * self.active
         return self.model.output(x_t, t, self.cond)

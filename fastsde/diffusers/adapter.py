@@ -1,0 +1,157 @@
+"""`from_diffusers`: any pretrained diffusers model as a score model and its process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_text, text_cond
+from fastsde.diffusers.latents import autoencoder, pixels_per_latent
+from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, config_of
+from fastsde.diffusers.schedules import Config, read_schedule
+from fastsde.score.base import ScoreModel
+from fastsde.score.guidance import ClassifierFreeGuidance, Clipped
+from fastsde.sde.base import SDE
+
+
+def from_diffusers(
+    pipe_or_model: Any,
+    scheduler: Any = None,
+    *,
+    guidance_scale: float | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    clip: bool | None = None,
+    event_shape: tuple[int, ...] | None = None,
+    data_range: tuple[float, float] | None = None,
+    allow_distilled: bool = False,
+    **loading: Any,
+) -> tuple[ScoreModel, SDE]:
+    r"""Any pretrained diffusers model as a score model and its process.
+
+        r = fastsde.sample(*fastsde.from_diffusers("google/ddpm-cifar10-32"), n=64, rtol=0.05)
+
+    Read from configurations, never from a scheduler's class: the noise levels (`alphas_cumprod`), the network's time,
+    what it predicts, whether predictions are clipped. Knows UNet2DModel (class labels and the score_sde networks, whose
+    time is sigma, included), UNet2DConditionModel, DiT, PixArt, SD3 and Flux transformers and their pipelines, and
+    callables with such a signature. Text pipelines come with the empty prompt as default conditioning; for prompts use
+    `sample_pipeline`. Samples of latent models are latents: `fastsde.diffusers.decode_latents(pipe.vae, r.samples)`.
+
+    Args:
+        pipe_or_model: a pipeline, a network, a callable `network(x, timestep, **cond)`, or where to load one from: a
+            folder, a name on the hub, a `.safetensors` file (see `fastsde.diffusers.load`).
+        scheduler: a scheduler or its configuration; a pipeline brings its own.
+        guidance_scale: classifier-free guidance with this scale, two calls for one; none by default or up to 1. For
+            networks that embed the scale (Flux), one call; 3.5 by default.
+        guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
+        guidance_interval: as `interval` of `ClassifierFreeGuidance`.
+        clip: whether denoised predictions are clipped as the configuration says (`clip_sample`, `thresholding`); by
+            default where it says so, but never for latents. Clipping makes the score rough; see `Clipped`.
+        event_shape: (C, H, W) of the state; from the configuration by default. Flux and plain callables need it, or
+            `shape=` in `sample`.
+        data_range: (low, high) of the data, which sets the default atol; [0, 1] for the score_sde networks, two
+            standard deviations for latents, else [-1, 1].
+        allow_distilled: do not refuse checkpoints that look distilled.
+        loading: arguments of `fastsde.diffusers.load`.
+
+    Returns:
+        The score model and its process, as `sample` takes them.
+
+    Raises:
+        ValueError: for models that cannot work, with the reason: distilled ones (LCM, turbo, schnell), epsilon with
+            zero terminal SNR, networks that need an image beside the state, integer timesteps.
+        TypeError: if it is neither a model nor where to find one, or there is no scheduler.
+        FileNotFoundError: if there is nothing to load.
+    """
+    if isinstance(pipe_or_model, (str, Path)):
+        from fastsde.diffusers.loading import load
+
+        pipe_or_model, scheduler = load(pipe_or_model, scheduler, **loading)
+    elif loading:
+        raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
+    pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
+    network = pipe_or_model if pipe is None else network_of(pipe)
+    if not callable(network):
+        raise TypeError(f"pipe_or_model must be a pipeline, a network or a path; got {type(pipe_or_model).__name__}.")
+    if scheduler is None and pipe is not None:
+        scheduler = pipe.scheduler
+    reading = read_schedule(scheduler_config(scheduler))
+    latent = pipe is not None and autoencoder(pipe) is not None
+    model: ScoreModel = DiffusersModel(
+        network,
+        reading,
+        event_shape=event_shape or (None if pipe is None else latent_shape(pipe)),
+        data_range=data_range or (LATENT_RANGE if latent else None),
+        allow_distilled=allow_distilled,
+    )
+    if pipe is not None and hasattr(pipe, "_execution_device"):
+        model.device = pipe._execution_device  # type: ignore[misc]
+    scale = 1.0 if guidance_scale is None else float(guidance_scale)
+    model.default_cond = _defaults(pipe, model, guided=scale > 1, scale=guidance_scale)
+    if scale > 1 and not (pipe is not None and embedded_guidance(pipe)):
+        cond = model.default_cond or {}
+        null = {k: v for k, v in cond.items() if k not in _SHARED}
+        model = ClassifierFreeGuidance(
+            model, scale, negative=null, rescale=guidance_rescale, interval=guidance_interval
+        )
+    if reading.limit is not None and (not latent if clip is None else clip):
+        model = Clipped(model, reading.limit, ratio=reading.ratio)
+    return model, reading.sde
+
+
+_SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")
+"""Conditioning that says nothing of the content: the same in both halves of guidance."""
+
+
+def scheduler_config(scheduler: Any) -> Config:
+    """The configuration of a scheduler, or the one given.
+
+    Raises:
+        TypeError: if it is neither.
+    """
+    if isinstance(scheduler, Mapping):
+        return scheduler
+    config = config_of(scheduler)
+    if not config:
+        raise TypeError(f"scheduler must be a diffusers scheduler or its configuration; got {scheduler!r}.")
+    return config
+
+
+def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
+    """(C, H, W) of the state of a pipeline, for images of the given size in pixels, by default its own.
+
+    Raises:
+        ValueError: if the size does not fit the network.
+    """
+    network, vae = network_of(pipe), autoencoder(pipe)
+    config, factor = config_of(network), 1 if vae is None else pixels_per_latent(vae)
+    packed = config.get("axes_dims_rope") is not None
+    size = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    if size is None and (height is None or width is None):
+        raise ValueError(f"{type(pipe).__name__} has no default size; give height= and width=.")
+    own = (size, size) if isinstance(size, int) else tuple(size or ())
+    pixels = (height or own[0] * factor, width or own[1] * factor)
+    if config.get("norm_type") == "ada_norm_zero" and pixels != tuple(k * factor for k in own):
+        raise ValueError(f"this network has one size, {own[0] * factor} x {own[1] * factor}; got {pixels}.")
+    step = factor * (2 if packed else config.get("patch_size") or 1)
+    if pixels[0] % step or pixels[1] % step:
+        raise ValueError(f"height and width must be multiples of {step}; got {pixels[0]} x {pixels[1]}.")
+    channels = config["in_channels"] // (4 if packed else 1)
+    return (channels, pixels[0] // factor, pixels[1] // factor)
+
+
+def _defaults(pipe: Any, model: ScoreModel, *, guided: bool, scale: float | None) -> dict[str, Tensor] | None:
+    """Conditioning of one row for callers that give none: the null label, or the empty prompt."""
+    cond = dict(model.default_cond or {})
+    if pipe is not None and takes_text(pipe):
+        c_h_w = model.event_shape or latent_shape(pipe)
+        factor = 1 if autoencoder(pipe) is None else pixels_per_latent(autoencoder(pipe))
+        encoded = text_cond(pipe, [""], None, (c_h_w[1] * factor, c_h_w[2] * factor))
+        cond |= {key: value[0] for key, value in encoded.items()}
+    if pipe is not None and embedded_guidance(pipe):
+        cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale))
+    return cond or None

@@ -1,0 +1,276 @@
+"""diffusers' networks as score models: one adapter for every family, which reads signature and configuration."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.batching import expand_like
+from fastsde.diffusers.schedules import Config, Reading
+from fastsde.score.base import ScoreModel
+from fastsde.types import Cond, State, Time
+
+_ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
+"""Conditioning that travels to the network inside `added_cond_kwargs`."""
+_ALWAYS = ("encoder_hidden_states", "pooled_projections")
+"""Arguments that text networks need even where their signature gives them a default of None."""
+_DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a-z])dmd|distill", re.IGNORECASE)
+LATENT_RANGE = (-2.0, 2.0)
+"""Two standard deviations of scaled latents, whose variance is about 1; images in [-1, 1] have about 0.5."""
+
+
+class DiffusersModel(ScoreModel):
+    r"""A diffusers network, or any callable with such a signature, read under a scheduler's configuration.
+
+    The network is called as `network(x, timestep, **cond)`, with x first, the rest by name and the time, a float32
+    vector with shape (B,), never rounded to a level. Conditioning has the network's own names: `class_labels`,
+    `encoder_hidden_states`, `encoder_attention_mask`, `pooled_projections`, `guidance`; `text_embeds` and `time_ids`
+    (SDXL), `resolution` and `aspect_ratio` (PixArt) go into its `added_cond_kwargs`. A learned variance, the second
+    half of twice the channels, is dropped. Flux gets its latents packed into tokens; states here are always
+    (B, C, H, W). With EDM's preconditioning, F the network and s = sigma_data,
+
+        x_0 = c_skip x + c_out F(c_in x, log(sigma) / 4),    c_skip = s^2 / (sigma^2 + s^2),
+        c_in = (sigma^2 + s^2)^(-1/2),    c_out = c_in sigma s, or its negative for v
+
+    (Karras et al., https://arxiv.org/abs/2206.00364, table 1).
+
+    Args:
+        network: the network.
+        reading: its process, time and prediction, from `read_schedule`.
+        event_shape: (C, H, W); from the network's configuration by default, where it says.
+        data_range: as for `ScoreModel`.
+        default_cond: as for `ScoreModel`.
+        allow_distilled: do not refuse checkpoints that look distilled.
+
+    Raises:
+        ValueError: for networks and pairs of network and schedule that cannot work, with the reason.
+    """
+
+    def __init__(
+        self,
+        network: Callable[..., Any],
+        reading: Reading,
+        *,
+        event_shape: tuple[int, ...] | None = None,
+        data_range: tuple[float, float] | None = None,
+        default_cond: dict[str, Tensor] | None = None,
+        allow_distilled: bool = False,
+    ) -> None:
+        config = config_of(network)
+        self.arguments = _arguments(network)
+        self.packed = "img_ids" in self.arguments
+        # Text UNets of that name have no logarithm of the time and do not divide by it.
+        fourier = config.get("time_embedding_type") == "fourier" and "encoder_hidden_states" not in self.arguments
+        _check_pair(network, config, reading, self.arguments, fourier=fourier)
+        if not allow_distilled:
+            _check_distilled(config, reading, self.arguments)
+        super().__init__(
+            network,
+            reading.sde,
+            reading.prediction if reading.sigma_data is None else "sample",
+            event_shape=event_shape or _event_shape(config, packed=self.packed),
+            data_range=data_range or ((0.0, 1.0) if fourier or config.get("center_input_sample") else (-1.0, 1.0)),
+            # Flux scales its time itself.
+            timestep=(lambda t: reading.timestep(t) / reading.levels) if self.packed else reading.timestep,
+            default_cond=default_cond or _null_label(config, self.arguments),
+        )
+        self.reading = reading
+        self.required = _required(config, self.arguments)
+        self.classes = _classes(config, self.arguments)
+        self._device: torch.device | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return (offloaded_to(self.network) or super().device) if self._device is None else self._device
+
+    @device.setter
+    def device(self, device: torch.device) -> None:
+        self._device = device
+
+    def check_cond(self, cond: Cond) -> None:
+        missing = [key for key in self.required if key not in cond]
+        if missing:
+            raise ValueError(f"the network needs {', '.join(missing)} in cond; got {sorted(cond) or 'nothing'}.")
+        known = self.arguments.keys() | (set(_ADDED) if "added_cond_kwargs" in self.arguments else set())
+        unknown = [key for key in cond if key not in known]
+        if unknown and not self._takes_any:
+            raise ValueError(f"the network takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+        labels = cond.get("class_labels")
+        if labels is None or self.classes is None:
+            return
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(
+                f"class_labels must be integers with shape (n,); got {tuple(labels.shape)}, {labels.dtype}."
+            )
+        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
+            raise ValueError(
+                f"class_labels must be from 0 to {self.classes - 1}; got {int(labels.min())} .. {int(labels.max())}."
+            )
+
+    @property
+    def _takes_any(self) -> bool:
+        return any(p.kind is p.VAR_KEYWORD for p in self.arguments.values())
+
+    def call(self, x: State, time: Tensor, cond: Cond) -> object:
+        given: dict[str, Any] = {}
+        added: dict[str, Tensor] = {}
+        for key, value in cond.items():
+            inside = key in _ADDED and "added_cond_kwargs" in self.arguments
+            # Embeddings in the network's dtype; numbers per row, such as Flux's guidance, keep their digits.
+            cast = value.is_floating_point() and value.ndim > 1
+            (added if inside else given)[key] = value.to(x.dtype) if cast else value
+        if added:
+            given["added_cond_kwargs"] = added
+        if self.packed:
+            return self._call_packed(x, time, given)
+        by_name = "timestep" in self.arguments
+        out = self.network(x, timestep=time, **given) if by_name else self.network(x, time, **given)
+        out = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        if isinstance(out, Tensor) and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+            return out[:, : x.shape[1]]
+        return out
+
+    def _call_packed(self, x: State, time: Tensor, given: dict[str, Any]) -> object:
+        """Tokens of 2 x 2 latents in, tokens out; positions are (0, row, column) for latents and 0 for text."""
+        b, c, height, width = x.shape
+        h, w = height // 2, width // 2
+        tokens = x.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c)
+        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
+        text = ids.new_zeros(given["encoder_hidden_states"].shape[1], 3)
+        out = self.network(tokens, timestep=time, img_ids=ids, txt_ids=text, **given)
+        out = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        if not isinstance(out, Tensor) or out.shape != tokens.shape:
+            return out
+        return out.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        s = self.reading.sigma_data
+        if s is None:
+            return super().output(x_t, t, cond)
+        sigma = self.sde.sigma(t)
+        c_in, c_skip = (sigma**2 + s**2) ** -0.5, s**2 / (sigma**2 + s**2)
+        c_out = c_in * sigma * (-s if self.reading.prediction == "v_prediction" else s)
+        out = super().output(expand_like(c_in, x_t) * x_t, t, cond)
+        return expand_like(c_skip, x_t) * x_t + expand_like(c_out, x_t) * out
+
+
+def config_of(thing: object) -> Config:
+    """The configuration of a diffusers object, with its class name, or nothing for other callables."""
+    config = getattr(thing, "config", None)
+    if not isinstance(config, Mapping):
+        return {}
+    return {"_class_name": type(thing).__name__, **config}
+
+
+def offloaded_to(module: object) -> torch.device | None:
+    """Where accelerate's hook lets a module compute, which with offloading is not where its weights are."""
+    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return None if place is None else torch.device(place)
+
+
+def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The arguments of the network after its first, x."""
+    function = network.forward if isinstance(network, nn.Module) else network
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) < 2:
+        raise ValueError(f"the network must take x and a time, network(x, timestep, ...); it takes {parameters}.")
+    rest = {p.name: p for p in parameters[1:]}
+    if "timestep" not in rest:
+        rest.pop(parameters[1].name)  # a time by another name, given by position
+    return rest
+
+
+def _required(config: Config, arguments: Mapping[str, inspect.Parameter]) -> list[str]:
+    """Names without which the network cannot be called."""
+    named = [p for p in arguments.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    required = [p.name for p in named if p.default is p.empty and p.name not in ("timestep", "img_ids", "txt_ids")]
+    required += [name for name in _ALWAYS if name in arguments and name not in required and config]
+    if "class_labels" in arguments and _classes(config, arguments) is not None:
+        required.append("class_labels")
+    if config.get("addition_embed_type") == "text_time":
+        required += ["text_embeds", "time_ids"]
+    if takes_resolution(config):
+        required += ["resolution", "aspect_ratio"]
+    if config.get("guidance_embeds"):
+        required.append("guidance")
+    return required
+
+
+def takes_resolution(config: Config) -> bool:
+    """Whether a PixArt transformer is told the resolution; where its configuration is silent, its size says it."""
+    said = config.get("use_additional_conditions")
+    return bool(said) or (
+        said is None and config.get("norm_type") == "ada_norm_single" and config["sample_size"] == 128
+    )
+
+
+def _classes(config: Config, arguments: Mapping[str, inspect.Parameter]) -> int | None:
+    """How many labels there are, the "no label" one of DiT included; None where labels are something else."""
+    if config.get("num_class_embeds") and config.get("class_embed_type") is None:
+        return int(config["num_class_embeds"])
+    if _is_dit(config, arguments):
+        return int(config["num_embeds_ada_norm"]) + 1
+    return None
+
+
+def _is_dit(config: Config, arguments: Mapping[str, inspect.Parameter]) -> bool:
+    return "class_labels" in arguments and config.get("norm_type") == "ada_norm_zero"
+
+
+def _null_label(config: Config, arguments: Mapping[str, inspect.Parameter]) -> dict[str, Tensor] | None:
+    """DiT was trained with a label for "none", its last; other networks say nothing of the kind."""
+    return {"class_labels": torch.tensor(config["num_embeds_ada_norm"])} if _is_dit(config, arguments) else None
+
+
+def _event_shape(config: Config, *, packed: bool) -> tuple[int, ...] | None:
+    size, channels = config.get("sample_size"), config.get("in_channels")
+    if size is None or channels is None or packed:
+        return None
+    height, width = (size, size) if isinstance(size, int) else size
+    return (int(channels), int(height), int(width))
+
+
+def _check_pair(
+    network: object, config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter], *, fourier: bool
+) -> None:
+    """Refuses networks, and pairs of network and schedule, that cannot work."""
+    name, flow = type(network).__name__, reading.prediction == "flow_prediction"
+    c_in, c_out = config.get("in_channels"), config.get("out_channels")
+    if c_in is not None and c_out is not None and c_out not in (c_in, 2 * c_in):
+        raise ValueError(
+            f"{name} takes {c_in} channels and returns {c_out}: it wants an image beside the state (inpainting, "
+            "editing, upscaling), which is not given here. Use the model without it; fastsde.score has inpainting."
+        )
+    if (reading.prediction == "score") != fourier and config:
+        raise ValueError(
+            f"{name} has time_embedding_type={config.get('time_embedding_type')!r} and the schedule is {reading.sde}: "
+            "networks whose time is sigma ('fourier') and variance exploding schedules belong together."
+        )
+    if config.get("time_embedding_type") == "learned":
+        raise ValueError(f"{name} knows integer timesteps only (time_embedding_type='learned'), not the times between.")
+    if "pooled_projections" in arguments and not flow:
+        raise ValueError(f"{name} is a flow-matching network, but the schedule predicts {reading.prediction!r}.")
+
+
+def _check_distilled(config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter]) -> None:
+    path = str(config.get("_name_or_path", ""))
+    # Of a local path, the last parts: a folder further up may be called anything.
+    tail = "/".join(path.replace("\\", "/").split("/")[-3:])
+    reason = None
+    if _DISTILLED.search(tail):
+        reason = f"its name is {tail!r}"
+    elif config.get("time_cond_proj_dim") is not None:
+        reason = "it embeds a guidance scale into its time (time_cond_proj_dim), as LCMs do"
+    elif "img_ids" in arguments and config.get("guidance_embeds") is False and reading.unshifted:
+        reason = "a Flux transformer without guidance_embeds under a schedule without shift is FLUX.1-schnell"
+    if reason is not None:
+        raise ValueError(
+            f"this checkpoint looks distilled for a few steps ({reason}); its output is no score, and no SDE or ODE "
+            "leads through it. If it is not, give allow_distilled=True."
+        )

@@ -1,0 +1,302 @@
+"""`sample_pipeline`: the whole job of a pipeline, prompts to images, with our engine in the place of its loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fastsde import api
+from fastsde.arguments import check_count
+from fastsde.control import Controller
+from fastsde.diffusers.adapter import from_diffusers, latent_shape, scheduler_config
+from fastsde.diffusers.conditions import (
+    Prompt,
+    call_default,
+    embedded_guidance,
+    network_of,
+    takes_text,
+    text_cond,
+)
+from fastsde.diffusers.latents import autoencoder, decode_latents, pixels_per_latent
+from fastsde.diffusers.schedules import read_schedule
+from fastsde.job import EngineState
+from fastsde.result import SampleResult, SamplingError
+from fastsde.score.base import ScoreModel
+from fastsde.score.guidance import NEGATIVE
+from fastsde.solvers import Solver
+
+_OUTPUTS = ("pil", "np", "pt", "latent")
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineResult:
+    """Images and what each of them cost.
+
+    Attributes:
+        images: in the order of the prompts: a list of PIL images ("pil", None for a sample that failed), an array with
+            shape (n, H, W, C) in [0, 1] ("np"), a tensor with shape (n, C, H, W) in [0, 1] ("pt"), or the state itself
+            ("latent").
+        result: the `SampleResult`: states, calls, steps, status of each.
+    """
+
+    images: Any
+    result: SampleResult
+
+
+def sample_pipeline(
+    pipe: Any,
+    prompt: Prompt | None = None,
+    *,
+    negative_prompt: Prompt | None = None,
+    class_labels: int | Sequence[int] | Tensor | None = None,
+    n: int | None = None,
+    num_images_per_prompt: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    nfe: int | None = None,
+    solver: Solver | None = None,
+    controller: Controller | None = None,
+    generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
+    index: Sequence[int] | Tensor | None = None,
+    latents: Tensor | None = None,
+    batch_size: int | None = None,
+    decode_batch_size: int = 8,
+    output_type: str = "pil",
+    dtype: torch.dtype = torch.float32,
+    wrap: Callable[[ScoreModel], ScoreModel] | None = None,
+    progress: bool = True,
+    callback: Callable[[EngineState], None] | None = None,
+    allow_distilled: bool = False,
+    **encode: Any,
+) -> PipelineResult:
+    r"""Draws images with a diffusers pipeline: its text encoders, network and autoencoder, our solvers.
+
+        r = fastsde.sample_pipeline(pipe, prompt="a lighthouse in fog", rtol=0.05, generator=0)
+        r.images, r.result.nfe
+
+    Prompts and labels travel with their sample: each takes the steps it needs, and those that are done leave the batch.
+
+    Args:
+        pipe: a text-to-image pipeline (Stable Diffusion, SDXL, SD3, Flux, PixArt), a class-conditional (DiT) or an
+            unconditional one.
+        prompt: one, or a list.
+        negative_prompt: one for all, or as many as prompts; the empty prompt by default.
+        class_labels: one, or a list of classes.
+        n: number of images, where neither prompts nor labels say; they are repeated to it if there is one of them.
+        num_images_per_prompt: images for each prompt or label, one after the other.
+        height: of the images, in pixels; the pipeline's own by default.
+        width: likewise.
+        guidance_scale: classifier-free guidance, two calls for one if above 1; the pipeline's default. One, or one for
+            each image. For Flux the scale its network embeds, at one call.
+        guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
+        guidance_interval: as `interval` of `ClassifierFreeGuidance`.
+        rtol: as for `sample`, like atol, nfe, solver, controller, index, batch_size, dtype, progress and callback. NFE
+            counts both halves of guidance.
+        generator: a seed, 0 by default; a `torch.Generator`, which is asked for one; or a list of generators, one for
+            each image, which then depends on its own alone.
+        latents: start states with shape (n, C, h, w), of variance 1, rather than draws.
+        decode_batch_size: latents decoded at a time.
+        output_type: "pil", "np", "pt" or "latent".
+        wrap: makes another score model of the one used, for inverse problems: `lambda m: MMPS(m, Mask(mask), 0.05, y)`.
+        allow_distilled: do not refuse checkpoints that look distilled.
+        encode: arguments of the pipeline's own `encode_prompt`: `prompt_2`, `clip_skip`, `prompt_embeds`, ..
+
+    Returns:
+        A `PipelineResult`. Images of samples that failed are None or NaN; `.result.status` says how each one ended.
+
+    Raises:
+        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
+        SamplingError: if the network or the autoencoder fails after samples were finished; they are in `.result`.
+    """
+    if output_type not in _OUTPUTS:
+        raise ValueError(f"output_type must be one of {', '.join(_OUTPUTS)}; got {output_type!r}.")
+    check_count("decode_batch_size", decode_batch_size, 1)
+    shape = latent_shape(pipe, height, width)
+    job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
+    scales = _scales(pipe, guidance_scale, job.n)
+    embedded, guided = embedded_guidance(pipe), bool((scales > 1).any())
+    reading = read_schedule(scheduler_config(pipe.scheduler))
+    model, _ = from_diffusers(
+        pipe,
+        guidance_scale=float(scales.max()),
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
+        event_shape=shape,
+        allow_distilled=allow_distilled,
+    )
+    cond = job.cond(shape, guided=guided and not embedded)
+    if guided or embedded:
+        cond["guidance" if embedded else "guidance_scale"] = scales
+    seed, numbers = _streams(generator, index, job.n)
+    result = api.sample(
+        model if wrap is None else wrap(model),
+        rtol=rtol,
+        atol=atol,
+        nfe=nfe,
+        solver=solver,
+        controller=controller,
+        shape=(job.n, *shape),
+        seed=seed,
+        index=numbers,
+        batch_size=batch_size,
+        cond=cond,
+        x_init=None if latents is None else latents.to(model.device, dtype) * reading.start_std,
+        dtype=dtype,
+        device=model.device,
+        progress=progress,
+        callback=callback,
+    )
+    try:
+        images = finish(pipe, result.samples, output_type, model.data_range, decode_batch_size)
+    except Exception as error:
+        raise SamplingError(
+            f"decoding failed ({type(error).__name__}: {error}); the {job.n} samples are in .result of this exception, "
+            "for fastsde.diffusers.decode_latents.",
+            result,
+        ) from error
+    finally:
+        if hasattr(pipe, "maybe_free_model_hooks"):
+            pipe.maybe_free_model_hooks()
+    return PipelineResult(images, result)
+
+
+class _Request:
+    """What is to be drawn: n prompts or labels, in order."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        prompt: Prompt | None,
+        negative: Prompt | None,
+        labels: int | Sequence[int] | Tensor | None,
+        n: int | None,
+        each: int,
+        index: Sequence[int] | Tensor | None,
+        latents: Tensor | None,
+        encode: dict[str, Any],
+    ) -> None:
+        self.pipe, self.encode = pipe, encode
+        each = check_count("num_images_per_prompt", each, 1)
+        text = takes_text(pipe)
+        embeds = encode.get("prompt_embeds")
+        if (prompt is not None or negative is not None or encode) and not text:
+            raise TypeError(f"{type(pipe).__name__} takes no prompts ({', '.join(['prompt', *encode])}).")
+        if labels is not None and "class_labels" not in _names(pipe):
+            raise TypeError(f"{type(pipe).__name__} takes no class_labels.")
+        if text and prompt is None and embeds is None:
+            raise ValueError("prompt must be a string or a list of strings, or give prompt_embeds=; got None.")
+        prompts = _strings("prompt", prompt)
+        rows = len(prompts) if prompts else len(embeds) if embeds is not None else None
+        if labels is not None:
+            labels = torch.as_tensor(labels).reshape(-1)
+            rows = len(labels)
+        if rows is None:
+            rows = next((len(k) for k in (index, latents) if k is not None), 1) if n is None else check_count("n", n, 1)
+        elif n is not None and rows == 1:
+            each = check_count("n", n, 1)
+        elif n is not None and n != rows * each:
+            raise ValueError(f"n must be left out or be prompts times images of each, {rows * each}; got {n}.")
+        for name, given in (("index", index), ("latents", latents)):
+            if given is not None and len(given) != rows * each:
+                raise ValueError(f"{name} must have one entry for each of {rows * each} images; got {len(given)}.")
+        negatives = _strings("negative_prompt", negative)
+        if negatives is not None and len(negatives) not in (1, rows):
+            raise ValueError(f"negative_prompt must be one or {rows}, one for each prompt; got {len(negatives)}.")
+        self.rows, self.each, self.n = rows, each, rows * each
+        self.prompts, self.labels = prompts, labels
+        self.negatives = [""] * rows if negatives is None else negatives * (rows if len(negatives) == 1 else 1)
+
+    def cond(self, shape: tuple[int, int, int], *, guided: bool) -> dict[str, Tensor]:
+        """The conditioning, each tensor with leading axis n."""
+        cond: dict[str, Tensor] = {}
+        if self.labels is not None:
+            cond = {"class_labels": self.labels}
+        elif takes_text(self.pipe):
+            vae = autoencoder(self.pipe)
+            factor = 1 if vae is None else pixels_per_latent(vae)
+            size = (shape[1] * factor, shape[2] * factor)
+            cond = text_cond(self.pipe, self.prompts, self.negatives if guided else None, size, **self.encode)
+            if guided and not any(key.startswith(NEGATIVE) for key in cond):
+                raise ValueError("guidance needs negative_prompt_embeds= beside prompt_embeds=, or prompts.")
+        return {key: value.repeat_interleave(self.each, 0) for key, value in cond.items()}
+
+
+def _names(pipe: Any) -> set[str]:
+    return set(inspect.signature(network_of(pipe).forward).parameters)
+
+
+def _strings(name: str, value: Prompt | None) -> list[str] | None:
+    if value is None:
+        return None
+    values = [value] if isinstance(value, str) else list(value)
+    if not values or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{name} must be a string or a list of strings; got {value!r}.")
+    return values
+
+
+def _scales(pipe: Any, given: float | Sequence[float] | None, n: int) -> Tensor:
+    """The guidance scale of each image, with shape (n,)."""
+    default = call_default(pipe, "guidance_scale")
+    if given is None:
+        given = 1.0 if default is None else default
+    scales = torch.as_tensor(given, dtype=torch.float32)
+    if scales.ndim == 0:
+        scales = scales.expand(n)
+    if scales.shape != (n,) or not torch.isfinite(scales).all():
+        raise ValueError(f"guidance_scale must be one finite number, or one for each of {n} images; got {given!r}.")
+    return scales
+
+
+def _streams(
+    generator: int | torch.Generator | Sequence[torch.Generator] | None,
+    index: Sequence[int] | Tensor | None,
+    n: int,
+) -> tuple[int, Sequence[int] | Tensor | None]:
+    """The seed and the sample numbers that generators stand for."""
+    if generator is None or isinstance(generator, (int, np.integer)):
+        return int(generator or 0), index
+    if isinstance(generator, torch.Generator):
+        draw = torch.randint(1 << 62, (1,), generator=generator, device=generator.device)
+        return int(draw), index
+    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise TypeError(f"generator must be a seed, a torch.Generator or a list of them; got {generator!r}.")
+    if len(generator) != n or index is not None:
+        raise ValueError(f"generator must be one, or {n}, one for each image, and then index= is left out.")
+    return 0, [int(torch.randint(1 << 32, (1,), generator=g, device=g.device)) for g in generator]
+
+
+def finish(pipe: Any, x: Tensor, output_type: str, data_range: tuple[float, float], batch_size: int = 8) -> Any:
+    """Images from final states, decoded if the pipeline has an autoencoder; see `PipelineResult.images`."""
+    if output_type == "latent":
+        return x
+    whole = torch.isfinite(x.flatten(1)).all(1)
+    low, high = data_range
+    vae = autoencoder(pipe)
+    if vae is not None and whole.any():
+        decoded, low, high = decode_latents(vae, x[whole], batch_size=batch_size), -1.0, 1.0
+    else:
+        decoded = x[whole].float().cpu()
+    images = torch.full((len(x), *decoded.shape[1:]), torch.nan)
+    images[whole.cpu()] = ((decoded - low) / (high - low)).clamp(0, 1)
+    if output_type == "pt":
+        return images
+    array = images.permute(0, 2, 3, 1).numpy()
+    if output_type == "np":
+        return array
+    pictures = (array.clip(0, 1) * 255).round()
+    return [
+        Image.fromarray(p.astype(np.uint8).squeeze(-1) if p.shape[-1] == 1 else p.astype(np.uint8)) if ok else None
+        for p, ok in zip(pictures, whole.tolist(), strict=True)
+    ]

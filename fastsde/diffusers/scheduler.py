@@ -1,0 +1,278 @@
+"""Our exponential solver as a scheduler of diffusers, for pipelines that keep their own loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from fastsde.batching import expand_like
+from fastsde.control import Grid
+from fastsde.diffusers.networks import DiffusersModel
+from fastsde.diffusers.schedules import filled, read_schedule
+from fastsde.score.base import Prediction, ScoreModel
+from fastsde.score.guidance import Clipped
+from fastsde.solvers import ExponentialPC
+from fastsde.types import State, Time
+
+
+class FastSDEScheduler(SchedulerMixin, ConfigMixin):
+    r"""`ExponentialPC` on a fixed grid, for `pipe.scheduler = FastSDEScheduler.from_config(pipe.scheduler.config)`.
+
+    N inference steps are N network calls: the first gives the first prediction D, each further one predicts and
+    corrects, and the last D is the denoised sample. Timesteps are those of `Grid.tapered`, fractional; the network gets
+    what `ExponentialPC` gets in `sample`, so both give the same image from the same start (adaptive steps need
+    `sample_pipeline`, because a pipeline's loop takes no rejection). Half-precision states are kept in float32 between
+    steps; an edit of the state between two steps, as inpainting pipelines do, carries over.
+
+    Args:
+        num_train_timesteps, beta_start, .., base_shift: the schedule, in the terms of diffusers' schedulers, as
+            `read_schedule` understands them. With none of them, DDPM's: 1000 linear betas from 1e-4 to 0.02.
+        exponential_order: order of `ExponentialPC`, 1 to 3.
+        exponential_eta: its noise: 0 for the probability flow, 1 for the reverse-time SDE.
+
+    Raises:
+        ValueError: as `read_schedule`.
+    """
+
+    _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        num_train_timesteps: int = 1000,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        beta_schedule: str | None = None,
+        trained_betas: list[float] | None = None,
+        prediction_type: str | None = None,
+        rescale_betas_zero_snr: bool = False,
+        clip_sample: bool | None = None,
+        clip_sample_range: float | None = None,
+        thresholding: bool | None = None,
+        dynamic_thresholding_ratio: float | None = None,
+        sample_max_value: float | None = None,
+        timestep_type: str | None = None,
+        sigma_min: float | None = None,
+        sigma_max: float | None = None,
+        sigma_data: float | None = None,
+        snr: float | None = None,
+        sampling_eps: float | None = None,
+        shift: float | None = None,
+        flow_shift: float | None = None,
+        use_flow_sigmas: bool | None = None,
+        use_dynamic_shifting: bool | None = None,
+        base_shift: float | None = None,
+        max_shift: float | None = None,
+        base_image_seq_len: int | None = None,
+        max_image_seq_len: int | None = None,
+        invert_sigmas: bool | None = None,
+        exponential_order: int = 3,
+        exponential_eta: float = 0.0,
+    ) -> None:
+        config = {key: value for key, value in self.config.items() if value is not None}
+        if not config.keys() & {"beta_schedule", "trained_betas", "sigma_data", "snr", "shift", "flow_shift"}:
+            config["beta_schedule"] = "linear"
+        self.reading = read_schedule(config)
+        self.sde = self.reading.sde
+        self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
+        self._given: Tensor | None = None
+        model: ScoreModel = DiffusersModel(lambda x, timestep: self._given, self.reading)
+        if self.reading.limit is not None:
+            model = Clipped(model, self.reading.limit, ratio=self.reading.ratio)
+        self.model = model
+        self.begin_index: int | None = None
+        self.set_timesteps(num_train_timesteps)
+
+    @classmethod
+    def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
+        """As of any scheduler, from the configuration of another one: with its class's defaults, not with ours.
+
+        Args:
+            config: `pipe.scheduler.config`, or a dict with the same keys.
+            return_unused_kwargs: as diffusers'.
+            kwargs: further arguments, such as `exponential_eta=1.0`.
+        """
+        if isinstance(config, Mapping):
+            kept = {key: value for key, value in filled(config).items() if key != "_use_default_values"}
+            # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
+            if kept.get("shift") is not None and kept.get("beta_schedule") is None:
+                kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            config = kept
+        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+
+    @property
+    def init_noise_sigma(self) -> float:
+        """Standard deviation of the start."""
+        return self.reading.start_std
+
+    @property
+    def step_index(self) -> int | None:
+        """Number of the next step; None before the first."""
+        return self._index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Says at which timestep the loop starts, for pipelines that start from an image."""
+        self.begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: list[float] | None = None,
+        sigmas: list[float] | None = None,
+        mu: float | None = None,
+    ) -> None:
+        """Chooses the grid and forgets the last run.
+
+        Args:
+            num_inference_steps: the number of network calls, at least 1.
+            device: where `timesteps` goes.
+            timesteps: the network's times to visit instead, decreasing.
+            sigmas: levels to visit instead: t of a flow, before `mu`; sigma / alpha of other processes.
+            mu: a flow's shift of given sigmas, as exp(mu); without them, it has no effect: shifts space steps, and the
+                spacing is ours.
+
+        Raises:
+            ValueError: if not exactly one of the three says which steps.
+        """
+        given = [v for v in (timesteps, sigmas) if v is not None]
+        if len(given) > 1 or (not given and (num_inference_steps is None or num_inference_steps < 1)):
+            raise ValueError(f"give num_inference_steps of at least 1, timesteps or sigmas; got {num_inference_steps}.")
+        if timesteps is not None:
+            times = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
+        elif sigmas is not None:
+            times = self._times_of(torch.as_tensor(sigmas, dtype=torch.float64), mu)
+        elif num_inference_steps == 1:
+            times = torch.tensor([self.sde.t_max], dtype=torch.float64)
+        else:
+            times = Grid.tapered(self.sde, int(num_inference_steps or 0) - 1).times
+        self.times = times.clamp(self.sde.t_min, self.sde.t_max)
+        self.num_inference_steps = len(times)
+        self.timesteps = self.reading.timestep(self.times).float().to(device or "cpu")
+        self._index: int | None = None
+        self._carry: dict[str, Tensor] = {}
+        self._returned = torch.empty(0)
+
+    def _times_of(self, sigmas: Tensor, mu: float | None) -> Time:
+        if self.reading.prediction != "flow_prediction":
+            return self.sde.t_of_log_snr(-2 * sigmas.log())
+        shift = torch.tensor(float(self.config.get("shift") or 1.0)) if mu is None else torch.tensor(float(mu)).exp()
+        return shift * sigmas / (1 + (shift - 1) * sigmas)
+
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+        """EDM's networks want c_in x; all others x itself."""
+        s = self.reading.sigma_data
+        if s is None or timestep is None:
+            return sample
+        sigma = self.sde.sigma(self._time(timestep, 1))
+        return expand_like((sigma**2 + s**2) ** -0.5, sample) * sample
+
+    def index_for_timestep(self, timestep: Tensor | float) -> int:
+        """The place of a timestep in `timesteps`."""
+        return int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Tensor | float,
+        sample: Tensor,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state at the next timestep; after the last one, the denoised sample.
+
+        Args:
+            model_output: what the network returned, with shape (B, *event).
+            timestep: the element of `timesteps` it was called with.
+            sample: the state it was called on.
+            generator: for the noise of `exponential_eta`; one, or one for each sample.
+            return_dict: False for a tuple.
+        """
+        x = sample.double() if sample.dtype == torch.float64 else sample.float()
+        first = self._index is None
+        if self._index is None:
+            self._index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            self._carry, self._x, self._z = self.solver.init(x), x, torch.zeros_like(x)
+            edit = torch.zeros_like(x)
+        else:
+            edit = x - self._returned
+        k = self._index
+        t, before = self._rows(k, x), self._rows(max(k - 1, 0), x)
+        self._given = model_output.to(x.dtype)
+        now = self._advance(_Given(self.model, x), t if first else before, t)
+        self._carry, self._x = now.carry, (x if first else now.x + edit)
+        if k + 1 >= len(self.times):
+            out = self._carry["x_0"]
+        else:
+            if self.solver.eta:
+                z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
+                self._z = z.to(x.dtype)
+            ahead = _Ahead(x)
+            self._advance(ahead, t, self._rows(k + 1, x))
+            out = ahead.x
+        self._index = k + 1
+        out = out.to(sample.dtype)
+        self._returned = out.to(x.dtype)
+        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _advance(self, model: Any, t: Time, s: Time) -> Any:
+        return self.solver.step(model, self.sde, self._x, t, s, _Noise(self._z), self._carry)  # type: ignore
+
+    def _rows(self, k: int, x: State) -> Time:
+        return self.times[k].to(x.device).expand(len(x))
+
+    def _time(self, timestep: Tensor | float, rows: int) -> Time:
+        k = torch.as_tensor(timestep).double().reshape(-1)
+        t = self.reading.time(k).clamp(self.sde.t_min, self.sde.t_max)
+        return t.expand(rows) if len(t) == 1 else t
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """alpha x_0 + sigma noise at the network's times `timesteps`, with shape (B,) or one for all."""
+        t = self._time(timesteps, len(original_samples)).to(original_samples.device)
+        return self.sde.marginal(original_samples, t, noise)
+
+    def scale_noise(self, sample: Tensor, timestep: Tensor, noise: Tensor | None = None) -> Tensor:
+        """`add_noise`, under the name that pipelines of flow models use."""
+        return self.add_noise(sample, torch.zeros_like(sample) if noise is None else noise, timestep)
+
+    def __len__(self) -> int:
+        return int(self.config["num_train_timesteps"])
+
+
+@dataclasses.dataclass
+class _Noise:
+    """The step's noise, drawn before."""
+
+    z: State
+
+
+@dataclasses.dataclass
+class _Given:
+    """The network's output at the state it was called on: the same point, but for rounding and edits."""
+
+    model: ScoreModel
+    x: State
+
+    def __call__(self, x_t: State, t: Time) -> Prediction:
+        return self.model(self.x, t)
+
+
+@dataclasses.dataclass
+class _Ahead:
+    """Keeps the state that the solver wants evaluated next, which is what a scheduler returns."""
+
+    x: State
+
+    def __call__(self, x_t: State, t: Time) -> Prediction:
+        self.x = x_t
+        one = torch.ones_like(t)
+        return Prediction("sample", torch.zeros_like(x_t), x_t, one, one)

@@ -1,0 +1,197 @@
+r"""Guidance: score models that pull another one's prediction towards a condition, or into the range of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastsde.batching import expand_like, select_rows, write_rows
+from fastsde.score.base import ScoreModel, Wrapper
+from fastsde.types import Cond, Index, Mask, State, Time
+
+NEGATIVE = "negative_"
+"""Prefix of the conditioning of the other half of classifier-free guidance, as in diffusers' pipelines."""
+
+
+class ClassifierFreeGuidance(Wrapper):
+    r"""Classifier-free guidance: away from an unconditional (or negative) prediction.
+
+        out = out_negative + w (out_cond - out_negative)
+        out <- (phi std(out_cond) / std(out) + 1 - phi) out,    phi = `rescale`, std over the elements of one sample
+
+    on whatever the network predicts. Both halves are one batch, counted as two calls; outside of `interval`, the
+    conditional prediction alone, one call. Source: Ho and Salimans, https://arxiv.org/abs/2207.12598, eq. 6 (their
+    w + 1 is our w); Lin et al., https://arxiv.org/abs/2305.08891, eqs. 15-16, for the rescaling; Kynkaanniemi et al.,
+    https://arxiv.org/abs/2404.07724, for the interval.
+
+    The conditioning of the negative half has the names of the other with "negative_" before them, each with leading
+    axis n; whatever has no negative twin goes to both. The scale travels too: `cond={"guidance_scale": w}` with shape
+    (n,) sets it per sample.
+
+    Args:
+        model: the conditional score model.
+        scale: w; 1 is no guidance.
+        negative: conditioning of one row of the negative half, without batch axis (the "no label" class, the embedding
+            of an empty prompt), for what the caller does not give.
+        rescale: phi, from 0 to 1.
+        interval: the (low, high) noise levels sigma / alpha between which guidance acts; everywhere by default.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    own_cond = ("guidance_scale",)
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        scale: float = 7.5,
+        *,
+        negative: dict[str, Tensor] | None = None,
+        rescale: float = 0.0,
+        interval: tuple[float, float] | None = None,
+    ) -> None:
+        if not 0 <= rescale <= 1:
+            raise ValueError(f"rescale must be from 0 to 1; got {rescale}.")
+        if interval is not None and not 0 <= interval[0] < interval[1]:
+            raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high; got {interval}.")
+        own = {NEGATIVE + key: value for key, value in (negative or {}).items()}
+        super().__init__(model, default_cond={"guidance_scale": torch.tensor(float(scale)), **own})
+        self.calls = 2 * model.calls
+        self.rescale, self.interval = rescale, interval
+
+    def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
+        return {k: v for k, v in super().inner_cond(cond).items() if not k.startswith(NEGATIVE)}
+
+    def negative_cond(self, cond: Cond | None) -> dict[str, Tensor]:
+        """The conditioning of the negative half."""
+        own = {k.removeprefix(NEGATIVE): v for k, v in (cond or {}).items() if k.startswith(NEGATIVE)}
+        return {**self.inner_cond(cond), **own}
+
+    def check_cond(self, cond: Cond) -> None:
+        scale, given = cond["guidance_scale"], [k for k in cond if k.startswith(NEGATIVE)]
+        if scale.ndim != 1 or not torch.isfinite(scale).all():
+            raise ValueError(f"cond['guidance_scale'] must be finite with shape (n,); got {tuple(scale.shape)}.")
+        if not given:
+            raise ValueError(
+                f"guidance needs the other half: negative= at construction, or cond with names that begin with "
+                f"{NEGATIVE!r} (such as {NEGATIVE}class_labels); got {sorted(cond)}."
+            )
+        lost = [k for k in given if k.removeprefix(NEGATIVE) not in cond]
+        if lost:
+            raise ValueError(f"cond has {', '.join(lost)} but not the conditional half of the same name.")
+        self.model.check_cond(self.inner_cond(cond))
+        self.model.check_cond(self.negative_cond(cond))
+
+    def _acts(self, t: Time) -> Mask:
+        """Which rows are guided at their time."""
+        if self.interval is None:
+            return torch.ones_like(t, dtype=torch.bool)
+        level = self.sde.sigma(t) / self.sde.alpha(t)
+        return (level >= self.interval[0]) & (level <= self.interval[1])
+
+    def cost(self, t: Time, cond: Cond) -> Index:
+        once = self.model.cost(t, self.inner_cond(cond))
+        return torch.where(self._acts(t), once + self.model.cost(t, self.negative_cond(cond)), once)
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        wanted, negative = self.inner_cond(cond), self.negative_cond(cond)
+        scale = (cond or {})["guidance_scale"]
+        rows = torch.arange(len(t), device=t.device) if self.interval is None else self._acts(t).nonzero().flatten()
+        both = {k: torch.cat([wanted[k], negative[k].index_select(0, rows)]) for k in wanted}
+        x, times = torch.cat([x_t, x_t.index_select(0, rows)]), torch.cat([t, t.index_select(0, rows)])
+        out, base = self.model.output(x, times, both).split([len(t), len(rows)])
+        part = select_rows(rows, {"out": out, "scale": scale})
+        guided = torch.lerp(base, part["out"], expand_like(part["scale"], base))
+        if self.rescale:
+            ratio = part["out"].flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-12)
+            guided = guided * expand_like(self.rescale * ratio + 1 - self.rescale, guided)
+        if self.interval is None:
+            return guided
+        out = out.clone()
+        write_rows(rows, {"out": guided}, {"out": out})
+        return out
+
+
+class ClassifierGuidance(Wrapper):
+    r"""Classifier guidance: the score of p_t(x) p(y | x)^w.
+
+        eps = eps_model - w sigma grad_x log p(y | x_t)
+
+    The gradient of `log_prob` is taken at each row by itself. Calls of the classifier are not network calls and are not
+    counted. Source: Dhariwal and Nichol, https://arxiv.org/abs/2105.05233, alg. 2; Song et al.,
+    https://arxiv.org/abs/2011.13456, eq. 14.
+
+    Args:
+        model: the score model.
+        log_prob: `log_prob(x_t, t, **cond)`, with x_t of shape (B, *event), the process's t of shape (B,) and the
+            result, log p(y | x_t), of shape (B,); differentiable in x_t. It was trained on noisy data.
+        scale: w.
+        keys: names of the conditioning that goes to `log_prob` (the wanted labels) and not to the network.
+
+    Raises:
+        TypeError: if `log_prob` cannot be called.
+    """
+
+    def __init__(
+        self, model: ScoreModel, log_prob: Callable[..., Tensor], scale: float = 1.0, *, keys: tuple[str, ...] = ()
+    ) -> None:
+        if not callable(log_prob):
+            raise TypeError(f"log_prob must be callable as log_prob(x_t, t, **cond); got {type(log_prob).__name__}.")
+        super().__init__(model, "epsilon")
+        self.log_prob, self.scale, self.own_cond = log_prob, scale, tuple(keys)
+
+    def check_cond(self, cond: Cond) -> None:
+        missing = [key for key in self.own_cond if key not in cond]
+        if missing:
+            raise ValueError(f"the classifier needs cond with {', '.join(missing)}; got {sorted(cond)}.")
+        super().check_cond(cond)
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        own = {key: (cond or {})[key] for key in self.own_cond}
+        with torch.enable_grad():
+            x = x_t.detach().requires_grad_()
+            log_prob = self.log_prob(x, t, **own)
+            if log_prob.shape != t.shape:
+                raise ValueError(f"log_prob must return shape {tuple(t.shape)}; it returned {tuple(log_prob.shape)}.")
+            (gradient,) = torch.autograd.grad(log_prob.sum(), x)
+        eps = self.model(x_t, t, self.inner_cond(cond)).epsilon
+        return eps - expand_like(self.scale * self.sde.sigma(t), eps) * gradient
+
+
+class Clipped(Wrapper):
+    r"""A model whose denoised prediction is clipped to the data's range, as many pixel models' schedulers do.
+
+        x_0 <- clip(x_0, -limit, limit)
+
+    or, with `ratio`, dynamic thresholding: x_0 <- clip(x_0, -s, s) / s with s the quantile `ratio` of |x_0| over the
+    elements of one sample, but at least 1 and at most `limit`. The score is then not smooth, and not that of any
+    density; adaptive solvers see it as error. Source: Saharia et al., https://arxiv.org/abs/2205.11487, sec. 2.3.
+
+    Args:
+        model: the score model.
+        limit: largest magnitude of the data, positive.
+        ratio: quantile for dynamic thresholding, in (0, 1); None for plain clipping.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    def __init__(self, model: ScoreModel, limit: float = 1.0, *, ratio: float | None = None) -> None:
+        if not limit > 0:
+            raise ValueError(f"limit must be positive; got {limit}.")
+        if ratio is not None and not 0 < ratio < 1:
+            raise ValueError(f"ratio must be in (0, 1); got {ratio}.")
+        super().__init__(model, "sample")
+        self.limit, self.ratio = limit, ratio
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        x_0 = self.model(x_t, t, cond).x_0
+        if self.ratio is None:
+            return x_0.clamp(-self.limit, self.limit)
+        # At most `limit` wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
+        s = x_0.flatten(1).abs().quantile(self.ratio, dim=1).clamp(min=1.0).clamp(max=self.limit)
+        s = expand_like(s, x_0)
+        return x_0.clamp(-s, s) / s
