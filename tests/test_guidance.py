@@ -47,7 +47,7 @@ def test_guidance_moves_the_mean():
 
 
 def test_scales_and_labels_travel_with_their_sample():
-    model, network = guided()
+    model, _ = guided()
     labels, scales = torch.arange(7) % 2, torch.linspace(0, 3, 7)
     cond = {"class_labels": labels, "guidance_scale": scales}
     r = fastsde.sample(model, n=7, rtol=1e-3, batch_size=3, cond=cond, dtype=torch.float64)
@@ -128,7 +128,7 @@ def test_classifier_guidance_gives_the_posterior():
     x, t, y = (
         torch.randn(5, 1).double(),
         torch.linspace(0.05, 1, 5).double(),
-        torch.linspace(-2, 2, 5)[:, None].double(),
+        torch.randn(5, 1).double(),
     )
     with torch.no_grad():
         score = model(x, t, {"y": y}).score
@@ -163,7 +163,7 @@ def test_wrong_arguments_are_refused_before_the_first_call():
         with pytest.raises(TypeError):
             build()
     for limit, ratio in ((0.0, None), (1.0, 1.0)):
-        with pytest.raises(ValueError, match="limit|ratio"):
+        with pytest.raises(ValueError, match=r"limit|ratio"):
             Clipped(inner, limit, ratio=ratio)
     with pytest.raises(ValueError, match="guidance needs the other half"):
         fastsde.sample(ClassifierFreeGuidance(inner), n=2)

@@ -79,11 +79,11 @@ def pixart(**config):
     return seeded(
         lambda: diffusers.PixArtTransformer2DModel(
             num_attention_heads=2,
-            attention_head_dim=8,
+            attention_head_dim=12,
             in_channels=4,
             out_channels=8,
             num_layers=2,
-            cross_attention_dim=16,
+            cross_attention_dim=24,
             sample_size=8,
             caption_channels=32,
             **config,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, Reading
-from fastsde.score.base import ScoreModel
+from fastsde.score.base import ScoreModel, tensor_of
 from fastsde.types import Cond, State, Time
 
 _ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
@@ -129,8 +129,7 @@ class DiffusersModel(ScoreModel):
         if self.packed:
             return self._call_packed(x, time, given)
         by_name = "timestep" in self.arguments
-        out = self.network(x, timestep=time, **given) if by_name else self.network(x, time, **given)
-        out = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        out = tensor_of(self.network(x, timestep=time, **given) if by_name else self.network(x, time, **given))
         if isinstance(out, Tensor) and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
             return out[:, : x.shape[1]]
         return out
@@ -143,8 +142,7 @@ class DiffusersModel(ScoreModel):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
         text = ids.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-        out = self.network(tokens, timestep=time, img_ids=ids, txt_ids=text, **given)
-        out = out if isinstance(out, Tensor) else getattr(out, "sample", out)
+        out = tensor_of(self.network(tokens, timestep=time, img_ids=ids, txt_ids=text, **given))
         if not isinstance(out, Tensor) or out.shape != tokens.shape:
             return out
         return out.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)

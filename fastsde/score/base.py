@@ -88,7 +88,7 @@ class ScoreModel:
 
     Args:
         network: `network(x, t, **cond)`, with x of shape (B, *event) and t of shape (B,); returns a tensor of the
-            shape of x, or an object with such a tensor under `.sample` (diffusers' convention).
+            shape of x, an object with such a tensor under `.sample`, or a tuple that begins with it.
         sde: the forward process it was trained for.
         prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
         event_shape: shape of one sample, for callers that say only `n=`.
@@ -169,9 +169,7 @@ class ScoreModel:
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
         out = self.call(x_t.to(dtype, copy=True), time, {key: v.clone() for key, v in (cond or {}).items()})
-        return _check_output(out if isinstance(out, Tensor) else getattr(out, "sample", out), x_t, self.role).to(
-            x_t.dtype
-        )
+        return _check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
         """Evaluates the network once on every row.
@@ -231,6 +229,11 @@ class Wrapper(ScoreModel):
 
     def check_cond(self, cond: Cond) -> None:
         self.model.check_cond(self.inner_cond(cond))
+
+
+def tensor_of(out: object) -> object:
+    """The tensor in what a network returned: it, its `.sample`, or the first of a tuple (diffusers' conventions)."""
+    return out[0] if isinstance(out, tuple) and out else out if isinstance(out, Tensor) else getattr(out, "sample", out)
 
 
 def _check_output(out: object, x_t: Tensor, role: str) -> Tensor:
