@@ -378,6 +378,7 @@ def test_conditioning_is_checked_before_the_first_call():
     refused("takes no prompt_embeds", tiny.text_unet, {"encoder_hidden_states": text, "prompt_embeds": text})
     refused("from 0 to 10; got 3 .. 11", tiny.dit, {"class_labels": torch.tensor([3, 11])})
     refused("integers with shape", tiny.dit, {"class_labels": torch.tensor([3.0, 1.0])})
+    refused("without classes", tiny.unet, {"class_labels": torch.tensor([0, 1])})
     refused("guidance needs the other half", lambda: tiny.unet(num_class_embeds=3), None, guidance_scale=2.0)
 
 

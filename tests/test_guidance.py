@@ -115,7 +115,7 @@ def test_what_has_no_negative_twin_goes_to_both():
 
 
 def test_classifier_guidance_gives_the_posterior():
-    # Data N(0, 1), y = x_0 + N(0, 0.5^2): p(y | x_t) is normal around E[x_0 | x_t], so the sum is the posterior's score.
+    # Data N(0, 1), y = x_0 + N(0, 0.5^2): p(y | x_t) is normal around E[x_0 | x_t], so this is the posterior's score.
     sde, noise = VPSDE(), 0.25
     prior = GaussianScore(sde, torch.zeros(1).double(), torch.ones(1).double())
 

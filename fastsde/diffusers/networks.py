@@ -61,7 +61,7 @@ class DiffusersModel(ScoreModel):
         default_cond: dict[str, Tensor] | None = None,
         allow_distilled: bool = False,
     ) -> None:
-        config = config_of(network)
+        self.config = config = config_of(network)
         self.arguments = _arguments(network)
         self.packed = "img_ids" in self.arguments
         # Text UNets of that name have no logarithm of the time and do not divide by it.
@@ -101,7 +101,11 @@ class DiffusersModel(ScoreModel):
         if unknown and not self._takes_any:
             raise ValueError(f"the network takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
         labels = cond.get("class_labels")
-        if labels is None or self.classes is None:
+        if labels is None or not self.config:
+            return
+        if self.classes is None and self.config.get("class_embed_type") is None:
+            raise ValueError("the network was trained without classes and would ignore class_labels.")
+        if self.classes is None:
             return
         if labels.is_floating_point() or labels.ndim != 1:
             raise ValueError(

@@ -193,7 +193,7 @@ class _Request:
         embeds = encode.get("prompt_embeds")
         if (prompt is not None or negative is not None or encode) and not text:
             raise TypeError(f"{type(pipe).__name__} takes no prompts ({', '.join(['prompt', *encode])}).")
-        if labels is not None and "class_labels" not in _names(pipe):
+        if labels is not None and (text or "class_labels" not in _names(pipe)):
             raise TypeError(f"{type(pipe).__name__} takes no class_labels.")
         if text and prompt is None and embeds is None:
             raise ValueError("prompt must be a string or a list of strings, or give prompt_embeds=; got None.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +16,10 @@ from fastsde.batching import expand_like
 from fastsde.control import Grid
 from fastsde.diffusers.networks import DiffusersModel
 from fastsde.diffusers.schedules import filled, read_schedule
-from fastsde.score.base import Prediction, ScoreModel
+from fastsde.noise import StepNoise
+from fastsde.score.base import BoundModel, Prediction, ScoreModel
 from fastsde.score.guidance import Clipped
-from fastsde.solvers import ExponentialPC
+from fastsde.solvers import ExponentialPC, Step
 from fastsde.types import State, Time
 
 
@@ -168,7 +168,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         shift = torch.tensor(float(self.config.get("shift") or 1.0)) if mu is None else torch.tensor(float(mu)).exp()
         return shift * sigmas / (1 + (shift - 1) * sigmas)
 
-    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | None = None) -> Tensor:
+    def scale_model_input(self, sample: Tensor, timestep: Tensor | float | int | None = None) -> Tensor:
         """EDM's networks want c_in x; all others x itself."""
         s = self.reading.sigma_data
         if s is None or timestep is None:
@@ -176,14 +176,14 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         sigma = self.sde.sigma(self._time(timestep, 1))
         return expand_like((sigma**2 + s**2) ** -0.5, sample) * sample
 
-    def index_for_timestep(self, timestep: Tensor | float) -> int:
+    def index_for_timestep(self, timestep: Tensor | float | int) -> int:
         """The place of a timestep in `timesteps`."""
         return int((self.timesteps.cpu() - torch.as_tensor(timestep).cpu()).abs().argmin())
 
     def step(
         self,
         model_output: Tensor,
-        timestep: Tensor | float,
+        timestep: Tensor | float | int,
         sample: Tensor,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
@@ -216,7 +216,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             if self.solver.eta:
                 z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
                 self._z = z.to(x.dtype)
-            ahead = _Ahead(x)
+            ahead = _Ahead(self.model, x)
             self._advance(ahead, t, self._rows(k + 1, x))
             out = ahead.x
         self._index = k + 1
@@ -224,13 +224,13 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self._returned = out.to(x.dtype)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
-    def _advance(self, model: Any, t: Time, s: Time) -> Any:
-        return self.solver.step(model, self.sde, self._x, t, s, _Noise(self._z), self._carry)  # type: ignore
+    def _advance(self, model: BoundModel, t: Time, s: Time) -> Step:
+        return self.solver.step(model, self.sde, self._x, t, s, _Drawn(self._z), self._carry)
 
     def _rows(self, k: int, x: State) -> Time:
         return self.times[k].to(x.device).expand(len(x))
 
-    def _time(self, timestep: Tensor | float, rows: int) -> Time:
+    def _time(self, timestep: Tensor | float | int, rows: int) -> Time:
         k = torch.as_tensor(timestep).double().reshape(-1)
         t = self.reading.time(k).clamp(self.sde.t_min, self.sde.t_max)
         return t.expand(rows) if len(t) == 1 else t
@@ -248,29 +248,28 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return int(self.config["num_train_timesteps"])
 
 
-@dataclasses.dataclass
-class _Noise:
+class _Drawn(StepNoise):
     """The step's noise, drawn before."""
 
-    z: State
+    z: State = None  # type: ignore[assignment]
+
+    def __init__(self, z: State) -> None:
+        self.z = z
 
 
-@dataclasses.dataclass
-class _Given:
-    """The network's output at the state it was called on: the same point, but for rounding and edits."""
+class _Given(BoundModel):
+    """The network's output at the state it was called on: the point asked for, but for rounding and edits."""
 
-    model: ScoreModel
-    x: State
+    def __init__(self, model: ScoreModel, x: State) -> None:
+        super().__init__(model, {}, torch.ones(len(x), dtype=torch.bool, device=x.device))
+        self.x = x
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         return self.model(self.x, t)
 
 
-@dataclasses.dataclass
-class _Ahead:
+class _Ahead(_Given):
     """Keeps the state that the solver wants evaluated next, which is what a scheduler returns."""
-
-    x: State
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         self.x = x_t

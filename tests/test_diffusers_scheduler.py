@@ -1,0 +1,222 @@
+"""Our solver as a scheduler of diffusers: its contract, and the same numbers as from our own loop."""
+
+import inspect
+
+import diffusers
+import numpy as np
+import pytest
+import tiny
+import torch
+from oracles import vector
+from test_diffusers_networks import DRESSES, Dressed
+
+import fastsde
+from fastsde import ExponentialPC, Grid
+from fastsde.diffusers import FastSDEScheduler, from_diffusers, read_schedule, sample_pipeline
+from fastsde.noise import StepNoise
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+START = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).double()
+
+
+def scheduler_of(name="linear epsilon", **options):
+    return FastSDEScheduler.from_config({**DRESSES[name], "clip_sample": False}, **options)
+
+
+def loop(scheduler, network, x, steps, generator=None, **options):
+    """As pipelines go through a scheduler."""
+    scheduler.set_timesteps(steps, **options)
+    for t in scheduler.timesteps:
+        output = network(scheduler.scale_model_input(x, t), t.double().expand(len(x)))
+        x = scheduler.step(output, t, x, generator=generator).prev_sample
+    return x
+
+
+@pytest.mark.parametrize("name", DRESSES)
+@pytest.mark.parametrize("order", [1, 3])
+def test_the_loop_of_a_pipeline_gives_our_samples(name, order):
+    network = Dressed(read_schedule(DRESSES[name]), fourier=name == "ve")
+    model, _ = from_diffusers(network, DRESSES[name])
+    scheduler = scheduler_of(name, exponential_order=order)
+    x = START * scheduler.init_noise_sigma
+    theirs = loop(scheduler, network, x, 9)
+    ours = fastsde.sample(model, x_init=x, nfe=9, solver=ExponentialPC(order=order)).samples
+    # Their timesteps are float32: 6e-8 of 1000 levels, where sigma / alpha changes by up to a hundredth a level. With
+    # sigma itself for a time, of up to 80 times the data, more.
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-4)
+
+
+def test_noise_is_drawn_once_a_step(monkeypatch):
+    noted, z = [], StepNoise.z.fget
+
+    def noting(noise):
+        noted.append(z(noise))
+        return noted[-1]
+
+    monkeypatch.setattr(StepNoise, "z", property(noting))
+    network = Dressed(read_schedule(DRESSES["linear epsilon"]), fourier=False)
+    model, _ = from_diffusers(network, DRESSES["linear epsilon"])
+    ours = fastsde.sample(model, x_init=START, nfe=8, solver=ExponentialPC(eta=1.0)).samples
+    draws = iter(noted[1:])  # the first turn has no length
+    monkeypatch.setattr("fastsde.diffusers.scheduler.randn_tensor", lambda *a, **k: next(draws))
+    theirs = loop(scheduler_of(exponential_eta=1.0), network, START, 8)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)  # float32 timesteps
+    assert next(draws, None) is None
+
+
+def test_generators_decide_the_noise():
+    network = Dressed(read_schedule(DRESSES["linear epsilon"]), fourier=False)
+
+    def draw(seeds, x=START):
+        return loop(scheduler_of(exponential_eta=1.0), network, x, 6, [torch.Generator().manual_seed(k) for k in seeds])
+
+    a, b = draw([1, 2, 3]), draw([1, 5, 3])
+    assert torch.equal(a[[0, 2]], b[[0, 2]])
+    assert not torch.equal(a[1], b[1])
+
+
+@pytest.mark.parametrize("name", tiny.PIPELINES)
+def test_pipelines_run_with_it(name, tmp_path):
+    from test_diffusers_pipelines import prompts
+
+    pipe = tiny.PIPELINES[name]()
+    pipe.set_progress_bar_config(disable=True)
+    original = pipe.scheduler
+    pipe.scheduler = FastSDEScheduler.from_config(original.config)
+    pipe.save_pretrained(tmp_path)
+    again = diffusers.DiffusionPipeline.from_pretrained(tmp_path)
+    assert isinstance(again.scheduler, FastSDEScheduler)
+    again.set_progress_bar_config(disable=True)
+    arguments = prompts(name)
+    if name == "ddpm":
+        arguments = {"batch_size": 2}
+    if name == "pixart":
+        arguments["use_resolution_binning"] = False  # bins are known for sizes of its checkpoints
+    images = [
+        p(num_inference_steps=5, generator=torch.Generator().manual_seed(0), output_type="np", **arguments).images
+        for p in (pipe, again)
+    ]
+    assert len(images[0]) == 2
+    # The same operations on the same weights.
+    np.testing.assert_allclose(*images, rtol=0, atol=1e-6)
+
+
+def test_a_text_pipeline_gives_the_image_of_sample_pipeline():
+    pipe = tiny.stable_diffusion()
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    ours = sample_pipeline(pipe, ["a", "b"], nfe=16, latents=latents, output_type="latent", progress=False).images
+    pipe.scheduler = FastSDEScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(["a", "b"], num_inference_steps=8, latents=latents, output_type="latent").images
+    # Float32, over values up to 140.
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5 * float(ours.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["DDPM", "DDIM", "PNDM", "EulerDiscrete", "DPMSolverMultistep", "EDMEuler"])
+def test_configurations_of_other_schedulers_are_taken_over(name):
+    other = getattr(diffusers, f"{name}Scheduler")()
+    ours, expected = FastSDEScheduler.from_config(other.config), read_schedule(other.config)
+    t = torch.linspace(expected.sde.t_min, expected.sde.t_max, 5, dtype=torch.float64)
+    assert torch.equal(ours.sde.log_snr(t), expected.sde.log_snr(t))
+    # What the other class has by default holds, whatever ours has.
+    assert (ours.reading.limit, ours.reading.sigma_data) == (expected.limit, expected.sigma_data)
+    assert ours.solver == ExponentialPC()  # not the other's solver_order
+
+
+def test_saving_and_loading_keeps_everything(tmp_path):
+    for name in DRESSES:
+        scheduler = scheduler_of(name, exponential_eta=0.5, exponential_order=2)
+        scheduler.save_pretrained(tmp_path)
+        again = FastSDEScheduler.from_pretrained(tmp_path)
+        assert repr(again.sde) == repr(scheduler.sde)
+        assert again.solver == ExponentialPC(eta=0.5, order=2)
+        assert again.reading.prediction == scheduler.reading.prediction
+
+
+def test_the_contract():
+    scheduler = FastSDEScheduler()
+    assert (len(scheduler), scheduler.order, scheduler.init_noise_sigma) == (1000, 1, pytest.approx(1.0))
+    scheduler.set_timesteps(7)
+    assert scheduler.timesteps.shape == (7,)
+    assert (scheduler.timesteps.diff() < 0).all()
+    assert (float(scheduler.timesteps[0]), float(scheduler.timesteps[-1])) == (999.0, 0.0)
+    torch.testing.assert_close(
+        (scheduler.timesteps.double() + 1) / 1000, Grid.tapered(scheduler.sde, 6).times, rtol=1e-6, atol=1e-7
+    )
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(scheduler.scale_model_input(x, 3), x)
+    noise = torch.randn(2, 3, 4, 4)
+    theirs = diffusers.DDPMScheduler().add_noise(x, noise, torch.tensor([10, 900]))
+    # Their table is in float32.
+    torch.testing.assert_close(scheduler.add_noise(x, noise, torch.tensor([10, 900])), theirs, rtol=0, atol=1e-5)
+    output, generator = torch.randn(2, 3, 4, 4), torch.Generator()
+    a = scheduler.step(output, scheduler.timesteps[0], x, generator=generator).prev_sample
+    scheduler.set_timesteps(7)
+    b = scheduler.step(output, scheduler.timesteps[0], x, return_dict=False)[0]
+    assert torch.equal(a, b)
+    assert scheduler.step_index == 1
+    half = scheduler.step(output.half(), scheduler.timesteps[1], a.half()).prev_sample
+    assert half.dtype == torch.float16
+    assert {"generator", "return_dict"} <= set(inspect.signature(scheduler.step).parameters)
+
+
+@pytest.mark.parametrize("config", [{"shift": 3.0}, {"snr": 0.15, "sigma_min": 0.01, "sigma_max": 50.0}])
+def test_noise_is_added_at_the_networks_time(config):
+    scheduler = FastSDEScheduler.from_config(config)
+    x, noise, t = START, START.flip(0), vector(0.2, 0.5, 0.9)
+    expected = scheduler.sde.marginal(x, t, noise)
+    torch.testing.assert_close(scheduler.add_noise(x, noise, scheduler.reading.timestep(t)), expected)
+    torch.testing.assert_close(scheduler.scale_noise(x, scheduler.reading.timestep(t), noise), expected)
+
+
+def test_starting_from_an_image():
+    network = Dressed(read_schedule(DRESSES["linear epsilon"]), fourier=False)
+    model, _ = from_diffusers(network, DRESSES["linear epsilon"])
+    scheduler = scheduler_of()
+    scheduler.set_timesteps(10)
+    scheduler.set_begin_index(4)
+    x = scheduler.add_noise(START, START.flip(1), scheduler.timesteps[4:5])
+    start = x
+    for t in scheduler.timesteps[4:]:
+        x = scheduler.step(network(x, t.double().expand(3)), t, x).prev_sample
+    ours = fastsde.sample(model, x_init=start, controller=Grid(scheduler.times[4:])).samples
+    torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)  # float32 timesteps
+
+
+def test_edits_between_steps_carry_over():
+    # A constant prediction: an edit must then move the rest of the path as the exact solution does.
+    scheduler = scheduler_of("linear sample")
+    scheduler.set_timesteps(6)
+    x = START
+    for k, t in enumerate(scheduler.timesteps[:-1]):
+        x = scheduler.step(torch.ones_like(x), t, x).prev_sample
+        if k == 2:
+            x = x + 1.0
+    t_0, t_3, t_5 = scheduler.times[[0, 3, 5]]
+    sde = scheduler.sde
+
+    def flow(x, t, s):
+        ratio = sde.sigma(s[None]) / sde.sigma(t[None])
+        return ratio * x + (sde.alpha(s[None]) - ratio * sde.alpha(t[None]))
+
+    expected = flow(flow(START, t_0, t_3) + 1.0, t_3, t_5)
+    torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_given_levels():
+    scheduler = scheduler_of("shifted flow")
+    scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25], mu=0.7)
+    shift = torch.tensor(0.7).double().exp()
+    s = vector(1.0, 0.5, 0.25)
+    expected = (shift * s / (1 + (shift - 1) * s)).clamp(max=0.999)
+    torch.testing.assert_close(scheduler.times, expected, rtol=1e-6, atol=0)
+    scheduler.set_timesteps(sigmas=[0.8, 0.4])
+    assert float(scheduler.times[0]) == pytest.approx(3 * 0.8 / 2.6)
+    scheduler = scheduler_of()
+    scheduler.set_timesteps(timesteps=[900.0, 500.5, 3.0])
+    assert scheduler.timesteps.tolist() == [900.0, 500.5, 3.0]
+    scheduler.set_timesteps(sigmas=[10.0, 1.0])
+    torch.testing.assert_close((-0.5 * scheduler.sde.log_snr(scheduler.times)).exp(), vector(10.0, 1.0))
+    for wrong in ({}, {"num_inference_steps": 0}, {"timesteps": [3.0], "sigmas": [1.0]}):
+        with pytest.raises(ValueError, match="give num_inference_steps"):
+            scheduler.set_timesteps(**wrong)
