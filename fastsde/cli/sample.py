@@ -13,17 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsde import api
 from fastsde.arguments import DEFAULT_RTOL, usable_device
 from fastsde.calibration import Schedule
+from fastsde.cli.models import Opened, open_model
 from fastsde.cli.output import dump_json, image_grid, prepare_folder, to_uint8, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
-from fastsde.pretrained import pretrained, read_card, weight_hash
 from fastsde.result import SampleResult, SamplingError, Status
 
 
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
-@click.option("--model", default="fashion-mnist", help="A packaged model, or a folder written by `fastsde train`.")
+@click.option(
+    "--model",
+    default="fashion-mnist",
+    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
+)
 @click.option("-n", "--number", "n", default=64, type=click.IntRange(1), help="Number of samples.")
 @click.option(
     "--solver",
@@ -48,6 +51,12 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.option(
     "--label", default="cycle", help='A class number, "cycle" for all in turn, or "none" for the model\'s own mix.'
 )
+@click.option("--prompt", "prompts", multiple=True, help="For text-to-image models; several are taken in turn.")
+@click.option("--negative-prompt", help="What guidance leads away from.")
+@click.option("--guidance-scale", type=float, show_default="the pipeline's own", help="Two calls for one if above 1.")
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of diffusers' weights."
+)
 @click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
 @click.option("--out", default="samples", type=click.Path(path_type=Path), help="Folder; its three files are replaced.")
@@ -65,6 +74,10 @@ def sample(
     options: tuple[str, ...],
     seed: int,
     label: str,
+    prompts: tuple[str, ...],
+    negative_prompt: str | None,
+    guidance_scale: float | None,
+    dtype: str,
     batch_size: int,
     device: str,
     out: Path,
@@ -83,26 +96,29 @@ def sample(
       fastsde sample --nfe 12
       fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 6 of "Gotta Go Fast"
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
+      fastsde sample --model google/ddpm-cifar10-32 -n 16
+      fastsde sample --model DIR --prompt "a lighthouse in fog" -n 4 --dtype float16
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
-        score_model, sde = pretrained(model, device=usable_device(device))
-        weights = weight_hash(model)
+        opened = open_model(model, usable_device(device), getattr(torch, dtype))
+        opened.check_text(prompts, negative_prompt, guidance_scale)
+        score_model, sde = opened.model, opened.model.sde
         solver = build_solver(solver_name, options)
         tolerances, budget = (rtol, atol) != (None, None), (nfe, schedule) != (None, None)
         controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=budget)
         if schedule is not None:
             controller = Schedule.load(schedule)
         adaptive = solver.adaptive and nfe is None
-        labels = _labels(label, n, read_card(model)["classes"])
+        labels = _labels(label, n, opened.classes)
         event = score_model.event_shape or ()
         prepare_folder(out, needed=3 * n * math.prod(event) + (1 << 20))
-        cond = None if labels is None else {"class_labels": labels}
-        result = api.sample(
-            score_model,
-            sde,
-            n=n,
+        text = {"prompt": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+        result = opened.sample(
+            n,
+            labels,
+            text,
             rtol=rtol,
             atol=atol,
             nfe=nfe,
@@ -110,8 +126,6 @@ def sample(
             controller=controller,
             seed=seed,
             batch_size=batch_size,
-            cond=cond,
-            progress=True,
         )
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
@@ -120,7 +134,8 @@ def sample(
         raise click.ClickException(str(error)) from error
     record = _record(result, labels) | {
         "model": model,
-        "weights_sha256": weights,
+        **opened.source,
+        **({} if opened.pipe is None else text),
         "sde": repr(sde),
         "solver": repr(solver),
         "nfe_budget": nfe,
@@ -133,7 +148,7 @@ def sample(
     }
     if not (result.status != Status.PENDING).any():
         raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
-    files = _write(out, result, labels, record, score_model.data_range)
+    files = _write(out, result, labels, record, opened)
     click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
@@ -145,14 +160,14 @@ def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float,
     return {"rtol": DEFAULT_RTOL if rtol is None else rtol, "atol": (high - low) / 256 if atol is None else atol}
 
 
-def _labels(label: str, n: int, classes: list[str]) -> Tensor | None:
+def _labels(label: str, n: int, classes: int) -> Tensor | None:
     """Class of each sample, with shape (n,), or None for the model's own mix."""
     if label == "none" or (label == "cycle" and not classes):
         return None
     if label == "cycle":
-        return torch.arange(n) % len(classes)
-    if not label.isdecimal() or int(label) >= len(classes):
-        allowed = f"0 .. {len(classes) - 1}, " if classes else ""
+        return torch.arange(n) % classes
+    if not label.isdecimal() or int(label) >= classes:
+        allowed = f"0 .. {classes - 1}, " if classes else ""
         raise ValueError(f'--label must be {allowed}"cycle" or "none" for this model; got {label!r}.')
     return torch.full((n,), int(label))
 
@@ -182,11 +197,11 @@ def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
 
 
 def _write(
-    out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], data_range: tuple[float, float]
+    out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], opened: Opened
 ) -> list[Path]:
     """Writes the files and returns their paths; samples that are missing or lost appear in the record alone."""
     whole = _whole(result)
-    images = to_uint8(result.samples[whole], data_range)
+    images = _images(out, result.samples[whole], opened)
     arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels[whole.cpu()].numpy()})
     writers: dict[str, Callable[[Path], object]] = {
         "samples.npz": lambda path: np.savez_compressed(path, **arrays),  # type: ignore[arg-type]
@@ -197,6 +212,17 @@ def _write(
     else:
         (out / "grid.png").unlink(missing_ok=True)
     return write_atomic(out, writers)
+
+
+def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
+    """The samples in 8 bits, decoded if they are latents; if that fails, the latents are written first."""
+    if opened.pipe is None:
+        return to_uint8(samples, opened.model.data_range)
+    try:
+        return to_uint8(opened.images(samples), (0.0, 1.0))
+    except RuntimeError as error:
+        write_atomic(out, {"latents.npz": lambda path: np.savez(path, arr_0=samples.float().cpu().numpy())})
+        raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error
 
 
 def _summary(result: SampleResult, files: list[Path]) -> str:

@@ -37,8 +37,8 @@ def load(
         subfolder: where in the source the network is, if it is to be loaded alone.
         ema: True to insist on averaged weights, False to leave them; taken where they are by default.
         config: for a single file, the folder of the pipeline whose weights it holds.
-        options: of diffusers' `from_pretrained`: `torch_dtype`, `variant`, `revision`, `device_map`,
-            `local_files_only`.
+        options: of diffusers' `from_pretrained`: `dtype` (or its old name `torch_dtype`), `variant`, `revision`,
+            `device_map`, `local_files_only`.
 
     Returns:
         A pipeline or a network, and a scheduler or its configuration (None: the pipeline's).
@@ -52,6 +52,8 @@ def load(
         import diffusers
     except ImportError as error:
         raise ImportError("loading a diffusers model needs diffusers: pip install 'fastsde[diffusers]'.") from error
+    if "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
     path = Path(source)
     if path.is_file() or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt", ".pth"):
         return _load_file(path, scheduler, config, options)

@@ -1,0 +1,93 @@
+"""What `--model` may name: a packaged model, a folder written by `fastsde train`, or any diffusers model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsde import api
+from fastsde.calibration import fingerprint
+from fastsde.diffusers import from_diffusers, load, sample_pipeline
+from fastsde.diffusers.conditions import network_of, takes_text
+from fastsde.diffusers.sampling import finish
+from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
+from fastsde.result import SampleResult
+from fastsde.score.base import ScoreModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A model that the command line samples from.
+
+    Attributes:
+        model: the score model.
+        classes: how many labels may be asked for; 0 if there are none.
+        source: for the record: where the weights are from, and their hash.
+        pipe: the diffusers pipeline, if it is one.
+    """
+
+    model: ScoreModel
+    classes: int
+    source: dict[str, Any]
+    pipe: Any = None
+
+    def check_text(self, prompts: tuple[str, ...], negative: str | None, guidance: float | None) -> None:
+        """Refuses, with a ValueError, prompts where the model takes none, and none where it needs some."""
+        text = self.pipe is not None and takes_text(self.pipe)
+        if text and not prompts:
+            raise ValueError("--prompt is needed: this model is prompted by text.")
+        if not text and (prompts or negative is not None):
+            raise ValueError("--prompt and --negative-prompt are for text-to-image models; this one takes none.")
+        if self.pipe is None and guidance is not None:
+            raise ValueError("--guidance-scale is for diffusers pipelines; this model has no guidance.")
+
+    def sample(self, n: int, labels: Tensor | None, text: dict[str, Any], **options: Any) -> SampleResult:
+        """Draws n samples, which for latent models are latents."""
+        if self.pipe is None:
+            cond = None if labels is None else {"class_labels": labels}
+            return api.sample(self.model, n=n, cond=cond, progress=True, **options)
+        seed = options.pop("seed")
+        prompts = text["prompt"]
+        every = [prompts[k % len(prompts)] for k in range(n)] if prompts else None
+        options |= {"class_labels": labels, "generator": seed, "n": None if every or labels is not None else n}
+        options |= {key: value for key, value in text.items() if key != "prompt"}
+        return sample_pipeline(self.pipe, every, output_type="latent", **options).result
+
+    def images(self, x: Tensor) -> Tensor:
+        """Images in [0, 1] with shape (n, C, H, W) of finite samples."""
+        return finish(self.pipe, x, "pt", self.model.data_range)
+
+
+def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
+    """Loads what `--model` names.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `pretrained` and `fastsde.diffusers.load`.
+    """
+    folder = Path(name)
+    ours = name in packaged() or (folder / CARD).is_file()
+    looks_like_a_hub_name = name.count("/") == 1 and not folder.exists() and not name.startswith((".", "/"))
+    theirs = any((folder / file).is_file() for file in ("model_index.json", CONFIG)) or folder.suffix == ".safetensors"
+    if ours or not (theirs or looks_like_a_hub_name):
+        model, _ = pretrained(name, device=device)
+        return Opened(model, len(read_card(name)["classes"]), {"weights_sha256": weight_hash(name)})
+    loaded, scheduler = load(name, dtype=dtype)
+    pipe = loaded if hasattr(loaded, "components") else None
+    loaded.to(device)
+    model, _ = from_diffusers(loaded, scheduler)
+    network = loaded if pipe is None else network_of(pipe)
+    # DiT's last label is "none".
+    classes = getattr(network.config, "num_embeds_ada_norm", None) if _labelled(model) else None
+    classes = classes or (getattr(network.config, "num_class_embeds", None) if _labelled(model) else None) or 0
+    source = {"weights_sha256": fingerprint(model), "source": network.fastsde_source, "dtype": str(dtype)}
+    return Opened(model, int(classes), source, pipe)
+
+
+def _labelled(model: ScoreModel) -> bool:
+    while hasattr(model, "model"):
+        model = model.model
+    return getattr(model, "classes", None) is not None
