@@ -153,7 +153,8 @@ def calibrate(
         "seed": check_count("seed", seed, 0),
         "sde": repr(process),
         "shape": list(event),
-        "cond_sha256": _digest(cond or {}),
+        "model": repr(model),
+        "cond_sha256": _digest({**(model.default_cond or {}), **(cond or {})}),
         "weights_sha256": fingerprint(model),
     }
     if cache is not None:

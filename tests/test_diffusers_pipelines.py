@@ -387,6 +387,7 @@ def test_fastsde_pipeline_is_saved_and_loaded(tmp_path):
     assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path), diffusers.StableDiffusionPipeline)
     tuple_form = again(PROMPTS, generator=3, output_type="pt", return_dict=False)
     assert torch.equal(tuple_form[0], images)
+    assert FastSDEPipeline.from_pretrained(tmp_path, rtol=0.1).settings == {"rtol": 0.1, "guidance_scale": 2.0}
     with pytest.raises(TypeError, match="takes no steps"):
         FastSDEPipeline(tiny.ddpm(), steps=3)
 

@@ -73,6 +73,33 @@ def from_diffusers(
         pipe_or_model, scheduler = load(pipe_or_model, scheduler, **loading)
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
+    return adapt(
+        pipe_or_model,
+        scheduler,
+        guidance_scale,
+        guidance_rescale=guidance_rescale,
+        guidance_interval=guidance_interval,
+        clip=clip,
+        event_shape=event_shape,
+        data_range=data_range,
+        allow_distilled=allow_distilled,
+    )
+
+
+def adapt(
+    pipe_or_model: Any,
+    scheduler: Any,
+    guidance_scale: float | None,
+    *,
+    guidance_rescale: float = 0.0,
+    guidance_interval: tuple[float, float] | None = None,
+    clip: bool | None = None,
+    event_shape: tuple[int, ...] | None = None,
+    data_range: tuple[float, float] | None = None,
+    allow_distilled: bool = False,
+    empty_prompt: bool = True,
+) -> tuple[ScoreModel, SDE]:
+    """`from_diffusers` for what is loaded already; `empty_prompt` says whether text pipelines encode one as default."""
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
     if not callable(network):
@@ -88,15 +115,14 @@ def from_diffusers(
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
-    if pipe is not None and hasattr(pipe, "_execution_device"):
+    if pipe is not None:
         model.device = pipe._execution_device  # type: ignore[misc]
-    scale = 1.0 if guidance_scale is None else float(guidance_scale)
-    model.default_cond = _defaults(pipe, model, guided=scale > 1, scale=guidance_scale)
-    if scale > 1 and not (pipe is not None and embedded_guidance(pipe)):
-        cond = model.default_cond or {}
-        null = {k: v for k, v in cond.items() if k not in _SHARED}
+        model.default_cond = _defaults(pipe, model, guidance_scale, empty_prompt=empty_prompt)
+    embedded = pipe is not None and embedded_guidance(pipe)
+    if guidance_scale is not None and guidance_scale > 1 and not embedded:
+        null = {k: v for k, v in (model.default_cond or {}).items() if k not in _SHARED}
         model = ClassifierFreeGuidance(
-            model, scale, negative=null, rescale=guidance_rescale, interval=guidance_interval
+            model, guidance_scale, negative=null, rescale=guidance_rescale, interval=guidance_interval
         )
     if reading.limit is not None and (not latent if clip is None else clip):
         model = Clipped(model, reading.limit, ratio=reading.ratio)
@@ -144,14 +170,14 @@ def latent_shape(pipe: Any, height: int | None = None, width: int | None = None)
     return (channels, pixels[0] // factor, pixels[1] // factor)
 
 
-def _defaults(pipe: Any, model: ScoreModel, *, guided: bool, scale: float | None) -> dict[str, Tensor] | None:
+def _defaults(pipe: Any, model: ScoreModel, scale: float | None, *, empty_prompt: bool) -> dict[str, Tensor] | None:
     """Conditioning of one row for callers that give none: the null label, or the empty prompt."""
     cond = dict(model.default_cond or {})
-    if pipe is not None and takes_text(pipe):
-        c_h_w = model.event_shape or latent_shape(pipe)
+    if empty_prompt and takes_text(pipe) and getattr(pipe, "text_encoder", None) is not None:
+        _, height, width = model.event_shape or latent_shape(pipe)
         factor = 1 if autoencoder(pipe) is None else pixels_per_latent(autoencoder(pipe))
-        encoded = text_cond(pipe, [""], None, (c_h_w[1] * factor, c_h_w[2] * factor))
+        encoded = text_cond(pipe, [""], None, (height * factor, width * factor))
         cond |= {key: value[0] for key, value in encoded.items()}
-    if pipe is not None and embedded_guidance(pipe):
+    if embedded_guidance(pipe):
         cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale))
     return cond or None

@@ -18,6 +18,12 @@ from fastsde.job import EngineState
 _SETTINGS = "fastsde.json"
 
 
+def _arguments() -> set[str]:
+    """What `sample_pipeline` takes by name."""
+    parameters = inspect.signature(sample_pipeline).parameters.values()
+    return {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
 class FastSDEPipeline:
     r"""A diffusers pipeline that samples adaptively: the same call, `rtol` (or `nfe`) in place of a number of steps.
 
@@ -36,8 +42,7 @@ class FastSDEPipeline:
     """
 
     def __init__(self, pipe: Any, **settings: Any) -> None:
-        known = inspect.signature(sample_pipeline).parameters
-        unknown = [key for key in settings if key not in known]
+        unknown = [key for key in settings if key not in _arguments()]
         if unknown:
             raise TypeError(f"sample_pipeline takes no {', '.join(unknown)}.")
         json.dumps(settings)
@@ -57,16 +62,17 @@ class FastSDEPipeline:
 
         Args:
             source: the folder or the name; settings that were saved with it are taken up.
-            options: of `load` and diffusers' `from_pretrained`.
+            options: settings (see the class), and options of `load` and diffusers' `from_pretrained`.
 
         Raises:
             FileNotFoundError, ValueError: as `load`; TypeError if there is only a network.
         """
+        own = {key: options.pop(key) for key in _arguments() & options.keys()}
         pipe, _ = load(source, **options)
         if not hasattr(pipe, "components"):
             raise TypeError(f"{source} holds a network, not a pipeline; give it to from_diffusers.")
         file = Path(source) / _SETTINGS
-        return cls(pipe, **(json.loads(file.read_text()) if file.is_file() else {}))
+        return cls(pipe, **{**(json.loads(file.read_text()) if file.is_file() else {}), **own})
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Saves the pipeline as diffusers does, loadable without fastsde, and the settings beside it."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsde import api
 from fastsde.arguments import check_count
 from fastsde.control import Controller
-from fastsde.diffusers.adapter import from_diffusers, latent_shape, scheduler_config
+from fastsde.diffusers.adapter import adapt, latent_shape, scheduler_config
 from fastsde.diffusers.conditions import (
     Prompt,
     call_default,
@@ -128,13 +128,15 @@ def sample_pipeline(
     scales = _scales(pipe, guidance_scale, job.n)
     embedded, guided = embedded_guidance(pipe), bool((scales > 1).any())
     reading = read_schedule(scheduler_config(pipe.scheduler))
-    model, _ = from_diffusers(
+    model, _ = adapt(
         pipe,
-        guidance_scale=float(scales.max()),
+        None,
+        float(scales.max()),
         guidance_rescale=guidance_rescale,
         guidance_interval=guidance_interval,
         event_shape=shape,
         allow_distilled=allow_distilled,
+        empty_prompt=False,
     )
     cond = job.cond(shape, guided=guided and not embedded)
     if guided or embedded:

@@ -216,6 +216,10 @@ class Wrapper(ScoreModel):
         )
         self.model, self.calls = model, model.calls
 
+    def __repr__(self) -> str:
+        own = {key: value for key, value in vars(self).items() if key != "model" and key not in vars(self.model)}
+        return f"{type(self).__name__}({', '.join([repr(self.model), *(f'{k}={v!r}' for k, v in own.items())])})"
+
     @property
     def device(self) -> torch.device:
         return self.model.device

@@ -1,0 +1,152 @@
+r"""Our engine in the place of a pipeline's own loop: wall time at the same network, batch and number of calls.
+
+Three pipelines with random weights, each run by itself and by `sample_pipeline` with the same number of network calls,
+in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM) and an unconditional one
+(DDIM). The forwards of both are counted by a hook and must agree. Pass mark: median ratio 1.0. Run it on a quiet machine;
+the spread column is the range over repetitions.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import click
+import diffusers
+import torch
+from common import save, table
+
+import fastsde
+
+
+def text_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+    """Stable Diffusion's pipeline at a tenth of its width, 32 x 32 latents, guided; prompts as embeddings."""
+    network = diffusers.UNet2DConditionModel(
+        sample_size=32, block_out_channels=(32, 64, 128), cross_attention_dim=64, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=16,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **_four("Encoder"))
+    scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
+    pipe = diffusers.StableDiffusionPipeline(
+        vae=vae, text_encoder=None, tokenizer=None, unet=network, scheduler=scheduler, safety_checker=None,
+        feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    embeds = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(batch, 77, 64))
+    shared = {**embeds, "guidance_scale": 7.5, "output_type": "latent"}
+    return (
+        pipe,
+        lambda: pipe(num_inference_steps=calls, **shared),
+        lambda: fastsde.sample_pipeline(pipe, nfe=2 * calls, progress=False, batch_size=batch, **shared),
+    )
+
+
+def class_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+    """DiT's pipeline with half the depth of DiT-S/2, 32 x 32 latents, guided, and a small decoder."""
+    network = diffusers.DiTTransformer2DModel(
+        num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=6, sample_size=32
+    )
+    vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **_four("Encoder"))
+    pipe = diffusers.DiTPipeline(network, vae, diffusers.DDIMScheduler(clip_sample=False))
+    labels = list(range(batch))
+    return (
+        pipe,
+        lambda: pipe(class_labels=labels, num_inference_steps=calls, output_type="np"),
+        lambda: fastsde.sample_pipeline(
+            pipe, class_labels=labels, guidance_scale=4.0, nfe=2 * calls, output_type="np", progress=False
+        ),
+    )
+
+
+def unconditional(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+    """An unconditional pixel pipeline, 32 x 32, predictions clipped."""
+    network = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(32, 64, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
+    return (
+        pipe,
+        lambda: pipe(batch_size=batch, num_inference_steps=calls, output_type="np"),
+        lambda: fastsde.sample_pipeline(pipe, n=batch, nfe=calls, output_type="np", progress=False),
+    )
+
+
+def _four(kind: str) -> dict[str, Any]:
+    return {"down_block_types": (f"Down{kind}Block2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+
+
+def measure(build: Callable[..., Any], batch: int, calls: int, repeats: int) -> dict[str, object]:
+    """Both loops in turn, after one run of each that counts its forwards."""
+    torch.manual_seed(0)
+    pipe, theirs, ours = build(batch, calls)
+    pipe.set_progress_bar_config(disable=True)
+    network = pipe.components.get("unet") or pipe.components["transformer"]
+    network.eval()
+    rows: list[int] = []
+    hook = network.register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    counts = []
+    for work in (theirs, ours):
+        rows.clear()
+        work()
+        counts.append((len(rows), sum(rows)))
+    hook.remove()
+    if counts[0] != counts[1]:
+        raise RuntimeError(f"the two loops made {counts} (forwards, rows); they must agree.")
+    pairs = []
+    for _ in range(repeats):
+        times = []
+        for work in (theirs, ours):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        pairs.append(times)
+    ratios = [b / a for a, b in pairs]
+    return {
+        "pipeline": build.__name__.replace("_", " "),
+        "scheduler": type(pipe.scheduler).__name__,
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "batch": batch,
+        "forwards": counts[0][0],
+        "theirs_seconds": statistics.median(a for a, _ in pairs),
+        "ours_seconds": statistics.median(b for _, b in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_range": [min(ratios), max(ratios)],
+    }
+
+
+@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@click.option("--batch", default=4, help="Images at a time.")
+@click.option("--calls", default=20, help="Evaluations of each image.")
+@click.option("--repeats", default=7, help="Timed pairs.")
+@click.option("--threads", default=2, help="Threads of torch.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/diffusers_overhead.json.")
+def main(batch: int, calls: int, repeats: int, threads: int, keep: bool) -> None:
+    """Prints the table and writes it."""
+    settings = click.get_current_context().params
+    torch.set_num_threads(threads)
+    results = [measure(build, batch, calls, repeats) for build in (text_to_image, class_to_image, unconditional)]
+    table(
+        ("pipeline", "parameters", "forwards", "its loop, s", "ours, s", "ratio", "spread", "pass mark"),
+        [
+            (
+                r["pipeline"],
+                f"{r['parameters'] / 1e6:.1f} M",
+                r["forwards"],
+                f"{r['theirs_seconds']:.2f}",
+                f"{r['ours_seconds']:.2f}",
+                f"{r['ratio']:.3f}",
+                "{:.3f} .. {:.3f}".format(*r["ratio_range"]),
+                "1.0 ok" if r["ratio"] <= 1.0 else "1.0 MISSED",
+            )
+            for r in results
+        ],
+    )
+    if keep:
+        save("diffusers_overhead", settings, results)
+
+
+if __name__ == "__main__":
+    main()
