@@ -2,8 +2,8 @@ r"""Our engine in the place of a pipeline's own loop: wall time at the same netw
 
 Three pipelines with random weights, each run by itself and by `sample_pipeline` with the same number of network calls,
 in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM) and an unconditional one
-(DDIM). The forwards of both are counted by a hook and must agree. Pass mark: median ratio 1.0. Run it on a quiet machine;
-the spread column is the range over repetitions.
+(DDIM). The forwards of both are counted by a hook and must agree. Pass mark: median ratio 1.0. Run it on a quiet
+machine; the spread column is the range over repetitions.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def class_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], C
 def unconditional(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
     """An unconditional pixel pipeline, 32 x 32, predictions clipped."""
     network = diffusers.UNet2DModel(
-        sample_size=32, block_out_channels=(32, 64, 64), down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        sample_size=32, block_out_channels=(32, 64, 64),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
     pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())

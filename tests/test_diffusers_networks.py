@@ -398,3 +398,14 @@ def test_calls_are_counted_where_the_network_is_called():
     bound = BoundModel(model, {}, torch.tensor([True, False]))
     bound(torch.zeros(2, 1, 2, 2), vector(0.5, 0.6))
     assert bound.nfe.tolist() == [1, 0]
+
+
+def test_offloaded_networks_compute_where_their_hook_says():
+    accelerate = pytest.importorskip("accelerate")
+    expected = fastsde.sample(*from_diffusers(tiny.unet(), DDPM), n=2, nfe=4).samples
+    network = tiny.unet()
+    accelerate.cpu_offload(network, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in network.parameters())
+    model, sde = from_diffusers(network, DDPM)
+    assert (model.device, model.parameter.dtype) == (torch.device("cpu"), torch.float32)
+    assert torch.equal(fastsde.sample(model, sde, n=2, nfe=4).samples, expected)

@@ -171,9 +171,13 @@ def config_of(thing: object) -> Config:
 
 
 def offloaded_to(module: object) -> torch.device | None:
-    """Where accelerate's hook lets a module compute, which with offloading is not where its weights are."""
-    place = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return None if place is None else torch.device(place)
+    """Where accelerate's hooks let a module compute, which with offloading is not where its weights are."""
+    for part in module.modules() if isinstance(module, nn.Module) else []:
+        hook = getattr(part, "_hf_hook", None)
+        for one in getattr(hook, "hooks", [hook]):
+            if getattr(one, "execution_device", None) is not None:
+                return torch.device(one.execution_device)
+    return None
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:

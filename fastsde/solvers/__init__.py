@@ -14,6 +14,7 @@ from fastsde.solvers.heun import Heun
 from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.predictor_corrector import PredictorCorrector
 from fastsde.solvers.probability_flow import ProbabilityFlow
+from fastsde.solvers.resampling import Resampling
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
 from fastsde.solvers.sa_solver import SASolver
 from fastsde.solvers.tableaus import DORMAND_PRINCE, EULER, HEUN, RK4, Tableau
@@ -35,6 +36,7 @@ SOLVERS: tuple[type[Solver], ...] = (
     PredictorCorrector,
     AnnealedLangevin,
     ConsistentAnnealed,
+    Resampling,
 )
 
 __all__ = [
@@ -56,6 +58,7 @@ __all__ = [
     "Langevin",
     "PredictorCorrector",
     "ProbabilityFlow",
+    "Resampling",
     "ReverseDiffusion",
     "SASolver",
     "Solver",

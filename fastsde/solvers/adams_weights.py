@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -15,13 +17,19 @@ def moments(a: Coef, count: int) -> Tensor:
     up = [-torch.expm1(-a)]
     for j in range(1, count + 1):
         up.append(1 - j / torch.where(a == 0, 1.0, a) * up[-1])
-    # Upwards the recursion cancels for small a; downwards it damps: 24 levels above leave less than 1e-16.
-    m, down = torch.zeros_like(a), []
-    for j in range(count + 24, 0, -1):
-        down.append(m)
-        m = (1 - m) * a / j
-    below = torch.stack(down[::-1][:count], 1)
+    # The recursion cancels for small a; there the series' terms fall below 1e-18.
+    series = _series(count).to(a.device)
+    below = a[:, None] ** torch.arange(1, len(series) + 1, device=a.device) @ series
     return torch.where(a.abs()[:, None] < 1, below, torch.stack(up[1:], 1))
+
+
+@functools.cache
+def _series(count: int, terms: int = 18) -> Tensor:
+    """(-1)^k j! / (j + 1 + k)!, the coefficient of a^{k + 1} in m_j, with shape (terms, count)."""
+    rows = [
+        [(-1) ** k * math.factorial(j) / math.factorial(j + 1 + k) for j in range(1, count + 1)] for k in range(terms)
+    ]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Tensor], Tensor]) -> Tensor:
@@ -38,11 +46,12 @@ def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Te
     """
     m_0, q = -torch.expm1(-a), nodes.shape[1]
     weights = torch.zeros(len(a), 1 + q, dtype=torch.float64, device=a.device)
+    exact = moments(a, max(q, 1))
     for p in range(1, q + 1):
         degrees = torch.arange(1, p + 1, device=a.device)
         powers = nodes[:, None, :p] ** degrees[None, :, None]
         # Rows with fewer values have nodes that mean nothing; their system may be singular, and is not used.
-        solution = torch.linalg.solve_ex(powers, rule(m_0, moments(a, p))[:, :, None]).result[:, :, 0]
+        solution = torch.linalg.solve_ex(powers, rule(m_0, exact[:, :p])[:, :, None]).result[:, :, 0]
         chosen = known == p if p < q else known >= p
         weights[:, 1 : 1 + p] = torch.where(chosen[:, None], solution, weights[:, 1 : 1 + p])
     weights[:, 0] = m_0 - weights[:, 1:].sum(1)
