@@ -15,7 +15,7 @@ import fastsde
 from fastsde import DDIM, Ancestral, DPMSolverPP, Grid, SamplingError, UniPC
 from fastsde.diffusers import FastSDEPipeline, decode_latents, encode_images, from_diffusers, load, sample_pipeline
 from fastsde.noise import StepNoise
-from fastsde.score import Wrapper
+from fastsde.score import Mask, Projection, Wrapper
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 PROMPTS = ["a red cat", "dog"]
@@ -416,3 +416,18 @@ def test_callbacks_see_times_of_their_own_and_can_stop():
         pipe(PROMPTS, callback_on_step_end=change)
     with pytest.raises(ValueError, match="may name latents"):
         pipe(PROMPTS, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+
+
+def test_known_latents_stay_in_a_guided_pipeline():
+    pipe = tiny.stable_diffusion()
+    mask = torch.zeros(1, 8, 8)
+    mask[:, :4] = 1
+    known = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(3))
+    r = sample_pipeline(
+        pipe, PROMPTS, nfe=16, output_type="latent", wrap=lambda m: Projection(m, Mask(mask), known), **QUIET
+    )
+    assert r.result.nfe.tolist() == [16, 16]
+    # What is returned is the last prediction, where the known part is put in as it is.
+    torch.testing.assert_close(r.images[:, :, :4], known[None, :, :4].expand(2, 4, 4, 8), rtol=0, atol=1e-5)
+    free = sample_pipeline(pipe, PROMPTS, nfe=16, output_type="latent", **QUIET)
+    assert (r.images - free.images)[:, :, 4:].abs().max() > 1e-3
