@@ -285,6 +285,13 @@ def test_a_failed_sample_has_no_image():
         ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale must be one finite number"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be one finite number"),
         ({"height": 17}, "multiples of 2"),
+        ({"height": 0}, "height must be an integer"),
+        ({"height": "16"}, "height must be an integer"),
+        ({"guidance_scale": "7"}, "guidance_scale must be one finite number"),
+        ({"latents": START.numpy()}, "latents must be a tensor"),
+        ({"prompt_embeds": torch.zeros(2, 7, 16)}, "either prompt or prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 7, 15)}, r"shape \(n, tokens, 16\)"),
+        ({"wrap": lambda model: 3}, "wrap must return a score model"),
         ({"index": [1]}, "index must have one entry"),
         ({"latents": START[:1]}, "latents must have one entry"),
         ({"class_labels": [1, 2]}, "takes no class_labels"),
@@ -303,13 +310,16 @@ def test_wrong_requests_are_refused_before_the_first_call(arguments, match, with
     assert not called
 
 
-def test_pipelines_that_do_not_fit_are_refused():
+def test_pipelines_that_do_not_fit_are_refused(without_type_checks):
     with pytest.raises(TypeError, match="takes no prompts"):
         sample_pipeline(tiny.ddpm(), "a cat")
-    with pytest.raises(TypeError, match="neither a unet nor a transformer"):
+    with pytest.raises(TypeError, match="pipe must be a pipeline"):
         sample_pipeline(tiny.vae())
     with pytest.raises(ValueError, match="one size"):
         sample_pipeline(tiny.dit_pipeline(), class_labels=1, height=32, width=32)
+    for wrong in ([1.5], ["dog"], []):
+        with pytest.raises((ValueError, TypeError), match="class_labels must be"):
+            sample_pipeline(tiny.dit_pipeline(), class_labels=wrong)
     with pytest.raises(ValueError, match="distilled"):
         sample_pipeline(tiny.stable_diffusion(diffusers.LCMScheduler()), "a cat")
 
@@ -364,6 +374,11 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
     for name, kind, match in cases:
         with pytest.raises(kind, match=match):
             from_diffusers(tmp_path / name)
+    tiny.ddpm().save_pretrained(tmp_path / "pipe")
+    index = tmp_path / "pipe" / "model_index.json"
+    index.write_text(index.read_text().replace("DDPMPipeline", "NoSuchPipeline"))
+    with pytest.raises(ValueError, match="no attribute NoSuchPipeline"):
+        load(tmp_path / "pipe")
     tiny.unet().save_pretrained(tmp_path, safe_serialization=False)
     diffusers.DDPMScheduler().save_pretrained(tmp_path)
     with pytest.raises(OSError, match="safetensors"):

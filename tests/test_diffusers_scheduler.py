@@ -203,7 +203,7 @@ def test_edits_between_steps_carry_over():
     torch.testing.assert_close(x, expected, rtol=1e-10, atol=1e-10)
 
 
-def test_given_levels():
+def test_given_levels(without_type_checks):
     scheduler = scheduler_of("shifted flow")
     scheduler.set_timesteps(sigmas=[1.0, 0.5, 0.25], mu=0.7)
     shift = torch.tensor(0.7).double().exp()
@@ -217,6 +217,36 @@ def test_given_levels():
     assert scheduler.timesteps.tolist() == [900.0, 500.5, 3.0]
     scheduler.set_timesteps(sigmas=[10.0, 1.0])
     torch.testing.assert_close((-0.5 * scheduler.sde.log_snr(scheduler.times)).exp(), vector(10.0, 1.0))
-    for wrong in ({}, {"num_inference_steps": 0}, {"timesteps": [3.0], "sigmas": [1.0]}):
+    for wrong in ({}, {"num_inference_steps": 0}, {"num_inference_steps": "5"}, {"timesteps": [3.0], "sigmas": [1.0]}):
         with pytest.raises(ValueError, match="give num_inference_steps"):
             scheduler.set_timesteps(**wrong)
+    for wrong in ([], [1.0, 5.0], [float("nan")]):
+        with pytest.raises(ValueError, match="must be finite and decrease"):
+            scheduler.set_timesteps(timesteps=wrong)
+
+
+def test_wrong_steps_are_refused():
+    scheduler = scheduler_of()
+    scheduler.set_timesteps(2)
+    x = torch.zeros(2, 3, 4, 4)
+    with pytest.raises(ValueError, match="must have the shape of the state"):
+        scheduler.step(torch.zeros(1, 3, 4, 4), scheduler.timesteps[0], x)
+    scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match="must have the shape of the state"):
+        scheduler.step(x[:1], scheduler.timesteps[1], x[:1])
+    scheduler.step(torch.zeros(2, 6, 4, 4), scheduler.timesteps[1], x)  # a learned variance is dropped
+    with pytest.raises(ValueError, match="all 2 steps are taken"):
+        scheduler.step(x, scheduler.timesteps[1], x)
+
+
+def test_distilled_schedules_are_refused():
+    with pytest.raises(ValueError, match="distilled"):
+        FastSDEScheduler.from_config(diffusers.LCMScheduler().config)
+
+
+@pytest.mark.parametrize("name", DRESSES)
+def test_a_pipeline_with_it_is_read_like_before(name):
+    scheduler = scheduler_of(name)
+    a, b = read_schedule(scheduler.config), read_schedule(DRESSES[name])
+    assert (repr(a.sde), a.prediction, a.sigma_data) == (repr(b.sde), b.prediction, b.sigma_data)
+    assert read_schedule(FastSDEScheduler().config).levels == 1000

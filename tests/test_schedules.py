@@ -174,6 +174,7 @@ def test_what_cannot_be_read_is_refused():
     refused("no process that fastsde can read; its keys are", num_train_timesteps=1000)
     refused("prediction_type must be one of", beta_schedule="linear", prediction_type="noise")
     refused("beta_schedule must be one of linear", beta_schedule="cosine")
+    refused("beta_start must be a finite number; got 'x'", beta_schedule="linear", beta_start="x")
     refused("num_train_timesteps must be an integer", beta_schedule="linear", num_train_timesteps=1)
     refused("numbers in", trained_betas=[0.1, 1.2])
     refused("runs the other way", shift=1.0, invert_sigmas=True)

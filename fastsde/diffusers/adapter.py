@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsde.arguments import check_count
 from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_text, text_cond
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
 from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, config_of
@@ -159,6 +160,9 @@ def latent_shape(pipe: Any, height: int | None = None, width: int | None = None)
     size = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
     if size is None and (height is None or width is None):
         raise ValueError(f"{type(pipe).__name__} has no default size; give height= and width=.")
+    for name, given in (("height", height), ("width", width)):
+        if given is not None:
+            check_count(name, given, 1)
     own = (size, size) if isinstance(size, int) else tuple(size or ())
     pixels = (height or own[0] * factor, width or own[1] * factor)
     if config.get("norm_type") == "ada_norm_zero" and pixels != tuple(k * factor for k in own):

@@ -23,7 +23,7 @@ def network_of(pipe: Any) -> Any:
     """
     network = next((n for k in ("unet", "transformer") if (n := getattr(pipe, k, None)) is not None), None)
     if network is None:
-        raise TypeError(f"{type(pipe).__name__} has neither a unet nor a transformer; give the network itself.")
+        raise TypeError(f"pipe must be a pipeline with a unet or a transformer; got {type(pipe).__name__}.")
     beside = [k for k in ("controlnet", "prior", "unet_2", "transformer_2") if getattr(pipe, k, None) is not None]
     if beside:
         raise TypeError(f"{type(pipe).__name__} also uses {', '.join(beside)}, which fastsde does not call.")

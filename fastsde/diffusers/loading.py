@@ -66,7 +66,12 @@ def load(
         raise ValueError(f"ema=True, but {source} has none of the folders {', '.join(_EMA)}; or give subfolder=.")
     whole = (path / "model_index.json").is_file() if local else subfolder is None
     if whole and subfolder is None:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **options)
+        try:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(str(source), **options)
+        except AttributeError as error:
+            raise ValueError(
+                f"{source} names a pipeline or part that this diffusers does not have: {error}."
+            ) from error
         name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
         if averaged is not None and ema is not False:
             network = diffusers.AutoModel.from_pretrained(str(source), subfolder=averaged, **options)

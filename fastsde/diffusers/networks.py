@@ -100,6 +100,9 @@ class DiffusersModel(ScoreModel):
         unknown = [key for key in cond if key not in known]
         if unknown and not self._takes_any:
             raise ValueError(f"the network takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
+        width, text = _text_width(self.config), cond.get("encoder_hidden_states")
+        if width is not None and text is not None and (text.ndim != 3 or text.shape[-1] != width):
+            raise ValueError(f"encoder_hidden_states must have shape (n, tokens, {width}); got {tuple(text.shape)}.")
         labels = cond.get("class_labels")
         if labels is None or not self.config:
             return
@@ -223,6 +226,13 @@ def _classes(config: Config, arguments: Mapping[str, inspect.Parameter]) -> int 
     if _is_dit(config, arguments):
         return int(config["num_embeds_ada_norm"]) + 1
     return None
+
+
+def _text_width(config: Config) -> int | None:
+    """Width of the text embeddings that the network takes, where its configuration says."""
+    keys = ("joint_attention_dim", "caption_channels", "encoder_hid_dim", "cross_attention_dim")
+    width = next((config[key] for key in keys if config.get(key) is not None), None)
+    return width if isinstance(width, int) else None
 
 
 def _is_dit(config: Config, arguments: Mapping[str, inspect.Parameter]) -> bool:

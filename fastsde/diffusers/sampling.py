@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsde import api
-from fastsde.arguments import check_count
+from fastsde.arguments import check_count, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.adapter import adapt, latent_shape, scheduler_config
 from fastsde.diffusers.conditions import (
@@ -123,6 +123,7 @@ def sample_pipeline(
     if output_type not in _OUTPUTS:
         raise ValueError(f"output_type must be one of {', '.join(_OUTPUTS)}; got {output_type!r}.")
     check_count("decode_batch_size", decode_batch_size, 1)
+    check_kind("latents", latents, Tensor, "a tensor")
     shape = latent_shape(pipe, height, width)
     job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
     scales = _scales(pipe, guidance_scale, job.n)
@@ -143,7 +144,7 @@ def sample_pipeline(
         cond["guidance" if embedded else "guidance_scale"] = scales
     seed, numbers = _streams(generator, index, job.n)
     result = api.sample(
-        model if wrap is None else wrap(model),
+        model if wrap is None else _wrapped(wrap, model),
         rtol=rtol,
         atol=atol,
         nfe=nfe,
@@ -197,12 +198,14 @@ class _Request:
             raise TypeError(f"{type(pipe).__name__} takes no prompts ({', '.join(['prompt', *encode])}).")
         if labels is not None and (text or "class_labels" not in _names(pipe)):
             raise TypeError(f"{type(pipe).__name__} takes no class_labels.")
+        if prompt is not None and embeds is not None:
+            raise ValueError("give either prompt or prompt_embeds, not both.")
         if text and prompt is None and embeds is None:
             raise ValueError("prompt must be a string or a list of strings, or give prompt_embeds=; got None.")
         prompts = _strings("prompt", prompt)
         rows = len(prompts) if prompts else len(embeds) if embeds is not None else None
         if labels is not None:
-            labels = torch.as_tensor(labels).reshape(-1)
+            labels = _labels(labels)
             rows = len(labels)
         if rows is None:
             rows = next((len(k) for k in (index, latents) if k is not None), 1) if n is None else check_count("n", n, 1)
@@ -235,6 +238,24 @@ class _Request:
         return {key: value.repeat_interleave(self.each, 0) for key, value in cond.items()}
 
 
+def _labels(given: int | Sequence[int] | Tensor) -> Tensor:
+    """The labels as a vector."""
+    try:
+        labels = torch.as_tensor(given).reshape(-1)
+    except (TypeError, ValueError, RuntimeError):
+        labels = torch.empty(0)
+    if len(labels) == 0 or labels.is_floating_point():
+        raise ValueError(f"class_labels must be an integer or a list of them; got {given!r}.")
+    return labels
+
+
+def _wrapped(wrap: Callable[[ScoreModel], ScoreModel], model: ScoreModel) -> ScoreModel:
+    wrapped = wrap(model)
+    if not isinstance(wrapped, ScoreModel):
+        raise TypeError(f"wrap must return a score model; it returned {type(wrapped).__name__}.")
+    return wrapped
+
+
 def _names(pipe: Any) -> set[str]:
     return set(inspect.signature(network_of(pipe).forward).parameters)
 
@@ -253,7 +274,10 @@ def _scales(pipe: Any, given: float | Sequence[float] | None, n: int) -> Tensor:
     default = call_default(pipe, "guidance_scale")
     if given is None:
         given = 1.0 if default is None else default
-    scales = torch.as_tensor(given, dtype=torch.float32)
+    try:
+        scales = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError):
+        scales = torch.empty(0)
     if scales.ndim == 0:
         scales = scales.expand(n)
     if scales.shape != (n,) or not torch.isfinite(scales).all():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -81,6 +82,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         config = {key: value for key, value in self.config.items() if value is not None}
         if not config.keys() & {"beta_schedule", "trained_betas", "sigma_data", "snr", "shift", "flow_shift"}:
             config["beta_schedule"] = "linear"
+            self.register_to_config(beta_schedule="linear")
         self.reading = read_schedule(config)
         self.sde = self.reading.sde
         self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
@@ -106,6 +108,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
             if kept.get("shift") is not None and kept.get("beta_schedule") is None:
                 kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            read_schedule(kept)  # what cannot work is refused before keys of no use here are dropped
             config = kept
         return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
 
@@ -145,8 +148,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             ValueError: if not exactly one of the three says which steps.
         """
         given = [v for v in (timesteps, sigmas) if v is not None]
-        if len(given) > 1 or (not given and (num_inference_steps is None or num_inference_steps < 1)):
-            raise ValueError(f"give num_inference_steps of at least 1, timesteps or sigmas; got {num_inference_steps}.")
+        n = num_inference_steps
+        if len(given) > 1 or (not given and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1)):
+            raise ValueError(f"give num_inference_steps of at least 1, timesteps or sigmas; got {n!r}.")
         if timesteps is not None:
             times = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
         elif sigmas is not None:
@@ -155,6 +159,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             times = torch.tensor([self.sde.t_max], dtype=torch.float64)
         else:
             times = Grid.tapered(self.sde, int(num_inference_steps or 0) - 1).times
+        if len(times) == 0 or not torch.isfinite(times).all() or not (times.diff() < 0).all():
+            raise ValueError(
+                f"timesteps and sigmas must be finite and decrease; got {sigmas if timesteps is None else timesteps}."
+            )
         self.times = times.clamp(self.sde.t_min, self.sde.t_max)
         self.num_inference_steps = len(times)
         self.timesteps = self.reading.timestep(self.times).float().to(device or "cpu")
@@ -197,6 +205,14 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             generator: for the noise of `exponential_eta`; one, or one for each sample.
             return_dict: False for a tuple.
         """
+        wrong = model_output.shape[:1] != sample.shape[:1] or model_output.shape[2:] != sample.shape[2:]
+        if wrong or (self._index is not None and self._returned.shape != sample.shape):
+            raise ValueError(
+                f"model_output and sample must have the shape of the state, and keep it; got "
+                f"{tuple(model_output.shape)} and {tuple(sample.shape)}."
+            )
+        if self._index is not None and self._index >= len(self.times):
+            raise ValueError(f"all {len(self.times)} steps are taken; call set_timesteps before the next run.")
         x = sample.double() if sample.dtype == torch.float64 else sample.float()
         first = self._index is None
         if self._index is None:

@@ -76,6 +76,7 @@ def read_schedule(config: Config) -> Reading:
     Raises:
         ValueError: for a configuration that describes no process we know, or one that has no score, with the reason.
     """
+    config = {key: value for key, value in config.items() if value is not None}
     name = str(config.get("_class_name", "the scheduler"))
     if "original_inference_steps" in config or "clip_denoised" in config:
         raise ValueError(
@@ -88,13 +89,14 @@ def read_schedule(config: Config) -> Reading:
     if prediction not in _PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}; {name} has {prediction!r}.")
     flow = prediction == "flow_prediction" or config.get("use_flow_sigmas")
-    betas = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
+    betas = "beta_schedule" in config or "trained_betas" in config
     if flow or ("shift" in config and not betas):
         reading = _flow(config, name, given="prediction_type" in config)
     elif "sigma_data" in config:
-        reading = _edm(config, float(config["sigma_data"]))
+        reading = _edm(config, _number(config, "sigma_data", 0.5))
     elif "snr" in config and "sigma_max" in config and not betas:
-        sde = VESDE(config["sigma_min"], config["sigma_max"], t_min=config.get("sampling_eps", 1e-5))
+        low, high = _number(config, "sigma_min", 0.01), _number(config, "sigma_max", 1348.0)
+        sde = VESDE(low, high, t_min=_number(config, "sampling_eps", 1e-5))
         reading = Reading(sde, sde.sigma, lambda k: sde.t_of_log_snr(-2 * k.log()), "score", levels=_levels(config))
     elif not betas:
         raise ValueError(f"{name} describes no process that fastsde can read; its keys are {sorted(config)}.")
@@ -103,10 +105,10 @@ def read_schedule(config: Config) -> Reading:
     else:
         reading = _table(config, name)
     if config.get("thresholding"):
-        limit, ratio = config.get("sample_max_value", 1.0), config.get("dynamic_thresholding_ratio", 0.995)
-        return dataclasses.replace(reading, limit=float(limit), ratio=float(ratio))
+        limit, ratio = _number(config, "sample_max_value", 1.0), _number(config, "dynamic_thresholding_ratio", 0.995)
+        return dataclasses.replace(reading, limit=limit, ratio=ratio)
     if config.get("clip_sample"):
-        return dataclasses.replace(reading, limit=float(config.get("clip_sample_range", 1.0)))
+        return dataclasses.replace(reading, limit=_number(config, "clip_sample_range", 1.0))
     return reading
 
 
@@ -118,6 +120,18 @@ def filled(config: Config) -> Config:
     # Marked as default, a value would be dropped on the way to another class.
     own = {key: value for key, value in config.items() if key != "_use_default_values"}
     return own if kind is None else {**kind.from_config(own).config, **own}
+
+
+def _number(config: Config, key: str, default: float) -> float:
+    """A number of the configuration.
+
+    Raises:
+        ValueError: if it is none, naming the key.
+    """
+    value = config.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{key} must be a finite number; got {value!r}.")
+    return float(value)
 
 
 def _levels(config: Config) -> int:
@@ -137,9 +151,9 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
             'predicts the velocity, "flow_prediction".'
         )
     n = _levels(config)
-    shift = float(config.get("shift", config.get("flow_shift", 1.0)))
+    shift = _number(config, "shift" if "shift" in config else "flow_shift", 1.0)
     if config.get("use_dynamic_shifting"):
-        shift = math.exp(config.get("base_shift") or 0.0)
+        shift = math.exp(_number(config, "base_shift", 0.0))
     if not shift > 0:
         raise ValueError(f"shift must be positive; got {shift}.")
     # Its end t = 1 is singular: the start is one level below, where the data's share is 1 / n.
@@ -148,7 +162,7 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
 
 
 def _edm(config: Config, sigma_data: float) -> Reading:
-    sde = EDM(t_min=float(config["sigma_min"]), t_max=float(config["sigma_max"]))
+    sde = EDM(t_min=_number(config, "sigma_min", 0.002), t_max=_number(config, "sigma_max", 80.0))
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"EDM's preconditioning is known for epsilon and v_prediction; got {prediction!r}.")
@@ -201,7 +215,7 @@ def alphas_cumprod(config: Config) -> Tensor:
         schedule, n = config.get("beta_schedule", "linear"), _levels(config)
         if schedule not in _BETAS:
             raise ValueError(f"beta_schedule must be one of {', '.join(_BETAS)}; got {schedule!r}.")
-        betas = _BETAS[schedule](n, float(config.get("beta_start", 1e-4)), float(config.get("beta_end", 0.02)))
+        betas = _BETAS[schedule](n, _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02))
     if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas must be a list of numbers in (0, 1).")
     bars = torch.log1p(-betas).cumsum(0).exp()
