@@ -281,6 +281,7 @@ def test_a_failed_sample_has_no_image():
         ({"prompt": []}, "prompt must be a string"),
         ({"output_type": "jpg"}, "output_type must be one of"),
         ({"n": 3}, "n must be left out"),
+        ({"prompt": "a", "n": 3, "num_images_per_prompt": 2}, "n must be left out"),
         ({"negative_prompt": ["a", "b", "c"]}, "negative_prompt must be one or 2"),
         ({"guidance_scale": [1.0, 2.0, 3.0]}, "guidance_scale must be one finite number"),
         ({"guidance_scale": float("nan")}, "guidance_scale must be one finite number"),

@@ -143,36 +143,44 @@ def sample_pipeline(
     if guided or embedded:
         cond["guidance" if embedded else "guidance_scale"] = scales
     seed, numbers = _streams(generator, index, job.n)
-    result = api.sample(
-        model if wrap is None else _wrapped(wrap, model),
-        rtol=rtol,
-        atol=atol,
-        nfe=nfe,
-        solver=solver,
-        controller=controller,
-        shape=(job.n, *shape),
-        seed=seed,
-        index=numbers,
-        batch_size=batch_size,
-        cond=cond,
-        x_init=None if latents is None else latents.to(model.device, dtype) * reading.start_std,
-        dtype=dtype,
-        device=model.device,
-        progress=progress,
-        callback=callback,
-    )
     try:
-        images = finish(pipe, result.samples, output_type, model.data_range, decode_batch_size)
-    except Exception as error:
-        raise SamplingError(
-            f"decoding failed ({type(error).__name__}: {error}); the {job.n} samples are in .result of this exception, "
-            "for fastsde.diffusers.decode_latents.",
-            result,
-        ) from error
+        result = api.sample(
+            model if wrap is None else _wrapped(wrap, model),
+            rtol=rtol,
+            atol=atol,
+            nfe=nfe,
+            solver=solver,
+            controller=controller,
+            shape=(job.n, *shape),
+            seed=seed,
+            index=numbers,
+            batch_size=batch_size,
+            cond=cond,
+            x_init=None if latents is None else latents.to(model.device, dtype) * reading.start_std,
+            dtype=dtype,
+            device=model.device,
+            progress=progress,
+            callback=callback,
+        )
+        images = _decoded(pipe, result, output_type, model.data_range, decode_batch_size)
     finally:
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
     return PipelineResult(images, result)
+
+
+def _decoded(
+    pipe: Any, result: SampleResult, output_type: str, data_range: tuple[float, float], batch_size: int
+) -> Any:
+    """The images; if they cannot be made, the samples are not lost."""
+    try:
+        return finish(pipe, result.samples, output_type, data_range, batch_size)
+    except Exception as error:
+        raise SamplingError(
+            f"decoding failed ({type(error).__name__}: {error}); the {len(result.nfe)} samples are in .result of this "
+            "exception, for fastsde.diffusers.decode_latents.",
+            result,
+        ) from error
 
 
 class _Request:
@@ -209,7 +217,7 @@ class _Request:
             rows = len(labels)
         if rows is None:
             rows = next((len(k) for k in (index, latents) if k is not None), 1) if n is None else check_count("n", n, 1)
-        elif n is not None and rows == 1:
+        elif n is not None and rows == each == 1:
             each = check_count("n", n, 1)
         elif n is not None and n != rows * each:
             raise ValueError(f"n must be left out or be prompts times images of each, {rows * each}; got {n}.")
