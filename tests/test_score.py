@@ -127,7 +127,7 @@ def test_output_may_hide_under_sample_as_in_diffusers():
         (lambda x, t: torch.empty_like(x, device="meta"), ValueError, "given x on cpu and returned a tensor on meta"),
         (lambda x, t: x.long(), TypeError, "floating-point tensor; it returned a tensor of torch.int64"),
         (lambda x, t: None, TypeError, "it returned NoneType"),
-        (lambda x, t: (x,), TypeError, "it returned tuple"),
+        (lambda x, t: (), TypeError, "it returned tuple"),
         (lambda x, t: SimpleNamespace(sample=None), TypeError, "it returned NoneType"),
     ],
 )
