@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde import DDIM, Ancestral, DPMSolverPP, Grid, SamplingError, UniPC
@@ -163,6 +163,16 @@ def test_guidance_compares_with_the_negative_prompt(name):
         assert not torch.equal(guided.images[1], other.images[1])
 
 
+def test_a_scale_up_to_1_is_no_guidance_whatever_the_neighbours(without_type_checks):
+    pipe = tiny.stable_diffusion()
+    shared = {"nfe": 16, "output_type": "latent", **QUIET}
+    mixed, ones = (sample_pipeline(pipe, PROMPTS, guidance_scale=[w, 5.0], **shared).images for w in (0.5, 1.0))
+    assert torch.equal(mixed, ones)
+    for wrong in (float("nan"), -1.0, "x"):
+        with pytest.raises(ValueError, match="guidance_scale must be a finite number"):
+            from_diffusers(pipe, guidance_scale=wrong)
+
+
 def test_flux_embeds_its_scale_at_one_call():
     pipe = tiny.flux_pipeline()
     shared = {**prompts("flux"), "nfe": 6, "output_type": "latent", **QUIET}
@@ -180,6 +190,8 @@ def test_images_of_each_prompt_follow_each_other():
     for k in range(4):
         alone = sample_pipeline(pipe, PROMPTS[k // 2], index=[k], **shared).images
         close(alone[0], r[k])
+    again = sample_pipeline(pipe, "dog", index=[5, 9], **shared).images
+    close(again, sample_pipeline(pipe, "dog", n=10, **shared).images[[5, 9]])
     close(sample_pipeline(pipe, "dog", n=2, **shared).images[:1], sample_pipeline(pipe, "dog", **shared).images)
 
 
@@ -294,6 +306,7 @@ def test_a_failed_sample_has_no_image():
         ({"prompt": None, "prompt_embeds": torch.zeros(2, 7, 15)}, r"shape \(n, tokens, 16\)"),
         ({"wrap": lambda model: 3}, "wrap must return a score model"),
         ({"index": [1]}, "index must have one entry"),
+        ({"guidance_scale": [-1.0, 2.0]}, "not negative"),
         ({"latents": START[:1]}, "latents must have one entry"),
         ({"class_labels": [1, 2]}, "takes no class_labels"),
         ({"num_inference_steps": 20}, "takes no num_inference_steps"),
@@ -337,6 +350,14 @@ def test_networks_load_from_folders_and_files(tmp_path):
         model, _ = from_diffusers(source)
         assert torch.equal(fastsde.sample(model, n=2, nfe=4).samples, expected)
         assert model.network.fastsde_source["ema"] is False
+    kept = load_file(weights)
+    kept.pop("conv_in.weight")
+    (tmp_path / "part").mkdir()
+    for name in ("config.json", "scheduler_config.json"):
+        (tmp_path / "part" / name).write_text((tmp_path / name).read_text())
+    save_file(kept, tmp_path / "part" / weights.name, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of its network: conv_in\.weight"):
+        from_diffusers(tmp_path / "part")
     assert from_diffusers(tmp_path, diffusers.DDPMScheduler())[0].prediction == "sample"  # clipped
     half, _ = from_diffusers(tmp_path, torch_dtype=torch.bfloat16)
     assert half.parameter.dtype == torch.bfloat16

@@ -183,6 +183,20 @@ def test_starting_from_an_image():
     torch.testing.assert_close(x, ours, rtol=0, atol=1e-4)  # float32 timesteps
 
 
+@pytest.mark.parametrize(("n", "strength"), [(12, 0.3), (12, 0.5), (50, 0.5), (12, 0.8)])
+def test_strength_means_a_share_of_the_time(n, strength):
+    begin = n - int(n * strength)
+    scheduler, theirs = scheduler_of(), diffusers.DDIMScheduler()
+    scheduler.set_timesteps(n)
+    theirs.set_timesteps(n)
+    held = scheduler.timesteps[begin:]  # what pipelines cut off before they say where they begin
+    scheduler.set_begin_index(begin)
+    # One step of theirs, whose leading spacing starts that much lower, and up to 8 times 1/3 that it rounds off.
+    assert 0 <= float(held[0] - theirs.timesteps[begin]) <= 1000 / n + 3
+    assert (held.diff() < 0).all()
+    assert float(held[-1]) == 0
+
+
 def test_edits_between_steps_carry_over():
     # A constant prediction: an edit must then move the rest of the path as the exact solution does.
     scheduler = scheduler_of("linear sample")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,12 @@ def adapt(
         raise TypeError(f"pipe_or_model must be a pipeline, a network or a path; got {type(pipe_or_model).__name__}.")
     if scheduler is None and pipe is not None:
         scheduler = pipe.scheduler
+    number = isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale >= 0
+    if guidance_scale is not None and not number:
+        raise ValueError(
+            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
+            f"{guidance_scale!r}."
+        )
     reading = read_schedule(scheduler_config(scheduler))
     latent = pipe is not None and autoencoder(pipe) is not None
     model: ScoreModel = DiffusersModel(

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastsde.diffusers.networks import offloaded_to
 from fastsde.diffusers.schedules import Config, filled
 from fastsde.pretrained import CONFIG, WEIGHTS
 
@@ -121,5 +122,8 @@ def _scheduler_beside(folder: Path, *, local: bool) -> Config:
 
 def _mark(network: Any, source: str | Path, subfolder: str | None) -> None:
     network.eval()
+    missing = [name for name, weight in network.named_parameters() if weight.is_meta]
+    if missing and offloaded_to(network) is None:
+        raise ValueError(f"{source} lacks weights of its network: {', '.join(missing[:5])} ({len(missing)} in all).")
     average = subfolder is not None and "ema" in subfolder
     network.fastsde_source = {"path": str(source), "subfolder": subfolder, "ema": average}

@@ -92,14 +92,14 @@ def sample_pipeline(
         pipe: a text-to-image pipeline (Stable Diffusion, SDXL, SD3, Flux, PixArt), a class-conditional (DiT) or an
             unconditional one.
         prompt: one, or a list.
-        negative_prompt: one for all, or as many as prompts; the empty prompt by default.
+        negative_prompt: one for all, or as many as prompts; the empty prompt by default. Of no use without guidance.
         class_labels: one, or a list of classes.
         n: number of images, where neither prompts nor labels say; they are repeated to it if there is one of them.
         num_images_per_prompt: images for each prompt or label, one after the other.
         height: of the images, in pixels; the pipeline's own by default.
         width: likewise.
-        guidance_scale: classifier-free guidance, two calls for one if above 1; the pipeline's default. One, or one for
-            each image. For Flux the scale its network embeds, at one call.
+        guidance_scale: classifier-free guidance, two calls for one if above 1, of any image; up to 1 is none. The
+            pipeline's default; one, or one for each image. For Flux the scale its network embeds, at one call.
         guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
         guidance_interval: as `interval` of `ClassifierFreeGuidance`.
         rtol: as for `sample`, like atol, nfe, solver, controller, index, batch_size, dtype, progress and callback. NFE
@@ -125,6 +125,8 @@ def sample_pipeline(
     check_count("decode_batch_size", decode_batch_size, 1)
     check_kind("latents", latents, Tensor, "a tensor")
     shape = latent_shape(pipe, height, width)
+    if output_type == "pil" and autoencoder(pipe) is None and shape[0] not in (1, 3):
+        raise ValueError(f"{shape[0]} channels without an autoencoder make no picture; use output_type='latent'.")
     job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
     scales = _scales(pipe, guidance_scale, job.n)
     embedded, guided = embedded_guidance(pipe), bool((scales > 1).any())
@@ -219,6 +221,8 @@ class _Request:
             rows = next((len(k) for k in (index, latents) if k is not None), 1) if n is None else check_count("n", n, 1)
         elif n is not None and rows == each == 1:
             each = check_count("n", n, 1)
+        elif rows == each == 1:
+            each = next((len(k) for k in (index, latents) if k is not None and len(k)), 1)
         elif n is not None and n != rows * each:
             raise ValueError(f"n must be left out or be prompts times images of each, {rows * each}; got {n}.")
         for name, given in (("index", index), ("latents", latents)):
@@ -288,9 +292,12 @@ def _scales(pipe: Any, given: float | Sequence[float] | None, n: int) -> Tensor:
         scales = torch.empty(0)
     if scales.ndim == 0:
         scales = scales.expand(n)
-    if scales.shape != (n,) or not torch.isfinite(scales).all():
-        raise ValueError(f"guidance_scale must be one finite number, or one for each of {n} images; got {given!r}.")
-    return scales
+    if scales.shape != (n,) or not torch.isfinite(scales).all() or (scales < 0).any():
+        raise ValueError(
+            f"guidance_scale must be one finite number, not negative, or one for each of {n} images; got {given!r}."
+        )
+    # Up to 1 means no guidance, for a sample beside guided ones as for one alone.
+    return scales if embedded_guidance(pipe) else scales.clamp(min=1.0)
 
 
 def _streams(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
@@ -20,6 +21,8 @@ from fastsde.diffusers.schedules import filled, read_schedule
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction, ScoreModel
 from fastsde.score.guidance import Clipped
+from fastsde.sde.discrete import DiscreteVPSDE
+from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, Step
 from fastsde.types import State, Time
 
@@ -123,8 +126,21 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return self._index
 
     def set_begin_index(self, begin_index: int = 0) -> None:
-        """Says at which timestep the loop starts, for pipelines that start from an image."""
+        """Says at which timestep the loop starts, for pipelines that start from an image.
+
+        They take a share of the list, meaning a share of the network's time; a grid that crowds at the data's end would
+        give them hardly any noise. So the remaining steps of a table of betas or of a flow are planned anew, in place,
+        from that share of the time on.
+        """
         self.begin_index = begin_index
+        if not 0 < begin_index < len(self.times) or not isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow)):
+            return
+        clock = copy.copy(self.sde)
+        clock.t_max = max(self.sde.t_max * (1 - begin_index / len(self.times)), 2 * self.sde.t_min)
+        left = len(self.times) - begin_index
+        tail = Grid.tapered(clock, left - 1).times if left > 1 else torch.tensor([clock.t_max], dtype=torch.float64)
+        self.times[begin_index:] = tail
+        self.timesteps[begin_index:] = self.reading.timestep(tail).to(self.timesteps)
 
     def set_timesteps(
         self,
