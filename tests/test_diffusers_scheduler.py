@@ -197,6 +197,13 @@ def test_strength_means_a_share_of_the_time(n, strength):
     assert float(held[-1]) == 0
 
 
+def test_given_levels_stay_where_an_image_starts():
+    scheduler = scheduler_of("flow")
+    scheduler.set_timesteps(sigmas=[0.9, 0.6, 0.3])
+    scheduler.set_begin_index(1)
+    torch.testing.assert_close(scheduler.times, vector(0.9, 0.6, 0.3))
+
+
 def test_edits_between_steps_carry_over():
     # A constant prediction: an edit must then move the rest of the path as the exact solution does.
     scheduler = scheduler_of("linear sample")

@@ -16,7 +16,7 @@ from fastsde.diffusers.conditions import network_of, takes_text
 from fastsde.diffusers.sampling import finish
 from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.result import SampleResult
-from fastsde.score.base import ScoreModel
+from fastsde.score.base import ScoreModel, Wrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +80,8 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     loaded.to(device)
     model, _ = from_diffusers(loaded, scheduler)
     network = loaded if pipe is None else network_of(pipe)
-    # DiT's last label is "none".
-    classes = getattr(network.config, "num_embeds_ada_norm", None) if _labelled(model) else None
-    classes = classes or (getattr(network.config, "num_class_embeds", None) if _labelled(model) else None) or 0
     source = {"weights_sha256": fingerprint(model), "source": network.fastsde_source, "dtype": str(dtype)}
-    return Opened(model, int(classes), source, pipe)
-
-
-def _labelled(model: ScoreModel) -> bool:
-    while hasattr(model, "model"):
-        model = model.model
-    return getattr(model, "classes", None) is not None
+    inside = model
+    while isinstance(inside, Wrapper):
+        inside = inside.model
+    return Opened(model, getattr(inside, "labels", 0), source, pipe)

@@ -13,10 +13,11 @@ from torch import Tensor
 from fastsde.arguments import check_count
 from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_text, text_cond
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
-from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, config_of
+from fastsde.diffusers.loading import load
+from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, clipped, config_of
 from fastsde.diffusers.schedules import Config, read_schedule
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import ClassifierFreeGuidance, Clipped
+from fastsde.score.guidance import ClassifierFreeGuidance
 from fastsde.sde.base import SDE
 
 
@@ -70,71 +71,65 @@ def from_diffusers(
         FileNotFoundError: if there is nothing to load.
     """
     if isinstance(pipe_or_model, (str, Path)):
-        from fastsde.diffusers.loading import load
-
         pipe_or_model, scheduler = load(pipe_or_model, scheduler, **loading)
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
-    return adapt(
-        pipe_or_model,
-        scheduler,
-        guidance_scale,
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        clip=clip,
-        event_shape=event_shape,
-        data_range=data_range,
-        allow_distilled=allow_distilled,
-    )
+    scale = _checked_scale(guidance_scale)
+    pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
+    model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
+    embedded = pipe is not None and embedded_guidance(pipe)
+    if pipe is not None:
+        model.default_cond = _defaults(pipe, model, guidance_scale)
+    latent = pipe is not None and autoencoder(pipe) is not None
+    whole = guided(model, 1.0 if embedded else scale, guidance_rescale, guidance_interval)
+    return (clipped(whole, model.reading) if (not latent if clip is None else clip) else whole), model.sde
 
 
-def adapt(
+def unguided(
     pipe_or_model: Any,
-    scheduler: Any,
-    guidance_scale: float | None,
-    *,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
-    clip: bool | None = None,
+    scheduler: Any = None,
     event_shape: tuple[int, ...] | None = None,
     data_range: tuple[float, float] | None = None,
+    *,
     allow_distilled: bool = False,
-    empty_prompt: bool = True,
-) -> tuple[ScoreModel, SDE]:
-    """`from_diffusers` for what is loaded already; `empty_prompt` says whether text pipelines encode one as default."""
+) -> DiffusersModel:
+    """The network of a pipeline, or the network given, as a score model; arguments and errors as `from_diffusers`."""
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
     if not callable(network):
         raise TypeError(f"pipe_or_model must be a pipeline, a network or a path; got {type(pipe_or_model).__name__}.")
     if scheduler is None and pipe is not None:
         scheduler = pipe.scheduler
-    number = isinstance(guidance_scale, (int, float)) and math.isfinite(guidance_scale) and guidance_scale >= 0
-    if guidance_scale is not None and not number:
-        raise ValueError(
-            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
-            f"{guidance_scale!r}."
-        )
-    reading = read_schedule(scheduler_config(scheduler))
     latent = pipe is not None and autoencoder(pipe) is not None
-    model: ScoreModel = DiffusersModel(
+    model = DiffusersModel(
         network,
-        reading,
+        read_schedule(scheduler_config(scheduler)),
         event_shape=event_shape or (None if pipe is None else latent_shape(pipe)),
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
     if pipe is not None:
-        model.device = pipe._execution_device  # type: ignore[misc]
-        model.default_cond = _defaults(pipe, model, guidance_scale, empty_prompt=empty_prompt)
-    embedded = pipe is not None and embedded_guidance(pipe)
-    if guidance_scale is not None and guidance_scale > 1 and not embedded:
-        null = {k: v for k, v in (model.default_cond or {}).items() if k not in _SHARED}
-        model = ClassifierFreeGuidance(
-            model, guidance_scale, negative=null, rescale=guidance_rescale, interval=guidance_interval
+        model.device = pipe._execution_device
+    return model
+
+
+def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:
+    """The model under classifier-free guidance, if the scale is above 1; its defaults are those of the other half."""
+    if scale <= 1:
+        return model
+    null = {key: value for key, value in (model.default_cond or {}).items() if key not in _SHARED}
+    return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
+
+
+def _checked_scale(scale: float | None) -> float:
+    if scale is None:
+        return 1.0
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
+            f"{scale!r}."
         )
-    if reading.limit is not None and (not latent if clip is None else clip):
-        model = Clipped(model, reading.limit, ratio=reading.ratio)
-    return model, reading.sde
+    return float(scale)
 
 
 _SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")
@@ -161,8 +156,7 @@ def latent_shape(pipe: Any, height: int | None = None, width: int | None = None)
     Raises:
         ValueError: if the size does not fit the network.
     """
-    network, vae = network_of(pipe), autoencoder(pipe)
-    config, factor = config_of(network), 1 if vae is None else pixels_per_latent(vae)
+    config, factor = config_of(network_of(pipe)), pixels_per_latent(pipe)
     packed = config.get("axes_dims_rope") is not None
     size = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
     if size is None and (height is None or width is None):
@@ -181,13 +175,16 @@ def latent_shape(pipe: Any, height: int | None = None, width: int | None = None)
     return (channels, pixels[0] // factor, pixels[1] // factor)
 
 
-def _defaults(pipe: Any, model: ScoreModel, scale: float | None, *, empty_prompt: bool) -> dict[str, Tensor] | None:
+def image_size(pipe: Any, shape: tuple[int, ...]) -> tuple[int, int]:
+    """(height, width) in pixels of the images of states with shape (C, H, W)."""
+    return (shape[1] * pixels_per_latent(pipe), shape[2] * pixels_per_latent(pipe))
+
+
+def _defaults(pipe: Any, model: DiffusersModel, scale: float | None) -> dict[str, Tensor] | None:
     """Conditioning of one row for callers that give none: the null label, or the empty prompt."""
     cond = dict(model.default_cond or {})
-    if empty_prompt and takes_text(pipe) and getattr(pipe, "text_encoder", None) is not None:
-        _, height, width = model.event_shape or latent_shape(pipe)
-        factor = 1 if autoencoder(pipe) is None else pixels_per_latent(autoencoder(pipe))
-        encoded = text_cond(pipe, [""], None, (height * factor, width * factor))
+    if takes_text(pipe) and getattr(pipe, "text_encoder", None) is not None:
+        encoded = text_cond(pipe, [""], None, image_size(pipe, model.event_shape or latent_shape(pipe)))
         cond |= {key: value[0] for key, value in encoded.items()}
     if embedded_guidance(pipe):
         cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale))

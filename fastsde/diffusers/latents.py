@@ -17,9 +17,9 @@ def autoencoder(pipe: Any) -> Any:
     return getattr(pipe, "vqvae", None) if vae is None else vae
 
 
-def pixels_per_latent(vae: Any) -> int:
-    """How many pixels one latent spans in each direction."""
-    config = config_of(vae)
+def pixels_per_latent(pipe: Any) -> int:
+    """How many pixels one element of a pipeline's state spans in each direction: 1 if it works on pixels."""
+    config = config_of(autoencoder(pipe))
     blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
     return 2 ** (len(blocks) - 1) if blocks else 1
 

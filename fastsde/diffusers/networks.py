@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, Reading
 from fastsde.score.base import ScoreModel, tensor_of
+from fastsde.score.guidance import Clipped
 from fastsde.types import Cond, State, Time
 
 _ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")
@@ -82,6 +83,8 @@ class DiffusersModel(ScoreModel):
         self.reading = reading
         self.required = _required(config, self.arguments)
         self.classes = _classes(config, self.arguments)
+        # DiT's last label is "none".
+        self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._device: torch.device | None = None
 
     @property
@@ -158,11 +161,16 @@ class DiffusersModel(ScoreModel):
         s = self.reading.sigma_data
         if s is None:
             return super().output(x_t, t, cond)
-        sigma = self.sde.sigma(t)
-        c_in, c_skip = (sigma**2 + s**2) ** -0.5, s**2 / (sigma**2 + s**2)
+        sigma, c_in = self.sde.sigma(t), self.reading.c_in(t)
+        c_skip = (s * c_in) ** 2
         c_out = c_in * sigma * (-s if self.reading.prediction == "v_prediction" else s)
         out = super().output(expand_like(c_in, x_t) * x_t, t, cond)
         return expand_like(c_skip, x_t) * x_t + expand_like(c_out, x_t) * out
+
+
+def clipped(model: ScoreModel, reading: Reading) -> ScoreModel:
+    """The model with its predictions clipped where the configuration says so."""
+    return model if reading.limit is None else Clipped(model, reading.limit, ratio=reading.ratio)
 
 
 def config_of(thing: object) -> Config:

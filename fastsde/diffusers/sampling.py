@@ -15,7 +15,7 @@ from torch import Tensor
 from fastsde import api
 from fastsde.arguments import check_count, check_kind
 from fastsde.control import Controller
-from fastsde.diffusers.adapter import adapt, latent_shape, scheduler_config
+from fastsde.diffusers.adapter import guided, image_size, latent_shape, unguided
 from fastsde.diffusers.conditions import (
     Prompt,
     call_default,
@@ -24,8 +24,8 @@ from fastsde.diffusers.conditions import (
     takes_text,
     text_cond,
 )
-from fastsde.diffusers.latents import autoencoder, decode_latents, pixels_per_latent
-from fastsde.diffusers.schedules import read_schedule
+from fastsde.diffusers.latents import autoencoder, decode_latents
+from fastsde.diffusers.networks import clipped
 from fastsde.job import EngineState
 from fastsde.result import SampleResult, SamplingError
 from fastsde.score.base import ScoreModel
@@ -129,20 +129,13 @@ def sample_pipeline(
         raise ValueError(f"{shape[0]} channels without an autoencoder make no picture; use output_type='latent'.")
     job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
     scales = _scales(pipe, guidance_scale, job.n)
-    embedded, guided = embedded_guidance(pipe), bool((scales > 1).any())
-    reading = read_schedule(scheduler_config(pipe.scheduler))
-    model, _ = adapt(
-        pipe,
-        None,
-        float(scales.max()),
-        guidance_rescale=guidance_rescale,
-        guidance_interval=guidance_interval,
-        event_shape=shape,
-        allow_distilled=allow_distilled,
-        empty_prompt=False,
-    )
-    cond = job.cond(shape, guided=guided and not embedded)
-    if guided or embedded:
+    embedded, doubled = embedded_guidance(pipe), bool((scales > 1).any())
+    network = unguided(pipe, event_shape=shape, allow_distilled=allow_distilled)
+    model = guided(network, 1.0 if embedded else float(scales.max()), guidance_rescale, guidance_interval)
+    if autoencoder(pipe) is None:
+        model = clipped(model, network.reading)
+    cond = job.cond(shape, guided=doubled and not embedded)
+    if doubled or embedded:
         cond["guidance" if embedded else "guidance_scale"] = scales
     seed, numbers = _streams(generator, index, job.n)
     try:
@@ -158,7 +151,7 @@ def sample_pipeline(
             index=numbers,
             batch_size=batch_size,
             cond=cond,
-            x_init=None if latents is None else latents.to(model.device, dtype) * reading.start_std,
+            x_init=None if latents is None else latents.to(model.device, dtype) * network.reading.start_std,
             dtype=dtype,
             device=model.device,
             progress=progress,
@@ -241,10 +234,8 @@ class _Request:
         if self.labels is not None:
             cond = {"class_labels": self.labels}
         elif takes_text(self.pipe):
-            vae = autoencoder(self.pipe)
-            factor = 1 if vae is None else pixels_per_latent(vae)
-            size = (shape[1] * factor, shape[2] * factor)
-            cond = text_cond(self.pipe, self.prompts, self.negatives if guided else None, size, **self.encode)
+            negatives = self.negatives if guided else None
+            cond = text_cond(self.pipe, self.prompts, negatives, image_size(self.pipe, shape), **self.encode)
             if guided and not any(key.startswith(NEGATIVE) for key in cond):
                 raise ValueError("guidance needs negative_prompt_embeds= beside prompt_embeds=, or prompts.")
         return {key: value.repeat_interleave(self.each, 0) for key, value in cond.items()}

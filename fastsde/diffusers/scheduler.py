@@ -16,11 +16,10 @@ from torch import Tensor
 
 from fastsde.batching import expand_like
 from fastsde.control import Grid
-from fastsde.diffusers.networks import DiffusersModel
+from fastsde.diffusers.networks import DiffusersModel, clipped
 from fastsde.diffusers.schedules import filled, read_schedule
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction, ScoreModel
-from fastsde.score.guidance import Clipped
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, Step
@@ -74,10 +73,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         flow_shift: float | None = None,
         use_flow_sigmas: bool | None = None,
         use_dynamic_shifting: bool | None = None,
-        base_shift: float | None = None,
-        max_shift: float | None = None,
-        base_image_seq_len: int | None = None,
-        max_image_seq_len: int | None = None,
+        base_shift: float = 0.5,  # this and the next three are read by pipelines of flow models
+        max_shift: float = 1.15,
+        base_image_seq_len: int = 256,
+        max_image_seq_len: int = 4096,
         invert_sigmas: bool | None = None,
         exponential_order: int = 3,
         exponential_eta: float = 0.0,
@@ -90,10 +89,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self.sde = self.reading.sde
         self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
         self._given: Tensor | None = None
-        model: ScoreModel = DiffusersModel(lambda x, timestep: self._given, self.reading)
-        if self.reading.limit is not None:
-            model = Clipped(model, self.reading.limit, ratio=self.reading.ratio)
-        self.model = model
+        self.model = clipped(DiffusersModel(lambda x, timestep: self._given, self.reading), self.reading)
         self.begin_index: int | None = None
         self.set_timesteps(num_train_timesteps)
 
@@ -107,7 +103,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             kwargs: further arguments, such as `exponential_eta=1.0`.
         """
         if isinstance(config, Mapping):
-            kept = {key: value for key, value in filled(config).items() if key != "_use_default_values"}
+            kept = dict(filled(config))
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
             if kept.get("shift") is not None and kept.get("beta_schedule") is None:
                 kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
@@ -130,10 +126,11 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
         They take a share of the list, meaning a share of the network's time; a grid that crowds at the data's end would
         give them hardly any noise. So the remaining steps of a table of betas or of a flow are planned anew, in place,
-        from that share of the time on.
+        from that share of the time on. Levels that were given stay.
         """
         self.begin_index = begin_index
-        if not 0 < begin_index < len(self.times) or not isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow)):
+        replan = self._own_grid and isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow))
+        if not replan or not 0 < begin_index < len(self.times):
             return
         clock = copy.copy(self.sde)
         clock.t_max = max(self.sde.t_max * (1 - begin_index / len(self.times)), 2 * self.sde.t_min)
@@ -180,7 +177,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
                 f"timesteps and sigmas must be finite and decrease; got {sigmas if timesteps is None else timesteps}."
             )
         self.times = times.clamp(self.sde.t_min, self.sde.t_max)
-        self.num_inference_steps = len(times)
+        self.num_inference_steps, self._own_grid = len(times), not given
         self.timesteps = self.reading.timestep(self.times).float().to(device or "cpu")
         self._index: int | None = None
         self._carry: dict[str, Tensor] = {}
@@ -194,11 +191,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | int | None = None) -> Tensor:
         """EDM's networks want c_in x; all others x itself."""
-        s = self.reading.sigma_data
-        if s is None or timestep is None:
+        if self.reading.sigma_data is None or timestep is None:
             return sample
-        sigma = self.sde.sigma(self._time(timestep, 1))
-        return expand_like((sigma**2 + s**2) ** -0.5, sample) * sample
+        return expand_like(self.reading.c_in(self._time(timestep, 1)), sample) * sample
 
     def index_for_timestep(self, timestep: Tensor | float | int) -> int:
         """The place of a timestep in `timesteps`."""

@@ -20,7 +20,7 @@ from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.sde.ve import VESDE
-from fastsde.types import Time
+from fastsde.types import Coef, Time
 
 Config = Mapping[str, Any]
 
@@ -60,6 +60,12 @@ class Reading:
         """Standard deviation of the start for data of variance 1, as diffusers' pipelines scale their latents."""
         t = torch.tensor([self.sde.t_max], dtype=torch.float64)
         return float((self.sde.alpha(t) ** 2 + self.sde.sigma(t) ** 2).sqrt())
+
+    def c_in(self, t: Time) -> Coef:
+        """EDM's factor on the network's input, (sigma^2 + sigma_data^2)^(-1/2); 1 without preconditioning. (B,)."""
+        if self.sigma_data is None:
+            return torch.ones_like(t)
+        return (self.sde.sigma(t) ** 2 + self.sigma_data**2) ** -0.5
 
 
 def read_schedule(config: Config) -> Reading:
@@ -119,7 +125,8 @@ def filled(config: Config) -> Config:
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     # Marked as default, a value would be dropped on the way to another class.
     own = {key: value for key, value in config.items() if key != "_use_default_values"}
-    return own if kind is None else {**kind.from_config(own).config, **own}
+    full = own if kind is None else {**kind.from_config(own).config, **own}
+    return {key: value for key, value in full.items() if key != "_use_default_values"}
 
 
 def _number(config: Config, key: str, default: float) -> float:
