@@ -166,7 +166,7 @@ def resolve_controller(
     if nfe is not None:
         if said:
             raise ValueError(f"give either nfe= or {', '.join(said)}, not both.")
-        return own_grid(sde, solver, _affordable(model, solver, check_count("nfe", nfe, 1), denoise))
+        return own_grid(sde, solver, affordable(model, solver, check_count("nfe", nfe, 1), denoise))
     if solver.adaptive:
         low, high = model.data_range
         level = (high - low) / 256 if atol is None else atol
@@ -200,7 +200,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
     return rule
 
 
-def _affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> int:
+def affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> int:
     """The number of steps that `nfe` calls pay for, the first and the last call of a sample included."""
     least = fewest_calls(model, solver, denoise)
     if nfe < least:

@@ -30,7 +30,9 @@ LEVELS = {
     "pretrained": 8,
     "training": 9,
     "diffusers": 9,
-    "cli": 10,
+    "evaluation": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 """A module imports from lower levels or from its own part. `import fastsde` counts as `api`."""
 FOUNDATIONS = {

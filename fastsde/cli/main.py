@@ -5,8 +5,11 @@ from __future__ import annotations
 import click
 
 import fastsde
+from fastsde.cli.bench import bench
 from fastsde.cli.calibrate import calibrate
+from fastsde.cli.features import train_features
 from fastsde.cli.info import info
+from fastsde.cli.measuring import evaluate, stats
 from fastsde.cli.sample import sample
 from fastsde.cli.train import train
 
@@ -22,5 +25,5 @@ def main() -> None:
     """
 
 
-for command in (sample, calibrate, train, info):
+for command in (sample, bench, stats, evaluate, calibrate, train, train_features, info):
     main.add_command(command)

@@ -45,15 +45,16 @@ class Opened:
         if self.pipe is None and guidance is not None:
             raise ValueError("--guidance-scale is for diffusers pipelines; this model has no guidance.")
 
-    def sample(self, n: int, labels: Tensor | None, text: dict[str, Any], **options: Any) -> SampleResult:
-        """Draws n samples, which for latent models are latents."""
+    def sample(self, index: Tensor, labels: Tensor | None, text: dict[str, Any], **options: Any) -> SampleResult:
+        """Draws the samples of these numbers, which for latent models are latents; prompts are taken in turn."""
         if self.pipe is None:
             cond = None if labels is None else {"class_labels": labels}
-            return api.sample(self.model, n=n, cond=cond, progress=True, **options)
-        seed = options.pop("seed")
+            return api.sample(self.model, index=index, cond=cond, **options)
+        seed, n = options.pop("seed"), len(index)
         prompts = text["prompt"]
-        every = [prompts[k % len(prompts)] for k in range(n)] if prompts else None
+        every = [prompts[k % len(prompts)] for k in index.tolist()] if prompts else None
         options |= {"class_labels": labels, "generator": seed, "n": None if every or labels is not None else n}
+        options["index"] = index
         options |= {key: value for key, value in text.items() if key != "prompt"}
         return sample_pipeline(self.pipe, every, output_type="latent", **options).result
 

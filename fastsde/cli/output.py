@@ -13,8 +13,6 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
 import fastsde
 
@@ -64,40 +62,6 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
         for temporary, _ in pairs:
             temporary.unlink(missing_ok=True)
     return [path for _, path in pairs]
-
-
-def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:
-    """Rounds samples to 8 bits.
-
-    Args:
-        samples: with shape (n, C, H, W), without NaN.
-        data_range: (low, high), mapped to 0 and 255; values outside are cut.
-
-    Returns:
-        uint8 with shape (n, H, W, C).
-    """
-    low, high = data_range
-    levels = ((samples.double() - low) * (255 / (high - low))).round().clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
-def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2) -> Image.Image:
-    """A picture of the images in rows of `columns`, enlarged in whole steps so that one is at least 84 pixels wide.
-
-    Args:
-        images: uint8 with shape (n, H, W, C), C being 1 or 3.
-        columns: images in a row.
-        gap: white pixels between images, before enlarging.
-    """
-    n, height, width, channels = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, channels), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
-        sheet[top : top + height, left : left + width] = image
-    scale = max(1, -(-84 // width))
-    picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def versions() -> dict[str, str]:

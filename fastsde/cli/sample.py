@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,13 @@ from torch import Tensor
 
 from fastsde.arguments import DEFAULT_RTOL, usable_device
 from fastsde.calibration import Schedule
+from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model
-from fastsde.cli.output import dump_json, image_grid, prepare_folder, to_uint8, versions, write_atomic
+from fastsde.cli.output import dump_json, prepare_folder, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
+from fastsde.evaluation.images import to_uint8
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob, processes
+from fastsde.evaluation.report import image_grid
 from fastsde.result import SampleResult, SamplingError, Status
 
 
@@ -59,6 +65,9 @@ from fastsde.result import SampleResult, SamplingError, Status
 )
 @click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
+@click.option("--shard-size", default=512, type=click.IntRange(1), help="More samples than that make a job of shards.")
+@click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
+@click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
 @click.option("--out", default="samples", type=click.Path(path_type=Path), help="Folder; its three files are replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON record instead of the summary.")
 def sample(
@@ -80,6 +89,9 @@ def sample(
     dtype: str,
     batch_size: int,
     device: str,
+    shard_size: int,
+    rank: int | None,
+    world_size: int | None,
     out: Path,
     as_json: bool,
 ) -> None:
@@ -90,6 +102,11 @@ def sample(
     samples the .npz holds, in its order). Ctrl-C keeps what is finished. Ends with status 1 if any sample failed or is
     missing.
 
+    More than --shard-size samples, or several processes, make a job: shards samples-00000.npz and so on (as samples.npz
+    with the cost of each sample), a manifest.json with all settings, and at the end grid.png and samples.json (totals).
+    Killed at any moment, the same command goes on where it stopped; other settings are refused. Processes share a job
+    by --rank and --world-size, or under `torchrun` and `accelerate launch`; none waits for another.
+
     \b
     Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
@@ -98,54 +115,54 @@ def sample(
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
       fastsde sample --model DIR --prompt "a lighthouse in fog" -n 4 --dtype float16
+      fastsde sample -n 50000 --nfe 12 --out runs/fifty-thousand
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
         opened = open_model(model, usable_device(device), getattr(torch, dtype))
         opened.check_text(prompts, negative_prompt, guidance_scale)
-        score_model, sde = opened.model, opened.model.sde
-        solver = build_solver(solver_name, options)
+        sde, solver = opened.model.sde, build_solver(solver_name, options)
         tolerances, budget = (rtol, atol) != (None, None), (nfe, schedule) != (None, None)
         controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=budget)
         if schedule is not None:
             controller = Schedule.load(schedule)
-        adaptive = solver.adaptive and nfe is None
-        labels = _labels(label, n, opened.classes)
-        event = score_model.event_shape or ()
-        prepare_folder(out, needed=3 * n * math.prod(event) + (1 << 20))
+        adaptive = solver.adaptive and nfe is None and controller is None
+        labels_of = partial(_labels, label, opened.classes)
+        labels = labels_of(torch.arange(n))
+        prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
         text = {"prompt": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
-        result = opened.sample(
-            n,
-            labels,
-            text,
-            rtol=rtol,
-            atol=atol,
-            nfe=nfe,
-            solver=solver,
-            controller=controller,
-            seed=seed,
-            batch_size=batch_size,
+        chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
+        draw: Callable[..., SampleResult] = partial(
+            opened.sample, text=text, seed=seed, batch_size=batch_size, **chosen
         )
+        settings = {
+            "model": model,
+            **opened.source,
+            **({} if opened.pipe is None else text),
+            "sde": repr(sde),
+            "solver": repr(solver),
+            "nfe_budget": nfe,
+            "steps": steps,
+            "grid": None if controller is None else repr(controller),
+            **(_tolerances(rtol, atol, opened.model.data_range) if adaptive else {}),
+            "batch_size": batch_size,
+            "device": device,
+            "versions": versions(),
+        }
+        shares = processes(rank, world_size, os.environ)
+        if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
+            settings |= {"seed": seed, "label": label}
+            job = ShardedJob.begin(out, n, shard_size, settings)
+            run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
+            return
+        result = draw(torch.arange(n), labels, progress=True)
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
         result, failed = error.result, True
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
-    record = _record(result, labels) | {
-        "model": model,
-        **opened.source,
-        **({} if opened.pipe is None else text),
-        "sde": repr(sde),
-        "solver": repr(solver),
-        "nfe_budget": nfe,
-        "steps": steps,
-        "grid": None if controller is None else repr(controller),
-        **(_tolerances(rtol, atol, score_model.data_range) if controller is None and adaptive else {}),
-        "batch_size": batch_size,
-        "device": device,
-        "versions": versions(),
-    }
+    record = _record(result, labels) | settings
     if not (result.status != Status.PENDING).any():
         raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
     files = _write(out, result, labels, record, opened)
@@ -160,16 +177,16 @@ def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float,
     return {"rtol": DEFAULT_RTOL if rtol is None else rtol, "atol": (high - low) / 256 if atol is None else atol}
 
 
-def _labels(label: str, n: int, classes: int) -> Tensor | None:
-    """Class of each sample, with shape (n,), or None for the model's own mix."""
+def _labels(label: str, classes: int, index: Tensor) -> Tensor | None:
+    """Class of each sample of these numbers, with shape (n,), or None for the model's own mix."""
     if label == "none" or (label == "cycle" and not classes):
         return None
     if label == "cycle":
-        return torch.arange(n) % classes
+        return index % classes
     if not label.isdecimal() or int(label) >= classes:
         allowed = f"0 .. {classes - 1}, " if classes else ""
         raise ValueError(f'--label must be {allowed}"cycle" or "none" for this model; got {label!r}.')
-    return torch.full((n,), int(label))
+    return torch.full_like(index, int(label))
 
 
 def _whole(result: SampleResult) -> Tensor:
@@ -214,12 +231,17 @@ def _write(
     return write_atomic(out, writers)
 
 
-def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
-    """The samples in 8 bits, decoded if they are latents; if that fails, the latents are written first."""
+def _decoded(opened: Opened, samples: Tensor) -> np.ndarray:
+    """The samples in 8 bits, decoded if they are latents."""
     if opened.pipe is None:
         return to_uint8(samples, opened.model.data_range)
+    return to_uint8(opened.images(samples), (0.0, 1.0))
+
+
+def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
+    """The samples in 8 bits, decoded if they are latents; if that fails, the latents are written first."""
     try:
-        return to_uint8(opened.images(samples), (0.0, 1.0))
+        return _decoded(opened, samples)
     except RuntimeError as error:
         write_atomic(out, {"latents.npz": lambda path: np.savez(path, arr_0=samples.float().cpu().numpy())})
         raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error

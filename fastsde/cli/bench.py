@@ -1,0 +1,181 @@
+"""`fastsde bench`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+import torch
+from tqdm import tqdm
+
+from fastsde.arguments import affordable, check_count, resolve_controller, usable_device
+from fastsde.cli.measuring import FEATURES, reference_of
+from fastsde.cli.models import open_model
+from fastsde.cli.output import versions
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver
+from fastsde.evaluation.features import open_features
+from fastsde.evaluation.jobs import processes, write_whole
+from fastsde.evaluation.report import page, plot
+from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
+from fastsde.result import SamplingError
+from fastsde.score.base import ScoreModel
+
+SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
+
+
+def _numbers(kind: type, text: str, option: str) -> list[float]:
+    try:
+        return [kind(part) for part in text.replace(",", " ").split()]
+    except ValueError as error:
+        raise ValueError(f"{option} must be numbers, as in 10,20; got {text!r}.") from error
+
+
+def build_cells(
+    model: ScoreModel, solvers: Sequence[str], nfe: Sequence[int], rtol: Sequence[float], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of a sweep, every combination that a solver takes.
+
+    Args:
+        model: the score model, whose process the grids are of.
+        solvers: such as "ExponentialPC", "DPMSolverPP:order=3,grid=karras".
+        nfe: budgets, for solvers that walk a grid.
+        rtol: tolerances, for solvers that adapt their steps.
+        seeds: seeds.
+
+    Raises:
+        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
+        TypeError: from the solver's own checks.
+    """
+    if not nfe and not rtol:
+        raise ValueError("give --nfe, --rtol or both.")
+    cells = []
+    for label in solvers:
+        name, _, text = label.partition(":")
+        if name not in SOLVER_NAMES:
+            raise ValueError(f"--solvers: no solver {name!r}; there are {', '.join(SOLVER_NAMES)}.")
+        options = [part for part in text.split(",") if part]
+        grids = [part.removeprefix("grid=") for part in options if part.startswith("grid=")]
+        solver = build_solver(name, [part for part in options if not part.startswith("grid=")])
+        if grids and grids[-1] not in GRIDS:
+            raise ValueError(f"--solvers {label}: no grid {grids[-1]!r}; there are {', '.join(GRIDS)}.")
+        settings: list[tuple[int | None, float | None]] = []
+        if getattr(type(solver), "adaptive", None) is not True:  # Algorithm 6 has no grid of its own to walk
+            settings += [(budget, None) for budget in nfe]
+        if solver.adaptive and not grids:
+            settings += [(None, tolerance) for tolerance in rtol]
+        if not settings:
+            raise ValueError(f"--solvers {label} takes {'--nfe' if rtol else '--rtol'}, and none was given.")
+        for (budget, tolerance), seed in itertools.product(settings, seeds):
+            controller = None
+            if grids and budget is not None:
+                steps = affordable(model, solver, check_count("nfe", budget, 1), True)
+                controller = GRIDS[grids[-1]](model.sde, steps)
+            else:
+                resolve_controller(model, model.sde, solver, None, tolerance, None, budget)
+            cells.append(Cell(solver, label, budget, tolerance, seed, controller))
+    return cells
+
+
+@click.command(short_help="NFE against FID: solvers x budgets x seeds, a table, a plot and a page.")
+@click.option("--model", default="fashion-mnist", help="A packaged model, a folder, or a diffusers model.")
+@click.option(
+    "--solvers",
+    default=SOLVERS,
+    help="Names with options, separated by spaces: NAME:option=value,grid=karras.",
+)
+@click.option("--nfe", default="", help="Budgets of network calls, as in 10,20.", show_default="none")
+@click.option("--rtol", default="", help="Tolerances, for adaptive solvers.", show_default="none")
+@click.option("-n", "--number", "n", default=10_000, type=click.IntRange(1), help="Samples of each cell.")
+@click.option("--seeds", default=1, type=click.IntRange(1), help="Seeds 0 .. SEEDS - 1.")
+@click.option("--features", default="fashion-mnist", help=FEATURES)
+@click.option("--weights", type=click.Path(path_type=Path), help="For the features inception: a local file.")
+@click.option("--reference", help="A file of `fastsde stats`; by default the one packaged with the features.")
+@click.option("--bootstrap", default=50, type=click.IntRange(2), help="Replicates for the error of FID.")
+@click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
+@click.option("--shard-size", default=512, type=click.IntRange(1), help="Samples in a file; what a kill can cost.")
+@click.option("--rank", type=int, help="Which process this is; from RANK by default.")
+@click.option("--world-size", type=int, help="How many share the work; from WORLD_SIZE by default.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; the same command goes on in it.")
+def bench(
+    model: str,
+    solvers: str,
+    nfe: str,
+    rtol: str,
+    n: int,
+    seeds: int,
+    features: str,
+    weights: Path | None,
+    reference: str | None,
+    bootstrap: int,
+    batch_size: int,
+    shard_size: int,
+    rank: int | None,
+    world_size: int | None,
+    device: str,
+    out: Path,
+) -> None:
+    """Sample every cell, measure it, and draw NFE against FID.
+
+    Writes results.jsonl and results.csv (a line for each cell), summary.csv (over seeds), plot.png and report.html,
+    which needs no other file. Killed at any moment, the same command goes on where it stopped, to the same bytes; other
+    solvers, budgets and seeds may be added in the same folder, other settings are refused. Several processes share the
+    work with --rank and --world-size, or under `torchrun` and `accelerate launch`; none waits for another.
+
+    \b
+    Examples:
+      fastsde bench --nfe 8,10,12,15 -n 10000 --seeds 3 --out runs/bench
+      fastsde bench --solvers "ExponentialPC ExtrapolatedEM" --rtol 0.05,0.1 -n 2000 --out runs/rtol
+      torchrun --nproc-per-node 2 -m fastsde bench --nfe 10 --out runs/ten
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        ranks = processes(rank, world_size, os.environ)
+        opened = open_model(model, usable_device(device), torch.float32)
+        if opened.pipe is not None:
+            raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
+        budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
+        cells = build_cells(opened.model, solvers.split(), [int(b) for b in budgets], tolerances, range(seeds))
+        problem = Problem(
+            opened.model,
+            open_features(features, weights, device=device),
+            reference_of(reference, features),
+            {"model": model, **opened.source, "versions": versions()},
+            opened.classes,
+        )
+        sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
+        _run(sweep, *ranks)
+    except KeyboardInterrupt as error:
+        raise click.ClickException(f"interrupted; the same command goes on in {out}.") from error
+    except (ValueError, TypeError, ImportError, OSError, SamplingError) as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _run(sweep: Sweep, rank: int, world_size: int) -> None:
+    with tqdm(total=len(sweep.cells) * sweep.n, desc="samples", unit="", smoothing=0.05, disable=None) as bar:
+        for _ in sweep.run(rank=rank, world_size=world_size, progress=bar.update):
+            tqdm.write(result_of(sweep.rows()[-1]))
+    rows = sweep.rows()
+    if len(rows) < len(sweep.cells):
+        click.echo(f"{len(rows)} of {len(sweep.cells)} cells are complete; other processes draw the rest.")
+        return
+    write_report(sweep)
+    click.echo(f"{sweep.folder / 'report.html'}")
+
+
+def write_report(sweep: Sweep) -> None:
+    """Writes tables, plot and page of a complete sweep."""
+    summary = sweep.write_tables()
+    title = f"{sweep.problem.record['model']}: NFE against FID, n = {sweep.n}"
+    picture = plot(summary, title)
+    strips = [
+        (cell.setting, cell.label, sweep.images(cell, 32)) for cell in sweep.cells if cell.seed == sweep.cells[0].seed
+    ]
+    strips.sort(key=lambda strip: strip[0] if strip[0].startswith("rtol") else f"nfe {int(strip[0][4:]):9d}")
+    provenance = {**sweep.settings, "seeds": sorted({cell.seed for cell in sweep.cells})}
+    write_whole(sweep.folder / "plot.png", picture)
+    write_whole(sweep.folder / "report.html", page(summary, picture, strips, provenance, title).encode())

@@ -1,0 +1,103 @@
+"""Sampling jobs of the command line: shards, then a picture and totals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsde.cli.output import dump_json, write_atomic
+from fastsde.evaluation.jobs import ShardedJob, shard_arrays
+from fastsde.evaluation.report import image_grid
+from fastsde.result import SampleResult, Status
+
+
+def run_job(
+    job: ShardedJob,
+    draw: Callable[..., SampleResult],
+    labels_of: Callable[[Tensor], Tensor | None],
+    images: Callable[[Tensor], np.ndarray],
+    shares: tuple[int, int],
+    *,
+    as_json: bool,
+) -> None:
+    """Draws this process's shards of a job that are not there; whoever finds all of them writes picture and totals.
+
+    Args:
+        job: the job.
+        draw: from sample numbers and labels to samples.
+        labels_of: from sample numbers to labels.
+        images: from finite samples to uint8 with shape (k, H, W, C).
+        shares: rank and number of processes.
+        as_json: print the totals as JSON.
+
+    Raises:
+        click.ClickException: if interrupted.
+        SystemExit: with status 1 if a sample failed.
+    """
+    rank, world_size = shares
+    mine = range(rank, job.shards, world_size)
+
+    def shard(numbers: range) -> dict[str, np.ndarray]:
+        index = torch.tensor(numbers)
+        labels = labels_of(index)
+        return shard_arrays(draw(index, labels, progress=False), images, labels)
+
+    with tqdm(total=sum(len(job.indices(k)) for k in mine), desc="samples", unit="", disable=None) as bar:
+        bar.update(bar.total - sum(len(job.indices(k)) for k in job.pending(rank, world_size)))
+        try:
+            for drawn in job.run(shard, rank=rank, world_size=world_size):
+                bar.update(drawn)
+        except KeyboardInterrupt as error:
+            raise click.ClickException(f"interrupted; the same command goes on in {job.folder}.") from error
+    left = len(job.pending())
+    if left:
+        click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
+        return
+    totals, files = _totals(job), _write(job)
+    click.echo(dump_json(totals) if as_json else _summary(totals, files), nl=not as_json)
+    if totals["status_counts"] != {"SUCCESS": job.n}:
+        raise SystemExit(1)
+
+
+def _totals(job: ShardedJob) -> dict[str, Any]:
+    nfe, status = job.column("nfe"), job.column("status")
+    steps = job.column("accepted").sum() + job.column("rejected").sum()
+    return {
+        "n": job.n,
+        "shards": job.shards,
+        "status_counts": {s.name: count for s in Status if (count := int((status == s).sum()))},
+        "mean_nfe": float(nfe.mean()),
+        "least_nfe": int(nfe.min()),
+        "most_nfe": int(nfe.max()),
+        "rejected_share": float(job.column("rejected").sum() / max(int(steps), 1)),
+        **job.settings,
+    }
+
+
+def _write(job: ShardedJob) -> list[Path]:
+    totals, first = _totals(job), job.read(0)["arr_0"][:64]
+    writers: dict[str, Callable[[Path], object]] = {
+        "samples.json": lambda path: path.write_text(dump_json(totals)),
+    }
+    if len(first):
+        writers["grid.png"] = lambda path: image_grid(first).save(path)
+    return write_atomic(job.folder, writers)
+
+
+def _summary(totals: dict[str, Any], files: list[Path]) -> str:
+    counts = totals["status_counts"]
+    lines = [
+        f"{counts.get('SUCCESS', 0)} of {totals['n']} samples in {totals['shards']} shards",
+        f"network calls per sample: mean {totals['mean_nfe']:.1f}, least {totals['least_nfe']}, "
+        f"most {totals['most_nfe']}; {totals['rejected_share']:.1%} of the steps rejected",
+    ]
+    if counts != {"SUCCESS": totals["n"]}:
+        lines.append(f"not all succeeded: {counts}")
+    return "\n".join([*lines, *(f"  {path}" for path in files)])

@@ -1,0 +1,129 @@
+"""`fastsde stats` and `fastsde evaluate`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fastsde.cli.output import dump_json, versions
+from fastsde.evaluation.features import open_features, packaged_features
+from fastsde.evaluation.images import open_images
+from fastsde.evaluation.jobs import write_whole
+from fastsde.evaluation.measure import measure
+from fastsde.evaluation.reference import Reference, packaged_reference
+
+FEATURES = '"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.'
+
+
+def reference_of(reference: str | None, features: str) -> Reference:
+    """The file of that name, or the packaged statistics of packaged features.
+
+    Raises:
+        ValueError: if none is given and none is packaged.
+        FileNotFoundError: if it is not there.
+    """
+    if reference is not None:
+        return packaged_reference(reference) if reference in packaged_features() else Reference.load(Path(reference))
+    if features not in packaged_features():
+        raise ValueError(f"--reference is needed for the features {features!r}: a file that `fastsde stats` wrote.")
+    return packaged_reference(features)
+
+
+@click.command(short_help="Reference statistics of a data set.")
+@click.option(
+    "--data",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A folder of pictures, an .npz with arr_0, IDX files, a data set of Hugging Face, or a job of `sample`.",
+)
+@click.option("--split", default="train", type=click.Choice(["train", "test"]), help="Of IDX files and data sets.")
+@click.option("--features", default="fashion-mnist", help=FEATURES)
+@click.option("--weights", type=click.Path(path_type=Path), help="For inception: a local file.")
+@click.option("--keep", default=10_000, type=click.IntRange(0), help="Features kept for KID, precision and recall.")
+@click.option("--half", is_flag=True, help="Keep those in half precision.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .npz to write.")
+@click.option("--device", default="cpu", help="Where the feature network runs.")
+def stats(
+    data: Path, split: str, features: str, weights: Path | None, keep: int, half: bool, out: Path, device: str
+) -> None:
+    """Measure mean and covariance of the features of a data set.
+
+    The file has mu and sigma, as pytorch-fid and clean-fid read them, some features, and a record of network, image
+    size and source, which `evaluate` and `bench` compare with theirs.
+
+    \b
+    Example:
+      fastsde stats --data fashion-mnist --features fashion-mnist --out reference.npz
+    """
+    try:
+        network = open_features(features, weights, device=device)
+        images = open_images(data, split=split)
+        reference = Reference.build(images, network, keep=keep, progress=True)
+        reference.save(out, half=half)
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    kept = 0 if reference.feats is None else len(reference.feats)
+    click.echo(f"{out}: {reference.record['n']} images, {len(reference.mean)} features, {kept} of them kept")
+
+
+@click.command(short_help="FID, KID and others of a set of images.")
+@click.argument("samples", type=click.Path(path_type=Path))
+@click.option("--reference", help="A file of `fastsde stats`, pytorch-fid, clean-fid or ADM; or a packaged name.")
+@click.option("--features", default="fashion-mnist", help=FEATURES)
+@click.option("--weights", type=click.Path(path_type=Path), help="For inception: a local file.")
+@click.option("--bootstrap", default=50, type=click.IntRange(0), help="Replicates for the error of FID.")
+@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures to this JSON file.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--device", default="cpu", help="Where the feature network runs.")
+def evaluate(
+    samples: Path,
+    reference: str | None,
+    features: str,
+    weights: Path | None,
+    bootstrap: int,
+    out: Path | None,
+    as_json: bool,
+    device: str,
+) -> None:
+    """Measure SAMPLES, a folder or .npz of images or what `fastsde sample` wrote, against a reference.
+
+    \b
+    Examples:
+      fastsde evaluate samples
+      fastsde evaluate pictures --features inception --weights inception.pth --reference reference.npz
+    """
+    try:
+        network = open_features(features, weights, device=device)
+        images = open_images(samples)
+        wanted = reference_of(reference, features)
+        wanted.check(network, images.shape)
+        width = len(wanted.mean)
+        if images.n <= 2 * width:
+            raise ValueError(f"{images.n} images are too few for {width} features: more than {2 * width} are needed.")
+        figures = measure(*network.of(images, progress=True), wanted, draws=bootstrap)
+        record = {
+            "n": images.n,
+            **figures,
+            "features": network.describe(),
+            "reference": wanted.record or f"{reference}, which does not say what it is of",
+            "versions": versions(),
+        }
+        if out is not None:
+            write_whole(out, dump_json(record).encode())
+    except (ValueError, OSError, ImportError) as error:
+        raise click.ClickException(str(error)) from error
+    if as_json:
+        click.echo(json.dumps(record, indent=1))
+        return
+    click.echo(f"{images.n} images, features {network.name}")
+    click.echo(
+        f"FID {figures['fid']:.3f} +- {figures['fid_error']:.3f}; {figures['fid_infinite']:.3f} for n to infinity"
+    )
+    if "kid" in figures:
+        click.echo(f"KID x 1000  {1000 * figures['kid']:.3f} +- {1000 * figures['kid_error']:.3f}")
+        click.echo("  ".join(f"{key} {figures[key]:.3f}" for key in ("precision", "recall", "density", "coverage")))
+    if "inception_score" in figures:
+        spread = figures["inception_score_spread"]
+        click.echo(f"inception score {figures['inception_score']:.3f} +- {spread:.3f} (over splits)")

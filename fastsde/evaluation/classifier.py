@@ -1,0 +1,168 @@
+"""The small classifier whose features measure small images: the network, its training, its file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from fastsde.training.data import to_unit_range
+
+WEIGHTS, CARD = "classifier.safetensors", "card.json"
+
+
+class Classifier(nn.Module):
+    """Seven 3x3 convolutions with batch normalisation, two halvings, a mean over pixels, one linear layer.
+
+    Args:
+        channels: image channels.
+        classes: number of classes.
+        width: channels at full resolution; they double at each halving.
+        dim: number of features.
+    """
+
+    def __init__(self, channels: int, classes: int, width: int = 24, dim: int = 64) -> None:
+        super().__init__()
+
+        def block(inside: int, out: int) -> list[nn.Module]:
+            return [nn.Conv2d(inside, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+        self.body = nn.Sequential(
+            *block(channels, width),
+            *block(width, width),
+            nn.MaxPool2d(2),
+            *block(width, 2 * width),
+            *block(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *block(2 * width, 4 * width),
+            *block(4 * width, 4 * width),
+            *block(4 * width, dim),
+        )
+        self.head = nn.Linear(dim, classes)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Features with shape (B, dim), non-negative, and logits with shape (B, classes), of x in [-1, 1]."""
+        features = self.body(x).mean((2, 3))
+        return features, self.head(features)
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    epochs: int = 10,
+    batch_size: int = 128,
+    learning_rate: float = 0.05,
+    weight_decay: float = 5e-4,
+    smoothing: float = 0.1,
+    seed: int = 0,
+    bf16: bool = True,
+) -> Classifier:
+    """Trains a `Classifier` by cross entropy, on images mirrored and shifted by up to two pixels at random.
+
+    Stochastic gradient descent with Nesterov momentum 0.9 under one cosine from `learning_rate` to 0.
+
+    Args:
+        images: uint8 with shape (N, C, H, W), H and W divisible by 4.
+        labels: int64 with shape (N,), from 0 on.
+        epochs: passes over the data.
+        batch_size: images a step.
+        learning_rate: at the start.
+        weight_decay: of all weights.
+        smoothing: share of the target spread over all classes.
+        seed: determines weights, order and augmentation.
+        bf16: bfloat16 under autocast.
+
+    Raises:
+        ValueError: if the images' size is not divisible by 4.
+    """
+    if images.shape[-1] % 4 or images.shape[-2] % 4:
+        raise ValueError(f"images must have sides divisible by 4 (two halvings); they are {tuple(images.shape[-2:])}.")
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    network = Classifier(images.shape[1], int(labels.max()) + 1)
+    optimizer = torch.optim.SGD(
+        network.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay
+    )
+    steps = epochs * (len(images) // batch_size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    bar = tqdm(total=steps, desc="train", unit="step", disable=None)
+    for _ in range(epochs):
+        order = torch.randperm(len(images), generator=generator)
+        for rows in order.split(batch_size):
+            if len(rows) < batch_size:
+                continue
+            x = _augment(to_unit_range(images[rows]), generator)
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                _, logits = network(x)
+                loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=smoothing)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            bar.update()
+            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+    bar.close()
+    return network.eval()
+
+
+def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, and moved by -2 .. 2 pixels along both axes, black moving in."""
+    n, _, height, width = x.shape
+    flip = torch.rand(n, generator=generator) < 0.5
+    x = torch.where(flip[:, None, None, None], x.flip(3), x)
+    x = functional.pad(x, (2, 2, 2, 2), value=-1.0)
+    top, left = torch.randint(0, 5, (2, n), generator=generator)
+    rows = (top[:, None] + torch.arange(height))[:, None, :, None]
+    columns = (left[:, None] + torch.arange(width))[:, None, None, :]
+    return x[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns]
+
+
+@torch.no_grad()
+def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
+    """Share of uint8 images with shape (N, C, H, W) whose label has the largest logit."""
+    right = [
+        (network(to_unit_range(part))[1].argmax(1) == own).sum()
+        for part, own in zip(images.split(500), labels.split(500), strict=True)
+    ]
+    return int(torch.stack(right).sum()) / len(images)
+
+
+def save_classifier(folder: Path, network: Classifier, card: dict[str, Any]) -> None:
+    """Writes weights in half precision and card, each atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
+    temporary = folder / f"{WEIGHTS}.tmp"
+    save_file(weights, temporary, {"format": "pt"})
+    os.replace(temporary, folder / WEIGHTS)
+    temporary = folder / f"{CARD}.tmp"
+    temporary.write_text(json.dumps(card, indent=2) + "\n")
+    os.replace(temporary, folder / CARD)
+
+
+def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
+    """The network, in evaluation mode and single precision, and the card of a folder that `save_classifier` wrote.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if one is damaged or they do not fit.
+    """
+    for file in (WEIGHTS, CARD):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} holds no feature network: {file} is missing.")
+    try:
+        card = json.loads((folder / CARD).read_text())
+        network = Classifier(card["image_shape"][0], len(card["classes"]))
+        weights = load_file(folder / WEIGHTS)
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
+    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no whole feature network: {error}") from error
+    return network.eval().requires_grad_(False), card

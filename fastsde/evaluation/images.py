@@ -1,0 +1,208 @@
+"""Where images come from, and how floats become 8 bits."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob
+from fastsde.training.data import load_images
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
+
+
+def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:
+    """Rounds samples to 8 bits; truncation, as in the original evaluation code, would darken by half a level.
+
+    Args:
+        samples: with shape (n, C, H, W).
+        data_range: (low, high), mapped to 0 and 255; values outside are cut.
+
+    Returns:
+        uint8 with shape (n, H, W, C).
+
+    Raises:
+        ValueError: if a sample is not finite, which has no level.
+    """
+    lost = ~torch.isfinite(samples).flatten(1).all(1)
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} of {len(samples)} samples are not finite, the first at {int(lost.argmax())}."
+        )
+    low, high = data_range
+    levels = ((samples.double() - low) * (255 / (high - low))).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """A set of 8-bit images of one size, read in parts.
+
+    Attributes:
+        source: where they are.
+        kind: what it is: "idx", "npz", "folder", "job", "datasets".
+        n: how many.
+        shape: (C, H, W).
+        read: the images from one number up to another, uint8 with shape (k, C, H, W).
+    """
+
+    source: str
+    kind: str
+    n: int
+    shape: tuple[int, int, int]
+    read: Callable[[int, int], Tensor]
+
+    def batches(self, size: int = 500) -> Iterator[Tensor]:
+        """The images in order, uint8 with shape (up to `size`, C, H, W)."""
+        for start in range(0, self.n, size):
+            yield self.read(start, min(start + size, self.n))
+
+
+def open_images(source: str | Path, *, split: str = "train") -> Images:
+    """Images of a folder of pictures (subfolders included), an .npz (ADM's arr_0, uint8 NHWC), a folder of IDX files, a
+    job of `fastsde sample`, or a folder written by Hugging Face's `Dataset.save_to_disk`.
+
+    Args:
+        source: the file or folder.
+        split: "train" or "test", for IDX files and data sets that have both.
+
+    Raises:
+        FileNotFoundError: if there is nothing there, or a job is not finished.
+        ValueError: naming the file that is no image, of another size, damaged, or not 8 bits.
+        ImportError: if a data set needs Hugging Face's `datasets` and it is not installed.
+    """
+    path = Path(source)
+    if path.is_file():
+        return _from_npz(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is neither a file nor a folder.")
+    if (path / MANIFEST).is_file():
+        return _from_job(path)
+    if (path / "samples.npz").is_file():
+        return _from_npz(path / "samples.npz")
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _from_datasets(path, split)
+    if list(path.glob("*-ubyte*")) or (path / "raw").is_dir():
+        images, _ = load_images(path, train=split == "train")
+        return _in_memory(str(path), f"idx {split}", images)
+    return _from_folder(path)
+
+
+def _in_memory(source: str, kind: str, images: Tensor) -> Images:
+    n, channels, height, width = images.shape
+    return Images(source, kind, n, (channels, height, width), lambda start, stop: images[start:stop])
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+
+def _from_npz(path: Path) -> Images:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "arr_0" not in file:
+                raise ValueError(f"{path} has no arr_0; it has {', '.join(file.files) or 'nothing'}.")
+            images = file["arr_0"]
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no whole .npz file: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
+        extra = ""
+        if images.dtype.kind == "f" and not np.isfinite(images).all():
+            extra = " Some values are not finite."
+        raise ValueError(
+            f"{path}: arr_0 must hold 8-bit images (n, H, W, C), C being 1 or 3; "
+            f"it is {images.dtype} with shape {images.shape}.{extra}"
+        )
+    return _in_memory(str(path), "npz", _channels_first(images))
+
+
+def _from_job(folder: Path) -> Images:
+    job = ShardedJob.load(folder)
+    missing = job.pending()
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is not finished: {len(missing)} of {job.shards} shards are missing, the first {missing[0]}. "
+            "Run the command that began it again."
+        )
+    lost = [k for k in range(job.shards) if len(job.read(k)["arr_0"]) < len(job.indices(k))]
+    if lost:
+        raise ValueError(
+            f"{folder}: samples of {len(lost)} shards are not finite and so not there, first in {lost[0]}."
+        )
+    shape = job.read(0)["arr_0"].shape[1:]
+
+    def read(start: int, stop: int) -> Tensor:
+        size = job.shard_size
+        parts = []
+        for k in range(start // size, (stop - 1) // size + 1):
+            parts.append(job.read(k)["arr_0"][max(start - k * size, 0) : stop - k * size])
+        return _channels_first(np.concatenate(parts))
+
+    return Images(str(folder), "job", job.n, (shape[2], shape[0], shape[1]), read)
+
+
+def _from_folder(folder: Path) -> Images:
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    stray = [p for p in files if p.suffix.lower() not in SUFFIXES]
+    if stray:
+        raise ValueError(f"{folder} holds {stray[0].relative_to(folder)}, which is no image ({len(stray)} such files).")
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no images.")
+    shape = tuple(_picture(files[0]).shape)
+
+    def read(start: int, stop: int) -> Tensor:
+        pictures = [_picture(path) for path in files[start:stop]]
+        for path, picture in zip(files[start:stop], pictures, strict=True):
+            if picture.shape != shape:
+                raise ValueError(f"{path} has shape {picture.shape}, {files[0].name} has {shape}: sizes must agree.")
+        return _channels_first(np.stack(pictures))
+
+    return Images(str(folder), "folder", len(files), (shape[2], shape[0], shape[1]), read)
+
+
+def _picture(path: Path) -> np.ndarray:
+    """uint8 with shape (H, W, C): grey images have one channel, all others become RGB."""
+    try:
+        with Image.open(path) as image:
+            return as_pixels(image)
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from error
+
+
+def as_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 with shape (H, W, C): grey images have one channel, all others become RGB."""
+    if image.mode in ("L", "1"):
+        return np.array(image.convert("L"))[:, :, None]
+    return np.array(image.convert("RGB"))
+
+
+def _from_datasets(folder: Path, split: str) -> Images:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f"{folder} is a data set of Hugging Face: pip install datasets.") from error
+    data = datasets.load_from_disk(str(folder))
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{folder} has the splits {', '.join(data)}; got {split!r}.")
+        data = data[split]
+    columns = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
+    if len(columns) != 1:
+        raise ValueError(f"{folder} must have one column of images; it has {columns or 'none'}.")
+    shape = as_pixels(data[0][columns[0]]).shape
+
+    def read(start: int, stop: int) -> Tensor:
+        pictures = [as_pixels(image) for image in data[start:stop][columns[0]]]
+        for k, picture in enumerate(pictures, start):
+            if picture.shape != shape:
+                raise ValueError(f"{folder}: image {k} has shape {picture.shape}, the first {shape}: sizes must agree.")
+        return _channels_first(np.stack(pictures))
+
+    return Images(str(folder), f"datasets {split}", len(data), (shape[2], shape[0], shape[1]), read)

@@ -1,0 +1,45 @@
+"""All figures of one set of features, against a reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import Tensor
+
+from fastsde.evaluation.reference import Reference
+from fastsde.evaluation.statistics import frechet, inception_score, kernel_distance, manifold
+
+
+def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: int = 50) -> dict[str, Any]:
+    """Every statistic that the reference allows.
+
+    Args:
+        x: features of the samples, with shape (n, d).
+        logits: of the same network, with shape (n, classes), for the Inception score; or None.
+        reference: what to compare with.
+        draws: bootstrap replicates for the error of the Frechet distance.
+
+    Returns:
+        `fid`, `fid_error` (a standard error) and `fid_infinite` (extrapolated to n to infinity); with the features of
+        the reference `kid` and `kid_error`, and `precision`, `recall`, `density` and `coverage`, for which both sets
+        are cut to the smaller one's size; with logits `inception_score` and its spread over splits.
+
+    Raises:
+        ValueError: if dimensions differ, there are too few samples, or a feature is not finite.
+    """
+    if x.shape[1:] != reference.mean.shape:
+        raise ValueError(f"the reference has {len(reference.mean)} features, the samples have {x.shape[1]}.")
+    distance = frechet(x, reference.mean, reference.covariance, draws=draws)
+    found: dict[str, Any] = {
+        "fid": distance.value,
+        "fid_error": distance.error,
+        "fid_infinite": distance.extrapolated,
+    }
+    if reference.feats is not None:
+        found["kid"], found["kid_error"] = kernel_distance(x, reference.feats)
+        m = min(len(x), len(reference.feats))
+        found |= dataclasses.asdict(manifold(x[:m], reference.feats[:m]))
+    if logits is not None:
+        found["inception_score"], found["inception_score_spread"] = inception_score(logits)
+    return found

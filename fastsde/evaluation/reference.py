@@ -1,0 +1,139 @@
+"""Reference statistics: the moments of features of a data set, in a file that other tools read and write too."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsde.evaluation.features import PACKAGED, Features
+from fastsde.evaluation.images import Images
+from fastsde.evaluation.jobs import write_whole
+from fastsde.evaluation.statistics import Moments
+
+REFERENCE = "reference.npz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Mean and covariance of the features of data, and what they are of.
+
+    The file is an .npz with `mu` and `sigma` in float64, which pytorch-fid and clean-fid read; `feats`, some of the
+    features, clean-fid's name for them; and `record`, JSON in text. A file with `mu` and `sigma` alone, as pytorch-fid,
+    clean-fid and ADM's suite write them, is read too, but does not say which network it is of.
+
+    Attributes:
+        mean: with shape (d,).
+        covariance: with shape (d, d).
+        feats: features of some of the images, with shape (k, d), for kernel distance, precision and recall; or None.
+        record: what the file says of itself: features, image shape, n, source; empty if it says nothing.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    feats: Tensor | None
+    record: dict[str, Any]
+
+    @classmethod
+    def build(cls, images: Images, features: Features, *, keep: int = 10_000, progress: bool = False) -> Reference:
+        """Measures a data set in one pass.
+
+        Args:
+            images: the data.
+            features: the network.
+            keep: features to keep: of images spread evenly over the data.
+            progress: show a bar.
+
+        Raises:
+            ValueError: if the network was made for other images, or there are no more images than features.
+        """
+        features.check(images.shape)
+        step = -(-images.n // keep) if keep else 0
+        moments, kept, seen = None, [], 0
+        for part in tqdm(images.batches(), "stats", -(-images.n // 500), disable=None if progress else True):
+            found, _ = features(part)
+            moments = Moments(found.shape[1]) if moments is None else moments
+            moments.update(found)
+            if keep:
+                kept.append(found[[k for k in range(len(found)) if (seen + k) % step == 0]])
+            seen += len(found)
+        assert moments is not None
+        d = len(moments.mean)
+        if moments.n <= d:
+            raise ValueError(f"{moments.n} images are too few for {d} features: their covariance would be singular.")
+        record = {
+            "features": features.describe(),
+            "image_shape": list(images.shape),
+            "n": moments.n,
+            "source": {"kind": images.kind, "name": Path(images.source).name},
+        }
+        return cls(moments.mean, moments.covariance, torch.cat(kept) if kept else None, record)
+
+    def save(self, path: Path, *, half: bool = False) -> None:
+        """Writes the file; `half` keeps `feats` in half precision."""
+        arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
+        if self.feats is not None:
+            arrays["feats"] = self.feats.numpy().astype(np.float16 if half else np.float32)
+        if self.record:
+            arrays["record"] = np.array(json.dumps(self.record))
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Reads a file of ours, pytorch-fid's, clean-fid's or ADM's.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            ValueError: if it is damaged, lacks mu and sigma, or they do not fit.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"no reference at {path}; `fastsde stats` writes one.")
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                if not {"mu", "sigma"} <= set(file.files):
+                    raise ValueError(f"it has no mu and sigma, but {', '.join(file.files) or 'nothing'}")
+                mean, covariance = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
+                feats = torch.from_numpy(file["feats"].astype(np.float32)) if "feats" in file else None
+                record = json.loads(str(file["record"])) if "record" in file else {}
+        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is no whole file of reference statistics: {error}") from error
+        d = len(mean)
+        if mean.ndim != 1 or covariance.shape != (d, d) or (feats is not None and feats.shape[1:] != (d,)):
+            raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit.")
+        if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
+            raise ValueError(f"{path}: mu and sigma must be finite.")
+        return cls(mean, covariance, feats, record)
+
+    def check(self, features: Features, shape: tuple[int, ...]) -> None:
+        """Refuses, with a ValueError, features of another network, and images of another shape.
+
+        A file that does not say what it is of is taken at its word: only the width is compared, when it is used.
+        """
+        if not self.record:
+            return
+        here, there = features.describe(), self.record["features"]
+        changed = [key for key in here if key != "name" and here[key] != there.get(key)]
+        if changed:
+            pairs = "; ".join(f"{key}: {there.get(key)!r} there, {here[key]!r} here" for key in changed)
+            raise ValueError(f"the reference is of other features ({pairs}).")
+        if list(shape) != self.record["image_shape"]:
+            raise ValueError(
+                f"the reference is of images {tuple(self.record['image_shape'])}, these are {tuple(shape)}: "
+                "distances between resolutions mean nothing."
+            )
+
+
+def packaged_reference(name: str) -> Reference:
+    """The packaged statistics of the training images of a packaged feature network's data."""
+    return Reference.load(PACKAGED / name / REFERENCE)

@@ -1,0 +1,196 @@
+"""The plot and the page of a sweep."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fastsde.evaluation.sweep import pareto
+
+
+def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2, width: int = 84) -> Image.Image:
+    """A picture of the images in rows, enlarged in whole steps so that one is at least `width` pixels wide.
+
+    Args:
+        images: uint8 with shape (n, H, W, C), C being 1 or 3.
+        columns: images in a row.
+        gap: white pixels between images, before enlarging.
+        width: pixels.
+    """
+    n, height, side, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (side + gap) + gap, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (side + gap)
+        sheet[top : top + height, left : left + side] = image
+    scale = max(1, -(-width // side))
+    picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
+def plot(summary: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """NFE on a logarithmic axis against FID, a line for each solver, bars of two standard errors, the Pareto front.
+
+    Returns:
+        A PNG file.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    try:
+        import matplotlib as mpl
+    except ImportError as error:
+        raise ImportError("plots are drawn by matplotlib: pip install 'fastsde[bench]'.") from error
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullLocator, ScalarFormatter
+
+    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    there = [row for row in summary if row["fid"] is not None]
+    for k, solver in enumerate(dict.fromkeys(row["solver"] for row in there)):
+        for kind, style in (("nfe", "-"), ("rtol", ":")):
+            own = sorted(
+                (row for row in there if row["solver"] == solver and row["setting"].startswith(kind)),
+                key=lambda row: row["mean_nfe"],
+            )
+            if own:
+                axes.errorbar(
+                    [row["mean_nfe"] for row in own],
+                    [row["fid"] for row in own],
+                    [0.0 if np.isnan(row["fid_error"]) else 2 * row["fid_error"] for row in own],
+                    label=solver + (" (rtol)" if kind == "rtol" else ""),
+                    linestyle=style,
+                    color=f"C{k % 10}",
+                    marker="osD^vP*Xhp"[k % 10],
+                    markersize=4,
+                    capsize=3,
+                    linewidth=1,
+                )
+    front = pareto(summary)
+    axes.plot([row["mean_nfe"] for row in front], [row["fid"] for row in front], color="0.8", linewidth=6, zorder=0)
+    axes.set(xscale="log", yscale="log", xlabel="network calls per sample (mean)", ylabel="FID", title=title)
+    ticks = sorted({round(row["mean_nfe"]) for row in there})
+    if 0 < len(ticks) <= 12:
+        axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8, title="grey: Pareto front", title_fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
+
+
+_HEADINGS = {
+    "solver": "solver",
+    "setting": "setting",
+    "mean_nfe": "calls, mean",
+    "max_nfe": "calls, most",
+    "fid": "FID",
+    "rank": "rank",
+    "fid_infinite": "FID, n to infinity",
+    "kid": "KID x 1000",
+    "inception_score": "inception score",
+    "precision": "precision",
+    "recall": "recall",
+    "density": "density",
+    "coverage": "coverage",
+    "seeds": "seeds",
+    "failed": "not successful",
+}
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
+th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+.front td:first-child { font-weight: 600 }
+.scroll { overflow-x: auto } img { max-width: 100% }
+figure { margin: 1rem 0 } figcaption { color: #555; font-size: 13px }
+pre { background: #f5f5f5; padding: 1rem; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere }
+""".strip()
+
+
+def page(
+    summary: Sequence[Mapping[str, Any]],
+    picture: bytes,
+    strips: Sequence[tuple[str, str, np.ndarray]],
+    provenance: Mapping[str, Any],
+    title: str,
+) -> str:
+    """A page that needs no other file: plot, table, images of each solver at equal settings, provenance.
+
+    Args:
+        summary: from `Sweep.write_tables`.
+        picture: from `plot`.
+        strips: setting, solver and images, uint8 with shape (k, H, W, C); those of one setting stand together.
+        provenance: settings and versions, as JSON values.
+        title: of the page.
+    """
+    front = [id(row) for row in pareto(summary)]
+    columns = [key for key in _HEADINGS if any(row.get(key) is not None for row in summary)]
+    head = "".join(f"<th>{_HEADINGS[key]}</th>" for key in columns)
+    body = "\n".join(
+        f"<tr{' class=front' if id(row) in front else ''}>"
+        + "".join(f"<td>{_cell(row, key)}</td>" for key in columns)
+        + "</tr>"
+        for row in summary
+    )
+    pictures = []
+    for setting in dict.fromkeys(setting for setting, _, _ in strips):
+        pictures.append(f"<h2>Samples at {html.escape(setting)}</h2>")
+        for other, solver, images in strips:
+            if other == setting:
+                buffer = io.BytesIO()
+                image_grid(images, columns=16, width=56).save(buffer, format="PNG")
+                name = html.escape(solver)
+                source = f'<img alt="samples of {name}" src="{_embedded(buffer.getvalue())}">'
+                pictures.append(f"<figure>{source}<figcaption>{name}</figcaption></figure>")
+    record = html.escape(json.dumps(provenance, indent=1))
+    return f"""<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{html.escape(title)}</title>
+<style>{_STYLE}</style></head>
+<body>
+<h1>{html.escape(title)}</h1>
+<figure><img alt="calls against FID" src="{_embedded(picture)}">
+<figcaption>Means over seeds; bars are two standard errors of sampling.</figcaption></figure>
+<h2>Figures</h2>
+<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>
+{body}
+</tbody></table></div>
+<p>FID is given with one standard error (bootstrap over samples, or spread over seeds where larger). Within one budget,
+differences of less than two joint errors are not ranked: such solvers share a rank. Bold: on the Pareto front. The same
+seeds give every solver the same start states.</p>
+{"".join(pictures)}
+<h2>Provenance</h2>
+<pre>{record}</pre>
+</body>
+</html>
+"""
+
+
+def _embedded(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode()
+
+
+def _cell(row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if value is None:
+        return "-"
+    if key == "fid":
+        return f"{value:.3f} &plusmn; {row['fid_error']:.3f}"
+    if key == "kid":
+        return f"{1000 * value:.3f} &plusmn; {1000 * row['kid_error']:.3f}"
+    if isinstance(value, float):
+        return f"{value:.1f}" if key.endswith("nfe") else f"{value:.3f}"
+    return html.escape(str(value))

@@ -1,0 +1,306 @@
+"""Solvers x tolerances or budgets x seeds on one model, a cell at a time, each on the disk when it is done."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastsde import api
+from fastsde.control import Controller
+from fastsde.evaluation.features import Features
+from fastsde.evaluation.images import open_images, to_uint8
+from fastsde.evaluation.jobs import ShardedJob, claim, shard_arrays, write_whole
+from fastsde.evaluation.measure import measure
+from fastsde.evaluation.reference import Reference
+from fastsde.result import Status
+from fastsde.score.base import ScoreModel
+from fastsde.solvers import Solver
+
+RESULT = "result.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One entry of the sweep: a solver, what bounds its calls, a seed.
+
+    Attributes:
+        solver: the solver.
+        label: what to call it, for instance "ExponentialPC:eta=1".
+        nfe: budget of network calls; or None.
+        rtol: relative tolerance; or None.
+        seed: the seed of the noise.
+        controller: a grid of its own in place of the solver's; `nfe` is then for the record alone.
+    """
+
+    solver: Solver
+    label: str
+    nfe: int | None
+    rtol: float | None
+    seed: int
+    controller: Controller | None = None
+
+    @property
+    def setting(self) -> str:
+        """What bounds the calls, in words."""
+        return f"nfe {self.nfe}" if self.nfe is not None else f"rtol {self.rtol:g}"
+
+    @property
+    def name(self) -> str:
+        """A name that a folder may have."""
+        return re.sub(r"[^A-Za-z0-9.=_-]+", "-", f"{self.label}-{self.setting}-seed{self.seed}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """What is swept.
+
+    Attributes:
+        model: the score model, with its process and event shape (C, H, W).
+        features: the feature network.
+        reference: statistics of the data.
+        record: where the model is from, with the hash of its weights; part of every cell's settings.
+        classes: labels, which samples take in turn; 0 for none.
+    """
+
+    model: ScoreModel
+    features: Features
+    reference: Reference
+    record: Mapping[str, Any]
+    classes: int = 0
+
+
+class Sweep:
+    """A folder of cells: each a sampling job and its figures.
+
+    Args:
+        folder: where everything goes.
+        problem: what is swept.
+        cells: the cells, in the order of the tables.
+        n: samples of each.
+        batch_size: rows evaluated at a time.
+        shard_size: samples in a shard.
+        draws: bootstrap replicates for the error of the Frechet distance.
+
+    Raises:
+        ValueError: if the folder holds a sweep with other settings, the reference does not fit features or images, or n
+            is too small for the number of features.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        problem: Problem,
+        cells: Sequence[Cell],
+        n: int,
+        *,
+        batch_size: int = 64,
+        shard_size: int = 512,
+        draws: int = 50,
+    ) -> None:
+        self.folder, self.problem, self.cells, self.n = folder, problem, list(cells), n
+        self.batch_size, self.shard_size, self.draws = batch_size, shard_size, draws
+        names = [cell.name for cell in cells]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice or not names:
+            raise ValueError(f"a sweep needs cells that differ; got {twice[0] + ' twice' if twice else 'none'}.")
+        event, width = problem.model.event_shape or (), len(problem.reference.mean)
+        problem.features.check(event)
+        problem.reference.check(problem.features, event)
+        if n <= 2 * width:
+            raise ValueError(f"n = {n} samples are too few for {width} features: more than {2 * width} are needed.")
+        self.settings = {
+            **problem.record,
+            "sde": repr(problem.model.sde),
+            "n": n,
+            "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
+            "features": problem.features.describe(),
+            "reference": {
+                "mu_sigma_sha256": _hash(problem.reference),
+                **{key: problem.reference.record.get(key) for key in ("n", "source")},
+            },
+            "batch_size": batch_size,
+            "bootstrap": draws,
+        }
+        claim(folder, "bench.json", self.settings)
+
+    def run(self, *, rank: int = 0, world_size: int = 1, progress: Callable[[int], object] = int) -> Iterator[Cell]:
+        """Draws and measures what is not there yet; yields each cell once its figures are on the disk.
+
+        Processes share the shards of each cell and wait for nobody; the one that finds a cell complete measures it.
+
+        Args:
+            rank: which process this is.
+            world_size: how many there are.
+            progress: called with numbers of samples as they are drawn.
+        """
+        for cell in self.cells:
+            job = self._job(cell)
+            progress(sum(len(job.indices(k)) for k in range(job.shards) if job.path(k).is_file()))
+            for drawn in job.run(partial(self._draw, cell), rank=rank, world_size=world_size):
+                progress(drawn)
+            if self._measured(cell, job):
+                yield cell
+        for cell in self.cells:  # what other processes finished in between
+            self._measured(cell, self._job(cell))
+
+    def _job(self, cell: Cell) -> ShardedJob:
+        settings = {
+            **self.settings,
+            "solver": repr(cell.solver),
+            "setting": cell.setting,
+            "grid": None if cell.controller is None else repr(cell.controller),
+            "seed": cell.seed,
+        }
+        del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
+        return ShardedJob.begin(self.folder / "cells" / cell.name, self.n, self.shard_size, settings)
+
+    def _draw(self, cell: Cell, indices: range) -> dict[str, np.ndarray]:
+        model, classes = self.problem.model, self.problem.classes
+        index = torch.tensor(indices)
+        labels = index % classes if classes else None
+        result = api.sample(
+            model,
+            index=index,
+            seed=cell.seed,
+            solver=cell.solver,
+            controller=cell.controller,
+            nfe=cell.nfe if cell.controller is None else None,
+            rtol=cell.rtol,
+            batch_size=self.batch_size,
+            cond=None if labels is None else {"class_labels": labels},
+        )
+        return shard_arrays(result, lambda whole: to_uint8(whole, model.data_range), labels)
+
+    def _measured(self, cell: Cell, job: ShardedJob) -> bool:
+        """Whether the cell's figures are there, after measuring it if all samples are."""
+        path = job.folder / RESULT
+        if path.is_file():
+            return True
+        if job.pending():
+            return False
+        nfe, status = job.column("nfe"), job.column("status")
+        row: dict[str, Any] = {
+            "solver": cell.label,
+            "setting": cell.setting,
+            "seed": cell.seed,
+            "n": self.n,
+            "mean_nfe": float(nfe.mean()),
+            "max_nfe": int(nfe.max()),
+            "rejected": float(job.column("rejected").mean()),
+            "status": {s.name: count for s in Status if (count := int((status == s).sum()))},
+        }
+        lost = int((status == Status.NON_FINITE).sum())
+        if lost:
+            row |= {"fid": None, "note": f"{lost} of {self.n} samples are not finite: nothing was measured"}
+        else:
+            features, logits = self.problem.features.of(open_images(job.folder))
+            row |= measure(features, logits, self.problem.reference, draws=self.draws)
+        write_whole(path, (json.dumps(row) + "\n").encode())
+        return True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The figures of every cell that has them, in order."""
+        paths = [self.folder / "cells" / cell.name / RESULT for cell in self.cells]
+        return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+    def images(self, cell: Cell, count: int) -> np.ndarray:
+        """The first images of a cell, uint8 with shape (count, H, W, C)."""
+        return self._job(cell).read(0)["arr_0"][:count]
+
+    def write_tables(self) -> list[dict[str, Any]]:
+        """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""
+        rows = self.rows()
+        write_whole(self.folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        write_whole(self.folder / "results.csv", _csv(rows))
+        summary = summarise(rows)
+        write_whole(self.folder / "summary.csv", _csv(summary))
+        return summary
+
+
+def _hash(reference: Reference) -> str:
+    digest = hashlib.sha256(reference.mean.numpy().tobytes())
+    digest.update(reference.covariance.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: json.dumps(v) if isinstance(v, dict) else v for key, v in row.items()})
+    return text.getvalue().encode()
+
+
+_AVERAGED = ("fid_infinite", "kid", "kid_error", "precision", "recall", "density", "coverage", "inception_score")
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each solver and setting: means over seeds, the error of the mean FID, and ranks.
+
+    The error is the bootstrap's, or the spread over seeds where that is larger, over the root of the number of seeds.
+    Within one budget a solver ranks below all that are better by more than twice the joint error: what is closer than
+    that shares a rank. Solvers with tolerances have no budget and no rank.
+    """
+    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["solver"], row["setting"]), []).append(row)
+    summary = []
+    for (solver, setting), seeds in groups.items():
+        line: dict[str, Any] = {"solver": solver, "setting": setting, "seeds": len(seeds), "n": seeds[0]["n"]}
+        line["mean_nfe"] = float(np.mean([row["mean_nfe"] for row in seeds]))
+        line["max_nfe"] = max(row["max_nfe"] for row in seeds)
+        line["failed"] = sum(row["n"] - row["status"].get("SUCCESS", 0) for row in seeds)
+        values = [row["fid"] for row in seeds]
+        if None in values:
+            line |= {"fid": None, "fid_error": None}
+        else:
+            spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+            bootstrap = math.sqrt(float(np.mean([row["fid_error"] ** 2 for row in seeds])))
+            line["fid"] = float(np.mean(values))
+            line["fid_error"] = max(spread, bootstrap) / math.sqrt(len(values))
+            line |= {key: float(np.mean([row[key] for row in seeds])) for key in _AVERAGED if key in seeds[0]}
+        summary.append(line)
+    for line in summary:
+        rivals = [other for other in summary if other["setting"] == line["setting"] and other["fid"] is not None]
+        ranked = line["fid"] is not None and line["setting"].startswith("nfe") and len(rivals) > 1
+        line["rank"] = 1 + sum(_clearly_better(other, line) for other in rivals) if ranked else None
+    return summary
+
+
+def _clearly_better(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return bool(a["fid"] + 2 * math.hypot(a["fid_error"], b["fid_error"]) < b["fid"])
+
+
+def pareto(summary: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows that no other beats in calls and FID at once, by calls."""
+    there = sorted((row for row in summary if row["fid"] is not None), key=lambda row: (row["mean_nfe"], row["fid"]))
+    front: list[Mapping[str, Any]] = []
+    for row in there:
+        if not front or row["fid"] < front[-1]["fid"]:
+            front.append(row)
+    return front
+
+
+def result_of(row: Mapping[str, Any]) -> str:
+    """One line of the live table."""
+    calls = f"{row['mean_nfe']:7.1f} calls"
+    if row["fid"] is None:
+        return f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  {row['note']}"
+    return (
+        f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  "
+        f"FID {row['fid']:8.3f} +- {row['fid_error']:.3f}"
+    )
