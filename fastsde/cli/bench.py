@@ -95,6 +95,9 @@ def build_cells(
 @click.option("--weights", type=click.Path(path_type=Path), help="For the features inception: a local file.")
 @click.option("--reference", help="A file of `fastsde stats`; by default the one packaged with the features.")
 @click.option("--bootstrap", default=50, type=click.IntRange(2), help="Replicates for the error of FID.")
+@click.option(
+    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
+)
 @click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
 @click.option("--shard-size", default=512, type=click.IntRange(1), help="Samples in a file; what a kill can cost.")
 @click.option("--rank", type=int, help="Which process this is; from RANK by default.")
@@ -112,6 +115,7 @@ def bench(
     weights: Path | None,
     reference: str | None,
     bootstrap: int,
+    dtype: str,
     batch_size: int,
     shard_size: int,
     rank: int | None,
@@ -135,7 +139,7 @@ def bench(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ranks = processes(rank, world_size, os.environ)
-        opened = open_model(model, usable_device(device), torch.float32)
+        opened = open_model(model, usable_device(device), getattr(torch, dtype))
         if opened.pipe is not None:
             raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
         budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
@@ -171,7 +175,7 @@ def write_report(sweep: Sweep) -> None:
     """Writes tables, plot and page of a complete sweep."""
     summary = sweep.write_tables()
     title = f"{sweep.problem.record['model']}: NFE against FID, n = {sweep.n}"
-    picture = plot(summary, title)
+    picture = plot(summary)
     strips = [
         (cell.setting, cell.label, sweep.images(cell, 32)) for cell in sweep.cells if cell.seed == sweep.cells[0].seed
     ]

@@ -73,7 +73,7 @@ def stats(
 @click.option("--reference", help="A file of `fastsde stats`, pytorch-fid, clean-fid or ADM; or a packaged name.")
 @click.option("--features", default="fashion-mnist", help=FEATURES)
 @click.option("--weights", type=click.Path(path_type=Path), help="For inception: a local file.")
-@click.option("--bootstrap", default=50, type=click.IntRange(0), help="Replicates for the error of FID.")
+@click.option("--bootstrap", default=50, type=click.IntRange(2), help="Replicates for the error of FID.")
 @click.option("--out", type=click.Path(path_type=Path), help="Also write the figures to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="cpu", help="Where the feature network runs.")
@@ -122,7 +122,8 @@ def evaluate(
         f"FID {figures['fid']:.3f} +- {figures['fid_error']:.3f}; {figures['fid_infinite']:.3f} for n to infinity"
     )
     if "kid" in figures:
-        click.echo(f"KID x 1000  {1000 * figures['kid']:.3f} +- {1000 * figures['kid_error']:.3f}")
+        error = figures["kid_error"]
+        click.echo(f"KID x 1000  {1000 * figures['kid']:.3f}" + ("" if error is None else f" +- {1000 * error:.3f}"))
         click.echo("  ".join(f"{key} {figures[key]:.3f}" for key in ("precision", "recall", "density", "coverage")))
     if "inception_score" in figures:
         spread = figures["inception_score_spread"]

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsde import api
 from fastsde.calibration import fingerprint
@@ -75,7 +75,9 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     theirs = any((folder / file).is_file() for file in ("model_index.json", CONFIG)) or folder.suffix == ".safetensors"
     if ours or not (theirs or looks_like_a_hub_name):
         model, _ = pretrained(name, device=device)
-        return Opened(model, len(read_card(name)["classes"]), {"weights_sha256": weight_hash(name)})
+        cast(nn.Module, model.network).to(dtype)
+        source = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
+        return Opened(model, len(read_card(name)["classes"]), source)
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
     loaded.to(device)

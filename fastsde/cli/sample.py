@@ -61,7 +61,7 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.option("--negative-prompt", help="What guidance leads away from.")
 @click.option("--guidance-scale", type=float, show_default="the pipeline's own", help="Two calls for one if above 1.")
 @click.option(
-    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of diffusers' weights."
+    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
 @click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")

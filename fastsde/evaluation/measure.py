@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +22,7 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
         draws: bootstrap replicates for the error of the Frechet distance.
 
     Returns:
+        Of the following those that can be told, and None for an error that cannot:
         `fid`, `fid_error` (a standard error) and `fid_infinite` (extrapolated to n to infinity); with the features of
         the reference `kid` and `kid_error`, and `precision`, `recall`, `density` and `coverage`, for which both sets
         are cut to the smaller one's size; with logits `inception_score` and its spread over splits.
@@ -42,4 +44,5 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
         found |= dataclasses.asdict(manifold(x[:m], reference.feats[:m]))
     if logits is not None:
         found["inception_score"], found["inception_score_spread"] = inception_score(logits)
-    return found
+    # JSON has no NaN: an error that cannot be told is null.
+    return {key: None if math.isnan(value) else value for key, value in found.items()}

@@ -35,7 +35,7 @@ def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2, width: int = 
     return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
-def plot(summary: Sequence[Mapping[str, Any]], title: str) -> bytes:
+def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
     """NFE on a logarithmic axis against FID, a line for each solver, bars of two standard errors, the Pareto front.
 
     Returns:
@@ -64,7 +64,7 @@ def plot(summary: Sequence[Mapping[str, Any]], title: str) -> bytes:
                 axes.errorbar(
                     [row["mean_nfe"] for row in own],
                     [row["fid"] for row in own],
-                    [0.0 if np.isnan(row["fid_error"]) else 2 * row["fid_error"] for row in own],
+                    [2 * row["fid_error"] for row in own],
                     label=solver + (" (rtol)" if kind == "rtol" else ""),
                     linestyle=style,
                     color=f"C{k % 10}",
@@ -75,7 +75,7 @@ def plot(summary: Sequence[Mapping[str, Any]], title: str) -> bytes:
                 )
     front = pareto(summary)
     axes.plot([row["mean_nfe"] for row in front], [row["fid"] for row in front], color="0.8", linewidth=6, zorder=0)
-    axes.set(xscale="log", yscale="log", xlabel="network calls per sample (mean)", ylabel="FID", title=title)
+    axes.set(xscale="log", yscale="log", xlabel="network calls per sample (mean)", ylabel="FID")
     ticks = sorted({round(row["mean_nfe"]) for row in there})
     if 0 < len(ticks) <= 12:
         axes.set_xticks(ticks)
@@ -108,10 +108,10 @@ _HEADINGS = {
     "failed": "not successful",
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2rem auto; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
 .front td:first-child { font-weight: 600 }
 .scroll { overflow-x: auto } img { max-width: 100% }
@@ -190,7 +190,8 @@ def _cell(row: Mapping[str, Any], key: str) -> str:
     if key == "fid":
         return f"{value:.3f} &plusmn; {row['fid_error']:.3f}"
     if key == "kid":
-        return f"{1000 * value:.3f} &plusmn; {1000 * row['kid_error']:.3f}"
+        error = row["kid_error"]
+        return f"{1000 * value:.3f}" + ("" if error is None else f" &plusmn; {1000 * error:.3f}")
     if isinstance(value, float):
         return f"{value:.1f}" if key.endswith("nfe") else f"{value:.3f}"
     return html.escape(str(value))

@@ -245,7 +245,7 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
     return text.getvalue().encode()
 
 
-_AVERAGED = ("fid_infinite", "kid", "kid_error", "precision", "recall", "density", "coverage", "inception_score")
+_AVERAGED = ("fid_infinite", "kid", "precision", "recall", "density", "coverage", "inception_score")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -269,16 +269,23 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             line |= {"fid": None, "fid_error": None}
         else:
             spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-            bootstrap = math.sqrt(float(np.mean([row["fid_error"] ** 2 for row in seeds])))
+            bootstrap = _root_mean_square(seeds, "fid_error") or 0.0
             line["fid"] = float(np.mean(values))
             line["fid_error"] = max(spread, bootstrap) / math.sqrt(len(values))
             line |= {key: float(np.mean([row[key] for row in seeds])) for key in _AVERAGED if key in seeds[0]}
+            kid_error = _root_mean_square(seeds, "kid_error")
+            line["kid_error"] = None if kid_error is None else kid_error / math.sqrt(len(values))
         summary.append(line)
     for line in summary:
         rivals = [other for other in summary if other["setting"] == line["setting"] and other["fid"] is not None]
         ranked = line["fid"] is not None and line["setting"].startswith("nfe") and len(rivals) > 1
         line["rank"] = 1 + sum(_clearly_better(other, line) for other in rivals) if ranked else None
     return summary
+
+
+def _root_mean_square(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    values = [row.get(key) for row in rows]
+    return None if None in values else math.sqrt(float(np.mean(np.square(values))))
 
 
 def _clearly_better(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
