@@ -7,6 +7,7 @@ import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -27,7 +28,7 @@ from fastsde.score.base import ScoreModel
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
 
 
-def _numbers(kind: type, text: str, option: str) -> list[float]:
+def _numbers(kind: type, text: str, option: str) -> list[Any]:
     try:
         return [kind(part) for part in text.replace(",", " ").split()]
     except ValueError as error:
@@ -143,7 +144,7 @@ def bench(
         if opened.pipe is not None:
             raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
         budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
-        cells = build_cells(opened.model, solvers.split(), [int(b) for b in budgets], tolerances, range(seeds))
+        cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
         problem = Problem(
             opened.model,
             open_features(features, weights, device=device),

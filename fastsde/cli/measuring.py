@@ -122,8 +122,8 @@ def evaluate(
         f"FID {figures['fid']:.3f} +- {figures['fid_error']:.3f}; {figures['fid_infinite']:.3f} for n to infinity"
     )
     if "kid" in figures:
-        error = figures["kid_error"]
-        click.echo(f"KID x 1000  {1000 * figures['kid']:.3f}" + ("" if error is None else f" +- {1000 * error:.3f}"))
+        spread = figures["kid_error"]
+        click.echo(f"KID x 1000  {1000 * figures['kid']:.3f}" + ("" if spread is None else f" +- {1000 * spread:.3f}"))
         click.echo("  ".join(f"{key} {figures[key]:.3f}" for key in ("precision", "recall", "density", "coverage")))
     if "inception_score" in figures:
         spread = figures["inception_score_spread"]

@@ -75,9 +75,9 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     theirs = any((folder / file).is_file() for file in ("model_index.json", CONFIG)) or folder.suffix == ".safetensors"
     if ours or not (theirs or looks_like_a_hub_name):
         model, _ = pretrained(name, device=device)
-        cast(nn.Module, model.network).to(dtype)
-        source = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
-        return Opened(model, len(read_card(name)["classes"]), source)
+        nn.Module.to(cast(nn.Module, model.network), dtype)  # diffusers' own `to` warns of layers that this one has not
+        ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
+        return Opened(model, len(read_card(name)["classes"]), ours_source)
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
     loaded.to(device)

@@ -142,12 +142,12 @@ def open_features(name: str | Path, weights: Path | None = None, *, device: str 
         FileNotFoundError, ValueError: if there is no such network or its files are damaged.
         ImportError: if the library that reads it is not installed.
     """
-    if str(name) in packaged_features():
-        return classifier_features(PACKAGED / name)
     if str(name) == "inception":
         return inception_features(weights, device=device)
     if weights is not None:
         raise ValueError(f"weights are for 'inception'; got features {str(name)!r}.")
+    if str(name) in packaged_features():
+        return classifier_features(PACKAGED / name)
     folder = Path(name)
     if (folder / CARD).is_file():
         return classifier_features(folder)

@@ -34,7 +34,7 @@ def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:
     lost = ~torch.isfinite(samples).flatten(1).all(1)
     if lost.any():
         raise ValueError(
-            f"{int(lost.sum())} of {len(samples)} samples are not finite, the first at {int(lost.argmax())}."
+            f"{int(lost.sum())} of {len(samples)} samples are not finite, the first at {int(lost.int().argmax())}."
         )
     low, high = data_range
     levels = ((samples.double() - low) * (255 / (high - low))).round().clamp(0, 255)
@@ -107,11 +107,12 @@ def _channels_first(images: np.ndarray) -> Tensor:
 def _from_npz(path: Path) -> Images:
     try:
         with np.load(path, allow_pickle=False) as file:
-            if "arr_0" not in file:
-                raise ValueError(f"{path} has no arr_0; it has {', '.join(file.files) or 'nothing'}.")
-            images = file["arr_0"]
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise ValueError(f"{path} is no whole .npz file: {error}") from error
+            names = file.files
+            images = file["arr_0"] if "arr_0" in names else None
+    except (zipfile.BadZipFile, ValueError, AttributeError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is no whole .npz file of plain arrays: {error}") from error
+    if images is None:
+        raise ValueError(f"{path} has no arr_0; it has {', '.join(names) or 'nothing'}.")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         extra = ""
         if images.dtype.kind == "f" and not np.isfinite(images).all():

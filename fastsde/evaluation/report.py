@@ -75,7 +75,9 @@ def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
                 )
     front = pareto(summary)
     axes.plot([row["mean_nfe"] for row in front], [row["fid"] for row in front], color="0.8", linewidth=6, zorder=0)
-    axes.set(xscale="log", yscale="log", xlabel="network calls per sample (mean)", ylabel="FID")
+    if there:
+        axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="network calls per sample (mean)", ylabel="FID")
     ticks = sorted({round(row["mean_nfe"]) for row in there})
     if 0 < len(ticks) <= 12:
         axes.set_xticks(ticks)
@@ -83,7 +85,8 @@ def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
         axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8, title="grey: Pareto front", title_fontsize=8)
+    if there:
+        axes.legend(fontsize=8, title="grey: Pareto front", title_fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     plt.close(figure)

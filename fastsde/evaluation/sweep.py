@@ -284,8 +284,8 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _root_mean_square(rows: Sequence[Mapping[str, Any]], key: str) -> float | None:
-    values = [row.get(key) for row in rows]
-    return None if None in values else math.sqrt(float(np.mean(np.square(values))))
+    values = [row[key] for row in rows if row.get(key) is not None]
+    return math.sqrt(sum(value**2 for value in values) / len(values)) if len(values) == len(rows) else None
 
 
 def _clearly_better(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -1,0 +1,198 @@
+"""Jobs of shards: nothing is lost, doubled or half-written; other settings are refused; processes share."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from test_cli import network, run
+
+from fastsde.evaluation.jobs import ShardedJob, claim, processes, shard_arrays
+from fastsde.result import SampleResult, Status
+
+__all__ = ["network"]
+
+
+def squares(indices):
+    return {"arr_0": np.array([k * k for k in indices]), "index": np.array(indices)}
+
+
+def begin(folder, n=10, size=4, **settings):
+    return ShardedJob.begin(folder, n, size, settings)
+
+
+def test_shards_hold_every_sample_once(tmp_path):
+    job = begin(tmp_path / "x")
+    assert list(job.run(squares)) == [4, 4, 2]
+    assert job.column("index").tolist() == list(range(10))
+    assert job.pending() == []
+
+
+def test_a_job_goes_on_where_it_stopped_and_draws_nothing_twice(tmp_path):
+    job, drawn = begin(tmp_path / "x"), []
+
+    def draw(indices):
+        drawn.append(indices[0])
+        return squares(indices)
+
+    stopped = job.run(draw)
+    next(stopped)
+    stopped.close()
+    list(begin(tmp_path / "x").run(draw))
+    assert drawn == [0, 4, 8]
+
+
+def test_a_failure_leaves_no_half_shard(tmp_path, monkeypatch):
+    job = begin(tmp_path / "x")
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez_compressed", fail)
+    with pytest.raises(OSError, match="No space left"):
+        list(job.run(squares))
+    assert [p.name for p in job.folder.iterdir()] == ["manifest.json"]
+
+
+def test_left_overs_of_killed_processes_go_when_the_job_is_complete(tmp_path):
+    job = begin(tmp_path / "x")
+    (job.folder / ".samples-00001.999.tmp.npz").write_bytes(b"half")
+    list(job.run(squares))
+    assert sorted(p.name for p in job.folder.iterdir()) == [
+        "manifest.json",
+        "samples-00000.npz",
+        "samples-00001.npz",
+        "samples-00002.npz",
+    ]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+def test_processes_in_any_order_make_the_same_files(world_size, tmp_path):
+    one, many = begin(tmp_path / "one"), begin(tmp_path / "many")
+    list(one.run(squares))
+    for rank in reversed(range(world_size)):
+        list(many.run(squares, rank=rank, world_size=world_size))
+    for k in range(one.shards):
+        assert one.path(k).read_bytes() == many.path(k).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"seed": 1}, "seed: 0 there, 1 here"),
+        ({"n": 11, "seed": 0}, "n: 10 there, 11 here"),
+        ({"size": 5, "seed": 0}, "shard_size: 4 there, 5 here"),
+        ({"seed": 0, "solver": "x"}, 'solver: null there, "x" here'),
+    ],
+)
+def test_a_rerun_with_other_settings_is_refused(settings, message, tmp_path):
+    begin(tmp_path / "x", seed=0)
+    with pytest.raises(ValueError, match=message):
+        begin(tmp_path / "x", **settings)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("")
+    with pytest.raises(ValueError, match=r"has no manifest\.json, but thesis\.tex"):
+        begin(tmp_path / "x")
+    claim(tmp_path / "y", "a.json", {})
+    (tmp_path / "y" / "a.json").write_text("{")
+    with pytest.raises(ValueError, match="damaged"):
+        claim(tmp_path / "y", "a.json", {})
+
+
+def test_an_interrupted_result_is_no_shard():
+    pending = torch.tensor([int(Status.SUCCESS), int(Status.PENDING)])
+    zeros = torch.zeros(2, dtype=torch.int64)
+    result = SampleResult(torch.zeros(2, 1, 2, 2), zeros, zeros, zeros, pending, zeros, 0, 0.0)
+    with pytest.raises(KeyboardInterrupt):
+        shard_arrays(result, np.asarray, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "environment", "expected"),
+    [
+        ((None, None), {}, (0, 1)),
+        ((None, None), {"RANK": "2", "WORLD_SIZE": "4"}, (2, 4)),
+        ((1, 2), {"RANK": "2", "WORLD_SIZE": "4"}, (1, 2)),
+    ],
+)
+def test_ranks_are_as_given_or_as_the_launcher_says(given, environment, expected):
+    assert processes(*given, environment) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [((2, 2), "must be in 0 .. 1; got 2"), ((0, None), "go together"), ((None, 3), "go together")]
+)
+def test_impossible_ranks_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        processes(*given, {})
+
+
+OPTIONS = ["-n", 20, "--shard-size", 8, "--nfe", 5, "--batch-size", 8]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.usefixtures("network")
+def test_sample_in_shards_is_sample_at_once(tmp_path):
+    result = run("sample", *OPTIONS, "--out", tmp_path / "job")
+    assert result.exit_code == 0, result.output
+    assert "20 of 20 samples in 3 shards" in result.output
+    once = run("sample", "-n", 20, "--nfe", 5, "--batch-size", 8, "--out", tmp_path / "once")
+    assert once.exit_code == 0
+    with np.load(tmp_path / "once" / "samples.npz") as whole:
+        parts = [np.load(tmp_path / "job" / f"samples-0000{k}.npz") for k in range(3)]
+        for name in ("arr_0", "arr_1"):
+            assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+    totals = json.loads((tmp_path / "job" / "samples.json").read_text())
+    record = json.loads((tmp_path / "once" / "samples.json").read_text())
+    assert totals["mean_nfe"] == record["mean_nfe"]
+    assert totals["status_counts"] == {"SUCCESS": 20}
+    assert np.concatenate([part["nfe"] for part in parts]).tolist() == record["nfe"]
+
+
+@pytest.mark.usefixtures("network")
+def test_ranks_of_sample_make_the_files_of_one_process(tmp_path):
+    assert run("sample", *OPTIONS, "--out", tmp_path / "one").exit_code == 0
+    for rank in (1, 0):
+        result = run("sample", *OPTIONS, "--rank", rank, "--world-size", 2, "--out", tmp_path / "two")
+        assert result.exit_code == 0, result.output
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    before = contents(tmp_path / "one")
+    again = run("sample", *OPTIONS, "--out", tmp_path / "one")
+    assert again.exit_code == 0
+    assert contents(tmp_path / "one") == before
+
+
+@pytest.mark.usefixtures("network")
+def test_a_stale_folder_and_other_settings_are_refused_before_the_first_call(network, tmp_path):
+    assert run("sample", *OPTIONS, "--out", tmp_path / "job").exit_code == 0
+    network.fail_after = 0
+    for options, message in (
+        ([*OPTIONS, "--seed", 1], "seed: 0 there, 1 here"),
+        (["-n", 4, "--nfe", 5], "n: 20 there, 4 here"),
+    ):
+        result = run("sample", *options, "--out", tmp_path / "job")
+        assert result.exit_code == 1
+        assert message in result.output
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "samples.npz").write_bytes(b"")
+    result = run("sample", *OPTIONS, "--out", tmp_path / "other")
+    assert "has no manifest.json, but samples.npz" in result.output
+
+
+@pytest.mark.usefixtures("network")
+def test_a_network_that_fails_midway_costs_one_shard(network, tmp_path):
+    network.fail_after = 8  # the second shard's
+    result = run("sample", *OPTIONS, "--out", tmp_path / "job")
+    assert result.exit_code == 1
+    assert "out of memory" in result.output
+    assert sorted(os.listdir(tmp_path / "job")) == ["manifest.json", "samples-00000.npz"]
+    network.fail_after = None
+    assert run("sample", *OPTIONS, "--out", tmp_path / "job").exit_code == 0
+    assert len(os.listdir(tmp_path / "job")) == 6
