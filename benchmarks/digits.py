@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
+from fastsde.evaluation.statistics import Moments, frechet_distance
 from fastsde.score.analytic import MixtureScore
 
 NOTES = {
@@ -61,12 +62,9 @@ def digits_mixture(ridge: float) -> MixtureScore:
 
 
 def frechet(x: Tensor, mean: Tensor, covariance: Tensor) -> float:
-    r"""|m_x - m|^2 + tr(S + C - 2 (C^(1/2) S C^(1/2))^(1/2)), with samples x of shape (n, d), in float64."""
-    m, s = x.double().mean(0), x.double().T.cov()
-    values, vectors = torch.linalg.eigh(covariance)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
-    cross = torch.linalg.eigvalsh(root @ s @ root).clamp(min=0).sqrt().sum()
-    return float((m - mean).square().sum() + s.trace() + covariance.trace() - 2 * cross)
+    """The Frechet distance between the moments of samples x, with shape (n, d), and the exact ones."""
+    own = Moments.of(x)
+    return frechet_distance(own.mean, own.covariance, mean, covariance)
 
 
 def floor(model: MixtureScore, n: int, draws: int) -> tuple[float, float]:

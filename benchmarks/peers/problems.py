@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastsde
+from fastsde.evaluation.statistics import Moments, frechet_distance
 from fastsde.score import MixtureScore
 
 SDE = fastsde.VPSDE()
@@ -75,8 +76,6 @@ class Mixture(Problem):
         self.centres = torch.einsum("kd,kdr->kr", law.means, law.bases).float()
         self.means = law.means.float()
         self.mean, self.covariance = law.moments()
-        values, vectors = torch.linalg.eigh(self.covariance)
-        self.root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
 
     def exact(self, y: Tensor, rho: Tensor) -> Tensor:
         law, (k, r) = self.law, self.centres.shape
@@ -97,10 +96,8 @@ class Mixture(Problem):
         return self.law.draw(n, generator)
 
     def distance(self, x: Tensor) -> float:
-        x = x.double()
-        m, s = x.mean(0), x.T.cov()
-        cross = torch.linalg.eigvalsh(self.root @ s @ self.root).clamp(min=0).sqrt().sum()
-        return float((m - self.mean).square().sum() + s.trace() + self.covariance.trace() - 2 * cross)
+        own = Moments.of(x)
+        return frechet_distance(own.mean, own.covariance, self.mean, self.covariance)
 
 
 class Gaussian(Problem):

@@ -1,0 +1,117 @@
+r"""Does a sweep survive SIGKILL, and do two processes do twice the work of one? With the packaged network.
+
+First, one sweep of 6 solvers x 4 budgets runs to its end; the same sweep, in another folder, is killed with SIGKILL at
+random moments, again and again, and then runs to its end. The tables must be the same bytes. Second, one sampling job
+is drawn by one single-threaded process and by two, with --rank and --world-size. The files must be the same bytes; the
+time is that of the whole commands and of the sampling alone, which begins when the manifest is there.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+from common import save, table
+
+TABLES = ("results.jsonl", "results.csv", "summary.csv")
+SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def start(*arguments: object) -> subprocess.Popen[bytes]:
+    """Begins `fastsde` with these arguments, on one thread."""
+    command = [sys.executable, "-m", "fastsde", *map(str, arguments)]
+    return subprocess.Popen(command, env=SINGLE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def finish(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Waits for all; raises if one failed."""
+    codes = [process.wait() for process in processes]
+    if any(codes):
+        raise click.ClickException(f"a process failed: {codes}")
+
+
+def survives(folder: Path, n: int, kills: int) -> dict[str, object]:
+    """The same sweep left alone and killed: whether the tables are the same bytes."""
+    sweep = ["bench", "--nfe", "5,6,8,10", "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
+    begun = time.perf_counter()
+    finish([start(*sweep, folder / "alone")])
+    alone = time.perf_counter() - begun
+    chance, hits = random.Random(0), []
+    while len(hits) < kills:
+        process, wait = start(*sweep, folder / "killed"), chance.uniform(3.0, 3.0 + 1.6 * alone / kills)
+        time.sleep(wait)
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        hits.append(round(wait, 2))
+    finish([start(*sweep, folder / "killed")])
+    same = {name: (folder / "alone" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in TABLES}
+    shards = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.npz"))
+    same["shards"] = all((folder / "alone" / p).read_bytes() == (folder / "killed" / p).read_bytes() for p in shards)
+    left = [str(path) for path in (folder / "killed").rglob("*.tmp*")]
+    return {"seconds_alone": alone, "kills_after_seconds": hits, "same_bytes": same, "left_over": left}
+
+
+def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
+    """Throughput of two single-threaded processes over that of one, in turn."""
+    job = ["sample", "-n", n, "--shard-size", 64, "--nfe", 10, "--out"]
+    whole, inner, same = [], [], True
+    for k in range(pairs):
+        seconds, sampling = [], []
+        for world in (1, 2):
+            out, begun = folder / f"{k}-{world}", time.perf_counter()
+            processes = [start(*job, out, "--rank", rank, "--world-size", world) for rank in range(world)]
+            finish(processes)
+            ended = time.time()
+            seconds.append(time.perf_counter() - begun)
+            sampling.append(ended - (out / "manifest.json").stat().st_mtime)
+        names = [path.name for path in (folder / f"{k}-1").glob("*.npz")]
+        one, two = folder / f"{k}-1", folder / f"{k}-2"
+        same &= all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+        whole.append(seconds[0] / seconds[1])
+        inner.append(sampling[0] / sampling[1])
+    return {"whole_commands": whole, "sampling": inner, "same_bytes": same}
+
+
+@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@click.option("--samples", "-n", default=192, help="Samples of each cell of the sweep.")
+@click.option("--kills", default=20)
+@click.option("--job", default=2048, help="Samples of the job that is shared.")
+@click.option("--pairs", default=3, help="Repetitions of one process and two.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/survival.json.")
+def main(samples: int, kills: int, job: int, pairs: int, keep: bool) -> None:
+    """Prints what was found and writes it."""
+    settings = click.get_current_context().params
+    folder = Path(tempfile.mkdtemp())
+    try:
+        results = {"killed": survives(folder, samples, kills), "two_processes": shared(folder, job, pairs)}
+    finally:
+        shutil.rmtree(folder)
+    killed, two = results["killed"], results["two_processes"]
+    table(
+        ("what", "found"),
+        [
+            ("kills", len(killed["kills_after_seconds"])),
+            *((f"same bytes: {name}", same) for name, same in killed["same_bytes"].items()),
+            ("files left over", len(killed["left_over"])),
+            ("two processes over one, sampling", " ".join(f"{x:.2f}" for x in two["sampling"])),
+            ("two processes over one, whole commands", " ".join(f"{x:.2f}" for x in two["whole_commands"])),
+            ("same bytes: job", two["same_bytes"]),
+        ],
+    )
+    if keep:
+        save("survival", settings, results)
+
+
+if __name__ == "__main__":
+    main()
