@@ -13,9 +13,9 @@ import click
 import torch
 from tqdm import tqdm
 
-from fastsde.arguments import affordable, check_count, resolve_controller, usable_device
+from fastsde.arguments import affordable, check_count, resolve_controller
 from fastsde.cli.measuring import FEATURES, reference_of
-from fastsde.cli.models import open_model
+from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver
 from fastsde.evaluation.features import open_features
@@ -140,14 +140,15 @@ def bench(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         ranks = processes(rank, world_size, os.environ)
-        opened = open_model(model, usable_device(device), getattr(torch, dtype))
+        own = own_device(device, os.environ)
+        opened = open_model(model, own, getattr(torch, dtype))
         if opened.pipe is not None:
             raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
         budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
         cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
         problem = Problem(
             opened.model,
-            open_features(features, weights, device=device),
+            open_features(features, weights, device=str(own)),
             reference_of(reference, features),
             {"model": model, **opened.source, "versions": versions()},
             opened.classes,

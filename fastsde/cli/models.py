@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
+from fastsde.arguments import usable_device
 from fastsde.calibration import fingerprint
 from fastsde.diffusers import from_diffusers, load, sample_pipeline
 from fastsde.diffusers.conditions import network_of, takes_text
@@ -61,6 +63,17 @@ class Opened:
     def images(self, x: Tensor) -> Tensor:
         """Images in [0, 1] with shape (n, C, H, W) of finite samples."""
         return finish(self.pipe, x, "pt", self.model.data_range)
+
+
+def own_device(device: str, environment: Mapping[str, str]) -> torch.device:
+    """The device asked for; of several GPUs the one that `torchrun` or `accelerate launch` means by LOCAL_RANK.
+
+    Raises:
+        ValueError: if it cannot be used.
+    """
+    return usable_device(
+        f"cuda:{environment['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in environment else device
+    )
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsde.arguments import DEFAULT_RTOL, usable_device
+from fastsde.arguments import DEFAULT_RTOL
 from fastsde.calibration import Schedule
 from fastsde.cli.job import run_job
-from fastsde.cli.models import Opened, open_model
+from fastsde.cli.models import Opened, open_model, own_device
 from fastsde.cli.output import dump_json, prepare_folder, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
 from fastsde.evaluation.images import to_uint8
@@ -120,7 +120,7 @@ def sample(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
-        opened = open_model(model, usable_device(device), getattr(torch, dtype))
+        opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype))
         opened.check_text(prompts, negative_prompt, guidance_scale)
         sde, solver = opened.model.sde, build_solver(solver_name, options)
         tolerances, budget = (rtol, atol) != (None, None), (nfe, schedule) != (None, None)
@@ -147,7 +147,7 @@ def sample(
             "grid": None if controller is None else repr(controller),
             **(_tolerances(rtol, atol, opened.model.data_range) if adaptive else {}),
             "batch_size": batch_size,
-            "device": device,
+            "device": torch.device(device).type,
             "versions": versions(),
         }
         shares = processes(rank, world_size, os.environ)

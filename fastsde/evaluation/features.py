@@ -83,7 +83,8 @@ class Features:
 
     def describe(self) -> dict[str, Any]:
         """Everything that changes a feature, for the record: two sets compare only if this is the same."""
-        graph = type(self.network).__name__ if isinstance(self.network, nn.Module) else "function"
+        inside = getattr(self.network, "network", self.network)  # of the wrappers below, what they wrap
+        graph = type(inside).__name__ if isinstance(inside, nn.Module) else "function"
         resize = "none" if self.size is None else f"bicubic, antialiased, to {self.size}"
         return {
             "name": self.name,

@@ -108,8 +108,8 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor, *, draws: int = 50, spl
     With D_n the distance of all rows and D_(n/2) the mean distance of halves, over `splits` random divisions of the
     rows in two, the extrapolation is 2 D_n - D_(n/2): the value at 1 / n = 0 of the line through both. Source of the
     idea: Chong and Forsyth, https://arxiv.org/abs/1911.07023, who fit a line to random subsets. The bootstrap's
-    replicates are themselves too large by the same bias, so only their spread is used; where the distance is near 0 that
-    is up to 1.5 times too large.
+    replicates are themselves too large by the same bias, so only their spread is used; where the distance is near 0
+    that is up to 1.5 times too large.
 
     Args:
         x: features, with shape (n, d).
