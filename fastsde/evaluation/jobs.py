@@ -162,21 +162,21 @@ class ShardedJob:
             for left in self.folder.glob(".samples-*.tmp.npz"):  # of processes that were killed
                 left.unlink(missing_ok=True)
 
-    def read(self, k: int) -> dict[str, np.ndarray]:
-        """The arrays of shard k.
+    def read(self, k: int, *names: str) -> dict[str, np.ndarray]:
+        """The arrays of shard k, or those of them that are named.
 
         Raises:
             ValueError: if the file is damaged; deleting it makes the job draw it again.
         """
         try:
             with np.load(self.path(k), allow_pickle=False) as file:
-                return {name: file[name] for name in file.files}
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+                return {name: file[name] for name in names or file.files}
+        except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
             raise ValueError(f"{self.path(k)} is damaged: {error}. Delete it and run the job again.") from error
 
     def column(self, name: str) -> np.ndarray:
         """One number per sample, of all shards, with shape (n,)."""
-        return np.concatenate([self.read(k)[name] for k in range(self.shards)])
+        return np.concatenate([self.read(k, name)[name] for k in range(self.shards)])
 
 
 def _short(value: Any) -> str:
