@@ -53,7 +53,7 @@ def in_idx(images, folder):
 
 def in_job(images, folder):
     job = ShardedJob.begin(folder, len(images), 3, {})
-    list(job.run(lambda indices: {"arr_0": images[list(indices)]}))
+    list(job.run(lambda indices: {"arr_0": images[list(indices)], "status": np.ones(len(indices), np.int64)}))
     return folder
 
 
@@ -105,7 +105,7 @@ def with_a_broken_shard(folder):
 
 def with_lost_samples(folder):
     job = ShardedJob.begin(folder, 6, 3, {})
-    list(job.run(lambda indices: {"arr_0": pictures(2)}))
+    list(job.run(lambda indices: {"arr_0": pictures(2), "status": np.array([1, 4, 1])}))
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def with_lost_samples(folder):
         (with_a_broken_picture, r"002\.png cannot be read"),
         (unfinished, "2 of 3 shards are missing, the first 1"),
         (with_a_broken_shard, "damaged.*Delete it and run the job again"),
-        (with_lost_samples, "samples of 2 shards are not finite"),
+        (with_lost_samples, "2 of 6 samples are not finite"),
         (lambda folder: folder.mkdir(), "holds no images"),
         (lambda folder: None, "neither a file nor a folder"),
         (lambda folder: np.savez(folder, arr_0=np.full((2, 4, 4, 1), np.nan)), "float64.*not finite"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 from collections.abc import Sequence
@@ -16,13 +17,12 @@ from tqdm import tqdm
 from fastsde.arguments import affordable, check_count, resolve_controller
 from fastsde.cli.measuring import FEATURES, reference_of
 from fastsde.cli.models import open_model, own_device
-from fastsde.cli.output import versions
+from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.jobs import processes, write_whole
 from fastsde.evaluation.report import page, plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
-from fastsde.result import SamplingError
 from fastsde.score.base import ScoreModel
 
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
@@ -153,11 +153,12 @@ def bench(
             {"model": model, **opened.source, "versions": versions()},
             opened.classes,
         )
+        prepare_folder(out, needed=len(cells) * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
         sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
         _run(sweep, *ranks)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; the same command goes on in {out}.") from error
-    except (ValueError, TypeError, ImportError, OSError, SamplingError) as error:
+    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
 
 

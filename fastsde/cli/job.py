@@ -82,7 +82,7 @@ def _totals(job: ShardedJob) -> dict[str, Any]:
 
 
 def _write(job: ShardedJob) -> list[Path]:
-    totals, first = _totals(job), job.read(0)["arr_0"][:64]
+    totals, first = _totals(job), job.read(0, "arr_0")["arr_0"][:64]
     writers: dict[str, Callable[[Path], object]] = {
         "samples.json": lambda path: path.write_text(dump_json(totals)),
     }

@@ -61,6 +61,7 @@ def stats(
         network = open_features(features, weights, device=device)
         images = open_images(data, split=split)
         reference = Reference.build(images, network, keep=keep, progress=True)
+        reference.record["versions"] = versions()
         reference.save(out, half=half)
     except (ValueError, OSError, ImportError) as error:
         raise click.ClickException(str(error)) from error

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob
+from fastsde.result import Status
 from fastsde.training.data import load_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
@@ -132,18 +133,16 @@ def _from_job(folder: Path) -> Images:
             f"{folder} is not finished: {len(missing)} of {job.shards} shards are missing, the first {missing[0]}. "
             "Run the command that began it again."
         )
-    lost = [k for k in range(job.shards) if len(job.read(k)["arr_0"]) < len(job.indices(k))]
+    lost = int((job.column("status") == Status.NON_FINITE).sum())
     if lost:
-        raise ValueError(
-            f"{folder}: samples of {len(lost)} shards are not finite and so not there, first in {lost[0]}."
-        )
-    shape = job.read(0)["arr_0"].shape[1:]
+        raise ValueError(f"{folder}: {lost} of {job.n} samples are not finite, and so not there.")
+    shape = job.read(0, "arr_0")["arr_0"].shape[1:]
 
     def read(start: int, stop: int) -> Tensor:
         size = job.shard_size
         parts = []
         for k in range(start // size, (stop - 1) // size + 1):
-            parts.append(job.read(k)["arr_0"][max(start - k * size, 0) : stop - k * size])
+            parts.append(job.read(k, "arr_0")["arr_0"][max(start - k * size, 0) : stop - k * size])
         return _channels_first(np.concatenate(parts))
 
     return Images(str(folder), "job", job.n, (shape[2], shape[0], shape[1]), read)

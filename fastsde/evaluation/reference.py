@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import io
 import json
 import zipfile
@@ -57,8 +58,9 @@ class Reference:
         """
         features.check(images.shape)
         step = -(-images.n // keep) if keep else 0
-        moments, kept, seen = None, [], 0
+        moments, kept, seen, digest = None, [], 0, hashlib.sha256()
         for part in tqdm(images.batches(), "stats", -(-images.n // 500), disable=None if progress else True):
+            digest.update(part.numpy().tobytes())
             found, _ = features(part)
             moments = Moments(found.shape[1]) if moments is None else moments
             moments.update(found)
@@ -73,7 +75,7 @@ class Reference:
             "features": features.describe(),
             "image_shape": list(images.shape),
             "n": moments.n,
-            "source": {"kind": images.kind, "name": Path(images.source).name},
+            "source": {"kind": images.kind, "name": Path(images.source).name, "pixels_sha256": digest.hexdigest()},
         }
         return cls(moments.mean, moments.covariance, torch.cat(kept) if kept else None, record)
 

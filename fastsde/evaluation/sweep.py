@@ -217,11 +217,11 @@ class Sweep:
 
     def images(self, cell: Cell, count: int) -> np.ndarray:
         """The first images of a cell, uint8 with shape (count, H, W, C)."""
-        return self._job(cell).read(0)["arr_0"][:count]
+        return self._job(cell).read(0, "arr_0")["arr_0"][:count]
 
     def write_tables(self) -> list[dict[str, Any]]:
         """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""
-        rows = self.rows()
+        rows = [row | {"provenance": self.settings} for row in self.rows()]
         write_whole(self.folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         write_whole(self.folder / "results.csv", _csv(rows))
         summary = summarise(rows)
