@@ -384,12 +384,23 @@ def test_conditioning_is_checked_before_the_first_call():
     refused("guidance needs the other half", lambda: tiny.unet(num_class_embeds=3), None, guidance_scale=2.0)
 
 
-def test_wrong_models_are_refused():
+def test_wrong_models_are_refused(without_type_checks):
     for wrong, scheduler in ((3, DDPM), (tiny.unet(), None), (tiny.unet(), "DDPM")):
         with pytest.raises(TypeError, match=r"pipe_or_model|scheduler must be"):
             from_diffusers(wrong, scheduler)
     with pytest.raises(TypeError, match="only for models that are loaded"):
         from_diffusers(tiny.unet(), DDPM, torch_dtype=torch.float16)
+    for options, match in (
+        ({"clip": "yes"}, "clip must be"),
+        ({"event_shape": (3, 0)}, "event_shape must be"),
+        ({"event_shape": 8}, "event_shape must be"),
+        ({"guidance_rescale": 0.7}, "need a guidance_scale above 1"),
+        ({"guidance_interval": (0.1, 1.0)}, "need a guidance_scale above 1"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=match):
+            from_diffusers(tiny.unet(), DDPM, **options)
+    with pytest.raises(ValueError, match="sigma_data must be positive"):
+        read_schedule({"sigma_data": -1.0})
     with pytest.raises(ValueError, match="must take x and a time"):
         from_diffusers(lambda x: x, DDPM)
 

@@ -336,6 +336,9 @@ def test_pipelines_that_do_not_fit_are_refused(without_type_checks):
             sample_pipeline(tiny.dit_pipeline(), class_labels=wrong)
     with pytest.raises(ValueError, match="distilled"):
         sample_pipeline(tiny.stable_diffusion(diffusers.LCMScheduler()), "a cat")
+    pipe = diffusers.StableDiffusionImg2ImgPipeline(**tiny.stable_diffusion().components, requires_safety_checker=False)
+    with pytest.raises(TypeError, match="starts from an image"):
+        sample_pipeline(pipe, "a cat")
 
 
 def test_networks_load_from_folders_and_files(tmp_path):
@@ -407,6 +410,8 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
         from_diffusers(tmp_path)
     with pytest.raises(ValueError, match="ema=True"):
         from_diffusers(tmp_path, ema=True)
+    with pytest.raises(TypeError, match="no option flavour"):
+        load(tmp_path, flavour="vanilla")
 
 
 def test_fastsde_pipeline_is_saved_and_loaded(tmp_path):

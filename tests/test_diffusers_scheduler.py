@@ -244,6 +244,8 @@ def test_given_levels(without_type_checks):
     for wrong in ([], [1.0, 5.0], [float("nan")]):
         with pytest.raises(ValueError, match="must be finite and decrease"):
             scheduler.set_timesteps(timesteps=wrong)
+    with pytest.raises(ValueError, match="timesteps must be from"):
+        scheduler.set_timesteps(timesteps=[5000.0, 10.0])
 
 
 def test_wrong_steps_are_refused():
@@ -253,6 +255,8 @@ def test_wrong_steps_are_refused():
     with pytest.raises(ValueError, match="must have the shape of the state"):
         scheduler.step(torch.zeros(1, 3, 4, 4), scheduler.timesteps[0], x)
     scheduler.step(x, scheduler.timesteps[0], x)
+    with pytest.raises(ValueError, match="the next step is number 1, from timestep"):
+        scheduler.step(x, scheduler.timesteps[0], x)
     with pytest.raises(ValueError, match="must have the shape of the state"):
         scheduler.step(x[:1], scheduler.timesteps[1], x[:1])
     scheduler.step(torch.zeros(2, 6, 4, 4), scheduler.timesteps[1], x)  # a learned variance is dropped

@@ -75,6 +75,7 @@ def from_diffusers(
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
     scale = _checked_scale(guidance_scale)
+    _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
     embedded = pipe is not None and embedded_guidance(pipe)
@@ -119,6 +120,20 @@ def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[floa
         return model
     null = {key: value for key, value in (model.default_cond or {}).items() if key not in _SHARED}
     return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
+
+
+def _check_options(
+    clip: object, event_shape: object, rescale: float, interval: tuple[float, float] | None, scale: float
+) -> None:
+    """Refuses what would be ignored or fail late."""
+    if clip is not None and not isinstance(clip, bool):
+        raise TypeError(f"clip must be True, False or None; got {clip!r}.")
+    if event_shape is not None:
+        sizes = event_shape if isinstance(event_shape, (tuple, list)) else ()
+        if not sizes or not all(isinstance(k, int) and k > 0 for k in sizes):
+            raise ValueError(f"event_shape must be (C, H, W), positive whole numbers; got {event_shape!r}.")
+    if scale <= 1 and (rescale or interval is not None):
+        raise ValueError("guidance_rescale and guidance_interval need a guidance_scale above 1.")
 
 
 def _checked_scale(scale: float | None) -> float:

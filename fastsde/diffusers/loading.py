@@ -16,6 +16,22 @@ _SCHEDULERS = ("scheduler_config.json", "scheduler/scheduler_config.json", "../s
 """Where the configuration of a scheduler may be, seen from the folder of a network."""
 
 
+_OPTIONS = {
+    "cache_dir",
+    "device_map",
+    "dtype",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "revision",
+    "token",
+    "torch_dtype",
+    "use_safetensors",
+    "variant",
+}
+"""Arguments of diffusers' `from_pretrained` that say where and how, not what."""
+
+
 def load(
     source: str | Path,
     scheduler: Any = None,
@@ -53,6 +69,9 @@ def load(
         import diffusers
     except ImportError as error:
         raise ImportError("loading a diffusers model needs diffusers: pip install 'fastsde[diffusers]'.") from error
+    unknown = sorted(options.keys() - _OPTIONS)
+    if unknown:
+        raise TypeError(f"no option {', '.join(unknown)}; load passes on {', '.join(sorted(_OPTIONS))}.")
     if "torch_dtype" in options:
         options["dtype"] = options.pop("torch_dtype")
     path = Path(source)

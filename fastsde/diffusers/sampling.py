@@ -127,6 +127,11 @@ def sample_pipeline(
     shape = latent_shape(pipe, height, width)
     if output_type == "pil" and autoencoder(pipe) is None and shape[0] not in (1, 3):
         raise ValueError(f"{shape[0]} channels without an autoencoder make no picture; use output_type='latent'.")
+    if "image" in inspect.signature(pipe.__call__).parameters:
+        raise TypeError(
+            f"{type(pipe).__name__} starts from an image, which sample_pipeline does not; take the text-to-image "
+            "pipeline of the same parts, or its own loop with FastSDEScheduler."
+        )
     job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
     scales = _scales(pipe, guidance_scale, job.n)
     embedded, doubled = embedded_guidance(pipe), bool((scales > 1).any())

@@ -176,6 +176,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(
                 f"timesteps and sigmas must be finite and decrease; got {sigmas if timesteps is None else timesteps}."
             )
+        slack = 0.01 * (self.sde.t_max - self.sde.t_min)  # pipelines' lists end a level or so outside
+        if times[0] > self.sde.t_max + slack or times[-1] < self.sde.t_min - slack:
+            first, last = (float(self.reading.timestep(torch.tensor([t]))) for t in (self.sde.t_max, self.sde.t_min))
+            raise ValueError(f"timesteps must be from {first:g} to {last:g}; got {timesteps or sigmas}.")
         self.times = times.clamp(self.sde.t_min, self.sde.t_max)
         self.num_inference_steps, self._own_grid = len(times), not given
         self.timesteps = self.reading.timestep(self.times).float().to(device or "cpu")
@@ -233,6 +237,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         else:
             edit = x - self._returned
         k = self._index
+        self._check_timestep(timestep, k)
         t, before = self._rows(k, x), self._rows(max(k - 1, 0), x)
         self._given = model_output.to(x.dtype)
         now = self._advance(_Given(self.model, x), t if first else before, t)
@@ -250,6 +255,17 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         out = out.to(sample.dtype)
         self._returned = out.to(x.dtype)
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+
+    def _check_timestep(self, timestep: Tensor | float | int, k: int) -> None:
+        """Refuses a timestep that is not the one of the next step; not on a GPU, where looking would wait for it."""
+        if isinstance(timestep, Tensor) and timestep.device.type != "cpu":
+            return
+        found = self.index_for_timestep(timestep)
+        if found != k:
+            raise ValueError(
+                f"the next step is number {k}, from timestep {float(self.timesteps[k]):g}; got {float(timestep):g}, "
+                f"which is number {found}. Steps go in order; call set_timesteps before the next run."
+            )
 
     def _advance(self, model: BoundModel, t: Time, s: Time) -> Step:
         return self.solver.step(model, self.sde, self._x, t, s, _Drawn(self._z), self._carry)

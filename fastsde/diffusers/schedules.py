@@ -169,6 +169,8 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
 
 
 def _edm(config: Config, sigma_data: float) -> Reading:
+    if sigma_data <= 0:
+        raise ValueError(f"sigma_data must be positive; got {sigma_data}.")
     sde = EDM(t_min=_number(config, "sigma_min", 0.002), t_max=_number(config, "sigma_max", 80.0))
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
