@@ -69,7 +69,7 @@ def plot(rows: list[dict[str, object]], floor: float) -> None:
 
 
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
-@click.option("--samples", "-n", default=4000)
+@click.option("--samples", "-n", default=1000)
 @click.option("--threads", default=2)
 @click.option("--keep/--discard", default=True, help="Whether to write results/annealed_steps.json and .png.")
 def main(samples: int, threads: int, keep: bool) -> None:

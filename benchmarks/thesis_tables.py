@@ -136,7 +136,7 @@ class Study:
 
 
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
-@click.option("--samples", "-n", default=4000)
+@click.option("--samples", "-n", default=1000)
 @click.option("--process", "processes", multiple=True, default=tuple(SDES), type=click.Choice(list(SDES)))
 @click.option("--rtol", default=0.02, help="Of the ablations.")
 @click.option("--batch-size", default=2000)
