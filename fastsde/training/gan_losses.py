@@ -85,9 +85,9 @@ def sgan(compare: Comparison = plain, *, saturating: bool = False) -> GANLoss:
 def lsgan(compare: Comparison = plain, *, saturating: bool = False, real: float = 1.0, fake: float = -1.0) -> GANLoss:
     r"""Least squares: f_1 = (u - real)^2, f_2 = (u - fake)^2, the generator's target being `real` (eqs. 8.4, 8.5).
 
-    Appendix A.7 prints the targets 0 and 1 for the plain loss (eq. A.10), 1 and -1 elsewhere, which are the defaults. At
-    the best critic, (real p + fake q) / (p + q), L_D = (real - fake)^2 times the integral of p q / (p + q). Source: Mao
-    et al., https://arxiv.org/abs/1611.04076.
+    Appendix A.7 prints the targets 0 and 1 for the plain loss (eq. A.10), 1 and -1 elsewhere, which are the defaults.
+    At the best critic, (real p + fake q) / (p + q), L_D = (real - fake)^2 times the integral of p q / (p + q). Source:
+    Mao et al., https://arxiv.org/abs/1611.04076.
     """
     return _adversarial(lambda u: (u - real).square(), lambda u: (u - fake).square(), compare, saturating=saturating)
 

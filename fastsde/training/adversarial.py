@@ -1,0 +1,101 @@
+r"""Adversarial score matching: a discriminator judges the expected denoised samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.score.base import ScoreModel
+from fastsde.training.gan_losses import GANLoss, lsgan, plain
+from fastsde.types import Cond, State, Time
+
+
+class Adam(torch.optim.Adam):
+    """torch's Adam, with a first momentum that may be negative: in (-1, 1).
+
+    Its formulas hold there as they are: m <- beta_1 m + (1 - beta_1) g, corrected by 1 - beta_1^k. torch only refuses
+    the argument. For negative momentum in games see Gidel et al., https://arxiv.org/abs/1807.04740.
+
+    Args:
+        params: parameters or groups.
+        lr: learning rate.
+        betas: beta_1 in (-1, 1), beta_2 in [0, 1).
+
+    Raises:
+        ValueError: if a beta is out of range.
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
+        if not (-1 < betas[0] < 1 and 0 <= betas[1] < 1):
+            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {betas}.")
+        super().__init__(params, lr=lr, betas=(max(betas[0], 0.0), betas[1]))
+        for group in (*self.param_groups, self.defaults):
+            group["betas"] = tuple(betas)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversary:
+    r"""A discriminator D, and how it is trained in turns with the score network.
+
+        D:     min  E f_1(D(x_0)) + E f_2(D(H(x_t)))                      (n_D updates before each of the score network)
+        score: min  E g_2(D(H(x_t))) + lambda / 2 E |sigma score + eps|^2
+
+    H = E[x_0 | x_t] being the expected denoised sample. The last norm is a sum over elements. Source:
+    Jolicoeur-Martineau et al., https://arxiv.org/abs/2009.05475, sec. 5; thesis, eqs. 8.4 (which prints max for min) to
+    8.6.
+
+    Attributes:
+        discriminator: from (B, *event), in the range of the data, to (B,).
+        loss: the GAN loss; least squares is the published one.
+        weight: lambda.
+        steps: n_D.
+        learning_rate: of the discriminator, constant.
+        betas: of its Adam; the published ones. For the score network they are (0, 0.9): `TrainConfig(betas=...)`.
+    """
+
+    discriminator: nn.Module
+    loss: GANLoss = dataclasses.field(default_factory=lsgan)
+    weight: float = 1.0
+    steps: int = 1
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (-0.5, 0.9)
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""
+        u = torch.tensor([-0.7, 0.3, 1.9], dtype=torch.float64)
+        loss = [round(float(part(u, u.flip(0) / 2)), 12) for part in (self.loss.discriminator, self.loss.generator)]
+        return {
+            "weight": self.weight,
+            "n_D": self.steps,
+            "learning_rate": self.learning_rate,
+            "betas": list(self.betas),
+            "loss": loss,
+        }
+
+    def optimizer(self) -> Adam:
+        """Adam on the discriminator's parameters."""
+        return Adam(self.discriminator.parameters(), self.learning_rate, self.betas)
+
+    def discriminator_loss(
+        self, model: ScoreModel, x_0: State, t: Time, noise: State, cond: Cond | None = None
+    ) -> Tensor:
+        """L_D, a scalar, on data x_0 with shape (B, *event), times t (B,) and noise (B, *event)."""
+        with torch.no_grad():
+            denoised = model(model.sde.marginal(x_0, t, noise), t, cond).x_0
+        return self.loss.discriminator(self.discriminator(x_0), self.discriminator(denoised))
+
+    def score_loss(self, model: ScoreModel, x_0: State, t: Time, noise: State, cond: Cond | None = None) -> Tensor:
+        """The score network's loss, a scalar; the discriminator gets no gradient."""
+        prediction = model(model.sde.marginal(x_0, t, noise), t, cond)
+        matching = (prediction.epsilon - noise).square().flatten(1).sum(1).mean()
+        self.discriminator.requires_grad_(False)
+        try:
+            fake = self.discriminator(prediction.x_0)
+            real = torch.zeros_like(fake) if self.loss.compare is plain else self.discriminator(x_0)
+            return self.loss.generator(real, fake) + 0.5 * self.weight * matching
+        finally:
+            self.discriminator.requires_grad_(True)

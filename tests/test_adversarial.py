@@ -1,0 +1,203 @@
+"""Adversarial score matching: the published losses, negative momentum, and checkpoints that hold everything."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import fastsde
+from fastsde.training.adversarial import Adam, Adversary
+from fastsde.training.gan_losses import average, sgan
+from fastsde.training.loop import TrainConfig, train
+
+
+class Field(nn.Module):
+    """A score network of two layers in two dimensions."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside, self.out = nn.Linear(3, 16), nn.Linear(16, 2)
+
+    def forward(self, x, t):
+        return self.out(torch.tanh(self.inside(torch.cat([x, t[:, None].to(x)], 1))))
+
+
+class Judge(nn.Module):
+    """A discriminator with a buffer (spectral norm's vector)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.utils.parametrizations.spectral_norm(nn.Linear(2, 8)), nn.Tanh(), nn.Linear(8, 1)
+        )
+
+    def forward(self, x):
+        return self.layers(x).squeeze(1)
+
+
+def setting(seed=0, sde=None, **options):
+    torch.manual_seed(seed)
+    model = fastsde.ScoreModel(Field().double(), sde or fastsde.VPSDE(), "epsilon", event_shape=(2,))
+    return model, Adversary(Judge().double(), learning_rate=1e-2, **options)
+
+
+DATA = torch.randn(64, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+CONFIG = TrainConfig(steps=12, batch_size=8, warmup=2, betas=(0.0, 0.9), bf16=False)
+
+
+@pytest.mark.parametrize("betas", [(-0.5, 0.9), (0.0, 0.9), (0.9, 0.999)])
+def test_adam_follows_its_formulas_also_with_negative_momentum(betas):
+    weight = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+    optimizer = Adam([weight], 0.1, betas)
+    expected, m, v = weight.detach().clone(), torch.zeros(2).double(), torch.zeros(2).double()
+    for k in range(1, 7):
+        optimizer.zero_grad()
+        (weight**3).sum().backward()
+        optimizer.step()
+        slope = 3 * expected**2
+        m, v = betas[0] * m + (1 - betas[0]) * slope, betas[1] * v + (1 - betas[1]) * slope**2
+        expected = expected - 0.1 * m / (1 - betas[0] ** k) / ((v / (1 - betas[1] ** k)).sqrt() + 1e-8)
+        torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="betas must be in"):
+        Adam([weight], 0.1, (-1.0, 0.9))
+
+
+def test_losses_are_equations_8_4_and_8_5():
+    """On VE, where x_t = x + sigma z and H = x_t + sigma^2 s."""
+    model, adversary = setting(sde=fastsde.VESDE(0.1, 5.0), weight=0.7)
+    generator = torch.Generator().manual_seed(1)
+    x, z = torch.randn(2, 6, 2, generator=generator, dtype=torch.float64)
+    t = torch.rand(6, generator=generator, dtype=torch.float64)
+    sigma = model.sde.sigma(t)[:, None]
+    noisy = x + sigma * z
+    s = model(noisy, t).score
+    denoised, judge = noisy + sigma**2 * s, adversary.discriminator
+    judge.eval()  # spectral norm moves its vector at each call in training
+    matching = (sigma * s + (noisy - x) / sigma).square().sum(1)
+    score = ((judge(denoised) - 1).square() + 0.5 * 0.7 * matching).mean()
+    critic = (judge(x) - 1).square().mean() + (judge(denoised) + 1).square().mean()
+    ignored = adversary.loss.g_1(torch.zeros(6).double()).mean()
+    torch.testing.assert_close(adversary.score_loss(model, x, t, z) - ignored, score)
+    torch.testing.assert_close(adversary.discriminator_loss(model, x, t, z), critic)
+
+
+@pytest.mark.parametrize("loss", [sgan(), sgan(average)])
+def test_each_loss_moves_its_own_network_only(loss):
+    model, adversary = setting(loss=loss)
+    x, z = torch.randn(2, 6, 2, dtype=torch.float64)
+    t = torch.rand(6, dtype=torch.float64) * 0.9 + 0.05
+    ours, theirs = list(model.network.parameters()), list(adversary.discriminator.parameters())
+    adversary.score_loss(model, x, t, z).backward()
+    assert all(p.grad is not None for p in ours)
+    assert all(p.grad is None and p.requires_grad for p in theirs)
+    model.network.zero_grad(set_to_none=True)
+    adversary.discriminator_loss(model, x, t, z).backward()
+    assert all(p.grad is None for p in ours)
+    assert all(p.grad is not None for p in theirs)
+
+
+def contents(path):
+    return {key: value.clone() for key, value in load_file(path).items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_resumed_run_repeats_all_of_an_uninterrupted_one(tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(step, loss, network):
+        if step == 8:
+            raise Stop
+
+    model, adversary = setting(steps=2)
+    train(model, DATA, None, CONFIG, tmp_path / "a.safetensors", adversary=adversary, save_every=4)
+    model, adversary = setting(steps=2)
+    with pytest.raises(Stop):
+        train(model, DATA, None, CONFIG, tmp_path / "b.safetensors", adversary=adversary, save_every=4, callback=stop)
+    model, adversary = setting(seed=1, steps=2)
+    train(model, DATA, None, CONFIG, tmp_path / "b.safetensors", adversary=adversary, save_every=4, resume=True)
+    whole = contents(tmp_path / "a.safetensors")
+    assert equal(whole, contents(tmp_path / "b.safetensors"))
+    kinds = {key.split(".")[0] for key in whole}
+    assert kinds == {"network", "ema", "discriminator", "adam", "discriminator_adam"}
+
+
+PROGRAM = """
+import sys
+sys.path.insert(0, sys.argv[2])
+from test_adversarial import CONFIG, DATA, setting
+from fastsde.training.loop import train
+import dataclasses, pathlib, torch
+torch.set_num_threads(1)
+path = pathlib.Path(sys.argv[1])
+model, adversary = setting()
+losses = path.with_suffix(".txt").open("a")
+def note(step, loss, network):
+    losses.write(f"{step} {loss!r}\\n"); losses.flush()
+print("started", flush=True)
+config = dataclasses.replace(CONFIG, steps=400)
+train(model, DATA, None, config, path, adversary=adversary, save_every=10, resume=path.is_file(), callback=note)
+"""
+
+
+def test_killed_it_goes_on_to_the_same_numbers(tmp_path):
+    """SIGKILL in the middle; then again from the checkpoint. Weights and both optimisers, bitwise."""
+
+    def start(name):
+        command = [sys.executable, "-c", PROGRAM, str(tmp_path / name), str(Path(__file__).parent)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    killed = start("killed.safetensors")
+    assert killed.stdout.readline() == "started\n"
+    while not (tmp_path / "killed.safetensors").exists():
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    killed.stdout.close()
+    for name in ("killed.safetensors", "whole.safetensors"):
+        process = start(name)
+        process.communicate()
+        assert process.returncode == 0
+    assert equal(contents(tmp_path / "killed.safetensors"), contents(tmp_path / "whole.safetensors"))
+
+
+def test_another_adversary_is_refused(tmp_path):
+    path = tmp_path / "c.safetensors"
+    config = dataclasses.replace(CONFIG, steps=1)
+    model, adversary = setting()
+    train(model, DATA, None, config, path, adversary=adversary)
+    for options in ({"weight": 2.0}, {"steps": 3}, {"loss": sgan()}):
+        model, other = setting(**options)
+        with pytest.raises(ValueError, match=r"other settings \(adversary"):
+            train(model, DATA, None, config, path, adversary=other, resume=True)
+    with pytest.raises(ValueError, match="adversary"):
+        train(model, DATA, None, config, path, resume=True)
+
+
+def test_the_discriminator_learns_to_tell_and_the_game_keeps_the_score(tmp_path):
+    """A step of the discriminator lowers its loss; training with it still lowers the matching error."""
+    model, adversary = setting()
+    x, z = torch.randn(2, 256, 2, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 256, dtype=torch.float64)
+    before = float(adversary.discriminator_loss(model, x, t, z).detach())
+    optimizer = adversary.optimizer()
+    for _ in range(50):
+        optimizer.zero_grad()
+        adversary.discriminator_loss(model, x, t, z).backward()
+        optimizer.step()
+    assert float(adversary.discriminator_loss(model, x, t, z).detach()) < before
+    matching = lambda: float((model(model.sde.marginal(x, t, z), t).epsilon - z).square().mean().detach())  # noqa: E731
+    first = matching()
+    config = dataclasses.replace(CONFIG, steps=300, batch_size=64, learning_rate=1e-2)
+    train(model, DATA, None, config, tmp_path / "d.safetensors", adversary=adversary, save_every=300)
+    assert matching() < 0.7 * first
