@@ -44,6 +44,29 @@ def dsm_loss(
     return loss if weight is None else loss * (weight(t) / model.sde.sigma(t) ** 2).to(loss.dtype)
 
 
+def sliced_score_loss(score: Callable[[State], State], x: State, directions: State) -> Coef:
+    r"""Sliced score matching, one value per row: needs no noise and no denoising, so it checks those that do.
+
+        loss = v^T (d score / d x) v + (v^T score)^2 / 2
+
+    Its mean is E |score - grad log p|^2 / 2 up to a constant, for v with E v v^T = I. Source: Song et al.,
+    https://arxiv.org/abs/1905.07088, eq. 8 (its first form).
+
+    Args:
+        score: from (B, *event) to (B, *event), row by row.
+        x: samples of p, with shape (B, *event).
+        directions: v, with shape (B, *event).
+
+    Returns:
+        With shape (B,), with gradients to the parameters of `score`.
+    """
+    x = x.detach().requires_grad_()
+    value = score(x)
+    along = (value * directions).flatten(1).sum(1)
+    (slope,) = torch.autograd.grad(along.sum(), x, create_graph=True)
+    return (slope * directions).flatten(1).sum(1) + 0.5 * along.square()
+
+
 def stratified_times(sde: SDE, batch: int, generator: torch.Generator) -> Tensor:
     """Uniform times on [t_min, t_max], one in each of `batch` equal cells, which lowers the variance of the loss.
 

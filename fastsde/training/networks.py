@@ -1,8 +1,18 @@
-"""The network of the packaged model: diffusers' UNet2DModel, in a small configuration."""
+"""Small networks: diffusers' UNet2DModel for images, a perceptron for points, a residual discriminator."""
 
 from __future__ import annotations
 
+import itertools
+import math
 from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, leaky_relu
+from torch.nn.utils.parametrizations import spectral_norm
+
+from fastsde.batching import expand_like
+from fastsde.sde.base import SDE
 
 if TYPE_CHECKING:
     from diffusers import UNet2DModel
@@ -35,3 +45,82 @@ def small_unet(image_size: int, channels: int, num_classes: int | None = None) -
         up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
+
+
+class MLP(nn.Module):
+    """A perceptron for points in few dimensions: x, and sines and cosines of t, through layers with SiLU.
+
+    Args:
+        dim: dimensions of a point.
+        width: of the hidden layers.
+        depth: number of hidden layers.
+        frequencies: of t in [0, 1], in octaves.
+    """
+
+    def __init__(self, dim: int, width: int = 128, depth: int = 3, frequencies: int = 6) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+        sizes = [dim + 2 * frequencies, *[width] * depth]
+        layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
+        self.layers = nn.Sequential(*layers, nn.Linear(width, dim))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """From x with shape (B, dim) and t with shape (B,) to (B, dim)."""
+        angles = (t[:, None] * math.pi * 2.0 ** torch.arange(self.frequencies, device=t.device)).to(x.dtype)
+        return self.layers(torch.cat([x, angles.sin(), angles.cos()], 1))
+
+
+class Unconditional(nn.Module):
+    r"""A network that is not told the level of noise: s(x, sigma) = s(x) / sigma (thesis, after eq. 8.2).
+
+    On any process in y = x / alpha at the level sigma / alpha: score = s(x / alpha) / sigma. Give it to `ScoreModel` as
+    a prediction of "epsilon", which is -s.
+
+    Args:
+        network: s, from (B, *event) to (B, *event).
+        sde: the process.
+    """
+
+    def __init__(self, network: nn.Module, sde: SDE) -> None:
+        super().__init__()
+        self.network, self.sde = network, sde
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """-s(x / alpha(t)), with shape (B, *event)."""
+        return -self.network(x / expand_like(self.sde.alpha(t.double()), x).to(x.dtype))
+
+
+class Discriminator(nn.Module):
+    """Residual blocks with spectral norm, each but the last halving the size; a mean over pixels; one linear layer.
+
+    Args:
+        channels: of the images.
+        width: channels of the first block; they double with each halving.
+        halvings: blocks that halve.
+    """
+
+    def __init__(self, channels: int, width: int = 32, halvings: int = 3) -> None:
+        super().__init__()
+        sizes = [channels, *(width * 2 ** min(k, halvings - 1) for k in range(halvings + 1))]
+        pairs = list(itertools.pairwise(sizes))
+        self.blocks = nn.ModuleList(_Residual(a, b, halve=k < halvings) for k, (a, b) in enumerate(pairs))
+        self.head = spectral_norm(nn.Linear(sizes[-1], 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From images with shape (B, C, H, W) to one number each, with shape (B,)."""
+        for block in self.blocks:
+            x = block(x)
+        return self.head(leaky_relu(x, 0.2).mean((2, 3))).squeeze(1)
+
+
+class _Residual(nn.Module):
+    def __init__(self, inside: int, out: int, *, halve: bool) -> None:
+        super().__init__()
+        self.first = spectral_norm(nn.Conv2d(inside, out, 3, padding=1))
+        self.second = spectral_norm(nn.Conv2d(out, out, 3, padding=1))
+        self.skip = spectral_norm(nn.Conv2d(inside, out, 1))
+        self.halve = halve
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.skip(x) + self.second(leaky_relu(self.first(leaky_relu(x, 0.2)), 0.2))
+        return avg_pool2d(out, 2) if self.halve else out
