@@ -15,8 +15,7 @@ from fastsde.cli.info import solver_table
 from fastsde.cli.main import main
 from fastsde.cli.sample import sample as sample_command
 from fastsde.cli.solver_options import SOLVER_NAMES, build_controller, build_solver
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.report import image_grid
+from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.score import GaussianScore
 
 

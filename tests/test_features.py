@@ -108,6 +108,37 @@ def with_lost_samples(folder):
     list(job.run(lambda indices: {"arr_0": pictures(2), "status": np.array([1, 4, 1])}))
 
 
+def with_deep_pixels(folder):
+    Image.fromarray(np.full((4, 4), 3000, np.uint16)).save(in_folder(pictures(3), folder) / "deep.png")
+
+
+def with_holes(folder):
+    Image.fromarray(pictures(1, channels=4)[0], "RGBA").save(in_folder(pictures(3), folder) / "holes.png")
+
+
+def with_a_copied_shard(folder):
+    job = ShardedJob.begin(folder, 6, 3, {})
+
+    def draw(numbers):
+        return {"arr_0": pictures(3), "status": np.ones(3, np.int64), "index": np.array(numbers)}
+
+    list(job.run(draw))
+    job.path(1).write_bytes(job.path(0).read_bytes())
+
+
+def with_damaged_pixels(folder):
+    job = ShardedJob.load(in_job(np.concatenate([pictures(60, side=16)] * 2), folder))
+    content = bytearray(job.path(1).read_bytes())
+    content[300:400] = bytes(100)
+    job.path(1).write_bytes(content)
+
+
+def with_missing_samples(folder):
+    folder.mkdir()
+    np.savez(folder / "samples.npz", arr_0=pictures(3))
+    (folder / "samples.json").write_text('{"n": 4}')
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -122,6 +153,11 @@ def with_lost_samples(folder):
         (lambda folder: np.savez(folder, arr_0=np.full((2, 4, 4, 1), np.nan)), "float64.*not finite"),
         (lambda folder: np.savez(folder, other=1), "has no arr_0; it has other"),
         (lambda folder: folder.with_suffix(".npz").write_bytes(b"no"), "no whole"),
+        (with_deep_pixels, r"deep\.png cannot be read as an image: it is not 8 bits"),
+        (with_holes, r"holes\.png cannot be read as an image: it is transparent"),
+        (with_a_copied_shard, "holds other samples than shard 1"),
+        (with_damaged_pixels, "is damaged"),
+        (with_missing_samples, "1 of 4 samples are not finite or missing"),
     ],
 )
 def test_what_is_no_set_of_images_is_refused_by_name(make, message, tmp_path):
@@ -129,6 +165,31 @@ def test_what_is_no_set_of_images_is_refused_by_name(make, message, tmp_path):
     path = tmp_path / "x.npz" if (tmp_path / "x.npz").exists() else tmp_path / "x"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(open_images(path).batches())
+
+
+def test_hidden_folders_do_not_count_and_opaque_colour_stays(tmp_path):
+    images = pictures(3, channels=3)
+    folder = in_folder(images, tmp_path / "x")
+    in_folder(images, folder / ".thumbs")
+    opaque = np.concatenate([images[0], np.full((4, 4, 1), 255, np.uint8)], 2)
+    Image.fromarray(opaque, "RGBA").save(folder / "zz.png")
+    found = open_images(folder)
+    assert (found.n, found.shape) == (4, (3, 4, 4))
+    assert torch.equal(found.read(3, 4), found.read(0, 1))
+    with pytest.raises(ValueError, match="has no splits"):
+        open_images(folder, split="test")
+
+
+def test_the_order_of_the_rows_does_not_matter(tmp_path):
+    """Ten clusters in order: a set cut to its first rows would know the first clusters alone."""
+    generator = torch.Generator().manual_seed(0)
+    centres = 100 * torch.arange(10.0).repeat_interleave(100)[:, None]
+    reference = centres + torch.randn(1000, 2, generator=generator)
+    x = centres[::5] + torch.randn(200, 2, generator=generator)
+    moments = Moments.of(reference)
+    found = measure(x, None, Reference(moments.mean, moments.covariance, reference, {}), draws=2)
+    assert found["coverage"] > 0.9
+    assert found["precision"] > 0.8
 
 
 def test_samples_that_are_not_finite_have_no_level():
@@ -197,15 +258,19 @@ def test_training_a_classifier_repeats_and_learns():
     assert accuracy(first, images, labels) > 0.95
     with pytest.raises(ValueError, match="divisible by 4"):
         train_classifier(images[:, :, :6], labels)
+    with pytest.raises(ValueError, match="10 images are fewer than a batch of 128"):
+        train_classifier(images[:10], labels[:10])
 
 
 def test_reference_of_a_set_is_its_mean_and_covariance_and_survives_the_file(tmp_path):
     images = pictures(40, side=2)
     reference = Reference.build(open_images(in_npz(images, tmp_path / "x")), flat(), keep=20)
     x = torch.from_numpy(images.reshape(40, 4)).double() / 255
+    assert len(reference.feats) == 20
     torch.testing.assert_close(reference.mean, x.mean(0), rtol=1e-6, atol=0)  # features are in single precision
     torch.testing.assert_close(reference.covariance, x.T.cov(), rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(reference.feats.double(), x[::2], rtol=1e-6, atol=0)
+    assert float(torch.cdist(reference.feats.double(), x).amin(1).max()) < 1e-6  # rows of it, each once
+    assert len(reference.feats.unique(dim=0)) == 20
     reference.save(tmp_path / "r.npz")
     again = Reference.load(tmp_path / "r.npz")
     assert torch.equal(again.mean, reference.mean)
@@ -220,7 +285,9 @@ def test_files_of_other_tools_are_read_and_ours_has_their_names(tmp_path):
     reference = Reference.load(tmp_path / "theirs.npz")
     assert reference.record == {}
     assert reference.feats is None
-    reference.check(flat(), (1, 2, 2))  # it says nothing, so nothing can be compared
+    reference.check(flat(), (1, 1, 3))  # it says nothing: the number of features is all that can be compared
+    with pytest.raises(ValueError, match="the reference has 3 features, 'pixels' has 4"):
+        reference.check(flat(), (1, 2, 2))
     reference.save(tmp_path / "ours.npz")
     with np.load(tmp_path / "ours.npz", allow_pickle=False) as file:
         assert np.array_equal(file["mu"], mean)
@@ -234,6 +301,10 @@ def test_files_of_other_tools_are_read_and_ours_has_their_names(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "no whole file"),
+        ({"mu": np.zeros(()), "sigma": np.eye(1)}, "do not fit"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "record": np.array("[1]")}, "has a record that is none"),
     ],
 )
 def test_damaged_references_are_refused(arrays, message, tmp_path):
@@ -244,14 +315,23 @@ def test_damaged_references_are_refused(arrays, message, tmp_path):
 
 def test_a_reference_of_another_network_or_resolution_is_refused(tmp_path):
     reference = Reference.build(open_images(in_npz(pictures(40, side=2), tmp_path / "x")), flat())
-    with pytest.raises(ValueError, match=r"other features .*resize"):
-        reference.check(flat(size=4), (1, 2, 2))
+    with pytest.raises(ValueError, match=r"other features .*normalisation"):
+        reference.check(Features(lambda x: x.flatten(1), "pixels", 1), (1, 2, 2))
     with pytest.raises(ValueError, match="distances between resolutions mean nothing"):
-        reference.check(flat(), (1, 4, 4))
+        reference.check(flat(), (1, 1, 4))
     with pytest.raises(ValueError, match="the reference has 4 features, the samples have 5"):
         measure(torch.zeros(20, 5), None, reference)
     with pytest.raises(ValueError, match="4 images are too few for 4 features"):
         Reference.build(open_images(in_npz(pictures(4, side=2), tmp_path / "y")), flat())
+
+
+def test_a_reference_must_keep_enough_or_none(tmp_path):
+    few = Reference.build(open_images(in_npz(pictures(40, side=2), tmp_path / "x")), flat(), keep=3)
+    with pytest.raises(ValueError, match="keeps 3 features, more than 5 are needed"):
+        few.check(flat(), (1, 2, 2))
+    np.save(tmp_path / "array.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="no whole file"):
+        Reference.load(tmp_path / "array.npy")
 
 
 def tiny_dinov2(transformers):
@@ -377,12 +457,14 @@ def test_stats_then_evaluate_finds_the_same_set_at_distance_zero(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["evaluate", "few.npz"], "20 images are too few for 64 features: more than 128"),
-        (["evaluate", "large.npz"], "is of images (1, 28, 28), these are (1, 32, 32)"),
+        (["evaluate", "few.npz"], "20 images are too few for 64 features: at least 130"),
+        (["evaluate", "large.npz"], "are of images (1, 28, 28); these are (1, 32, 32)"),
         (["evaluate", "few.npz", "--features", "no"], "no features 'no'"),
         (["evaluate", "few.npz", "--reference", "no.npz"], "no reference at no.npz"),
         (["evaluate", "nothing"], "neither a file nor a folder"),
         (["stats", "--data", "nothing", "--out", "r.npz"], "neither a file nor a folder"),
+        (["stats", "--data", "large.npz", "--features", "fashion-mnist", "--out", "."], "is a folder; name a file"),
+        (["evaluate", "few.npz", "--device", "banana"], "banana"),
     ],
 )
 def test_bad_evaluations_are_refused(arguments, message, tmp_path, monkeypatch):

@@ -123,6 +123,31 @@ def test_ranks_are_as_given_or_as_the_launcher_says(given, environment, expected
     assert processes(*given, environment) == expected
 
 
+def test_an_environment_that_makes_no_sense():
+    with pytest.raises(ValueError, match="RANK and WORLD_SIZE in the environment"):
+        processes(None, None, {"RANK": "x"})
+    with pytest.raises(ValueError, match="--world-size must be at least 1; got 0"):
+        processes(0, 0, {})
+
+
+def test_a_manifest_that_another_process_wrote_in_between_counts(tmp_path, monkeypatch):
+    """Both saw no manifest; the second to write compares with the first."""
+    is_file = type(tmp_path).is_file
+
+    def first_time(path):
+        if path.name == "a.json" and not seen:
+            seen.append(1)
+            path.write_text('{"seed": 1}')
+            return False
+        return is_file(path)
+
+    seen = []
+    monkeypatch.setattr(type(tmp_path), "is_file", first_time)
+    with pytest.raises(ValueError, match="seed: 1 there, 2 here"):
+        claim(tmp_path, "a.json", {"seed": 2})
+    assert sorted(os.listdir(tmp_path)) == ["a.json"]
+
+
 @pytest.mark.parametrize(
     ("given", "message"), [((2, 2), "must be in 0 .. 1; got 2"), ((0, None), "go together"), ((None, 3), "go together")]
 )
@@ -184,6 +209,42 @@ def test_a_stale_folder_and_other_settings_are_refused_before_the_first_call(net
     (tmp_path / "other" / "samples.npz").write_bytes(b"")
     result = run("sample", *OPTIONS, "--out", tmp_path / "other")
     assert "has no manifest.json, but samples.npz" in result.output
+
+
+@pytest.mark.usefixtures("network")
+def test_another_grid_of_as_many_steps_is_another_setting(tmp_path):
+    options = ["-n", 4, "--shard-size", 2, "--solver", "DDIM", "--steps", 4, "--out", tmp_path / "job"]
+    assert run("sample", *options, "--grid", "karras").exit_code == 0
+    result = run("sample", *options, "--grid", "uniform")
+    assert result.exit_code == 1
+    assert "grid_times" in result.output
+
+
+@pytest.mark.usefixtures("network")
+def test_a_setting_that_cannot_work_claims_no_folder(tmp_path):
+    options = ["-n", 6, "--shard-size", 2, "--out", tmp_path / "job"]
+    assert "nfe must be at least" in run("sample", *options, "--nfe", 1).output
+    assert run("sample", *options, "--nfe", 3).exit_code == 0
+
+
+@pytest.mark.usefixtures("network")
+@pytest.mark.parametrize("label", ["cycle", "none"])
+def test_a_failure_inside_a_shard_leaves_the_job_as_it_was(network, tmp_path, label):
+    """After samples of that shard were finished, one row at a time."""
+    options = ["-n", 6, "--shard-size", 3, "--batch-size", 1, "--nfe", 3, "--label", label, "--out", tmp_path / "job"]
+    network.fail_after = 14
+    result = run("sample", *options)
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "the same command goes on" in result.output
+    assert sorted(os.listdir(tmp_path / "job")) == ["manifest.json", "samples-00000.npz"]
+
+
+@pytest.mark.usefixtures("network")
+def test_the_picture_takes_from_as_many_shards_as_it_needs(tmp_path):
+    assert run("sample", "-n", 6, "--shard-size", 2, "--nfe", 3, "--out", tmp_path / "job").exit_code == 0
+    assert run("sample", "-n", 6, "--nfe", 3, "--out", tmp_path / "once").exit_code == 0
+    assert (tmp_path / "job" / "grid.png").read_bytes() == (tmp_path / "once" / "grid.png").read_bytes()
 
 
 @pytest.mark.usefixtures("network")

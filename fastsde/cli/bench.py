@@ -14,11 +14,11 @@ import click
 import torch
 from tqdm import tqdm
 
-from fastsde.arguments import affordable, check_count, resolve_controller
+from fastsde.arguments import affordable, check_count
 from fastsde.cli.measuring import FEATURES, reference_of
 from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import prepare_folder, versions
-from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.jobs import processes, write_whole
 from fastsde.evaluation.report import page, plot
@@ -75,8 +75,7 @@ def build_cells(
             if grids and budget is not None:
                 steps = affordable(model, solver, check_count("nfe", budget, 1), True)
                 controller = GRIDS[grids[-1]](model.sde, steps)
-            else:
-                resolve_controller(model, model.sde, solver, None, tolerance, None, budget)
+            check_request(model, solver, controller, tolerance, None, None if controller else budget)
             cells.append(Cell(solver, label, budget, tolerance, seed, controller))
     return cells
 
@@ -127,9 +126,10 @@ def bench(
     """Sample every cell, measure it, and draw NFE against FID.
 
     Writes results.jsonl and results.csv (a line for each cell), summary.csv (over seeds), plot.png and report.html,
-    which needs no other file. Killed at any moment, the same command goes on where it stopped, to the same bytes; other
-    solvers, budgets and seeds may be added in the same folder, other settings are refused. Several processes share the
-    work with --rank and --world-size, or under `torchrun` and `accelerate launch`; none waits for another.
+    which needs no other file. Killed at any moment, the same command goes on where it stopped, to the same bytes. Other
+    solvers, budgets and seeds may join in the same folder: name all that the tables shall hold, what is there is not
+    drawn again. Other settings are refused. Several processes share the work with --rank and --world-size, or under
+    `torchrun` and `accelerate launch`; none waits for another.
 
     \b
     Examples:
@@ -164,8 +164,8 @@ def bench(
 
 def _run(sweep: Sweep, rank: int, world_size: int) -> None:
     with tqdm(total=len(sweep.cells) * sweep.n, desc="samples", unit="", smoothing=0.05, disable=None) as bar:
-        for _ in sweep.run(rank=rank, world_size=world_size, progress=bar.update):
-            tqdm.write(result_of(sweep.rows()[-1]))
+        for cell in sweep.run(rank=rank, world_size=world_size, progress=bar.update):
+            tqdm.write(result_of(sweep.row(cell)))
     rows = sweep.rows()
     if len(rows) < len(sweep.cells):
         click.echo(f"{len(rows)} of {len(sweep.cells)} cells are complete; other processes draw the rest.")

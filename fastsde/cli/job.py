@@ -13,9 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.cli.output import dump_json, write_atomic
+from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.jobs import ShardedJob, shard_arrays
-from fastsde.evaluation.report import image_grid
-from fastsde.result import SampleResult, Status
+from fastsde.result import SampleResult, SamplingError, Status
 
 
 def run_job(
@@ -56,6 +56,10 @@ def run_job(
                 bar.update(drawn)
         except KeyboardInterrupt as error:
             raise click.ClickException(f"interrupted; the same command goes on in {job.folder}.") from error
+        except SamplingError as error:
+            raise click.ClickException(
+                f"{error.__cause__ or error}; the same command goes on in {job.folder}."
+            ) from error
     left = len(job.pending())
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
@@ -82,7 +86,7 @@ def _totals(job: ShardedJob) -> dict[str, Any]:
 
 
 def _write(job: ShardedJob) -> list[Path]:
-    totals, first = _totals(job), job.read(0, "arr_0")["arr_0"][:64]
+    totals, first = _totals(job), job.first(64)
     writers: dict[str, Callable[[Path], object]] = {
         "samples.json": lambda path: path.write_text(dump_json(totals)),
     }

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import click
 
-from fastsde.cli.output import dump_json, versions
+from fastsde.cli.output import dump_json, prepare_folder, versions
 from fastsde.evaluation.features import open_features, packaged_features
 from fastsde.evaluation.images import open_images
 from fastsde.evaluation.jobs import write_whole
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference, packaged_reference
+from fastsde.evaluation.statistics import fewest
 
 FEATURES = '"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.'
 
@@ -29,6 +30,18 @@ def reference_of(reference: str | None, features: str) -> Reference:
     if features not in packaged_features():
         raise ValueError(f"--reference is needed for the features {features!r}: a file that `fastsde stats` wrote.")
     return packaged_reference(features)
+
+
+def _check_writable(path: Path) -> None:
+    """Refuses a file that could not be written after all the work.
+
+    Raises:
+        ValueError: if it is a folder.
+        click.ClickException: if its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"--out {path} is a folder; name a file.")
+    prepare_folder(path.parent, needed=1 << 20)
 
 
 @click.command(short_help="Reference statistics of a data set.")
@@ -60,6 +73,7 @@ def stats(
     try:
         network = open_features(features, weights, device=device)
         images = open_images(data, split=split)
+        _check_writable(out)
         reference = Reference.build(images, network, keep=keep, progress=True)
         reference.record["versions"] = versions()
         reference.save(out, half=half)
@@ -100,12 +114,17 @@ def evaluate(
         images = open_images(samples)
         wanted = reference_of(reference, features)
         wanted.check(network, images.shape)
-        width = len(wanted.mean)
-        if images.n <= 2 * width:
-            raise ValueError(f"{images.n} images are too few for {width} features: more than {2 * width} are needed.")
+        least = fewest(len(wanted.mean))
+        if images.n < least:
+            raise ValueError(
+                f"{images.n} images are too few for {len(wanted.mean)} features: at least {least} are needed."
+            )
+        if out is not None:
+            _check_writable(out)
         figures = measure(*network.of(images, progress=True), wanted, draws=bootstrap)
         record = {
             "n": images.n,
+            **({"not_successful": images.unsuccessful} if images.unsuccessful else {}),
             **figures,
             "features": network.describe(),
             "reference": wanted.record or f"{reference}, which does not say what it is of",
@@ -119,6 +138,8 @@ def evaluate(
         click.echo(json.dumps(record, indent=1))
         return
     click.echo(f"{images.n} images, features {network.name}")
+    if images.unsuccessful:
+        click.echo(f"of these {images.unsuccessful} did not reach the end of sampling; they are measured as they are")
     click.echo(
         f"FID {figures['fid']:.3f} +- {figures['fid_error']:.3f}; {figures['fid_infinite']:.3f} for n to infinity"
     )

@@ -23,7 +23,7 @@ def prepare_folder(folder: Path, needed: int) -> None:
     Raises:
         click.ClickException: saying what stands in the way.
     """
-    probe = folder / ".fastsde.tmp"
+    probe = folder / f".fastsde.{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(b"")
@@ -48,7 +48,7 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
     Raises:
         click.ClickException: if one cannot be written, a full disk included; then none of them is.
     """
-    pairs = [(folder / f".{Path(name).stem}.tmp{Path(name).suffix}", folder / name) for name in writers]
+    pairs = [(folder / f".{Path(name).stem}.{os.getpid()}.tmp{Path(name).suffix}", folder / name) for name in writers]
     try:
         for (temporary, _), write in zip(pairs, writers.values(), strict=True):
             write(temporary)

@@ -20,10 +20,9 @@ from fastsde.calibration import Schedule
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
 from fastsde.cli.output import dump_json, prepare_folder, versions, write_atomic
-from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.jobs import MANIFEST, ShardedJob, processes
-from fastsde.evaluation.report import image_grid
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver, check_request
+from fastsde.evaluation.images import image_grid, to_uint8
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.result import SampleResult, SamplingError, Status
 
 
@@ -152,7 +151,8 @@ def sample(
         }
         shares = processes(rank, world_size, os.environ)
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
-            settings |= {"seed": seed, "label": label}
+            check_request(opened.model, solver, controller, rtol, atol, nfe)
+            settings |= {"seed": seed, "label": label, **controller_record(controller)}
             job = ShardedJob.begin(out, n, shard_size, settings)
             run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
             return

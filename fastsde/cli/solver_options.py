@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastsde.arguments import own_grid
+from fastsde.arguments import own_grid, resolve_controller
 from fastsde.control import Controller, Grid
+from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, Langevin, Solver, Tableau
 
@@ -64,6 +65,24 @@ def build_controller(
     if rtol:
         raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
     return own_grid(sde, solver, steps) if grid is None else GRIDS[grid](sde, steps)
+
+
+def check_request(
+    model: ScoreModel,
+    solver: Solver,
+    controller: Controller | None,
+    rtol: float | None,
+    atol: float | None,
+    nfe: int | None,
+) -> None:
+    """Refuses what `sample` would refuse of a solver and its steps, before a folder is claimed for it.
+
+    Raises:
+        ValueError, TypeError: as `sample`.
+    """
+    steps = resolve_controller(model, model.sde, solver, controller, rtol, atol, nfe)
+    steps.span(model.sde.t_min, model.sde.t_max)
+    solver.check(model.sde, steps.times if isinstance(steps, Grid) else None)
 
 
 def _value(text: str) -> Any:

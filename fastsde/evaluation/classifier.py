@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -82,10 +83,12 @@ def train_classifier(
         bf16: bfloat16 under autocast.
 
     Raises:
-        ValueError: if the images' size is not divisible by 4.
+        ValueError: if the images' size is not divisible by 4, or there are fewer than a batch.
     """
     if images.shape[-1] % 4 or images.shape[-2] % 4:
         raise ValueError(f"images must have sides divisible by 4 (two halvings); they are {tuple(images.shape[-2:])}.")
+    if len(images) < batch_size:
+        raise ValueError(f"{len(images)} images are fewer than a batch of {batch_size}.")
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     network = Classifier(images.shape[1], int(labels.max()) + 1)
@@ -98,7 +101,7 @@ def train_classifier(
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator)
         for rows in order.split(batch_size):
-            if len(rows) < batch_size:
+            if len(rows) < batch_size:  # another order leaves others out in the next pass
                 continue
             x = _augment(to_unit_range(images[rows]), generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
@@ -163,6 +166,9 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         network = Classifier(card["image_shape"][0], len(card["classes"]))
         weights = load_file(folder / WEIGHTS)
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-    except (SafetensorError, RuntimeError, KeyError, TypeError, ValueError) as error:
+        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        if card.get("weights_sha256", digest) != digest:
+            raise ValueError(f"{WEIGHTS} is not the file that {CARD} describes")
+    except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no whole feature network: {error}") from error
     return network.eval().requires_grad_(False), card

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from fastsde.arguments import usable_device
 from fastsde.evaluation.classifier import CARD, load_classifier
 from fastsde.evaluation.images import Images
 from fastsde.pretrained import ASSETS
@@ -143,15 +144,16 @@ def open_features(name: str | Path, weights: Path | None = None, *, device: str 
         FileNotFoundError, ValueError: if there is no such network or its files are damaged.
         ImportError: if the library that reads it is not installed.
     """
+    device = str(usable_device(device))
     if str(name) == "inception":
         return inception_features(weights, device=device)
     if weights is not None:
         raise ValueError(f"weights are for 'inception'; got features {str(name)!r}.")
     if str(name) in packaged_features():
-        return classifier_features(PACKAGED / name)
+        return classifier_features(PACKAGED / name, device=device)
     folder = Path(name)
     if (folder / CARD).is_file():
-        return classifier_features(folder)
+        return classifier_features(folder, device=device)
     if (folder / "config.json").is_file() or (str(name).count("/") == 1 and not folder.exists()):
         return transformers_features(name, device=device)
     raise FileNotFoundError(
@@ -160,11 +162,11 @@ def open_features(name: str | Path, weights: Path | None = None, *, device: str 
     )
 
 
-def classifier_features(folder: Path) -> Features:
+def classifier_features(folder: Path, *, device: str = "cpu") -> Features:
     """The classifier that `fastsde train-features` wrote."""
     network, card = load_classifier(folder)
     shape = tuple(card["image_shape"])
-    return Features(network, folder.name, channels=shape[0], shape=shape)
+    return Features(network.to(device), folder.name, channels=shape[0], shape=shape)
 
 
 class _Inception(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import zipfile
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastsde.evaluation.jobs import MANIFEST, ShardedJob
+from fastsde.evaluation.jobs import MANIFEST, UNREADABLE, ShardedJob
 from fastsde.result import Status
 from fastsde.training.data import load_images
 
@@ -42,6 +42,26 @@ def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
+def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2, width: int = 84) -> Image.Image:
+    """A picture of the images in rows, enlarged in whole steps so that one is at least `width` pixels wide.
+
+    Args:
+        images: uint8 with shape (n, H, W, C), C being 1 or 3.
+        columns: images in a row.
+        gap: white pixels between images, before enlarging.
+        width: pixels.
+    """
+    n, height, side, channels = images.shape
+    rows = -(-n // columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (side + gap) + gap, channels), 255, np.uint8)
+    for i, image in enumerate(images):
+        top, left = gap + i // columns * (height + gap), gap + i % columns * (side + gap)
+        sheet[top : top + height, left : left + side] = image
+    scale = max(1, -(-width // side))
+    picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+
+
 @dataclasses.dataclass(frozen=True)
 class Images:
     """A set of 8-bit images of one size, read in parts.
@@ -52,6 +72,7 @@ class Images:
         n: how many.
         shape: (C, H, W).
         read: the images from one number up to another, uint8 with shape (k, C, H, W).
+        unsuccessful: of a job, samples that did not reach the end (MAX_NFE, MIN_STEP), which are here all the same.
     """
 
     source: str
@@ -59,6 +80,7 @@ class Images:
     n: int
     shape: tuple[int, int, int]
     read: Callable[[int, int], Tensor]
+    unsuccessful: int = 0
 
     def batches(self, size: int = 500) -> Iterator[Tensor]:
         """The images in order, uint8 with shape (up to `size`, C, H, W)."""
@@ -87,12 +109,14 @@ def open_images(source: str | Path, *, split: str = "train") -> Images:
     if (path / MANIFEST).is_file():
         return _from_job(path)
     if (path / "samples.npz").is_file():
-        return _from_npz(path / "samples.npz")
+        return _from_sample(path)
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _from_datasets(path, split)
-    if list(path.glob("*-ubyte*")) or (path / "raw").is_dir():
+    if list(path.glob("*-ubyte*")) or list(path.glob("raw/*-ubyte*")):
         images, _ = load_images(path, train=split == "train")
         return _in_memory(str(path), f"idx {split}", images)
+    if split != "train":
+        raise ValueError(f"{path} has no splits; leave {split!r} out.")
     return _from_folder(path)
 
 
@@ -110,7 +134,7 @@ def _from_npz(path: Path) -> Images:
         with np.load(path, allow_pickle=False) as file:
             names = file.files
             images = file["arr_0"] if "arr_0" in names else None
-    except (zipfile.BadZipFile, ValueError, AttributeError, OSError, EOFError) as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is no whole .npz file of plain arrays: {error}") from error
     if images is None:
         raise ValueError(f"{path} has no arr_0; it has {', '.join(names) or 'nothing'}.")
@@ -125,6 +149,16 @@ def _from_npz(path: Path) -> Images:
     return _in_memory(str(path), "npz", _channels_first(images))
 
 
+def _from_sample(folder: Path) -> Images:
+    """What `fastsde sample` wrote at once: all of it, or nothing is measured."""
+    images, record = _from_npz(folder / "samples.npz"), folder / "samples.json"
+    if record.is_file():
+        n = json.loads(record.read_text()).get("n", images.n)
+        if images.n < n:
+            raise ValueError(f"{folder}: {n - images.n} of {n} samples are not finite or missing, and so not there.")
+    return images
+
+
 def _from_job(folder: Path) -> Images:
     job = ShardedJob.load(folder)
     missing = job.pending()
@@ -133,7 +167,8 @@ def _from_job(folder: Path) -> Images:
             f"{folder} is not finished: {len(missing)} of {job.shards} shards are missing, the first {missing[0]}. "
             "Run the command that began it again."
         )
-    lost = int((job.column("status") == Status.NON_FINITE).sum())
+    status = job.column("status")
+    lost = int((status == Status.NON_FINITE).sum())
     if lost:
         raise ValueError(f"{folder}: {lost} of {job.n} samples are not finite, and so not there.")
     shape = job.read(0, "arr_0")["arr_0"].shape[1:]
@@ -145,11 +180,14 @@ def _from_job(folder: Path) -> Images:
             parts.append(job.read(k, "arr_0")["arr_0"][max(start - k * size, 0) : stop - k * size])
         return _channels_first(np.concatenate(parts))
 
-    return Images(str(folder), "job", job.n, (shape[2], shape[0], shape[1]), read)
+    return Images(
+        str(folder), "job", job.n, (shape[2], shape[0], shape[1]), read, int((status != Status.SUCCESS).sum())
+    )
 
 
 def _from_folder(folder: Path) -> Images:
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    inside = (p.relative_to(folder) for p in folder.rglob("*") if p.is_file())
+    files = sorted(folder / p for p in inside if not any(part.startswith(".") for part in p.parts))
     stray = [p for p in files if p.suffix.lower() not in SUFFIXES]
     if stray:
         raise ValueError(f"{folder} holds {stray[0].relative_to(folder)}, which is no image ({len(stray)} such files).")
@@ -172,14 +210,24 @@ def _picture(path: Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return as_pixels(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except (UnidentifiedImageError, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from error
 
 
 def as_pixels(image: Image.Image) -> np.ndarray:
-    """uint8 with shape (H, W, C): grey images have one channel, all others become RGB."""
+    """uint8 with shape (H, W, C): grey images have one channel, all others become RGB.
+
+    Raises:
+        ValueError: if they have more than 8 bits, or are transparent somewhere: what is behind is not said.
+    """
+    if image.mode in ("LA", "RGBA", "PA") or "transparency" in image.info:
+        if (np.array(image.convert("RGBA"))[:, :, 3] < 255).any():
+            raise ValueError("it is transparent in places")
+        image = image.convert("L" if image.mode == "LA" else "RGB")
     if image.mode in ("L", "1"):
         return np.array(image.convert("L"))[:, :, None]
+    if image.mode not in ("RGB", "P", "CMYK", "YCbCr", "HSV", "LAB"):
+        raise ValueError(f"it is not 8 bits a channel (mode {image.mode})")
     return np.array(image.convert("RGB"))
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsde.control import Controller, Grid
 from fastsde.result import SampleResult, Status
 
 MANIFEST = "manifest.json"
+UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError)
+"""What numpy raises for files that are no whole .npz of plain arrays."""
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -54,7 +58,7 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{folder} has no {name}, but {others[0]}: it is of something else. Choose another folder."
             )
-        write_whole(path, (json.dumps(settings, indent=1) + "\n").encode())
+        _write_first(path, (json.dumps(settings, indent=1) + "\n").encode())
     stored = _read_settings(path)
     changed = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
     if changed:
@@ -62,6 +66,20 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
             f"{key}: {_short(stored.get(key))} there, {_short(settings.get(key))} here" for key in changed
         )
         raise ValueError(f"{folder} was begun with other settings ({pairs}). Choose another folder, or delete it.")
+
+
+def _write_first(path: Path, content: bytes) -> None:
+    """As `write_whole`, unless another process has written the file in between."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.first")
+    write_whole(temporary, content)
+    try:
+        os.link(temporary, path)  # fails if it exists, which replacing it would not
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
@@ -155,6 +173,10 @@ class ShardedJob:
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path(k))
+            except FileNotFoundError:
+                # Another process drew the same shard, found the job complete and cleared what it took for left over.
+                if not self.path(k).is_file():
+                    raise
             finally:
                 temporary.unlink(missing_ok=True)
             yield len(self.indices(k))
@@ -170,9 +192,22 @@ class ShardedJob:
         """
         try:
             with np.load(self.path(k), allow_pickle=False) as file:
-                return {name: file[name] for name in names or file.files}
-        except (zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError) as error:
+                arrays = {name: file[name] for name in names or file.files}
+                index = file["index"] if "index" in file.files else None
+        except UNREADABLE as error:
             raise ValueError(f"{self.path(k)} is damaged: {error}. Delete it and run the job again.") from error
+        if index is not None and index.tolist() != list(self.indices(k)):
+            raise ValueError(f"{self.path(k)} holds other samples than shard {k}. Delete it and run the job again.")
+        return arrays
+
+    def first(self, count: int) -> np.ndarray:
+        """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C)."""
+        parts: list[np.ndarray] = []
+        for k in range(self.shards):
+            parts.append(self.read(k, "arr_0")["arr_0"])
+            if sum(map(len, parts)) >= count:
+                break
+        return np.concatenate(parts)[:count]
 
     def column(self, name: str) -> np.ndarray:
         """One number per sample, of all shards, with shape (n,)."""
@@ -182,6 +217,12 @@ class ShardedJob:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def controller_record(controller: Controller | None) -> dict[str, Any]:
+    """What tells a grid or a rule of steps from another one: its text, and the times of a grid."""
+    times = {"grid_times": controller.times.tolist()} if isinstance(controller, Grid) else {}
+    return {"grid": None if controller is None else repr(controller), **times}
 
 
 def shard_arrays(
@@ -221,7 +262,12 @@ def processes(rank: int | None, world_size: int | None, environment: Mapping[str
     if (rank is None) != (world_size is None):
         raise ValueError("--rank and --world-size go together.")
     if rank is None or world_size is None:
-        rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+        try:
+            rank, world_size = int(environment.get("RANK", 0)), int(environment.get("WORLD_SIZE", 1))
+        except ValueError as error:
+            raise ValueError(f"RANK and WORLD_SIZE in the environment must be whole numbers: {error}") from error
+    if world_size < 1:
+        raise ValueError(f"--world-size must be at least 1; got {world_size}.")
     if not 0 <= rank < world_size:
         raise ValueError(f"--rank must be in 0 .. {world_size - 1}; got {rank}.")
     return rank, world_size

@@ -6,6 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastsde.evaluation.reference import Reference
@@ -40,9 +41,15 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
     }
     if reference.feats is not None:
         found["kid"], found["kid_error"] = kernel_distance(x, reference.feats)
-        m = min(len(x), len(reference.feats))
-        found |= dataclasses.asdict(manifold(x[:m], reference.feats[:m]))
+        found |= dataclasses.asdict(manifold(*_of_one_size(x, reference.feats)))
     if logits is not None:
         found["inception_score"], found["inception_score_spread"] = inception_score(logits)
     # JSON has no NaN: an error that cannot be told is null.
     return {key: None if math.isnan(value) else value for key, value in found.items()}
+
+
+def _of_one_size(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sets, the larger one cut at random: rows may come in the order of their classes."""
+    m, generator = min(len(x), len(y)), torch.Generator().manual_seed(0)
+    first, second = (s if len(s) == m else s[torch.randperm(len(s), generator=generator)[:m]] for s in (x, y))
+    return first, second

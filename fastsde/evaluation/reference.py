@@ -6,7 +6,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ from tqdm import tqdm
 
 from fastsde.evaluation.features import PACKAGED, Features
 from fastsde.evaluation.images import Images
-from fastsde.evaluation.jobs import write_whole
-from fastsde.evaluation.statistics import Moments
+from fastsde.evaluation.jobs import UNREADABLE, write_whole
+from fastsde.evaluation.statistics import NEIGHBOUR, Moments
 
 REFERENCE = "reference.npz"
 
@@ -50,22 +49,22 @@ class Reference:
         Args:
             images: the data.
             features: the network.
-            keep: features to keep: of images spread evenly over the data.
+            keep: features to keep: of images chosen at random, by a fixed seed.
             progress: show a bar.
 
         Raises:
             ValueError: if the network was made for other images, or there are no more images than features.
         """
         features.check(images.shape)
-        step = -(-images.n // keep) if keep else 0
+        chosen = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))[:keep].sort().values
         moments, kept, seen, digest = None, [], 0, hashlib.sha256()
         for part in tqdm(images.batches(), "stats", -(-images.n // 500), disable=None if progress else True):
             digest.update(part.numpy().tobytes())
             found, _ = features(part)
             moments = Moments(found.shape[1]) if moments is None else moments
             moments.update(found)
-            if keep:
-                kept.append(found[[k for k in range(len(found)) if (seen + k) % step == 0]])
+            own = chosen[(chosen >= seen) & (chosen < seen + len(found))] - seen
+            kept.append(found[own])
             seen += len(found)
         assert moments is not None
         d = len(moments.mean)
@@ -77,7 +76,7 @@ class Reference:
             "n": moments.n,
             "source": {"kind": images.kind, "name": Path(images.source).name, "pixels_sha256": digest.hexdigest()},
         }
-        return cls(moments.mean, moments.covariance, torch.cat(kept) if kept else None, record)
+        return cls(moments.mean, moments.covariance, torch.cat(kept) if keep else None, record)
 
     def save(self, path: Path, *, half: bool = False) -> None:
         """Writes the file; `half` keeps `feats` in half precision."""
@@ -108,20 +107,33 @@ class Reference:
                 mean, covariance = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
                 feats = torch.from_numpy(file["feats"].astype(np.float32)) if "feats" in file else None
                 record = json.loads(str(file["record"])) if "record" in file else {}
-        except (zipfile.BadZipFile, ValueError, OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise ValueError(f"{path} is no whole file of reference statistics: {error}") from error
-        d = len(mean)
+        if record and not (isinstance(record, dict) and {"features", "image_shape"} <= record.keys()):
+            raise ValueError(f"{path} has a record that is none of `fastsde stats`.")
+        d = len(mean) if mean.ndim else 0
         if mean.ndim != 1 or covariance.shape != (d, d) or (feats is not None and feats.shape[1:] != (d,)):
             raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit.")
         if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
             raise ValueError(f"{path}: mu and sigma must be finite.")
+        values = torch.linalg.eigvalsh(covariance)
+        if (covariance - covariance.T).abs().max() > 1e-6 * values[-1].abs() or values[0] < -1e-6 * values[-1].abs():
+            raise ValueError(f"{path}: sigma is no covariance: it must be symmetric, with no negative eigenvalue.")
         return cls(mean, covariance, feats, record)
 
     def check(self, features: Features, shape: tuple[int, ...]) -> None:
         """Refuses, with a ValueError, features of another network, and images of another shape.
 
-        A file that does not say what it is of is taken at its word: only the width is compared, when it is used.
+        A file that does not say what it is of is taken at its word: only the number of features is compared.
         """
+        features.check(shape)
+        found, _ = features(torch.zeros(1, *shape, dtype=torch.uint8))
+        if found.shape[1:] != self.mean.shape:
+            raise ValueError(f"the reference has {len(self.mean)} features, {features.name!r} has {found.shape[1]}.")
+        if self.feats is not None and len(self.feats) <= NEIGHBOUR:
+            raise ValueError(
+                f"the reference keeps {len(self.feats)} features, more than {NEIGHBOUR} are needed, or none."
+            )
         if not self.record:
             return
         here, there = features.describe(), self.record["features"]

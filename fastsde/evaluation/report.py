@@ -10,29 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.sweep import pareto
-
-
-def image_grid(images: np.ndarray, columns: int = 8, gap: int = 2, width: int = 84) -> Image.Image:
-    """A picture of the images in rows, enlarged in whole steps so that one is at least `width` pixels wide.
-
-    Args:
-        images: uint8 with shape (n, H, W, C), C being 1 or 3.
-        columns: images in a row.
-        gap: white pixels between images, before enlarging.
-        width: pixels.
-    """
-    n, height, side, channels = images.shape
-    rows = -(-n // columns)
-    sheet = np.full((rows * (height + gap) + gap, columns * (side + gap) + gap, channels), 255, np.uint8)
-    for i, image in enumerate(images):
-        top, left = gap + i // columns * (height + gap), gap + i % columns * (side + gap)
-        sheet[top : top + height, left : left + side] = image
-    scale = max(1, -(-width // side))
-    picture = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
-    return picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
 
 
 def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:

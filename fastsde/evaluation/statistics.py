@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -102,6 +103,11 @@ class Frechet:
     extrapolated: float
 
 
+def fewest(d: int) -> int:
+    """The least number of samples for a Frechet distance of d features: each half has more rows than features."""
+    return 2 * d + 2
+
+
 def frechet(x: Tensor, mean: Tensor, covariance: Tensor, *, draws: int = 50, splits: int = 8, seed: int = 0) -> Frechet:
     r"""The Frechet distance of features to a reference, its standard error, and its extrapolation to n to infinity.
 
@@ -120,13 +126,13 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor, *, draws: int = 50, spl
         seed: of replicates and divisions.
 
     Raises:
-        ValueError: if a feature is not finite, or n is not above 2 d: the covariance of a half would be singular, and
-            the distance say more about n than about x.
+        ValueError: if a feature is not finite, or there are fewer than `fewest(d)` rows: the covariance of a half would
+            be singular, and the distance say more about n than about x.
     """
     n, d = x.shape
     check_features(x, "x")
-    if n <= 2 * d:
-        raise ValueError(f"{n} samples are too few for {d} features: a Frechet distance needs more than {2 * d}.")
+    if n < fewest(d):
+        raise ValueError(f"{n} samples are too few for {d} features: at least {fewest(d)} are needed.")
     x, mean, covariance = (part.detach().to("cpu", torch.float64) for part in (x, mean, covariance))
     root = _root(covariance)
     generator = torch.Generator().manual_seed(seed)
@@ -205,16 +211,17 @@ def _check_pair(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"two sets of at least 2 rows and equal width are needed; got {x.shape} and {y.shape}.")
 
 
-def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
+def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     r"""exp E KL(p(y | x) || p(y)): how sure a classifier is of each image, and how evenly over classes.
 
-    Rows are taken in turn for each split, so that samples in the order of their classes are no trap; mean and standard
-    deviation over splits, as usual. Between 1 and the number of classes. Source: Salimans et al.,
-    https://arxiv.org/abs/1606.03498, sec. 4.
+    Rows are shuffled first, by a seed of their own: samples whose classes come in order or in turn would otherwise make
+    splits of few classes. Mean and standard deviation over splits, as usual. Between 1 and the number of classes.
+    Source: Salimans et al., https://arxiv.org/abs/1606.03498, sec. 4.
 
     Args:
         logits: with shape (n, classes).
         splits: parts.
+        seed: of the order.
 
     Raises:
         ValueError: if there are fewer rows than splits or a logit is not finite.
@@ -222,14 +229,18 @@ def inception_score(logits: Tensor, *, splits: int = 10) -> tuple[float, float]:
     check_features(logits, "logits")
     if len(logits) < splits:
         raise ValueError(f"{splits} splits need as many samples at least; got {len(logits)}.")
-    log_p = logits.double().log_softmax(1)
+    log_p = logits.double().log_softmax(1)[torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))]
     scores = []
     for k in range(splits):
         part = log_p[k::splits]
-        marginal = part.logsumexp(0) - torch.tensor(float(len(part))).log()
+        marginal = part.logsumexp(0) - math.log(len(part))
         scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     every = torch.stack(scores)
     return float(every.mean()), float(every.std())
+
+
+NEIGHBOUR = 5
+"""The k of precision, recall, density and coverage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,7 +260,7 @@ class Manifold:
     coverage: float
 
 
-def manifold(x: Tensor, reference: Tensor, *, k: int = 5) -> Manifold:
+def manifold(x: Tensor, reference: Tensor, *, k: int = NEIGHBOUR) -> Manifold:
     r"""Precision, recall, density and coverage.
 
     Sources: Kynkaanniemi et al., https://arxiv.org/abs/1904.06991, eq. 1 and 2 (with k = 3 there); Naeem et al.,

@@ -21,9 +21,10 @@ from fastsde import api
 from fastsde.control import Controller
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
-from fastsde.evaluation.jobs import ShardedJob, claim, shard_arrays, write_whole
+from fastsde.evaluation.jobs import ShardedJob, claim, controller_record, shard_arrays, write_whole
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference
+from fastsde.evaluation.statistics import fewest
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
 from fastsde.solvers import Solver
@@ -118,8 +119,8 @@ class Sweep:
         event, width = problem.model.event_shape or (), len(problem.reference.mean)
         problem.features.check(event)
         problem.reference.check(problem.features, event)
-        if n <= 2 * width:
-            raise ValueError(f"n = {n} samples are too few for {width} features: more than {2 * width} are needed.")
+        if n < fewest(width):
+            raise ValueError(f"n = {n} samples are too few for {width} features: at least {fewest(width)} are needed.")
         self.settings = {
             **problem.record,
             "sde": repr(problem.model.sde),
@@ -160,7 +161,7 @@ class Sweep:
             **self.settings,
             "solver": repr(cell.solver),
             "setting": cell.setting,
-            "grid": None if cell.controller is None else repr(cell.controller),
+            **controller_record(cell.controller),
             "seed": cell.seed,
         }
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
@@ -210,14 +211,19 @@ class Sweep:
         write_whole(path, (json.dumps(row) + "\n").encode())
         return True
 
+    def row(self, cell: Cell) -> dict[str, Any]:
+        """The figures of a cell that has them."""
+        found: dict[str, Any] = json.loads((self.folder / "cells" / cell.name / RESULT).read_text())
+        return found
+
     def rows(self) -> list[dict[str, Any]]:
         """The figures of every cell that has them, in order."""
-        paths = [self.folder / "cells" / cell.name / RESULT for cell in self.cells]
-        return [json.loads(path.read_text()) for path in paths if path.is_file()]
+        there = [cell for cell in self.cells if (self.folder / "cells" / cell.name / RESULT).is_file()]
+        return [self.row(cell) for cell in there]
 
     def images(self, cell: Cell, count: int) -> np.ndarray:
         """The first images of a cell, uint8 with shape (count, H, W, C)."""
-        return self._job(cell).read(0, "arr_0")["arr_0"][:count]
+        return self._job(cell).first(count)
 
     def write_tables(self) -> list[dict[str, Any]]:
         """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""
