@@ -35,8 +35,22 @@ def write_whole(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except FileNotFoundError:
+        if not path.is_file():  # see `clear`
+            raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def clear(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder that is complete.
+
+    A process that is just writing what is there already may lose its temporary file by this, and then is content with
+    what is there.
+    """
+    for pattern in (".*.tmp", ".*.tmp.npz", ".*.first"):
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -174,15 +188,13 @@ class ShardedJob:
                     os.fsync(file.fileno())
                 os.replace(temporary, self.path(k))
             except FileNotFoundError:
-                # Another process drew the same shard, found the job complete and cleared what it took for left over.
-                if not self.path(k).is_file():
+                if not self.path(k).is_file():  # see `clear`
                     raise
             finally:
                 temporary.unlink(missing_ok=True)
             yield len(self.indices(k))
         if not self.pending():
-            for left in self.folder.glob(".samples-*.tmp.npz"):  # of processes that were killed
-                left.unlink(missing_ok=True)
+            clear(self.folder)
 
     def read(self, k: int, *names: str) -> dict[str, np.ndarray]:
         """The arrays of shard k, or those of them that are named.

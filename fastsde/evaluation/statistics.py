@@ -236,7 +236,7 @@ def inception_score(logits: Tensor, *, splits: int = 10, seed: int = 0) -> tuple
         marginal = part.logsumexp(0) - math.log(len(part))
         scores.append((part.exp() * (part - marginal)).sum(1).mean().exp())
     every = torch.stack(scores)
-    return float(every.mean()), float(every.std())
+    return float(every.mean()), float(every.std()) if splits > 1 else float("nan")
 
 
 NEIGHBOUR = 5

@@ -21,7 +21,7 @@ from fastsde import api
 from fastsde.control import Controller
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
-from fastsde.evaluation.jobs import ShardedJob, claim, controller_record, shard_arrays, write_whole
+from fastsde.evaluation.jobs import ShardedJob, claim, clear, controller_record, shard_arrays, write_whole
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.statistics import fewest
@@ -227,6 +227,7 @@ class Sweep:
 
     def write_tables(self) -> list[dict[str, Any]]:
         """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""
+        clear(self.folder)
         rows = [row | {"provenance": self.settings} for row in self.rows()]
         write_whole(self.folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
         write_whole(self.folder / "results.csv", _csv(rows))
