@@ -128,7 +128,7 @@ class Sweep:
             "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
             "features": problem.features.describe(),
             "reference": {
-                "mu_sigma_sha256": _hash(problem.reference),
+                "sha256": _hash(problem.reference),
                 **{key: problem.reference.record.get(key) for key in ("n", "source")},
             },
             "batch_size": batch_size,
@@ -237,8 +237,10 @@ class Sweep:
 
 
 def _hash(reference: Reference) -> str:
-    digest = hashlib.sha256(reference.mean.numpy().tobytes())
-    digest.update(reference.covariance.contiguous().numpy().tobytes())
+    digest = hashlib.sha256()
+    for part in (reference.mean, reference.covariance, reference.feats):
+        if part is not None:
+            digest.update(part.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
