@@ -53,7 +53,7 @@ def read_card(name: str | Path) -> dict[str, Any]:
         ValueError: if the card is damaged or lacks what is needed to read the network, naming the file.
     """
     path = find_checkpoint(name) / CARD
-    card = _read_json(path)
+    card = read_json(path)
     needed = ("timestep_levels", "classes", "event_shape", "data_range", "prediction", "sde")
     missing = [key for key in needed if key not in card]
     if missing:
@@ -92,7 +92,7 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     except ImportError as error:
         raise ImportError("this network is diffusers': pip install 'fastsde[diffusers]'.") from error
     card = read_card(folder)
-    config = _read_json(folder / CONFIG)
+    config = read_json(folder / CONFIG)
     try:
         network = UNet2DModel.from_config(config)
         sde = VPSDE(**card["sde"])
@@ -109,7 +109,7 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     return model, sde
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; anything else would reach code that takes strings for names on a hub."""
     try:
         value = json.loads(path.read_text())

@@ -64,7 +64,8 @@ def run_job(
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
         return
-    totals, files = _totals(job), _write(job)
+    totals = _totals(job)
+    files = _write(job, totals)
     click.echo(dump_json(totals) if as_json else _summary(totals, files), nl=not as_json)
     if totals["status_counts"] != {"SUCCESS": job.n}:
         raise SystemExit(1)
@@ -85,8 +86,8 @@ def _totals(job: ShardedJob) -> dict[str, Any]:
     }
 
 
-def _write(job: ShardedJob) -> list[Path]:
-    totals, first = _totals(job), job.first(64)
+def _write(job: ShardedJob, totals: dict[str, Any]) -> list[Path]:
+    first = job.first(64)
     writers: dict[str, Callable[[Path], object]] = {
         "samples.json": lambda path: path.write_text(dump_json(totals)),
     }

@@ -143,7 +143,7 @@ def sample(
             "solver": repr(solver),
             "nfe_budget": nfe,
             "steps": steps,
-            "grid": None if controller is None else repr(controller),
+            **controller_record(controller),
             **(_tolerances(rtol, atol, opened.model.data_range) if adaptive else {}),
             "batch_size": batch_size,
             "device": torch.device(device).type,
@@ -152,7 +152,7 @@ def sample(
         shares = processes(rank, world_size, os.environ)
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
             check_request(opened.model, solver, controller, rtol, atol, nfe)
-            settings |= {"seed": seed, "label": label, **controller_record(controller)}
+            settings |= {"seed": seed, "label": label}
             job = ShardedJob.begin(out, n, shard_size, settings)
             run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
             return

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
+from fastsde.evaluation.jobs import write_whole
 from fastsde.training.data import to_unit_range
 
 WEIGHTS, CARD = "classifier.safetensors", "card.json"
@@ -143,12 +143,8 @@ def save_classifier(folder: Path, network: Classifier, card: dict[str, Any]) -> 
     """Writes weights in half precision and card, each atomically."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
-    temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, temporary, {"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
-    temporary = folder / f"{CARD}.tmp"
-    temporary.write_text(json.dumps(card, indent=2) + "\n")
-    os.replace(temporary, folder / CARD)
+    write_whole(folder / WEIGHTS, save(weights, {"format": "pt"}))
+    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:

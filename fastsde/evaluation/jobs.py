@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import zipfile
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsde.control import Controller, Grid
+from fastsde.pretrained import read_json
 from fastsde.result import SampleResult, Status
 
 MANIFEST = "manifest.json"
@@ -48,7 +50,7 @@ def clear(folder: Path) -> None:
     A process that is just writing what is there already may lose its temporary file by this, and then is content with
     what is there.
     """
-    for pattern in (".*.tmp", ".*.tmp.npz", ".*.first"):
+    for pattern in (".*.tmp", ".*.first"):
         for path in folder.glob(pattern):
             path.unlink(missing_ok=True)
 
@@ -73,7 +75,7 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
                 f"{folder} has no {name}, but {others[0]}: it is of something else. Choose another folder."
             )
         _write_first(path, (json.dumps(settings, indent=1) + "\n").encode())
-    stored = _read_settings(path)
+    stored = read_json(path)
     changed = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
     if changed:
         pairs = "; ".join(
@@ -94,16 +96,6 @@ def _write_first(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(stored, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object.")
-    return stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +135,7 @@ class ShardedJob:
         Raises:
             ValueError: if the manifest is damaged.
         """
-        stored = _read_settings(folder / MANIFEST)
+        stored = read_json(folder / MANIFEST)
         if not (isinstance(stored.get("n"), int) and isinstance(stored.get("shard_size"), int)):
             raise ValueError(f"{folder / MANIFEST} is damaged: n and shard_size must be whole numbers.")
         return cls(folder, stored.pop("n"), stored.pop("shard_size"), stored)
@@ -180,18 +172,9 @@ class ShardedJob:
         """
         for k in self.pending(rank, world_size):
             arrays = draw(self.indices(k))
-            temporary = self.folder / f".samples-{k:05d}.{os.getpid()}.tmp.npz"
-            try:
-                with temporary.open("wb") as file:
-                    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, self.path(k))
-            except FileNotFoundError:
-                if not self.path(k).is_file():  # see `clear`
-                    raise
-            finally:
-                temporary.unlink(missing_ok=True)
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+            write_whole(self.path(k), buffer.getvalue())
             yield len(self.indices(k))
         if not self.pending():
             clear(self.folder)
