@@ -115,7 +115,7 @@ def test_a_resumed_run_repeats_all_of_an_uninterrupted_one(tmp_path):
     class Stop(Exception):
         pass
 
-    def stop(step, loss, network):
+    def stop(step, history, network):
         if step == 8:
             raise Stop
 
@@ -129,7 +129,7 @@ def test_a_resumed_run_repeats_all_of_an_uninterrupted_one(tmp_path):
     whole = contents(tmp_path / "a.safetensors")
     assert equal(whole, contents(tmp_path / "b.safetensors"))
     kinds = {key.split(".")[0] for key in whole}
-    assert kinds == {"network", "ema", "discriminator", "adam", "discriminator_adam"}
+    assert kinds == {"network", "ema", "discriminator", "adam", "discriminator_adam", "history"}
 
 
 PROGRAM = """
@@ -142,8 +142,8 @@ torch.set_num_threads(1)
 path = pathlib.Path(sys.argv[1])
 model, adversary = setting()
 losses = path.with_suffix(".txt").open("a")
-def note(step, loss, network):
-    losses.write(f"{step} {loss!r}\\n"); losses.flush()
+def note(step, history, network):
+    losses.write(f"{step} {history!r}\\n"); losses.flush()
 print("started", flush=True)
 config = dataclasses.replace(CONFIG, steps=400)
 train(model, DATA, None, config, path, adversary=adversary, save_every=10, resume=path.is_file(), callback=note)

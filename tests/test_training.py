@@ -105,7 +105,7 @@ def test_resume_repeats_an_uninterrupted_run_bitwise(tmp_path, data, dtype):
     class Stop(Exception):
         pass
 
-    def stop(step, loss, network):
+    def stop(step, history, network):
         if step == 8:
             raise Stop
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,90 +14,202 @@ import click
 import torch
 from torch import Tensor, nn
 
+from fastsde import api
+from fastsde.cli.models import own_device
 from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.train_settings import Settings, as_toml, read_settings
+from fastsde.evaluation.images import image_grid, open_images, to_uint8
+from fastsde.evaluation.jobs import processes, write_whole
 from fastsde.pretrained import save_checkpoint_folder, score_model
 from fastsde.sde.vp import VPSDE
+from fastsde.training.checkpoint import History
+from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
-from fastsde.training.loop import TrainConfig, held_out_loss
+from fastsde.training.loop import held_out_loss
 from fastsde.training.loop import train as run_training
 from fastsde.training.networks import small_unet
 
 _DEFAULT = TrainConfig()
 
 
-@click.command(short_help="Train a small score network on a folder of IDX images.")
+def _flag(name: str, kind: Any, default: object, text: str) -> Any:
+    """An option whose default is the settings' own, so that it only counts where it is given."""
+    return click.option(name, type=kind, help=text, show_default=str(default))
+
+
+@click.command(short_help="Train a small score network on images, adversarial or not.")
+@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of settings; see docs/training.md.")
+@click.option("--set", "assignments", multiple=True, help="One setting, as in --set training.steps=100; may repeat.")
 @click.option(
     "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder with train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz] and, for a test, t10k-*.",
+    help="Folder with train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz] and, for a test, t10k-*; or images "
+    "without labels: a folder, an .npz, a data set saved to disk.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for checkpoint and model.")
-@click.option("--steps", default=_DEFAULT.steps, type=click.IntRange(1), help="Optimiser steps in all.")
-@click.option("--batch-size", default=_DEFAULT.batch_size, type=click.IntRange(1), help="Images a step.")
-@click.option("--learning-rate", default=_DEFAULT.learning_rate, help="Peak learning rate of Adam.")
-@click.option(
-    "--seed", default=_DEFAULT.seed, type=click.IntRange(0, 1 << 31), help="Weights, batches, times and noise."
-)
-@click.option("--bf16/--fp32", default=_DEFAULT.bf16, help="Precision of the network's arithmetic.")
-@click.option("--classes", default="", help="Class names, comma-separated; numbers by default.")
-@click.option("--title", default="", help="Name and licence of the data, for the card: 'Fashion-MNIST; MIT'.")
+@_flag("--steps", click.IntRange(1), _DEFAULT.steps, "Optimiser steps in all.")
+@_flag("--batch-size", click.IntRange(1), _DEFAULT.batch_size, "Images a step.")
+@_flag("--learning-rate", float, _DEFAULT.learning_rate, "Peak learning rate of Adam.")
+@_flag("--seed", click.IntRange(0, 1 << 31), _DEFAULT.seed, "Weights, batches, times and noise.")
+@click.option("--bf16/--fp32", default=None, help="Precision of the network's arithmetic.", show_default="bf16")
+@click.option("--classes", help="Class names, comma-separated.", show_default="numbers")
+@click.option("--title", help="Name and licence of the data, for the card: 'Fashion-MNIST; MIT'.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1.")
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 def train(
-    data: Path,
+    config: Path | None,
+    assignments: tuple[str, ...],
+    data: str | None,
     out: Path,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    bf16: bool,
-    classes: str,
-    title: str,
+    steps: int | None,
+    batch_size: int | None,
+    learning_rate: float | None,
+    seed: int | None,
+    bf16: bool | None,
+    classes: str | None,
+    title: str | None,
     device: str,
     resume: bool,
 ) -> None:
-    """Train a class-conditional noise-prediction UNet (2.2 M parameters) by denoising score matching under the VP SDE.
+    """Train a noise-prediction UNet (2.2 M parameters) by denoising score matching under the VP SDE.
 
-    A tenth of the labels is dropped during training, so that the model also draws without a label. Every 250 steps
-    --out/checkpoint.safetensors is replaced; at the end --out/model holds the averaged weights, ready for
-    `fastsde sample --model OUT/model`.
+    With labels the network is class-conditional; a tenth of them is dropped, so that it also draws without one. An
+    [adversary] among the settings adds a discriminator of denoised samples. Every 250 steps a checkpoint and losses.csv
+    in --out are replaced, every 1000 --out/samples gets a picture; at the end --out/model holds the averaged weights,
+    ready for `fastsde sample --model OUT/model`. Under `torchrun` or `accelerate launch` processes share each batch.
 
     \b
-    Example:
+    Examples:
       fastsde train --data fashion-mnist --out runs/fashion --steps 6000
+      fastsde train --config run.toml --set adversary.weight=2 --out runs/adversarial
+      torchrun --nproc-per-node 2 -m fastsde train --data photos/ --out runs/photos
     """
-    config = TrainConfig(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, bf16=bf16)
+    options = {
+        "data": data,
+        "title": title,
+        "classes": classes.split(",") if classes else None,
+        "training.steps": steps,
+        "training.batch_size": batch_size,
+        "training.learning_rate": learning_rate,
+        "training.seed": seed,
+        "training.bf16": bf16,
+    }
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
         raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
     try:
-        images, labels = load_images(data)
-        test = _test_split(data, images, labels)
+        settings = read_settings(config, assignments, options)
+        rank, size = processes(None, None, os.environ)
+        own = own_device(device, os.environ)
+        images, labels, test = _read_data(settings)
         prepare_folder(out, needed=100 << 20)
-        names = classes.split(",") if classes else [str(k) for k in range(int(labels.max()) + 1)]
-        if len(names) != int(labels.max()) + 1:
-            raise ValueError(f"--classes names {len(names)} classes; the data have {int(labels.max()) + 1}.")
-        torch.manual_seed(seed)
-        network = cast(nn.Module, small_unet(images.shape[-1], images.shape[1], len(names))).to(device)
-        sde, card = VPSDE(), _card(images.shape, names, title, config)
-        card["parameters"] = sum(p.numel() for p in network.parameters())
-        model = score_model(network, sde, card)
-        model.network = run_training(model, images, labels, config, checkpoint, resume=resume)
-        save_checkpoint_folder(out / "model", model.network, card)
-        if test is not None:
-            loss = held_out_loss(model, *test)
-            card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
-            save_checkpoint_folder(out / "model", model.network, card)
+        if size > 1:
+            torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+        _run(settings, images, labels, test, own, out, resume, leads=rank == 0)
+    except KeyboardInterrupt as error:
+        raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         raise click.ClickException(str(error)) from error
-    click.echo(f"{out / 'model'} is ready: fastsde sample --model {out / 'model'}")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if rank == 0:
+        click.echo(f"{out / 'model'} is ready: fastsde sample --model {out / 'model'}")
 
 
-def _test_split(data: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Images and labels of the test split, checked against the training split before any training; None without one."""
+_Labelled = tuple[Tensor, Tensor | None]
+
+
+def _read_data(settings: Settings) -> tuple[Tensor, Tensor | None, _Labelled | None]:
+    """Images and labels to train on, and those of the test split if there is one."""
+    if not settings.data:
+        raise ValueError("--data is needed, or data = ... in --config.")
+    source = Path(settings.data)
+    labels: Tensor | None = None
+    test: _Labelled | None = None
+    if source.is_dir() and any(list(source.glob(f"{sub}*-ubyte*")) for sub in ("", "raw/", "*/raw/")):
+        images, labels = load_images(source)
+        test = _test_split(source, images, labels)
+    else:
+        images = torch.cat(list(open_images(source).batches()))
     if images.shape[-1] != images.shape[-2]:
-        raise ValueError(f"{data}: images must be square; they are {tuple(images.shape[-2:])}.")
+        raise ValueError(f"{source}: images must be square; they are {tuple(images.shape[-2:])}.")
+    if not settings.labels:
+        labels, test = None, test and (test[0], None)
+    count = 0 if labels is None else int(labels.max()) + 1
+    if settings.classes and len(settings.classes) != count:
+        raise ValueError(f"--classes names {len(settings.classes)} classes; the data have {count}.")
+    return images, labels, test
+
+
+def _run(
+    settings: Settings,
+    images: Tensor,
+    labels: Tensor | None,
+    test: _Labelled | None,
+    device: torch.device,
+    out: Path,
+    resume: bool,
+    *,
+    leads: bool,
+) -> None:
+    config, channels = settings.training, images.shape[1]
+    names = settings.classes or tuple(str(k) for k in range(0 if labels is None else int(labels.max()) + 1))
+    torch.manual_seed(config.seed)
+    network = cast(nn.Module, small_unet(images.shape[-1], channels, len(names) or None, **vars(settings.network)))
+    sde, card = VPSDE(), _card(images.shape, list(names), settings)
+    card["parameters"] = sum(p.numel() for p in network.parameters())
+    model = score_model(network.to(device), sde, card)
+    adversary = None if settings.adversary is None else settings.adversary.build(channels)
+    if adversary is not None:
+        adversary.discriminator.to(device)
+
+    def note(step: int, history: History, averaged: nn.Module) -> None:
+        write_whole(out / "losses.csv", _losses(history))
+        if settings.samples_every and step % settings.samples_every == 0:
+            (out / "samples").mkdir(exist_ok=True)
+            draw_samples(score_model(averaged, sde, card), len(names), out / "samples" / f"{step:06d}.png")
+
+    model.network = run_training(
+        model,
+        images,
+        labels,
+        config,
+        out / "checkpoint.safetensors",
+        adversary=adversary,
+        resume=resume,
+        save_every=settings.save_every,
+        callback=note,
+    )
+    if not leads:
+        return
+    save_checkpoint_folder(out / "model", model.network, card)
+    if test is not None:
+        loss = held_out_loss(model, *test)
+        card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
+        save_checkpoint_folder(out / "model", model.network, card)
+
+
+def draw_samples(model: Any, classes: int, path: Path, n: int = 40) -> None:
+    """A picture of samples with 12 calls, the same noise every time, labels in turn."""
+    cond = {"class_labels": torch.arange(n) % classes} if classes else None
+    r = api.sample(model, n=n, nfe=12, cond=cond, batch_size=n)
+    whole = r.samples[torch.isfinite(r.samples).flatten(1).all(1)]
+    if len(whole):
+        picture = io.BytesIO()
+        image_grid(to_uint8(whole, model.data_range), columns=10, width=56).save(picture, "PNG")
+        write_whole(path, picture.getvalue())
+
+
+def _losses(history: History) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", *history])
+    writer.writerows([step, *values] for step, values in enumerate(zip(*history.values(), strict=True)))
+    return text.getvalue().encode()
+
+
+def _test_split(data: Path, images: Tensor, labels: Tensor) -> _Labelled | None:
+    """Images and labels of the test split, checked against the training split before any training; None without one."""
     try:
         test_images, test_labels = load_images(data, train=False)
     except FileNotFoundError:
@@ -104,16 +219,21 @@ def _test_split(data: Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Ten
     return test_images, test_labels
 
 
-def _card(shape: torch.Size, names: list[str], title: str, config: TrainConfig) -> dict[str, Any]:
+def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, Any]:
     """What the model says of itself, and how to read its network."""
-    source, _, licence = title.partition(";")
-    settings = dataclasses.asdict(config)
-    options = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
+    source, _, licence = settings.title.partition(";")
+    config = settings.training
+    named = {"training.steps": "--steps", "training.batch_size": "--batch-size", "training.seed": "--seed"}
+    command = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
+    command += "".join(f" --set {key}={as_toml(v)}" for key, v in settings.differences() if key not in named)
+    own = dataclasses.asdict(settings)
     return {
         "data": source.strip() or "not stated",
         "licence": licence.strip() or "not stated",
-        "command": f"fastsde train --data FOLDER --out OUT {options}",
-        "settings": json.loads(json.dumps(settings)),
+        "command": f"fastsde train --data FOLDER --out OUT {command}",
+        "settings": json.loads(json.dumps(own.pop("training"))),
+        "network": json.loads(json.dumps(own["network"])),
+        "adversary": json.loads(json.dumps(own["adversary"])),
         "images_seen": config.steps * config.batch_size,
         "metrics": {},
         "event_shape": list(shape[1:]),

@@ -42,7 +42,7 @@ class Cell:
         nfe: budget of network calls; or None.
         rtol: relative tolerance; or None.
         seed: the seed of the noise.
-        controller: a grid of its own in place of the solver's; `nfe` is then for the record alone.
+        controller: a grid or rule of its own in place of the solver's; `nfe` and `rtol` are then for the record alone.
     """
 
     solver: Solver
@@ -178,7 +178,7 @@ class Sweep:
             solver=cell.solver,
             controller=cell.controller,
             nfe=cell.nfe if cell.controller is None else None,
-            rtol=cell.rtol,
+            rtol=cell.rtol if cell.controller is None else None,
             batch_size=self.batch_size,
             cond=None if labels is None else {"class_labels": labels},
         )

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.score.base import ScoreModel
-from fastsde.training.gan_losses import GANLoss, lsgan, plain
+from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, plain
+from fastsde.training.masking import Masking
 from fastsde.types import Cond, State, Time
 
 
@@ -55,6 +56,8 @@ class Adversary:
         steps: n_D.
         learning_rate: of the discriminator, constant.
         betas: of its Adam; the published ones. For the score network they are (0, 0.9): `TrainConfig(betas=...)`.
+        penalty: lambda of the gradient penalty, added to D's loss; 10 is the published one for `wgan`.
+        masking: masks on what D sees, real and fake; or None.
     """
 
     discriminator: nn.Module
@@ -63,6 +66,8 @@ class Adversary:
     steps: int = 1
     learning_rate: float = 1e-4
     betas: tuple[float, float] = (-0.5, 0.9)
+    penalty: float = 0.0
+    masking: Masking | None = None
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""
@@ -74,6 +79,8 @@ class Adversary:
             "learning_rate": self.learning_rate,
             "betas": list(self.betas),
             "loss": loss,
+            "penalty": self.penalty,
+            "masking": None if self.masking is None else dataclasses.asdict(self.masking),
         }
 
     def optimizer(self) -> Adam:
@@ -81,21 +88,53 @@ class Adversary:
         return Adam(self.discriminator.parameters(), self.learning_rate, self.betas)
 
     def discriminator_loss(
-        self, model: ScoreModel, x_0: State, t: Time, noise: State, cond: Cond | None = None
+        self,
+        model: ScoreModel,
+        x_0: State,
+        t: Time,
+        noise: State,
+        cond: Cond | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
-        """L_D, a scalar, on data x_0 with shape (B, *event), times t (B,) and noise (B, *event)."""
+        """L_D, a scalar, on data x_0 with shape (B, *event), times t (B,) and noise (B, *event).
+
+        `generator` draws masks and the points of the gradient penalty, and is needed with those only.
+        """
         with torch.no_grad():
             denoised = model(model.sde.marginal(x_0, t, noise), t, cond).x_0
-        return self.loss.discriminator(self.discriminator(x_0), self.discriminator(denoised))
+        real, fake = self._seen(x_0, x_0, generator), self._seen(denoised, x_0, generator)
+        loss = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
+        if self.penalty == 0:
+            return loss
+        mix = torch.rand(len(real), generator=_needed(generator)).to(real)
+        return loss + self.penalty * gradient_penalty(self.discriminator, real, fake, mix)
 
-    def score_loss(self, model: ScoreModel, x_0: State, t: Time, noise: State, cond: Cond | None = None) -> Tensor:
+    def score_loss(
+        self,
+        model: ScoreModel,
+        x_0: State,
+        t: Time,
+        noise: State,
+        cond: Cond | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
         """The score network's loss, a scalar; the discriminator gets no gradient."""
         prediction = model(model.sde.marginal(x_0, t, noise), t, cond)
         matching = (prediction.epsilon - noise).square().flatten(1).sum(1).mean()
         self.discriminator.requires_grad_(False)
         try:
-            fake = self.discriminator(prediction.x_0)
-            real = torch.zeros_like(fake) if self.loss.compare is plain else self.discriminator(x_0)
+            fake = self.discriminator(self._seen(prediction.x_0, x_0, generator))
+            compared = self.loss.compare is not plain
+            real = self.discriminator(self._seen(x_0, x_0, generator)) if compared else torch.zeros_like(fake)
             return self.loss.generator(real, fake) + 0.5 * self.weight * matching
         finally:
             self.discriminator.requires_grad_(True)
+
+    def _seen(self, x: State, x_0: State, generator: torch.Generator | None) -> State:
+        return x if self.masking is None else self.masking(x, x_0, _needed(generator))
+
+
+def _needed(generator: torch.Generator | None) -> torch.Generator:
+    if generator is None:
+        raise TypeError("generator is needed: masks and the gradient penalty are drawn.")
+    return generator

@@ -97,7 +97,12 @@ def level_times(sde: SDE, sigmas: Tensor, batch: int, generator: torch.Generator
 
     Returns:
         Float64 times with shape (batch,).
+
+    Raises:
+        ValueError: if the levels do not fall or are not positive.
     """
+    if len(sigmas) < 1 or sigmas[-1] <= 0 or (sigmas.diff() >= 0).any():
+        raise ValueError(f"sigmas must fall and be positive, the largest first; got {sigmas.tolist()[:4]}.")
     chosen = sigmas[torch.randint(len(sigmas), (batch,), generator=generator)]
     return sde.t_of_log_snr(-2 * chosen.double().log())
 

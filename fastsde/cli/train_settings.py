@@ -1,0 +1,189 @@
+"""Settings of `fastsde train`: a TOML file, `--set key=value`, and options, in rising order of precedence."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastsde.training.adversarial import Adversary
+from fastsde.training.config import TrainConfig
+from fastsde.training.gan_losses import average, hinge, lsgan, paired, plain, sgan, wgan
+from fastsde.training.masking import Masking
+from fastsde.training.networks import Discriminator
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+LOSSES = {"sgan": sgan, "lsgan": lsgan, "hinge": hinge, "wgan": wgan}
+COMPARISONS = {"plain": plain, "paired": paired, "average": average}
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkSettings:
+    """Of `small_unet`: channels at its three resolutions."""
+
+    widths: tuple[int, ...] = (32, 64, 112)
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarySettings:
+    """A discriminator and how it is trained; see `Adversary`, `Discriminator` and `Masking`."""
+
+    loss: str = "lsgan"
+    compare: str = "plain"
+    weight: float = 1.0
+    steps: int = 1
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (-0.5, 0.9)
+    penalty: float = 0.0
+    width: int = 32
+    halvings: int = 3
+    masking: Masking | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in (("loss", LOSSES), ("compare", COMPARISONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"adversary.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+
+    def build(self, channels: int) -> Adversary:
+        """The discriminator, with fresh weights, and its training."""
+        return Adversary(
+            Discriminator(channels, self.width, self.halvings),
+            LOSSES[self.loss](COMPARISONS[self.compare]),
+            self.weight,
+            self.steps,
+            self.learning_rate,
+            self.betas,
+            self.penalty,
+            self.masking,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """All that `--config` may say. Paths are relative to where the command runs."""
+
+    data: str = ""
+    title: str = ""
+    classes: tuple[str, ...] = ()
+    labels: bool = True
+    save_every: int = 250
+    samples_every: int = 1000
+    training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    network: NetworkSettings = dataclasses.field(default_factory=NetworkSettings)
+    adversary: AdversarySettings | None = None
+
+    def __post_init__(self) -> None:
+        if self.save_every < 1 or self.samples_every < 0 or self.samples_every % self.save_every:
+            raise ValueError(
+                f"save_every must be at least 1 and samples_every a multiple of it, or 0 for no samples; got "
+                f"{self.save_every} and {self.samples_every}."
+            )
+
+    def differences(self) -> Iterator[tuple[str, Any]]:
+        """The settings that are not the defaults, as `--set` takes them, but for the data and what it is called."""
+        default = _flat(dataclasses.asdict(Settings()))
+        for key, value in _flat(dataclasses.asdict(self)):
+            if key not in ("data", "title", "classes") and (key, value) not in default:
+                yield key, value
+
+
+def read_settings(config: Path | None, assignments: Sequence[str], options: Mapping[str, Any]) -> Settings:
+    """The settings of a file, with `--set` and then options over them.
+
+    Args:
+        config: a TOML file, or None.
+        assignments: such as "training.steps=100"; values as in TOML, or else words.
+        options: by the same keys; None for those not given.
+
+    Raises:
+        ValueError: naming the key that is unknown or has a value of the wrong kind.
+        FileNotFoundError: if there is no such file.
+    """
+    found: dict[str, Any] = {}
+    if config is not None:
+        try:
+            found = tomllib.loads(config.read_text())
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{config} is no TOML file: {error}") from error
+    for text in assignments:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise ValueError(f"--set must be KEY=VALUE; got {text!r}.")
+        _put(found, key.strip(), _value(value.strip()))
+    for key, value in options.items():
+        if value is not None:
+            _put(found, key, value)
+    if "adversary" in found and "betas" not in found.get("training", {}):
+        _put(found, "training.betas", [0.0, 0.9])  # published; momentum of the score network makes the game unstable
+    settings: Settings = _build(Settings, found, "")
+    return settings
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _put(found: dict[str, Any], key: str, value: Any) -> None:
+    *path, last = key.split(".")
+    for k, name in enumerate(path):
+        found = found.setdefault(name, {})
+        if not isinstance(found, dict):
+            raise ValueError(f"{'.'.join(path[: k + 1])} is no table, so there is no {key}.")
+    found[last] = value
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    """A value as a field of that type wants it: tables become dataclasses, lists tuples."""
+    choices = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else ()
+    if choices:
+        kind = choices[0]
+    if dataclasses.is_dataclass(kind):
+        return _build_table(kind, value, key)
+    items = typing.get_args(kind)
+    if items:
+        same = items[-1] is Ellipsis
+        if not isinstance(value, list | tuple) or not (same or len(value) == len(items)):
+            raise ValueError(f"{key} must be a list{'' if same else f' of {len(items)}'}; got {value!r}.")
+        return tuple(_build(items[0 if same else k], part, key) for k, part in enumerate(value))
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{key} must be of the kind {kind.__name__}; got {value!r}.")
+    return value
+
+
+def _build_table(kind: Any, value: Any, key: str) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{key} must be a table; got {value!r}.")
+    hints, prefix = typing.get_type_hints(kind), f"{key}." if key else ""
+    unknown = [name for name in value if name not in hints]
+    if unknown:
+        raise ValueError(f"there is no setting {prefix}{unknown[0]}; {key or 'a run'} has {', '.join(hints)}.")
+    try:
+        return kind(**{name: _build(hints[name], part, f"{prefix}{name}") for name, part in value.items()})
+    except ValueError as error:
+        raise ValueError(str(error) if key == "" or str(error).startswith(key) else f"{key}: {error}") from error
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    flat: list[tuple[str, Any]] = []
+    for key, part in value.items():
+        flat += _flat(part, f"{prefix}{key}.") if isinstance(part, dict) else [(f"{prefix}{key}", part)]
+    return flat
+
+
+def as_toml(value: Any) -> str:
+    """A value as `--set` reads it."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value)

@@ -1,0 +1,114 @@
+"""The batch of each step: a function of (seed, step), shared by the processes of a run."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from fastsde.score.base import ScoreModel
+from fastsde.training.config import TrainConfig
+from fastsde.training.data import to_unit_range
+from fastsde.training.levels import geometric_levels, level_times
+from fastsde.training.losses import stratified_times
+
+Batch = tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]
+"""x_0 and noise with shape (B, *event), times with shape (B,) between them, conditioning: what the losses take."""
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Which process of a distributed run this is, and of how many; (0, 1) if there is none."""
+    there = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
+
+
+class Batches:
+    """Draws data, times, noise and conditioning.
+
+    Args:
+        model: the score model, on whose device batches are put.
+        images: uint8 with shape (N, C, H, W), or floats with shape (N, *event).
+        labels: int64 with shape (N,), or None.
+        config: the settings.
+
+    Raises:
+        ValueError: if the data are constant, not finite or not as many as the labels, or the processes cannot share a
+            batch evenly.
+    """
+
+    def __init__(self, model: ScoreModel, images: Tensor, labels: Tensor | None, config: TrainConfig) -> None:
+        check_data(images, labels)
+        self.rank, self.size = rank_and_size()
+        if config.batch_size % self.size:
+            raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {self.size} processes.")
+        self.model, self.images, self.labels, self.config = model, images, labels, config
+        self.no_label = 0 if labels is None else int(labels.max()) + 1
+        sde = model.sde
+        last, first = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).div(-2).exp().tolist()
+        self.levels = geometric_levels(first, last, config.levels) if config.levels else None
+
+    def precision(self) -> AbstractContextManager[None]:
+        """Autocast to bfloat16 if the settings say so."""
+        parameter = self.model.parameter
+        kind = "cpu" if parameter is None else parameter.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.config.bf16)
+
+    def draw(self, step: int, turn: int = 0) -> tuple[Batch, torch.Generator]:
+        """This process's share of a step's batch, and a generator for what else it draws.
+
+        Args:
+            step: from 0.
+            turn: 0 for the score network, from 1 for the updates of a discriminator.
+        """
+        size, seed = self.config.batch_size, self.config.seed * 1_000_003 + step + (turn << 40)
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(len(self.images), (size,), generator=generator)
+        if self.levels is None:
+            t = stratified_times(self.model.sde, size, generator)
+        else:
+            t = level_times(self.model.sde, self.levels, size, generator)
+        noise = torch.randn(rows.shape + self.images.shape[1:], generator=generator)
+        chosen = None
+        if self.labels is not None:
+            drop = torch.rand(size, generator=generator) < self.config.label_dropout
+            chosen = torch.where(drop, torch.tensor(self.no_label), self.labels[rows])
+        own = slice(self.rank, None, self.size)
+        batch = on_device(
+            self.model, self.images[rows[own]], chosen if chosen is None else chosen[own], t[own], noise[own]
+        )
+        return batch, torch.Generator().manual_seed(seed + (self.rank + 1 << 50))
+
+
+def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Batch:
+    """The batch on the network's device, 8-bit images in [-1, 1]."""
+    parameter = model.parameter
+    device = torch.device("cpu") if parameter is None else parameter.device
+    cond = {} if labels is None else {"class_labels": labels.to(device)}
+    x_0 = to_unit_range(images) if images.dtype == torch.uint8 else images
+    return x_0.to(device), t.to(device), noise.to(device, x_0.dtype), cond
+
+
+def check_data(images: Tensor, labels: Tensor | None) -> None:
+    """Refuses data that nothing can be learned from.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if len(images) < 2:
+        raise ValueError(f"images must be at least two; got shape {tuple(images.shape)}.")
+    if images.dtype != torch.uint8 and not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or floats; got {images.dtype}.")
+    if images.is_floating_point():
+        lost = ~torch.isfinite(images).flatten(1).all(1)
+        if lost.any():
+            raise ValueError(
+                f"{int(lost.sum())} of {len(images)} images are not finite, first {int(lost.int().argmax())}."
+            )
+    if bool((images == images[:1]).all()):
+        raise ValueError(f"all {len(images)} images are the same: there is nothing to learn.")
+    if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64 or labels.min() < 0):
+        raise ValueError(
+            f"labels must be int64 from 0 with shape ({len(images)},); got {labels.dtype} with shape "
+            f"{tuple(labels.shape)}, the least {int(labels.min()) if labels.numel() else '-'}."
+        )

@@ -1,0 +1,82 @@
+"""Checkpoints of a training run: all that it needs to go on to the same numbers, in one file."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+History = dict[str, list[float]]
+"""The losses of every step so far, by name."""
+
+
+def save_checkpoint(
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    settings: dict[str, Any],
+    history: History,
+) -> None:
+    """Writes weights, averages, optimiser states, settings and losses to one safetensors file, atomically."""
+    tensors = {f"{name}.{k}": v for name, module in modules.items() for k, v in module.state_dict().items()}
+    for name, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
+    tensors |= {f"history.{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
+    meta = {"step": str(len(history["loss"])), "config": json.dumps(settings)}
+    temporary = path.with_suffix(".tmp")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, meta)
+    os.replace(temporary, path)
+
+
+def load_checkpoint(
+    path: Path,
+    modules: dict[str, nn.Module],
+    optimizers: dict[str, torch.optim.Optimizer],
+    settings: dict[str, Any],
+) -> History:
+    """Restores what `save_checkpoint` wrote and returns the losses so far; their number is the next step.
+
+    `steps` may differ from the run that wrote it: the schedule of the learning rate follows the new value.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if settings or network differ from those of the checkpoint.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; start without --resume.")
+    try:
+        with safe_open(path, "pt") as file:
+            meta = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    if not {"step", "config"} <= meta.keys():
+        raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
+    stored, wanted = json.loads(meta["config"]), json.loads(json.dumps(settings))
+    changed = [k for k in sorted(stored.keys() | wanted.keys()) if k != "steps" and stored.get(k) != wanted.get(k)]
+    if changed:
+        pairs = ", ".join(f"{k}: {stored.get(k)} there, {wanted.get(k)} here" for k in changed)
+        raise ValueError(f"{path} was written with other settings ({pairs}).")
+    if int(meta["step"]) > int(wanted["steps"]):
+        raise ValueError(f"{path} is at step {meta['step']}, beyond the {wanted['steps']} steps asked for.")
+    for name, module in modules.items():
+        part = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        try:
+            module.load_state_dict(part)
+        except RuntimeError as error:
+            raise ValueError(f"{path} holds another network: {error}") from error
+    for name, optimizer in optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in tensors.items():
+            if key.startswith(f"{name}."):
+                i, field = key.removeprefix(f"{name}.").split(".", 1)
+                state.setdefault(int(i), {})[field] = value
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return {name.removeprefix("history."): v.tolist() for name, v in tensors.items() if name.startswith("history.")}

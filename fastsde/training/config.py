@@ -1,0 +1,56 @@
+"""Settings of a training run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; all of them are stored with its checkpoints.
+
+    Attributes:
+        steps: optimiser steps in all; the learning rate falls linearly to 0 over them.
+        batch_size: images a step.
+        learning_rate: peak learning rate of Adam.
+        warmup: steps over which the learning rate rises from 0.
+        ema_decay: final decay of the averaged weights.
+        label_dropout: share of the labels replaced by "no label".
+        grad_clip: largest norm of the gradient.
+        betas: of Adam; (0, 0.9) for adversarial training.
+        seed: determines initial weights, batches, times and noise.
+        bf16: run the network in bfloat16 under autocast; weights and loss stay float32.
+        levels: geometric levels of noise to train at, each as likely (thesis, eqs. 8.1 and 8.2); 0 for uniform times.
+
+    Raises:
+        ValueError: naming the setting out of range.
+    """
+
+    steps: int = 6000
+    batch_size: int = 128
+    learning_rate: float = 2e-3
+    warmup: int = 200
+    ema_decay: float = 0.999
+    label_dropout: float = 0.1
+    grad_clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    seed: int = 0
+    bf16: bool = True
+    levels: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "warmup"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("learning_rate", "grad_clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if not 0 <= self.label_dropout < 1:
+            raise ValueError(f"label_dropout must be in [0, 1); got {self.label_dropout}.")
+        if self.levels < 0 or self.levels == 1:
+            raise ValueError(f"levels must be 0 or at least 2; got {self.levels}.")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of the given step: a linear rise over `warmup`, then a linear fall to 0."""
+        return self.learning_rate * min((step + 1) / self.warmup, (self.steps - step) / self.steps)

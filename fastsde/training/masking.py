@@ -1,0 +1,122 @@
+r"""Masks on what a discriminator sees, so that few data do not let it settle on a few places and frequencies."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+CAP = 0.5
+"""Largest probability of dropping a band: each is seen at least every other time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Masking:
+    r"""Shifted spatial masking and balanced spectral masking of images, real and fake alike.
+
+    Space: each image is cut into patches by a grid with a random offset, and a share `space` of them becomes 0, the
+    middle of the data range. The number of patches is rounded up or down at random, so that every pixel is masked with
+    the probability `space` exactly.
+
+    Spectrum: the frequencies are cut into concentric bands, and band b is dropped with probability
+
+        p_b = min(CAP, c / E_b),    with c such that the mean of p_b over bands is `spectrum`,
+
+    E_b being the mean energy of the data in it: every band below the cap loses the same energy c on average, so the few
+    low bands that hold most of an image are rarely dropped. (The paper's supplement does not print its formula; this is
+    the one where bands have the same expected masked energy.) The spectral mask comes first. Source: Huang et al.,
+    "Masked generative adversarial networks are data-efficient generation learners", NeurIPS 2022.
+
+    Attributes:
+        space: share of the pixels masked, in [0, 1).
+        patch: side of a patch in pixels.
+        spectrum: mean share of the bands dropped, in [0, 0.5].
+        bands: number of bands; those without a frequency, in small images, do not count.
+
+    Raises:
+        ValueError: naming the attribute out of range.
+    """
+
+    space: float = 0.25
+    patch: int = 8
+    spectrum: float = 0.25
+    bands: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.space < 1:
+            raise ValueError(f"space must be in [0, 1); got {self.space}.")
+        if not 0 <= self.spectrum <= CAP:
+            raise ValueError(f"spectrum must be in [0, {CAP}]; got {self.spectrum}.")
+        if self.patch < 1 or self.bands < 2:
+            raise ValueError(f"patch must be at least 1 and bands at least 2; got {self.patch} and {self.bands}.")
+
+    def __call__(self, x: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
+        """Masked images, differentiable in x.
+
+        Args:
+            x: with shape (B, C, H, W), real or fake, around 0.
+            data: real images with shape (N, C, H, W), whose energy per band is balanced.
+            generator: on the CPU; determines the masks.
+
+        Raises:
+            ValueError: if x is no batch of images.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"masks are for images with shape (B, C, H, W); got {tuple(x.shape)}.")
+        if self.spectrum > 0:
+            band = band_of(x.shape[-2], x.shape[-1], self.bands).to(x.device)
+            drop = torch.rand(len(x), self.bands, generator=generator).to(x.device)
+            kept = drop >= self.drop_probabilities(data)
+            spectrum = torch.fft.rfft2(x.float()) * kept[:, band][:, None]
+            x = torch.fft.irfft2(spectrum, s=x.shape[-2:]).to(x.dtype)
+        return x * self.visible(x, generator) if self.space > 0 else x
+
+    def drop_probabilities(self, data: Tensor) -> Tensor:
+        """p_b, with shape (bands,), on the device of the data; 0 for bands without a frequency."""
+        energy, there = band_energy(data, self.bands)
+        energy = torch.where(there, energy.clamp(min=1e-12), math.inf)
+        low, high = torch.zeros_like(energy[0]), CAP * energy[there].amax()
+        for _ in range(60):
+            c = (low + high) / 2
+            above = (c / energy).clamp(max=CAP)[there].mean() > self.spectrum
+            low, high = torch.where(above, low, c), torch.where(above, c, high)
+        return (high / energy).clamp(max=CAP)
+
+    def visible(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """1 where a pixel is seen and 0 where it is masked, with shape (B, 1, H, W)."""
+        n, _, height, width = x.shape
+        rows, columns = (-(-side // self.patch) + 1 for side in (height, width))
+        count = rows * columns
+        masked = (self.space * count + torch.rand(n, generator=generator)).floor()
+        rank = torch.rand(n, count, generator=generator).argsort(1).argsort(1)
+        seen = (rank >= masked[:, None]).reshape(n, rows, columns)
+        shift = torch.randint(self.patch, (2, n, 1), generator=generator)
+        row = (torch.arange(height) + shift[0]) // self.patch
+        column = (torch.arange(width) + shift[1]) // self.patch
+        picked = seen[torch.arange(n)[:, None, None], row[:, :, None], column[:, None, :]]
+        return picked[:, None].to(x)
+
+
+def band_of(height: int, width: int, bands: int) -> Tensor:
+    """The band of each frequency of `rfft2`, by its distance from 0, with shape (H, W // 2 + 1)."""
+    radius = torch.hypot(torch.fft.fftfreq(height)[:, None], torch.fft.rfftfreq(width)[None, :])
+    return (radius / radius.max() * bands).long().clamp(max=bands - 1)
+
+
+def band_energy(x: Tensor, bands: int) -> tuple[Tensor, Tensor]:
+    """Mean energy in each band, with shape (bands,), and which bands have a frequency.
+
+    The energies of all bands sum to the mean of |x|^2 summed over pixels and channels.
+    """
+    height, width = x.shape[-2:]
+    power = torch.fft.rfft2(x.float(), norm="ortho").abs().square().sum(1).mean(0)
+    # rfft2 leaves out the mirror images of all columns but the first and, for even widths, the last.
+    twice = torch.full((power.shape[1],), 2.0, device=x.device)
+    twice[0] = 1.0
+    if width % 2 == 0:
+        twice[-1] = 1.0
+    band = band_of(height, width, bands).to(x.device).flatten()
+    energy = torch.zeros(bands, device=x.device).index_add(0, band, (power * twice).flatten())
+    return energy, torch.bincount(band, minlength=bands) > 0

@@ -1,0 +1,121 @@
+"""Masks of a discriminator's input."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastsde.training.adversarial import Adversary
+from fastsde.training.masking import CAP, Masking, band_energy, band_of
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def natural(n=40, size=28, slope=1.5):
+    """Noise with a spectrum that falls as natural images' does."""
+    white = torch.randn(n, 1, size, size, generator=seeded(3))
+    radius = torch.hypot(torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None])
+    return torch.fft.irfft2(torch.fft.rfft2(white) / (radius + 0.02) ** slope, s=(size, size))
+
+
+@given(
+    space=st.floats(0.0, 0.9),
+    patch=st.integers(1, 9),
+    height=st.integers(5, 17),
+    width=st.integers(5, 17),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=15, deadline=None)
+def test_every_pixel_is_masked_with_the_share_asked_for(space, patch, height, width, seed):
+    n = 4000
+    seen = Masking(space=space, patch=patch).visible(torch.zeros(n, 1, height, width), seeded(seed))
+    masked = 1 - seen.mean(0)
+    # 5.5 standard errors of a share of n, for up to 289 pixels in 15 examples.
+    assert (masked - space).abs().max() <= 5.5 * math.sqrt(space * (1 - space) / n) + 1e-6
+
+
+def test_masked_places_are_whole_patches_on_a_shifted_grid():
+    seen = Masking(space=0.4, patch=4).visible(torch.zeros(50, 1, 16, 16), seeded())
+    offsets = set()
+    for image in seen[:, 0]:
+        rows = {int(k) % 4 for k in (image[1:] != image[:-1]).any(1).nonzero() + 1}
+        columns = {int(k) % 4 for k in (image[:, 1:] != image[:, :-1]).any(0).nonzero() + 1}
+        assert len(rows) <= 1
+        assert len(columns) <= 1
+        offsets |= rows
+    assert offsets == {0, 1, 2, 3}
+
+
+def test_energies_of_bands_sum_to_the_energy_of_the_image():
+    for shape in ((5, 3, 28, 28), (5, 1, 9, 13)):
+        x = torch.randn(shape, generator=seeded(), dtype=torch.float64)
+        energy, _ = band_energy(x, 16)
+        torch.testing.assert_close(energy.sum().double(), x.square().sum((1, 2, 3)).mean(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.25, 0.4])
+def test_every_band_below_the_cap_loses_the_same_energy(share):
+    data = natural()
+    p = Masking(spectrum=share).drop_probabilities(data)
+    energy, there = band_energy(data, 64)
+    free = there & (p < CAP)
+    assert 5 < int(free.sum()) < int(there.sum())
+    torch.testing.assert_close(p[there].mean(), torch.tensor(share), rtol=1e-4, atol=0)
+    lost = (p * energy)[free]
+    torch.testing.assert_close(lost, lost[:1].expand_as(lost), rtol=1e-4, atol=0)
+    # Capped bands have less energy than c: they cannot lose it even if dropped half of the time.
+    assert ((p * energy)[there & ~free] <= lost[0] * (1 + 1e-4)).all()
+
+
+def test_dropped_bands_are_gone_and_others_unchanged():
+    data = natural(n=400)
+    masking = Masking(space=0.0, spectrum=0.25, bands=16)
+    spectrum, masked = torch.fft.rfft2(data), torch.fft.rfft2(masking(data, data, seeded()))
+    band = band_of(28, 28, 16)
+    dropped = torch.zeros(400, 16, dtype=torch.bool)
+    for b in range(16):
+        own, now = spectrum[:, 0, band == b], masked[:, 0, band == b]
+        scale = own.abs().amax(1)
+        gone, kept = now.abs().amax(1) < 1e-4 * scale, (now - own).abs().amax(1) < 1e-4 * scale
+        assert (gone ^ kept).all()
+        dropped[:, b] = gone
+    expected = masking.drop_probabilities(data)
+    # Five standard errors of a share of 400.
+    assert ((dropped.float().mean(0) - expected).abs() <= 5 * (expected * (1 - expected) / 400).sqrt() + 1e-6).all()
+
+
+def test_masks_are_a_function_of_the_generator_and_nothing_is_lost_at_zero():
+    x = natural(n=4)
+    assert torch.equal(Masking()(x, x, seeded(1)), Masking()(x, x, seeded(1)))
+    assert not torch.equal(Masking()(x, x, seeded(1)), Masking()(x, x, seeded(2)))
+    assert torch.equal(Masking(space=0.0, spectrum=0.0)(x, x, seeded()), x)
+
+
+def test_masking_scales_the_gradient_of_a_linear_pooling_discriminator():
+    """(1 - p) in expectation (eq. 29 of the paper's supplement)."""
+    x = natural(n=1).expand(20_000, -1, -1, -1).clone().requires_grad_()
+    weight = torch.tensor(0.7)
+    (weight * Masking(space=0.3, spectrum=0.0, patch=6)(x, x, seeded())).mean((1, 2, 3)).sum().backward()
+    expected = 0.7 / 784 * (1 - 0.3)
+    # Five standard errors, sqrt(0.3 / 0.7 / 20000) each, for 784 pixels.
+    torch.testing.assert_close(
+        x.grad.mean(0), torch.full((1, 28, 28), expected), rtol=5 * math.sqrt(0.3 / 0.7 / 20_000), atol=0
+    )
+
+
+def test_values_out_of_range_are_refused():
+    for options, name in (({"space": 1.0}, "space"), ({"spectrum": 0.6}, "spectrum"), ({"patch": 0}, "patch")):
+        with pytest.raises(ValueError, match=name):
+            Masking(**options)
+    with pytest.raises(ValueError, match="images"):
+        Masking()(torch.zeros(3, 2), torch.zeros(3, 2), seeded())
+
+
+def test_settings_of_an_adversary_name_its_masks():
+    plain, masked = (Adversary(torch.nn.Identity(), masking=m).settings() for m in (None, Masking(space=0.1)))
+    assert plain["masking"] is None
+    assert masked["masking"]["space"] == 0.1

@@ -1,0 +1,203 @@
+"""`fastsde train`: settings, runs, what it refuses, several processes."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+from safetensors.torch import load_file
+
+import fastsde
+from fastsde.cli.main import main
+from fastsde.cli.train_settings import Settings, as_toml, read_settings
+from fastsde.training.config import TrainConfig
+from fastsde.training.masking import Masking
+from tests.test_training import write_idx
+
+TOML = """
+data = "there"
+classes = ["a", "b"]
+samples_every = 0
+
+[training]
+steps = 7
+learning_rate = 1
+
+[network]
+widths = [8, 8, 16]
+
+[adversary]
+loss = "hinge"
+compare = "average"
+
+[adversary.masking]
+patch = 4
+"""
+TINY = ["--set", "network.widths=[8,8,16]", "--set", "training.bf16=false", "--batch-size", 4]
+
+
+def run(*args):
+    return CliRunner().invoke(main, [str(a) for a in ("train", *args)])
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    generator = np.random.default_rng(0)
+    for split, n in (("train", 20), ("t10k", 4)):
+        write_idx(folder / f"{split}-images-idx3-ubyte.gz", generator.integers(0, 256, (n, 8, 8), dtype=np.uint8))
+        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", (np.arange(n) % 2).astype(np.uint8))
+    return folder
+
+
+def pictures(folder, sizes):
+    folder.mkdir()
+    for k, size in enumerate(sizes):
+        pixels = np.random.default_rng(k).integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{k}.png")
+    return folder
+
+
+def test_a_file_then_set_then_options(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text(TOML)
+    found = read_settings(path, ["training.steps=9", "adversary.weight=2", "title=Name; MIT"], {"training.steps": 11})
+    assert found.training.steps == 11
+    assert found.training.learning_rate == 1.0
+    assert found.training.betas == (0.0, 0.9)  # adversarial: no momentum of the score network
+    assert found.adversary.weight == 2.0
+    assert found.adversary.masking == Masking(patch=4)
+    assert found.title == "Name; MIT"
+    assert found.classes == ("a", "b")
+    loss = found.adversary.build(1).loss
+    u, v = torch.tensor([0.3, -2.0]), torch.tensor([1.5, 0.1])
+    torch.testing.assert_close(loss.discriminator(u, v), fastsde_hinge_average(u, v))
+    assert read_settings(None, [], {}) == Settings()
+    assert read_settings(path, ["training.betas=[0.5, 0.9]"], {}).training.betas == (0.5, 0.9)
+
+
+def fastsde_hinge_average(real, fake):
+    return (1 - real + fake.mean()).clamp(min=0).mean() + (1 + fake - real.mean()).clamp(min=0).mean()
+
+
+def test_what_differs_can_be_said_again():
+    """The command on the card gives the same settings."""
+    masked = Masking(space=0.1, bands=32)
+    first = read_settings(None, ["adversary.loss=sgan", "adversary.masking.space=0.1"], {})
+    first = dataclasses.replace(first, adversary=dataclasses.replace(first.adversary, masking=masked))
+    again = read_settings(None, [f"{key}={as_toml(value)}" for key, value in first.differences()], {})
+    assert again == first
+    assert not list(Settings(data="x", title="y", classes=("z",)).differences())
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("training.step=3", "no setting training.step;"),
+        ("steps=3", "no setting steps;"),
+        ("training.steps=many", "training.steps must be of the kind int"),
+        ("training.steps=0", "training: steps must be at least 1"),
+        ("training.steps=true", "training.steps"),
+        ("training.levels=1", "levels must be 0 or at least 2"),
+        ("training=3", "training must be a table"),
+        ("training.betas=[0.1]", "a list of 2"),
+        ("training.learning_rate=-1", "learning_rate must be positive"),
+        ("adversary.loss=gan", "adversary.loss must be one of sgan"),
+        ("adversary.masking.space=1.5", "adversary.masking: space"),
+        ("network.widths=[8, 8, 9]", "three multiples of 8"),
+        ("samples_every=300", "a multiple"),
+        ("training.steps", "KEY=VALUE"),
+        ("data.x=3", "data is no table"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_by_name(tmp_path, data, assignment, words):
+    (tmp_path / "c.toml").write_text(f'data = "{data}"')
+    result = run("--config", tmp_path / "c.toml", "--out", tmp_path / "out", "--set", assignment)
+    assert result.exit_code == 1
+    assert words in result.output
+    assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def test_data_that_cannot_be_learned_from_are_refused(tmp_path, data):
+    mixed = pictures(tmp_path / "mixed", [8, 8, 12])
+    constant = pictures(tmp_path / "constant", [8])
+    for k in range(3):
+        Image.open(constant / "0.png").save(constant / f"copy{k}.png")
+    np.savez(tmp_path / "nan.npz", arr_0=np.full((3, 8, 8, 1), np.nan, np.float32))
+    (tmp_path / "broken.toml").write_text("data = ")
+    cases = [
+        (["--data", mixed], "sizes must agree"),
+        (["--data", constant], "are the same"),
+        (["--data", tmp_path / "nan.npz"], "not finite"),
+        (["--data", tmp_path / "nowhere"], "neither a file nor a folder"),
+        (["--data", data, "--classes", "a,b,c"], "3 classes; the data have 2"),
+        ([], "--data is needed"),
+        (["--config", tmp_path / "broken.toml"], "no TOML file"),
+    ]
+    for options, words in cases:
+        result = run(*options, "--out", tmp_path / "out", *TINY)
+        assert result.exit_code == 1, options
+        assert words in " ".join(result.output.split()), options
+    assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def test_an_adversarial_run_and_what_it_leaves(tmp_path, data):
+    out = tmp_path / "run"
+    options = ["--data", data, "--out", out, *TINY, "--set", "save_every=2", "--set", "samples_every=2"]
+    options += ["--set", "adversary.width=4", "--set", "adversary.halvings=2", "--set", "adversary.masking.patch=3"]
+    assert run(*options, "--steps", 4).exit_code == 0
+    assert run(*options, "--steps", 6, "--resume").exit_code == 0
+    rows = list(csv.DictReader((out / "losses.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(6))
+    history = load_file(out / "checkpoint.safetensors")
+    assert [float(row["discriminator"]) for row in rows] == history["history.discriminator"].tolist()
+    assert sorted(p.name for p in (out / "samples").iterdir()) == ["000002.png", "000004.png", "000006.png"]
+    # Four rows of ten images with gaps of 2 pixels, enlarged to 56 pixels each.
+    assert Image.open(out / "samples" / "000006.png").size == (7 * (2 + 10 * 10), 7 * (2 + 4 * 10))
+    model, _ = fastsde.pretrained(out / "model")
+    assert model.network.config.block_out_channels == [8, 8, 16]
+    card = json.loads((out / "model" / "card.json").read_text())
+    assert card["adversary"]["masking"]["patch"] == 3
+    assert "--set adversary.masking.patch=3" in card["command"]
+    assert card["settings"]["betas"] == [0.0, 0.9]
+    before = (out / "checkpoint.safetensors").read_bytes()
+    other = run(*options, "--steps", 8, "--resume", "--set", "network.widths=[8,16,16]")
+    assert other.exit_code == 1
+    assert "another network" in other.output
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_pictures_without_labels(tmp_path):
+    out = tmp_path / "run"
+    assert run("--data", pictures(tmp_path / "p", [8] * 6), "--out", out, "--steps", 2, *TINY).exit_code == 0
+    model, _ = fastsde.pretrained(out / "model")
+    assert model.event_shape == (3, 8, 8)
+    assert model.default_cond is None
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path, data):
+    """Each batch is the same set of rows, and gradients are averaged: only rounding differs."""
+    options = ["--data", data, "--steps", 3, *TINY, "--set", "samples_every=0", "--set", "adversary.width=4"]
+    options += ["--set", "adversary.halvings=2", "--set", "training.learning_rate=1e-4"]
+    assert run(*options, "--out", tmp_path / "one").exit_code == 0
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command += ["-m", "fastsde", "train", *options, "--out", tmp_path / "two"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("is ready") == 1
+    one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    # Sums over rows in another order, in float32; Adam divides by the root of the gradient's square, which turns the
+    # rounding of small gradients into up to the learning rate itself: 3 steps of 1e-4.
+    for key in (k for k in one if k.startswith("network.")):
+        assert (one[key] - two[key]).abs().max() <= 3e-4, key
+    for name in ("history.loss", "history.discriminator"):
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        TrainConfig(batch_size=0)
