@@ -245,7 +245,7 @@ def test_train_then_sample(tmp_path):
     assert not (out / "y").exists()
     missing = run("train", "--data", tmp_path, "--out", out / "x")
     assert missing.exit_code == 1
-    assert "train-images-idx3-ubyte" in missing.output
+    assert "which is no image" in missing.output
 
 
 # ---- solvers by name ------------------------------------------------------------------------------------------------

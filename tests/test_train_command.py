@@ -186,9 +186,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path, data):
     options = ["--data", data, "--steps", 3, *TINY, "--set", "samples_every=0", "--set", "adversary.width=4"]
     options += ["--set", "adversary.halvings=2", "--set", "training.learning_rate=1e-4"]
     assert run(*options, "--out", tmp_path / "one").exit_code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += ["-m", "fastsde", "train", *options, "--out", tmp_path / "two"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("is ready") == 1
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))

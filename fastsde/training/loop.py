@@ -72,7 +72,8 @@ def train(
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings)
     first, leads = len(history["loss"]), rank_and_size()[0] == 0
-    bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, unit="step", disable=not leads)
+    shown = None if leads else True  # in a terminal only, and once
+    bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, unit="step", disable=shown)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate_at(step)
