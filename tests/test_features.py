@@ -20,6 +20,7 @@ from fastsde.evaluation.jobs import ShardedJob
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference, packaged_reference
 from fastsde.evaluation.statistics import Moments, frechet_distance
+from fastsde.training.checkpoint import save_checkpoint
 
 
 def pictures(n, side=4, channels=1, seed=0):
@@ -246,12 +247,29 @@ def test_the_packaged_classifier_its_card_and_its_reference_belong_together():
     assert distance < 0.003
 
 
-def test_training_a_classifier_repeats_and_learns():
+def test_training_a_classifier_repeats_resumes_and_learns(tmp_path, monkeypatch):
     """Bright against dark images: a few steps tell them apart."""
     labels = torch.arange(256) % 2
     images = (torch.rand(256, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 80).to(torch.uint8)
     images += (labels * 150).to(torch.uint8)[:, None, None, None]
-    first, second = (train_classifier(images, labels, epochs=15, batch_size=64, bf16=False) for _ in range(2))
+    options = {"epochs": 15, "batch_size": 64, "bf16": False}
+    first = train_classifier(images, labels, **options)
+
+    class Stop(Exception):
+        pass
+
+    def stop_after_three(*state):
+        save_checkpoint(*state)
+        if len(state[-1]["loss"]) == 3 * 4:
+            raise Stop
+
+    path = tmp_path / "c.safetensors"
+    monkeypatch.setattr("fastsde.evaluation.classifier.save_checkpoint", stop_after_three)
+    with pytest.raises(Stop):
+        train_classifier(images, labels, checkpoint=path, **options)
+    second = train_classifier(images, labels, checkpoint=path, resume=True, **options)
+    with pytest.raises(ValueError, match="seed: 0 there, 1 here"):
+        train_classifier(images, labels, checkpoint=path, resume=True, seed=1, **options)
     assert all(
         torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
     )

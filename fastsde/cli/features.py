@@ -19,15 +19,20 @@ from fastsde.training.data import load_images
 @click.option("--seed", default=0, type=click.IntRange(0, 1 << 31), help="Weights, order and augmentation.")
 @click.option("--classes", default="", help="Class names, comma-separated; numbers by default.")
 @click.option("--title", default="", help="Name and licence of the data, for the card: 'Fashion-MNIST; MIT'.")
-def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, title: str) -> None:
+@click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
+def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, title: str, resume: bool) -> None:
     """Train a small convolutional classifier on IDX images, for `--features` of stats, evaluate and bench.
 
-    Writes weights in half precision, the precision they are tested and used in, and a card with their accuracy.
+    Writes weights in half precision, the precision they are tested and used in, and a card with their accuracy. After
+    every pass --out/checkpoint.safetensors is replaced; --resume goes on from it to the same weights.
 
     \b
     Example:
       fastsde train-features --data fashion-mnist --out runs/features
     """
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists() and not resume:
+        raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
     try:
         images, labels = load_images(data)
         test_images, test_labels = load_images(data, train=False)
@@ -35,7 +40,7 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
         if len(names) != int(labels.max()) + 1:
             raise ValueError(f"--classes names {len(names)} classes; the data have {int(labels.max()) + 1}.")
         prepare_folder(out, needed=10 << 20)
-        network = train_classifier(images, labels, epochs=epochs, seed=seed)
+        network = train_classifier(images, labels, epochs=epochs, seed=seed, checkpoint=checkpoint, resume=resume)
         source, _, licence = title.partition(";")
         card = {
             "data": source.strip() or "not stated",
@@ -56,6 +61,8 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
         }
         card["weights_sha256"] = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
         save_classifier(out, network, card)
+    except KeyboardInterrupt as error:
+        raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
     except (ValueError, OSError) as error:
         raise click.ClickException(str(error)) from error
     click.echo(f"{out}: {card['metrics']}; use it with --features {out}")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fastsde.evaluation.jobs import write_whole
+from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.data import to_unit_range
 
 WEIGHTS, CARD = "classifier.safetensors", "card.json"
@@ -66,6 +67,8 @@ def train_classifier(
     smoothing: float = 0.1,
     seed: int = 0,
     bf16: bool = True,
+    checkpoint: Path | None = None,
+    resume: bool = False,
 ) -> Classifier:
     """Trains a `Classifier` by cross entropy, on images mirrored and shifted by up to two pixels at random.
 
@@ -81,9 +84,13 @@ def train_classifier(
         smoothing: share of the target spread over all classes.
         seed: determines weights, order and augmentation.
         bf16: bfloat16 under autocast.
+        checkpoint: a .safetensors file, replaced after every epoch.
+        resume: continue from `checkpoint`, to the same numbers.
 
     Raises:
-        ValueError: if the images' size is not divisible by 4, or there are fewer than a batch.
+        ValueError: if the images' size is not divisible by 4, there are fewer than a batch, or the checkpoint is of
+            other settings.
+        FileNotFoundError: if there is nothing to resume.
     """
     if images.shape[-1] % 4 or images.shape[-2] % 4:
         raise ValueError(f"images must have sides divisible by 4 (two halvings); they are {tuple(images.shape[-2:])}.")
@@ -95,35 +102,59 @@ def train_classifier(
     optimizer = torch.optim.SGD(
         network.parameters(), learning_rate, momentum=0.9, nesterov=True, weight_decay=weight_decay
     )
-    steps = epochs * (len(images) // batch_size)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
-    bar = tqdm(total=steps, desc="train", unit="step", disable=None)
-    for _ in range(epochs):
+    per_epoch = len(images) // batch_size
+    steps = epochs * per_epoch
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    settings |= {
+        "seed": seed,
+        "bf16": bf16,
+        "weight_decay": weight_decay,
+        "smoothing": smoothing,
+        "images": list(images.shape),
+        "steps": steps,
+    }
+    modules: dict[str, nn.Module] = {"network": network}
+    optimizers: dict[str, torch.optim.Optimizer] = {"sgd": optimizer}
+    history: History = {"loss": []}
+    if resume and checkpoint is not None:
+        history = load_checkpoint(checkpoint, modules, optimizers, settings)
+    first = len(history["loss"])
+    bar = tqdm(total=steps, desc="train", unit="step", initial=first, disable=None)
+    for epoch in range(epochs):
         order = torch.randperm(len(images), generator=generator)
-        for rows in order.split(batch_size):
-            if len(rows) < batch_size:  # another order leaves others out in the next pass
-                continue
-            x = _augment(to_unit_range(images[rows]), generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-                _, logits = network(x)
-                loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=smoothing)
+        # What is left over is no batch; another order leaves others out in the next pass.
+        for step, rows in enumerate(order.split(batch_size)[:per_epoch], epoch * per_epoch):
+            moves = _moves(batch_size, generator)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
+            if step >= first:
+                x = _augment(to_unit_range(images[rows]), *moves)
+                with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                    _, logits = network(x)
+                    loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=smoothing)
+                loss.backward()
+                history["loss"].append(float(loss.detach()))
+                bar.update()
+                bar.set_postfix(loss=f"{history['loss'][-1]:.3f}")
+            optimizer.step()  # of a step done before the checkpoint there is no gradient, and this does nothing
             schedule.step()
-            bar.update()
-            bar.set_postfix(loss=f"{float(loss.detach()):.3f}")
+        if checkpoint is not None and len(history["loss"]) > first:
+            save_checkpoint(checkpoint, modules, optimizers, settings, history)
     bar.close()
     return network.eval()
 
 
-def _augment(x: Tensor, generator: torch.Generator) -> Tensor:
+def _moves(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Which images are mirrored, with shape (n,), and where they start, with shape (2, n)."""
+    return torch.rand(n, generator=generator) < 0.5, torch.randint(0, 5, (2, n), generator=generator)
+
+
+def _augment(x: Tensor, flip: Tensor, start: Tensor) -> Tensor:
     """Each image mirrored or not, and moved by -2 .. 2 pixels along both axes, black moving in."""
     n, _, height, width = x.shape
-    flip = torch.rand(n, generator=generator) < 0.5
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     x = functional.pad(x, (2, 2, 2, 2), value=-1.0)
-    top, left = torch.randint(0, 5, (2, n), generator=generator)
+    top, left = start
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]
     columns = (left[:, None] + torch.arange(width))[:, None, None, :]
     return x[torch.arange(n)[:, None, None, None], torch.arange(x.shape[1])[None, :, None, None], rows, columns]
