@@ -14,8 +14,9 @@ from torch import nn
 
 import fastsde
 from fastsde.training.adversarial import Adam, Adversary
-from fastsde.training.gan_losses import average, sgan
-from fastsde.training.loop import TrainConfig, train
+from fastsde.training.config import TrainConfig
+from fastsde.training.gan_losses import average, gradient_penalty, sgan
+from fastsde.training.loop import train
 
 
 class Field(nn.Module):
@@ -86,6 +87,22 @@ def test_losses_are_equations_8_4_and_8_5():
     ignored = adversary.loss.g_1(torch.zeros(6).double()).mean()
     torch.testing.assert_close(adversary.score_loss(model, x, t, z) - ignored, score)
     torch.testing.assert_close(adversary.discriminator_loss(model, x, t, z), critic)
+
+
+def test_the_gradient_penalty_is_added_between_real_and_denoised():
+    model, plain = setting()
+    _, penalised = setting(penalty=10.0)
+    x, z = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    t = torch.linspace(0.1, 0.9, 6, dtype=torch.float64)
+    for adversary in (plain, penalised):
+        adversary.discriminator.eval()
+    mix = torch.rand(6, generator=torch.Generator().manual_seed(2)).double()
+    denoised = model(model.sde.marginal(x, t, z), t).x_0.detach()
+    expected = plain.discriminator_loss(model, x, t, z) + 10 * gradient_penalty(plain.discriminator, x, denoised, mix)
+    found = penalised.discriminator_loss(model, x, t, z, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(found, expected)
+    with pytest.raises(TypeError, match="generator is needed"):
+        penalised.discriminator_loss(model, x, t, z)
 
 
 @pytest.mark.parametrize("loss", [sgan(), sgan(average)])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import math
 import struct
 
 import numpy as np
@@ -11,9 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import fastsde
+from fastsde.training.batches import Batches
+from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, read_idx, to_unit_range
 from fastsde.training.ema import ema_model
-from fastsde.training.loop import TrainConfig, train
+from fastsde.training.levels import level_times
+from fastsde.training.loop import train
 from fastsde.training.losses import dsm_loss, stratified_times
 
 
@@ -155,6 +159,58 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data
     with pytest.raises(FloatingPointError, match="step 0"):
         train(model, images, labels, config, path)
     assert path.read_bytes() == before
+
+
+def test_processes_share_the_rows_of_one(data, monkeypatch):
+    images, labels = data
+    config = TrainConfig(batch_size=6, levels=10)
+
+    def drawn(rank, size):
+        monkeypatch.setattr("fastsde.training.batches.rank_and_size", lambda: (rank, size))
+        return Batches(tiny_model(), images, labels, config).draw(5, 1)[0]
+
+    whole, parts = drawn(0, 1), [drawn(rank, 3) for rank in range(3)]
+    for k in range(3):
+        assert torch.equal(torch.stack([part[k] for part in parts], 1).flatten(0, 1), whole[k])
+    assert torch.equal(torch.stack([p[3]["class_labels"] for p in parts], 1).flatten(), whole[3]["class_labels"])
+    with pytest.raises(ValueError, match="cannot be shared evenly by 4"):
+        drawn(0, 4)
+
+
+def test_times_are_those_of_the_levels(data):
+    """Uniform over the geometric levels of sigma / alpha, from one end of the process to the other (eqs. 8.1, 8.2)."""
+    model, (images, labels) = tiny_model(), data
+    t = Batches(model, images, labels, TrainConfig(batch_size=4000, levels=5)).draw(0)[0][1]
+    found, count = (-0.5 * model.sde.log_snr(t)).unique(return_counts=True)
+    ends = -0.5 * model.sde.log_snr(torch.tensor([model.sde.t_min, model.sde.t_max], dtype=torch.float64))
+    merged = found[torch.cat([torch.tensor([True]), found.diff() > 1e-9])]
+    torch.testing.assert_close(merged, torch.linspace(ends[0], ends[1], 5, dtype=torch.float64), rtol=1e-6, atol=1e-9)
+    # Five standard errors of a share of 4000.
+    assert abs(int(count[found < merged[0] + 1e-6].sum()) / 4000 - 0.2) < 5 * (0.16 / 4000) ** 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x, y: (torch.full((9, 1, 8, 8), 7, dtype=torch.uint8), y[:9]), "all 9 images are the same"),
+        (lambda x, y: (x.float().index_fill(0, torch.tensor([3]), math.nan), y), "not finite, first 3"),
+        (lambda x, y: (x, y[:5]), "labels must be"),
+        (lambda x, y: (x, y - 1), "labels must be"),
+        (lambda x, y: (x[:1], y[:1]), "at least two"),
+        (lambda x, y: (x.long(), y), "uint8 or floats"),
+    ],
+)
+def test_data_that_teach_nothing_are_refused(tmp_path, data, change, words):
+    path = tmp_path / "c.safetensors"
+    with pytest.raises(ValueError, match=words):
+        train(tiny_model(), *change(*data), TrainConfig(steps=2, batch_size=4, bf16=False), path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("sigmas", [[0.1, 1.0], [1.0, 1.0], [1.0, 0.0], []])
+def test_levels_in_the_wrong_order_are_refused(sigmas):
+    with pytest.raises(ValueError, match="must fall"):
+        level_times(fastsde.VPSDE(), torch.tensor(sigmas), 3, torch.Generator())
 
 
 def write_idx(path, array):
