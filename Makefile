@@ -17,7 +17,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto
 
 clean:
 	rm -rf $(VENV) samples .pytest_cache .mypy_cache .ruff_cache .hypothesis

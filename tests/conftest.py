@@ -1,11 +1,13 @@
 """Options and fixtures shared by all tests. Shape and type checks come from the pytest options in pyproject.toml."""
 
+import os
+
 import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 # The same examples in every run, and no timing: a loaded machine must not fail a proof.
 settings.register_profile("fastsde", derandomize=True, deadline=None, database=None, max_examples=40)
 settings.load_profile("fastsde")
