@@ -7,7 +7,7 @@ import dataclasses
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -237,7 +237,7 @@ def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.dev
     return full
 
 
-def check_kind(name: str, value: object, kind: type, what: str) -> None:
+def check_kind(name: str, value: object, kind: Any, what: str) -> None:
     """Refuses, with a TypeError, a value that is neither None nor of the kind."""
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")

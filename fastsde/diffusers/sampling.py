@@ -124,6 +124,8 @@ def sample_pipeline(
         raise ValueError(f"output_type must be one of {', '.join(_OUTPUTS)}; got {output_type!r}.")
     check_count("decode_batch_size", decode_batch_size, 1)
     check_kind("latents", latents, Tensor, "a tensor")
+    check_kind("index", index, (Sequence, Tensor, np.ndarray), "a list of sample numbers")
+    check_kind("wrap", wrap, Callable, "a function from score model to score model")
     shape = latent_shape(pipe, height, width)
     if output_type == "pil" and autoencoder(pipe) is None and shape[0] not in (1, 3):
         raise ValueError(f"{shape[0]} channels without an autoencoder make no picture; use output_type='latent'.")
@@ -216,7 +218,11 @@ class _Request:
             labels = _labels(labels)
             rows = len(labels)
         if rows is None:
-            rows = next((len(k) for k in (index, latents) if k is not None), 1) if n is None else check_count("n", n, 1)
+            rows = (
+                next((len(k) for k in (index, latents) if k is not None and len(k)), 1)
+                if n is None
+                else check_count("n", n, 1)
+            )
         elif n is not None and rows == each == 1:
             each = check_count("n", n, 1)
         elif rows == each == 1:
@@ -271,7 +277,7 @@ def _names(pipe: Any) -> set[str]:
 def _strings(name: str, value: Prompt | None) -> list[str] | None:
     if value is None:
         return None
-    values = [value] if isinstance(value, str) else list(value)
+    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
     if not values or not all(isinstance(v, str) for v in values):
         raise TypeError(f"{name} must be a string or a list of strings; got {value!r}.")
     return values
@@ -302,7 +308,7 @@ def _streams(
     n: int,
 ) -> tuple[int, Sequence[int] | Tensor | None]:
     """The seed and the sample numbers that generators stand for."""
-    if generator is None or isinstance(generator, (int, np.integer)):
+    if generator is None or (isinstance(generator, (int, np.integer)) and not isinstance(generator, bool)):
         return int(generator or 0), index
     if isinstance(generator, torch.Generator):
         draw = torch.randint(1 << 62, (1,), generator=generator, device=generator.device)
