@@ -2,7 +2,8 @@ r"""Table 10.1's VP column and Table D.2 with the packaged network: which claims
 
 The packaged Fashion-MNIST network (VP) in bfloat16, classes in turn, one seed for all rows; the Frechet distance in the
 features of the packaged classifier, against those of the test images. Rows are those of `thesis_tables.py`, which has
-the published figures; the ablations are at rtol 0.05. Two rows of ours stand beside them. Cells are those of
+the published figures; the ablations are at rtol 0.05. Two rows of ours stand beside them. RD & Langevin has 500 steps,
+half the published number, and DDIM with 1000 is left out, as it does not move from 36 calls on. Cells are those of
 `fastsde bench`: a folder that survives being killed, which several processes share (`--rank`, `--world-size`).
 """
 
@@ -50,15 +51,15 @@ def ablations(sde: fastsde.SDE, rtol: float, seed: int) -> list[Row]:
 def baselines(sde: fastsde.SDE, seed: int) -> list[Row]:
     """The rows of Table 10.1 with a number of calls of their own, and two of ours."""
     flow = fastsde.ProbabilityFlow()
-    tight = fastsde.Adaptive(1e-5, 1e-5, flow.error_power, 0.8, 1.0, growth=2.0, resolution=flow.resolution, clock=sde)
+    # Published with 1e-5, which is below what a network in bfloat16 can be told apart by.
+    tight = fastsde.Adaptive(1e-3, 1e-3, flow.error_power, 0.8, 1.0, growth=2.0, resolution=flow.resolution, clock=sde)
     pc = fastsde.PredictorCorrector(fastsde.ReverseDiffusion(), fastsde.Langevin(snr=0.01))
     cells = [
         Cell(fastsde.ExponentialPC(), "ExponentialPC", None, 0.05, seed),
         Cell(fastsde.ExponentialPC(eta=1.0), "ExponentialPC, eta 1", None, 0.02, seed),
-        Cell(flow, "probability flow", None, 1e-5, seed, tight),
-        Cell(fastsde.DDIM(), "DDIM", 1000, None, seed),
+        Cell(flow, "probability flow", None, 1e-3, seed, tight),
         Cell(fastsde.EulerMaruyama(), "Euler-Maruyama", 1000, None, seed),
-        Cell(pc, "RD & Langevin", 2001, None, seed),
+        Cell(pc, "RD & Langevin", 1001, None, seed),
     ]
     return [("10.1", cell, PUBLISHED.get((VP, cell.label))) for cell in cells]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastsde.score.base import ScoreModel
@@ -99,6 +99,8 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
         model = score_model(network.eval(), sde, card)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
+    if card.get("weights_sha256", weight_hash(folder)) != weight_hash(folder):
+        raise ValueError(f"{folder / WEIGHTS} is not the file that {folder / CARD} describes.")
     try:
         network.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})
     except SafetensorError as error:
@@ -135,20 +137,27 @@ def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreMo
 
 
 def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any]) -> None:
-    """Writes a checkpoint in half precision, each file atomically, the weights last.
+    """Writes a checkpoint in half precision, each file atomically, with the weights' hash in the card.
 
     Args:
         folder: created if needed.
         network: a diffusers network.
-        card: what `read_card` will return; must hold what `score_model` reads.
+        card: what `read_card` will return; must hold what `score_model` reads. It gets `weights_sha256`.
+
+    Raises:
+        ValueError: if the weights are not finite in half precision.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     weights: dict[str, Tensor] = {k: v.detach().half().contiguous().cpu() for k, v in network.state_dict().items()}
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        raise ValueError(
+            "the weights are not finite in half precision: training diverged, with too high a learning_rate."
+        )
+    content = save(weights, {"format": "pt"})
+    card["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
     _replace(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
-    temporary = folder / f"{WEIGHTS}.tmp"
-    save_file(weights, temporary, {"format": "pt"})
-    os.replace(temporary, folder / WEIGHTS)
+    _replace(folder / WEIGHTS, content)
 
 
 def _replace(path: Path, content: bytes) -> None:

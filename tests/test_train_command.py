@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shlex
 import subprocess
 import sys
 
@@ -75,7 +76,7 @@ def test_a_file_then_set_then_options(tmp_path):
     assert found.adversary.masking == Masking(patch=4)
     assert found.title == "Name; MIT"
     assert found.classes == ("a", "b")
-    loss = found.adversary.build(1).loss
+    loss = found.adversary.build(1, 8).loss
     u, v = torch.tensor([0.3, -2.0]), torch.tensor([1.5, 0.1])
     torch.testing.assert_close(loss.discriminator(u, v), fastsde_hinge_average(u, v))
     assert read_settings(None, [], {}) == Settings()
@@ -93,6 +94,8 @@ def test_what_differs_can_be_said_again():
     first = dataclasses.replace(first, adversary=dataclasses.replace(first.adversary, masking=masked))
     again = read_settings(None, [f"{key}={as_toml(value)}" for key, value in first.differences()], {})
     assert again == first
+    tokens = shlex.split(" ".join(f"--set {shlex.quote(f'{k}={as_toml(v)}')}" for k, v in first.differences()))
+    assert read_settings(None, [t for t in tokens if t != "--set"], {}) == first
     assert not list(Settings(data="x", title="y", classes=("z",)).differences())
 
 
@@ -104,7 +107,7 @@ def test_what_differs_can_be_said_again():
         ("training.steps=many", "training.steps must be of the kind int"),
         ("training.steps=0", "training: steps must be at least 1"),
         ("training.steps=true", "training.steps"),
-        ("training.levels=1", "levels must be 0 or at least 2"),
+        ("training.levels=1", "levels must be 0 or from 2"),
         ("training=3", "training must be a table"),
         ("training.betas=[0.1]", "a list of 2"),
         ("training.learning_rate=-1", "learning_rate must be positive"),
@@ -113,6 +116,14 @@ def test_what_differs_can_be_said_again():
         ("network.widths=[8, 8, 9]", "three multiples of 8"),
         ("samples_every=300", "a multiple"),
         ("training.steps", "KEY=VALUE"),
+        ("adversary.steps=0", "adversary: steps must be"),
+        ("adversary.halvings=0", "adversary: halvings must be"),
+        ("adversary.halvings=4", "adversary: halvings must leave a pixel of 8"),
+        ("adversary.width=0", "width from 1"),
+        ("adversary.weight=nan", "adversary: weight must be"),
+        ("training.seed=-1", "seed must be"),
+        ("training.betas=[1.0, 0.9]", "betas must be"),
+        ('classes=["a", "a"]', "different names"),
         ("data.x=3", "data is no table"),
     ],
 )
@@ -135,13 +146,14 @@ def test_data_that_cannot_be_learned_from_are_refused(tmp_path, data):
         (["--data", mixed], "sizes must agree"),
         (["--data", constant], "are the same"),
         (["--data", tmp_path / "nan.npz"], "not finite"),
+        (["--data", mixed, "--out", mixed / "run"], "lies in --data"),
         (["--data", tmp_path / "nowhere"], "neither a file nor a folder"),
         (["--data", data, "--classes", "a,b,c"], "3 classes; the data have 2"),
         ([], "--data is needed"),
         (["--config", tmp_path / "broken.toml"], "no TOML file"),
     ]
     for options, words in cases:
-        result = run(*options, "--out", tmp_path / "out", *TINY)
+        result = run("--out", tmp_path / "out", *options, *TINY)
         assert result.exit_code == 1, options
         assert words in " ".join(result.output.split()), options
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
@@ -153,7 +165,11 @@ def test_an_adversarial_run_and_what_it_leaves(tmp_path, data):
     options += ["--set", "adversary.width=4", "--set", "adversary.halvings=2", "--set", "adversary.masking.patch=3"]
     assert run(*options, "--steps", 4).exit_code == 0
     assert run(*options, "--steps", 6, "--resume").exit_code == 0
-    rows = list(csv.DictReader((out / "losses.csv").open()))
+    (out / "losses.csv").unlink()
+    assert run(*options, "--steps", 6, "--resume").exit_code == 0  # nothing left to do but what was lost
+    text = (out / "losses.csv").read_text()
+    assert text.startswith("step,loss,discriminator\n")
+    rows = list(csv.DictReader(text.splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(6))
     history = load_file(out / "checkpoint.safetensors")
     assert [float(row["discriminator"]) for row in rows] == history["history.discriminator"].tolist()
@@ -171,6 +187,20 @@ def test_an_adversarial_run_and_what_it_leaves(tmp_path, data):
     assert other.exit_code == 1
     assert "another network" in other.output
     assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+def test_weights_and_card_belong_together(tmp_path, data):
+    out = tmp_path / "run"
+    diverged = run("--data", data, "--out", out, *TINY, "--steps", 1, "--learning-rate", 1e9)
+    assert diverged.exit_code == 1
+    assert "diverged" in diverged.output
+    assert not (out / "model").exists()
+    out = tmp_path / "other"
+    assert run("--data", data, "--out", out, *TINY, "--steps", 1).exit_code == 0
+    card = json.loads((out / "model" / "card.json").read_text())
+    (out / "model" / "card.json").write_text(json.dumps(card | {"weights_sha256": "0" * 64}))
+    with pytest.raises(ValueError, match="is not the file that"):
+        fastsde.pretrained(out / "model")
 
 
 def test_pictures_without_labels(tmp_path):

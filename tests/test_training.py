@@ -133,7 +133,7 @@ def test_checkpoint_of_another_run_is_refused(tmp_path, data):
         train(tiny_model(), images, labels, TrainConfig(steps=4, batch_size=8, bf16=False), path, resume=True)
     other = fastsde.ScoreModel(nn.Conv2d(1, 1, 1), fastsde.VPSDE(), "epsilon")
     with pytest.raises(ValueError, match="another network"):
-        train(other, images, None, config, path, resume=True)
+        train(other, images, labels, config, path, resume=True)
     with pytest.raises(ValueError, match="at step 2, beyond the 1 steps"):
         train(tiny_model(), images, labels, dataclasses.replace(config, steps=1), path, resume=True)
     whole = path.read_bytes()
@@ -159,6 +159,55 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, data
     with pytest.raises(FloatingPointError, match="step 0"):
         train(model, images, labels, config, path)
     assert path.read_bytes() == before
+
+
+def test_a_gradient_or_weight_that_is_not_finite_is_not_saved(tmp_path, data):
+    images, labels = data
+    path = tmp_path / "d.safetensors"
+    config = TrainConfig(steps=6, batch_size=4, bf16=False)
+    model, calls = tiny_model(), []
+
+    def spoil(gradient):
+        calls.append(0)
+        return gradient * math.nan if len(calls) == 4 else gradient
+
+    model.network.last.weight.register_hook(spoil)
+    with pytest.raises(FloatingPointError, match=r"step 3: .*norm nan"):
+        train(model, images, labels, config, path, save_every=2)
+    kept = load_file(path)
+    assert len(kept["history.loss"]) == 2
+    assert all(torch.isfinite(value).all() for value in kept.values())
+    model = tiny_model()
+    model.network.register_buffer("odd", torch.zeros(()))
+    model.network.register_forward_pre_hook(lambda network, _: setattr(network, "odd", torch.tensor(math.inf)))
+    with pytest.raises(FloatingPointError, match="odd is not finite and was not saved"):
+        train(model, images, labels, config, path, save_every=1)
+    assert all(torch.equal(value, kept[key]) for key, value in load_file(path).items())
+
+
+def test_a_network_with_batch_normalisation_is_averaged():
+    network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+    average = ema_model(network)
+    for _ in range(3):
+        network(torch.randn(4, 1, 6, 6))
+        average.update_parameters(network)
+    assert int(average.module[1].num_batches_tracked) == 3
+
+
+def test_other_data_and_other_processes_are_refused_on_resuming(tmp_path, data):
+    images, labels = data
+    path = tmp_path / "d.safetensors"
+    config = TrainConfig(steps=1, batch_size=4, bf16=False)
+    train(tiny_model(), images, labels, config, path)
+    with pytest.raises(ValueError, match=r"other settings \(data"):
+        train(tiny_model(), images.flip(0), labels, config, path, resume=True)
+    model = fastsde.ScoreModel(tiny_model().network, fastsde.VPSDE(beta_max=10.0), "epsilon")
+    with pytest.raises(ValueError, match=r"other settings \(sde"):
+        train(model, images, labels, config, path, resume=True)
+    with pytest.raises(FileNotFoundError, match="a folder that exists"):
+        train(tiny_model(), images, labels, config, tmp_path / "no" / "d.safetensors")
+    with pytest.raises(ValueError, match="save_every"):
+        train(tiny_model(), images, labels, config, path, save_every=0)
 
 
 def test_processes_share_the_rows_of_one(data, monkeypatch):

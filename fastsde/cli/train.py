@@ -6,7 +6,9 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import os
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,21 +95,21 @@ def train(
         "training.seed": seed,
         "training.bf16": bf16,
     }
-    checkpoint = out / "checkpoint.safetensors"
-    if checkpoint.exists() and not resume:
-        raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
+    checkpoint, rank = out / "checkpoint.safetensors", 0
     try:
+        if checkpoint.exists() and not resume:
+            raise ValueError(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
         settings = read_settings(config, assignments, options)
         rank, size = processes(None, None, os.environ)
         own = own_device(device, os.environ)
-        images, labels, test = _read_data(settings)
+        images, labels, test = _read_data(settings, out)
         prepare_folder(out, needed=100 << 20)
         if size > 1:
             torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
         _run(settings, images, labels, test, own, out, resume, leads=rank == 0)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
-    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     finally:
         if torch.distributed.is_initialized():
@@ -119,7 +121,7 @@ def train(
 _Labelled = tuple[Tensor, Tensor | None]
 
 
-def _read_data(settings: Settings) -> tuple[Tensor, Tensor | None, _Labelled | None]:
+def _read_data(settings: Settings, out: Path) -> tuple[Tensor, Tensor | None, _Labelled | None]:
     """Images and labels to train on, and those of the test split if there is one."""
     if not settings.data:
         raise ValueError("--data is needed, or data = ... in --config.")
@@ -129,6 +131,8 @@ def _read_data(settings: Settings) -> tuple[Tensor, Tensor | None, _Labelled | N
     if source.is_dir() and any(list(source.glob(f"{sub}*-ubyte*")) for sub in ("", "raw/", "*/raw/")):
         images, labels = load_images(source)
         test = _test_split(source, images, labels)
+    elif source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"--out {out} lies in --data {source}: its pictures would become data.")
     else:
         images = torch.cat(list(open_images(source).batches()))
     if images.shape[-1] != images.shape[-2]:
@@ -159,7 +163,7 @@ def _run(
     sde, card = VPSDE(), _card(images.shape, list(names), settings)
     card["parameters"] = sum(p.numel() for p in network.parameters())
     model = score_model(network.to(device), sde, card)
-    adversary = None if settings.adversary is None else settings.adversary.build(channels)
+    adversary = None if settings.adversary is None else settings.adversary.build(channels, images.shape[-1])
     if adversary is not None:
         adversary.discriminator.to(device)
 
@@ -185,6 +189,8 @@ def _run(
     save_checkpoint_folder(out / "model", model.network, card)
     if test is not None:
         loss = held_out_loss(model, *test)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss on test images is {loss}: training diverged; lower the learning_rate.")
         card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
         save_checkpoint_folder(out / "model", model.network, card)
 
@@ -214,7 +220,7 @@ def _test_split(data: Path, images: Tensor, labels: Tensor) -> _Labelled | None:
         test_images, test_labels = load_images(data, train=False)
     except FileNotFoundError:
         return None
-    if test_images.shape[1:] != images.shape[1:] or test_labels.max() > labels.max():
+    if test_images.shape[1:] != images.shape[1:] or test_labels.min() < 0 or test_labels.max() > labels.max():
         raise ValueError(f"{data}: the test split has other image sizes or classes than the training split.")
     return test_images, test_labels
 
@@ -225,7 +231,8 @@ def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, 
     config = settings.training
     named = {"training.steps": "--steps", "training.batch_size": "--batch-size", "training.seed": "--seed"}
     command = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
-    command += "".join(f" --set {key}={as_toml(v)}" for key, v in settings.differences() if key not in named)
+    others = [f"{key}={as_toml(v)}" for key, v in settings.differences() if key not in named]
+    command += "".join(f" --set {shlex.quote(text)}" for text in others)
     own = dataclasses.asdict(settings)
     return {
         "data": source.strip() or "not stated",

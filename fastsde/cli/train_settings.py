@@ -53,18 +53,27 @@ class AdversarySettings:
             if getattr(self, name) not in known:
                 raise ValueError(f"adversary.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
 
-    def build(self, channels: int) -> Adversary:
-        """The discriminator, with fresh weights, and its training."""
-        return Adversary(
-            Discriminator(channels, self.width, self.halvings),
-            LOSSES[self.loss](COMPARISONS[self.compare]),
-            self.weight,
-            self.steps,
-            self.learning_rate,
-            self.betas,
-            self.penalty,
-            self.masking,
-        )
+    def build(self, channels: int, image_size: int) -> Adversary:
+        """The discriminator, with fresh weights, and its training.
+
+        Raises:
+            ValueError: naming the setting out of range.
+        """
+        try:
+            if image_size >> max(self.halvings, 0) < 1:
+                raise ValueError(f"halvings must leave a pixel of {image_size}; got {self.halvings}.")
+            return Adversary(
+                Discriminator(channels, self.width, self.halvings),
+                LOSSES[self.loss](COMPARISONS[self.compare]),
+                self.weight,
+                self.steps,
+                self.learning_rate,
+                self.betas,
+                self.penalty,
+                self.masking,
+            )
+        except ValueError as error:
+            raise ValueError(f"adversary: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,12 +96,15 @@ class Settings:
                 f"save_every must be at least 1 and samples_every a multiple of it, or 0 for no samples; got "
                 f"{self.save_every} and {self.samples_every}."
             )
+        if not all(name.strip() for name in self.classes) or len(set(self.classes)) < len(self.classes):
+            raise ValueError(f"classes must be different names; got {list(self.classes)}.")
 
     def differences(self) -> Iterator[tuple[str, Any]]:
         """The settings that are not the defaults, as `--set` takes them, but for the data and what it is called."""
         default = _flat(dataclasses.asdict(Settings()))
         for key, value in _flat(dataclasses.asdict(self)):
-            if key not in ("data", "title", "classes") and (key, value) not in default:
+            named = key not in ("data", "title", "classes") and value is not None  # None: not said
+            if named and (key, value) not in default:
                 yield key, value
 
 
@@ -122,7 +134,8 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
     for key, value in options.items():
         if value is not None:
             _put(found, key, value)
-    if "adversary" in found and "betas" not in found.get("training", {}):
+    training = found.get("training", {})
+    if "adversary" in found and isinstance(training, dict) and "betas" not in training:
         _put(found, "training.betas", [0.0, 0.9])  # published; momentum of the score network makes the game unstable
     settings: Settings = _build(Settings, found, "")
     return settings
@@ -130,9 +143,10 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
 
 def _value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        found = tomllib.loads(f"value = {text}")
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
+    return found["value"] if len(found) == 1 else text
 
 
 def _put(found: dict[str, Any], key: str, value: Any) -> None:
@@ -157,7 +171,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
         if not isinstance(value, list | tuple) or not (same or len(value) == len(items)):
             raise ValueError(f"{key} must be a list{'' if same else f' of {len(items)}'}; got {value!r}.")
         return tuple(_build(items[0 if same else k], part, key) for k, part in enumerate(value))
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if type(value) is not kind:
         raise ValueError(f"{key} must be of the kind {kind.__name__}; got {value!r}.")

@@ -15,6 +15,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fastsde.evaluation.jobs import write_whole
+from fastsde.training.batches import data_hash
 from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.data import to_unit_range
 
@@ -111,14 +112,14 @@ def train_classifier(
         "bf16": bf16,
         "weight_decay": weight_decay,
         "smoothing": smoothing,
-        "images": list(images.shape),
+        "data": data_hash(images, labels),
         "steps": steps,
     }
     modules: dict[str, nn.Module] = {"network": network}
     optimizers: dict[str, torch.optim.Optimizer] = {"sgd": optimizer}
     history: History = {"loss": []}
     if resume and checkpoint is not None:
-        history = load_checkpoint(checkpoint, modules, optimizers, settings)
+        history = load_checkpoint(checkpoint, modules, optimizers, settings, ["loss"])
     first = len(history["loss"])
     bar = tqdm(total=steps, desc="train", unit="step", initial=first, disable=None)
     for epoch in range(epochs):

@@ -3,6 +3,7 @@ r"""Adversarial score matching: a discriminator judges the expected denoised sam
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -58,6 +59,9 @@ class Adversary:
         betas: of its Adam; the published ones. For the score network they are (0, 0.9): `TrainConfig(betas=...)`.
         penalty: lambda of the gradient penalty, added to D's loss; 10 is the published one for `wgan`.
         masking: masks on what D sees, real and fake; or None.
+
+    Raises:
+        ValueError: naming the attribute out of range.
     """
 
     discriminator: nn.Module
@@ -68,6 +72,17 @@ class Adversary:
     betas: tuple[float, float] = (-0.5, 0.9)
     penalty: float = 0.0
     masking: Masking | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"steps must be an integer from 1; got {self.steps!r}.")
+        for name in ("weight", "penalty"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative; got {getattr(self, name)}.")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}.")
+        if not (-1 < self.betas[0] < 1 and 0 <= self.betas[1] < 1):
+            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(self.betas)}.")
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""
@@ -103,7 +118,7 @@ class Adversary:
         with torch.no_grad():
             denoised = model(model.sde.marginal(x_0, t, noise), t, cond).x_0
         real, fake = self._seen(x_0, x_0, generator), self._seen(denoised, x_0, generator)
-        loss = self.loss.discriminator(self.discriminator(real), self.discriminator(fake))
+        loss = self.loss.discriminator(self._judged(real), self._judged(fake))
         if self.penalty == 0:
             return loss
         mix = torch.rand(len(real), generator=_needed(generator)).to(real)
@@ -121,14 +136,23 @@ class Adversary:
         """The score network's loss, a scalar; the discriminator gets no gradient."""
         prediction = model(model.sde.marginal(x_0, t, noise), t, cond)
         matching = (prediction.epsilon - noise).square().flatten(1).sum(1).mean()
-        self.discriminator.requires_grad_(False)
+        moving = [p for p in self.discriminator.parameters() if p.requires_grad]
+        for p in moving:
+            p.requires_grad_(False)
         try:
-            fake = self.discriminator(self._seen(prediction.x_0, x_0, generator))
+            fake = self._judged(self._seen(prediction.x_0, x_0, generator))
             compared = self.loss.compare is not plain
-            real = self.discriminator(self._seen(x_0, x_0, generator)) if compared else torch.zeros_like(fake)
+            real = self._judged(self._seen(x_0, x_0, generator)) if compared else torch.zeros_like(fake)
             return self.loss.generator(real, fake) + 0.5 * self.weight * matching
         finally:
-            self.discriminator.requires_grad_(True)
+            for p in moving:
+                p.requires_grad_(True)
+
+    def _judged(self, x: State) -> Tensor:
+        value: Tensor = self.discriminator(x)
+        if value.shape != x.shape[:1]:
+            raise ValueError(f"discriminator must give one number a row, ({len(x)},); it gave {tuple(value.shape)}.")
+        return value
 
     def _seen(self, x: State, x_0: State, generator: torch.Generator | None) -> State:
         return x if self.masking is None else self.masking(x, x_0, _needed(generator))

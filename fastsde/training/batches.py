@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import AbstractContextManager
 
 import torch
@@ -48,6 +49,14 @@ class Batches:
         last, first = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).div(-2).exp().tolist()
         self.levels = geometric_levels(first, last, config.levels) if config.levels else None
 
+    def describe(self) -> dict[str, str]:
+        """What a checkpoint must agree on besides the settings: the data, and how the network is read."""
+        return {
+            "data": data_hash(self.images, self.labels),
+            "sde": repr(self.model.sde),
+            "prediction": str(self.model.prediction),
+        }
+
     def precision(self) -> AbstractContextManager[None]:
         """Autocast to bfloat16 if the settings say so."""
         parameter = self.model.parameter
@@ -87,6 +96,15 @@ def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tenso
     cond = {} if labels is None else {"class_labels": labels.to(device)}
     x_0 = to_unit_range(images) if images.dtype == torch.uint8 else images
     return x_0.to(device), t.to(device), noise.to(device, x_0.dtype), cond
+
+
+def data_hash(images: Tensor, labels: Tensor | None) -> str:
+    """Sixteen hexadecimal digits that tell one data set from another."""
+    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype}".encode())
+    for part in (images, labels):
+        if part is not None:
+            digest.update(part.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def check_data(images: Tensor, labels: Tensor | None) -> None:

@@ -31,7 +31,10 @@ def save_checkpoint(
     tensors |= {f"history.{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
     meta = {"step": str(len(history["loss"])), "config": json.dumps(settings)}
     temporary = path.with_suffix(".tmp")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, meta)
+    try:
+        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, meta)
+    except SafetensorError as error:  # a full disk; not an OSError
+        raise OSError(f"{temporary} was not written: {error}; the checkpoint before it stays.") from error
     os.replace(temporary, path)
 
 
@@ -40,6 +43,7 @@ def load_checkpoint(
     modules: dict[str, nn.Module],
     optimizers: dict[str, torch.optim.Optimizer],
     settings: dict[str, Any],
+    losses: list[str],
 ) -> History:
     """Restores what `save_checkpoint` wrote and returns the losses so far; their number is the next step.
 
@@ -47,7 +51,7 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if settings or network differ from those of the checkpoint.
+        ValueError: if settings or network differ from those of the checkpoint, or the file is damaged.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start without --resume.")
@@ -59,6 +63,9 @@ def load_checkpoint(
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if not {"step", "config"} <= meta.keys():
         raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
+    history = {name: tensors.get(f"history.{name}", torch.zeros(0)).tolist() for name in losses}
+    if any(str(len(values)) != meta["step"] for values in history.values()):
+        raise ValueError(f"{path} does not hold the losses of its {meta['step']} steps: another version wrote it.")
     stored, wanted = json.loads(meta["config"]), json.loads(json.dumps(settings))
     changed = [k for k in sorted(stored.keys() | wanted.keys()) if k != "steps" and stored.get(k) != wanted.get(k)]
     if changed:
@@ -79,4 +86,4 @@ def load_checkpoint(
                 i, field = key.removeprefix(f"{name}.").split(".", 1)
                 state.setdefault(int(i), {})[field] = value
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return {name.removeprefix("history."): v.tolist() for name, v in tensors.items() if name.startswith("history.")}
+    return history

@@ -46,10 +46,16 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+        if not (-1 < self.betas[0] < 1 and 0 <= self.betas[1] < 1):
+            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(self.betas)}.")
+        if not 0 <= self.seed < 1 << 40:
+            raise ValueError(f"seed must be in [0, 2^40); got {self.seed}.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1); got {self.ema_decay}.")
         if not 0 <= self.label_dropout < 1:
             raise ValueError(f"label_dropout must be in [0, 1); got {self.label_dropout}.")
-        if self.levels < 0 or self.levels == 1:
-            raise ValueError(f"levels must be 0 or at least 2; got {self.levels}.")
+        if self.levels != 0 and not 2 <= self.levels <= 1_000_000:
+            raise ValueError(f"levels must be 0 or from 2 to a million; got {self.levels}.")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the given step: a linear rise over `warmup`, then a linear fall to 0."""

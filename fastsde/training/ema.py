@@ -27,6 +27,10 @@ def ema_model(model: nn.Module, decay: float = 0.999) -> AveragedModel:
         averaged: tuple[Tensor, ...] | list[Tensor], current: tuple[Tensor, ...] | list[Tensor], n: Tensor | int
     ) -> None:
         warm = min(decay, (1 + int(n)) / (10 + int(n)))
-        torch._foreach_lerp_(averaged, current, 1 - warm)
+        for kind in (True, False):  # counters of batch normalisation are no averages: they are taken as they are
+            pairs = [(a, b) for a, b in zip(averaged, current, strict=True) if a.is_floating_point() is kind]
+            if pairs:
+                ours, theirs = zip(*pairs, strict=True)
+                (torch._foreach_lerp_(ours, theirs, 1 - warm) if kind else torch._foreach_copy_(ours, theirs))
 
     return AveragedModel(model, multi_avg_fn=average, use_buffers=True)

@@ -26,12 +26,13 @@ def largest_distance(data: Tensor, *, exact_up_to: int = 10_000) -> float:
     x = data.flatten(1).double()
     if len(x) < 2 or not torch.isfinite(x).all():
         raise ValueError(f"data must be at least two finite rows; got shape {tuple(data.shape)}.")
+    if bool((x == x[:1]).all()):
+        raise ValueError("all rows of data are the same: there is nothing to learn, and no level of noise to choose.")
+    x = x - x.mean(0)  # cdist takes differences of squares, which cancel far from 0
     if len(x) <= exact_up_to:
         distance = max(float(torch.cdist(part, x).amax()) for part in x.split(1000))
     else:
-        distance = 2 * float((x - x.mean(0)).norm(dim=1).amax())
-    if distance == 0:
-        raise ValueError("all rows of data are the same: there is nothing to learn, and no level of noise to choose.")
+        distance = 2 * float(x.norm(dim=1).amax())
     return distance
 
 
@@ -48,10 +49,10 @@ def number_of_levels(sigma_1: float, sigma_L: float, d: int, *, overlap: float =
         sigma_1: the largest level.
         sigma_L: the smallest.
         d: number of elements of a sample.
-        overlap: in (0, 1).
+        overlap: in (0, 0.99).
 
     Raises:
-        ValueError: if the levels do not fall, or `overlap` is outside (0, 1).
+        ValueError: if the levels do not fall, or `overlap` is outside its range.
     """
     _check(sigma_1, sigma_L)
     if not 0 < overlap < 0.99 or d < 1:

@@ -44,34 +44,44 @@ def train(
         labels: int64 classes with shape (N,), passed as `class_labels`; the largest is followed by "no label".
         config: the settings.
         checkpoint: a .safetensors file with weights, averages and optimiser states, those of the discriminator too, and
-            the losses, replaced atomically. Random numbers are a function of (seed, step) and need no state.
+            the losses, replaced atomically. Random numbers are a function of (seed, step) and need no state; those that
+            a network draws itself, for dropout, are torch's own and do not repeat.
         adversary: a discriminator of denoised samples.
         resume: continue from `checkpoint`.
         save_every: steps between checkpoints.
-        callback: called as `callback(step, history, averaged_network)` after every checkpoint, with the losses so far.
+        callback: called as `callback(step, history, averaged_network)` after every checkpoint and on resuming, with the
+            losses so far.
 
     Raises:
         ValueError: if the data are constant, not finite or not as many as the labels, or the checkpoint was made with
-            other settings or for another network.
-        FileNotFoundError: if there is nothing to resume.
-        FloatingPointError: if a loss is no longer finite.
+            other settings, for other data or another network.
+        TypeError: if the model is not around a torch module.
+        FileNotFoundError: if there is nothing to resume, or no folder for the checkpoint.
+        FloatingPointError: if a loss, gradient or weight is no longer finite; the last checkpoint stays.
     """
-    network = model.network
-    assert isinstance(network, nn.Module)
+    network, checkpoint = model.network, Path(checkpoint)
+    if not isinstance(network, nn.Module):
+        raise TypeError(f"model must be around a torch module to be trained; its network is {network!r}.")
+    if not isinstance(save_every, int) or save_every < 1:
+        raise ValueError(f"save_every must be an integer from 1; got {save_every!r}.")
+    if checkpoint.is_dir() or not checkpoint.parent.is_dir():
+        raise FileNotFoundError(f"checkpoint must be a file in a folder that exists; got {checkpoint}.")
     batches = Batches(model, images, labels, config)
     ema = ema_model(network, config.ema_decay)
     optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
     modules: dict[str, nn.Module] = {"network": network, "ema": ema}
     optimizers: dict[str, torch.optim.Optimizer] = {"adam": optimizer}
-    settings = dataclasses.asdict(config)
+    settings = {**dataclasses.asdict(config), **batches.describe()}
     history: History = {"loss": []}
     if adversary is not None:
         modules["discriminator"], optimizers["discriminator_adam"] = adversary.discriminator, adversary.optimizer()
         settings["adversary"] = adversary.settings()
         history["discriminator"] = []
     if resume:
-        history = load_checkpoint(checkpoint, modules, optimizers, settings)
+        history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
     first, leads = len(history["loss"]), rank_and_size()[0] == 0
+    if resume and leads and callback is not None:
+        callback(first, history, ema.module)  # what the interruption may have cost
     shown = None if leads else True  # in a terminal only, and once
     bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, unit="step", disable=shown)
     for step in bar:
@@ -83,21 +93,21 @@ def train(
                 batch, generator = batches.draw(step, turn)
                 with batches.precision():
                     loss = adversary.discriminator_loss(model, *batch, generator)
-                losses["discriminator"] = _descend(adversary.discriminator, optimizers["discriminator_adam"], loss)
+                judge, rule = adversary.discriminator, optimizers["discriminator_adam"]
+                losses["discriminator"] = _descend(judge, rule, loss, f"discriminator at step {step}")
         batch, generator = batches.draw(step)
         with batches.precision():
             if adversary is None:
                 loss = dsm_loss(model, *batch).mean()
             else:
                 loss = adversary.score_loss(model, *batch, generator)
-        losses["loss"] = _descend(network, optimizer, loss, config.grad_clip)
+        losses["loss"] = _descend(network, optimizer, loss, f"score network at step {step}", config.grad_clip)
         ema.update_parameters(network)
         for name, value in losses.items():
-            if not math.isfinite(value):
-                raise FloatingPointError(f"the {name} is {value} at step {step}; the last checkpoint is {checkpoint}.")
             history[name].append(value)
         bar.set_postfix({name: f"{sum(last) / len(last):.4f}" for name, v in history.items() if (last := v[-50:])})
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
+            _check_weights(modules, step)
             if leads:
                 save_checkpoint(checkpoint, modules, optimizers, settings, history)
             if leads and callback is not None:
@@ -106,9 +116,13 @@ def train(
 
 
 def _descend(
-    network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, grad_clip: float | None = None
+    network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, where: str, grad_clip: float = math.inf
 ) -> float:
-    """One step of the optimiser down the gradient averaged over processes; the loss, averaged too."""
+    """One step of the optimiser down the gradient averaged over processes; the loss, averaged too.
+
+    Raises:
+        FloatingPointError: if loss or gradient is not finite; nothing was changed then.
+    """
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     value = loss.detach().clone()
@@ -117,10 +131,24 @@ def _descend(
         for part in (value, *(p.grad for p in network.parameters() if p.grad is not None)):
             torch.distributed.all_reduce(part)
             part /= size
-    if grad_clip is not None:
-        nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    if not (torch.isfinite(value) and torch.isfinite(norm)):
+        raise FloatingPointError(
+            f"{where}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller learning_rate may "
+            "help; what was saved before is as it was."
+        )
     optimizer.step()
     return float(value)
+
+
+def _check_weights(modules: dict[str, nn.Module], step: int) -> None:
+    for name, module in modules.items():
+        for key, weight in module.state_dict().items():
+            if not torch.isfinite(weight).all():
+                raise FloatingPointError(
+                    f"{name} at step {step}: {key} is not finite and was not saved. A smaller learning_rate may help; "
+                    "what was saved before is as it was."
+                )
 
 
 @torch.no_grad()

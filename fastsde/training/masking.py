@@ -63,8 +63,11 @@ class Masking:
         Raises:
             ValueError: if x is no batch of images.
         """
-        if x.ndim != 4:
-            raise ValueError(f"masks are for images with shape (B, C, H, W); got {tuple(x.shape)}.")
+        if x.ndim != 4 or data.shape[1:] != x.shape[1:]:
+            raise ValueError(
+                f"masks are for images with shape (B, C, H, W), and data of the same; got {tuple(x.shape)} and "
+                f"{tuple(data.shape)}."
+            )
         if self.spectrum > 0:
             band = band_of(x.shape[-2], x.shape[-1], self.bands).to(x.device)
             drop = torch.rand(len(x), self.bands, generator=generator).to(x.device)

@@ -34,7 +34,7 @@ def small_unet(
     """
     from diffusers import UNet2DModel
 
-    if image_size % 4:
+    if image_size % 4 or image_size < 4:
         raise ValueError(f"image_size must be divisible by 4 (two halvings); got {image_size}.")
     if len(widths) != 3 or any(width < 8 or width % 8 for width in widths):
         raise ValueError(f"widths must be three multiples of 8; got {list(widths)}.")
@@ -61,10 +61,18 @@ class MLP(nn.Module):
         depth: number of hidden layers.
         frequencies: of t in [0, 1], in octaves from 1/2.
         octaves: of each coordinate of x, from 1/4; 0 for none. Fine structure is slow to learn without.
+
+    Raises:
+        ValueError: naming the argument out of range.
     """
 
     def __init__(self, dim: int, width: int = 128, depth: int = 3, frequencies: int = 6, octaves: int = 0) -> None:
         super().__init__()
+        if dim < 1 or width < 1 or depth < 1 or not (0 <= frequencies <= 20 and 0 <= octaves <= 20):
+            raise ValueError(
+                "dim, width and depth must be at least 1, frequencies and octaves from 0 to 20; got "
+                f"{dim}, {width}, {depth}, {frequencies}, {octaves}."
+            )
         self.frequencies, self.octaves = frequencies, octaves
         sizes = [dim * (1 + 2 * octaves) + 2 * frequencies, *[width] * depth]
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
@@ -106,11 +114,16 @@ class Discriminator(nn.Module):
     Args:
         channels: of the images.
         width: channels of the first block; they double with each halving.
-        halvings: blocks that halve.
+        halvings: blocks that halve, at least one; images must be at least 2^halvings pixels wide and high.
+
+    Raises:
+        ValueError: naming the argument out of range.
     """
 
     def __init__(self, channels: int, width: int = 32, halvings: int = 3) -> None:
         super().__init__()
+        if not 1 <= halvings <= 8 or not 1 <= width <= 1024:
+            raise ValueError(f"halvings must be from 1 to 8 and width from 1 to 1024; got {halvings} and {width}.")
         sizes = [channels, *(width * 2 ** min(k, halvings - 1) for k in range(halvings + 1))]
         pairs = list(itertools.pairwise(sizes))
         self.blocks = nn.ModuleList(_Residual(a, b, halve=k < halvings) for k, (a, b) in enumerate(pairs))
