@@ -65,14 +65,16 @@ class Grid(Controller):
     def tapered(cls, clock: Clock, steps: int, *, first: float = 1.0) -> Grid:
         """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: the default of `ExponentialPC`.
 
-        At the end no later step makes up for an error. With an exact score, a first step of length 2 is better still:
+        Up to six steps are equal but for `first`: there is no length to spare for the end. At the end no later step makes up for an error. With an exact score, a first step of length 2 is better still:
         the prediction hardly changes there. With a trained network it is much worse, because networks are at their
         worst where there is only noise. docs/solver.md has the measurements.
         """
         _check_steps(steps)
         lengths = torch.ones(steps, dtype=torch.float64)
         if steps > 3:
-            lengths[[0, -2, -1]] = torch.tensor([first, 0.85, 0.7], dtype=torch.float64)
+            lengths[0] = first
+        if steps > 6:
+            lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
         first, last = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
         share = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0) / lengths.sum()])
         return cls._pinned(clock.t_of_log_snr(first + share * (last - first)), clock)
