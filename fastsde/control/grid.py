@@ -65,9 +65,10 @@ class Grid(Controller):
     def tapered(cls, clock: Clock, steps: int, *, first: float = 1.0) -> Grid:
         """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: the default of `ExponentialPC`.
 
-        Up to six steps are equal but for `first`: there is no length to spare for the end. At the end no later step makes up for an error. With an exact score, a first step of length 2 is better still:
-        the prediction hardly changes there. With a trained network it is much worse, because networks are at their
-        worst where there is only noise. docs/solver.md has the measurements.
+        Up to six steps are equal but for `first`: there is no length to spare for the end. There no later step makes up
+        for an error. With an exact score, a first step of length 2 is better still: the prediction hardly changes
+        there. With a trained network it is much worse, because networks are at their worst where there is only noise.
+        docs/solver.md has the measurements.
         """
         _check_steps(steps)
         lengths = torch.ones(steps, dtype=torch.float64)
