@@ -243,9 +243,9 @@ def test_train_then_sample(tmp_path):
     assert other.exit_code == 1
     assert "test split has other image sizes" in other.output
     assert not (out / "y").exists()
-    missing = run("train", "--data", tmp_path, "--out", out / "x")
+    missing = run("train", "--data", tmp_path / "nothing", "--out", out / "x")
     assert missing.exit_code == 1
-    assert "which is no image" in missing.output
+    assert "neither a file nor a folder" in missing.output
 
 
 # ---- solvers by name ------------------------------------------------------------------------------------------------
