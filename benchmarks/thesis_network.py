@@ -9,7 +9,6 @@ half the published number, and DDIM with 1000 is left out, as it does not move f
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def algorithm_6(seed: int) -> list[Row]:
     return [("10.1", cell, OURS[VP][k]) for k, cell in enumerate(cells)]
 
 
-def ablations(sde: fastsde.SDE, rtol: float, seed: int) -> list[Row]:
+def ablations(rtol: float, seed: int) -> list[Row]:
     """The rows of Table D.2; its first is Algorithm 6 as it is."""
     rows = []
     for label, (solver, rule, (fid, nfe), _) in ABLATIONS.items():
@@ -112,7 +111,7 @@ def main(samples: int, rtol: float, seed: int, rank: int, world_size: int, work:
         return done
 
     first = algorithm_6(seed)
-    others = ablations(model.sde, rtol, seed)
+    others = ablations(rtol, seed)
     run(first + others)
     while len(sweep(first).rows()) < len(first):  # another process draws the calls that the next rows need
         time.sleep(1)
@@ -134,7 +133,7 @@ def main(samples: int, rtol: float, seed: int, rank: int, world_size: int, work:
     table(shown, [[f"{v:.4g}" if isinstance(v := row[k], float) else v or "-" for k in shown] for row in results])
     if keep:
         real = {"mean": float(floor.mean()), "spread": float(floor.std())}
-        save("thesis_network", json.loads(json.dumps(settings, default=str)), {"real_images": real, "rows": results})
+        save("thesis_network", settings, {"real_images": real, "rows": results})
 
 
 if __name__ == "__main__":

@@ -99,7 +99,8 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
         model = score_model(network.eval(), sde, card)
     except (TypeError, ValueError, KeyError) as error:
         raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
-    if card.get("weights_sha256", weight_hash(folder)) != weight_hash(folder):
+    stated = card.get("weights_sha256")  # older cards have none
+    if stated is not None and stated != weight_hash(folder):
         raise ValueError(f"{folder / WEIGHTS} is not the file that {folder / CARD} describes.")
     try:
         network.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})

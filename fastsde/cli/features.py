@@ -10,7 +10,7 @@ import click
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.evaluation.classifier import WEIGHTS, accuracy, load_classifier, save_classifier, train_classifier
 from fastsde.training.batches import check_data
-from fastsde.training.data import load_images
+from fastsde.training.data import load_images, load_test_images
 
 
 @click.command("train-features", short_help="Train the classifier whose features measure images.")
@@ -36,10 +36,8 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
         raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
     try:
         images, labels = load_images(data)
-        test_images, test_labels = load_images(data, train=False)
+        test_images, test_labels = load_test_images(data, images, labels)
         names = classes.split(",") if classes else [str(k) for k in range(int(labels.max()) + 1)]
-        if test_images.shape[1:] != images.shape[1:] or test_labels.min() < 0 or test_labels.max() > labels.max():
-            raise ValueError(f"{data}: the test split has other image sizes or classes than the training split.")
         check_data(images, labels)
         if len(names) != int(labels.max()) + 1:
             raise ValueError(f"--classes names {len(names)} classes; the data have {int(labels.max()) + 1}.")

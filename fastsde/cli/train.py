@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -23,10 +24,11 @@ from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes, write_whole
 from fastsde.pretrained import save_checkpoint_folder, score_model
+from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE
 from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
-from fastsde.training.data import load_images
+from fastsde.training.data import load_images, load_test_images
 from fastsde.training.loop import held_out_loss
 from fastsde.training.loop import train as run_training
 from fastsde.training.networks import small_unet
@@ -130,7 +132,8 @@ def _read_data(settings: Settings, out: Path) -> tuple[Tensor, Tensor | None, _L
     test: _Labelled | None = None
     if source.is_dir() and any(list(source.glob(f"{sub}*-ubyte*")) for sub in ("", "raw/", "*/raw/")):
         images, labels = load_images(source)
-        test = _test_split(source, images, labels)
+        with contextlib.suppress(FileNotFoundError):
+            test = load_test_images(source, images, labels)
     elif source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies in --data {source}: its pictures would become data.")
     else:
@@ -195,7 +198,7 @@ def _run(
         save_checkpoint_folder(out / "model", model.network, card)
 
 
-def draw_samples(model: Any, classes: int, path: Path, n: int = 40) -> None:
+def draw_samples(model: ScoreModel, classes: int, path: Path, n: int = 40) -> None:
     """A picture of samples with 12 calls, the same noise every time, labels in turn."""
     cond = {"class_labels": torch.arange(n) % classes} if classes else None
     r = api.sample(model, n=n, nfe=12, cond=cond, batch_size=n)
@@ -212,17 +215,6 @@ def _losses(history: History) -> bytes:
     writer.writerow(["step", *history])
     writer.writerows([step, *values] for step, values in enumerate(zip(*history.values(), strict=True)))
     return text.getvalue().encode()
-
-
-def _test_split(data: Path, images: Tensor, labels: Tensor) -> _Labelled | None:
-    """Images and labels of the test split, checked against the training split before any training; None without one."""
-    try:
-        test_images, test_labels = load_images(data, train=False)
-    except FileNotFoundError:
-        return None
-    if test_images.shape[1:] != images.shape[1:] or test_labels.min() < 0 or test_labels.max() > labels.max():
-        raise ValueError(f"{data}: the test split has other image sizes or classes than the training split.")
-    return test_images, test_labels
 
 
 def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, Any]:

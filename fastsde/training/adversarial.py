@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.score.base import ScoreModel
+from fastsde.training.config import check_betas
 from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, plain
 from fastsde.training.masking import Masking
 from fastsde.types import Cond, State, Time
@@ -32,8 +33,7 @@ class Adam(torch.optim.Adam):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        if not (-1 < betas[0] < 1 and 0 <= betas[1] < 1):
-            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {betas}.")
+        check_betas(betas)
         super().__init__(params, lr=lr, betas=(max(betas[0], 0.0), betas[1]))
         for group in (*self.param_groups, self.defaults):
             group["betas"] = tuple(betas)
@@ -81,8 +81,7 @@ class Adversary:
                 raise ValueError(f"{name} must be finite and not negative; got {getattr(self, name)}.")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}.")
-        if not (-1 < self.betas[0] < 1 and 0 <= self.betas[1] < 1):
-            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(self.betas)}.")
+        check_betas(self.betas)
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""

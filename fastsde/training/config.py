@@ -6,6 +6,12 @@ import dataclasses
 import math
 
 
+def check_betas(betas: tuple[float, float]) -> None:
+    """Refuses, with a ValueError, what Adam's formulas do not take; a negative first momentum they do."""
+    if not (-1 < betas[0] < 1 and 0 <= betas[1] < 1):
+        raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(betas)}.")
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """Settings of a training run; all of them are stored with its checkpoints.
@@ -46,8 +52,7 @@ class TrainConfig:
         for name in ("learning_rate", "grad_clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
-        if not (-1 < self.betas[0] < 1 and 0 <= self.betas[1] < 1):
-            raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(self.betas)}.")
+        check_betas(self.betas)
         if not 0 <= self.seed < 1 << 40:
             raise ValueError(f"seed must be in [0, 2^40); got {self.seed}.")
         if not 0 <= self.ema_decay < 1:

@@ -62,6 +62,18 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
     return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
 
 
+def load_test_images(folder: str | Path, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The test split, as `load_images`, after comparing it with the training split.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_images`; or if it has other image sizes or classes.
+    """
+    test_images, test_labels = load_images(folder, train=False)
+    if test_images.shape[1:] != images.shape[1:] or test_labels.min() < 0 or test_labels.max() > labels.max():
+        raise ValueError(f"{folder}: the test split has other image sizes or classes than the training split.")
+    return test_images, test_labels
+
+
 def _find(folder: Path, stem: str) -> Path:
     for place in (folder, folder / "raw", *sorted(folder.glob("*/raw"))):
         for name in (f"{stem}.gz", stem):
