@@ -1,0 +1,191 @@
+r"""The shape of Table 8.1, and Figure 8.3 with a learned score: adversarial score matching on Fashion-MNIST.
+
+Three trainings of a small UNet on VP, without labels, same steps, batches and noise for each seed: plain; plain with
+the Adam that the adversarial one needs, (0, 0.9); adversarial (least squares, lambda 1, one update of the discriminator
+a step, whose Adam is (-0.5, 0.9)). The largest norm of the gradient is scaled as the loss is, which the adversarial one
+sums over pixels. Samples by ALS and CAS along 50 levels from noise over signal of 150 to 0.01, with n_sigma 1 and 5 at
+several step sizes eta = eps / sigma_L^2; the Frechet distance in the packaged features, of the last state and of its
+expected denoised sample. The table has, as the thesis's, the step size of the lowest denoised distance for each row.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from common import RESULTS, save, table
+from thesis_network import floor_of
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fastsde
+from fastsde.evaluation.features import Features, open_features
+from fastsde.evaluation.images import image_grid, to_uint8
+from fastsde.evaluation.jobs import write_whole
+from fastsde.evaluation.reference import packaged_reference
+from fastsde.evaluation.statistics import frechet
+from fastsde.training.adversarial import Adversary
+from fastsde.training.config import TrainConfig
+from fastsde.training.data import load_images
+from fastsde.training.loop import train
+from fastsde.training.networks import Discriminator, small_unet
+
+KINDS = ("adversarial", "plain", "plain, betas (0, 0.9)")
+LEVELS = 50
+ETAS = {1: (0.18, 0.21, 0.25, 0.35, 0.5, 0.7), 5: (0.045, 0.06, 0.1)}
+SAMPLERS = {"ALS": fastsde.AnnealedLangevin, "CAS": fastsde.ConsistentAnnealed}
+PUBLISHED = {  # Table 8.1: plain, adversarial; each not denoised and denoised
+    ("ALS", 1): ((36.3, 13.3), (30.0, 11.8)),
+    ("ALS", 5): ((33.7, 10.9), (26.4, 9.5)),
+    ("CAS", 1): ((14.7, 12.3), (11.9, 10.8)),
+    ("CAS", 5): ((12.7, 11.2), (9.9, 9.7)),
+}
+COLORS = {"ALS": "#d55e00", "CAS": "#0072b2"}
+
+
+def trained(folder: Path, images: Tensor, kind: str, seed: int, steps: int) -> fastsde.ScoreModel:
+    """A score model with the averaged weights, in bfloat16; goes on from what is in the folder."""
+    channels, size = images.shape[1:3]
+    torch.manual_seed(seed)
+    network = small_unet(size, channels, widths=(16, 32, 48))
+    model = fastsde.ScoreModel(
+        network, fastsde.VPSDE(), "epsilon", event_shape=tuple(images.shape[1:]), timestep=lambda t: 1000 * t - 1
+    )
+    adversary = Adversary(Discriminator(channels, 16), learning_rate=4e-4) if kind == "adversarial" else None
+    config = TrainConfig(
+        steps,
+        64,
+        ema_decay=0.995,
+        grad_clip=0.5 * math.prod(images.shape[1:]) if adversary else 1.0,
+        betas=(0.9, 0.999) if kind == "plain" else (0.0, 0.9),
+        seed=seed,
+    )
+    checkpoint = folder / "checkpoint.safetensors"
+    averaged = train(model, images, None, config, checkpoint, adversary=adversary, resume=checkpoint.is_file())
+    model.network = nn.Module.to(averaged.eval(), torch.bfloat16)  # diffusers' own would warn
+    return model
+
+
+def rows_of(folder: Path, model: fastsde.ScoreModel, features: Features, samples: int) -> list[dict[str, Any]]:
+    """The figures of every sampler and step size, a file each."""
+    reference, rows = packaged_reference("fashion-mnist"), []
+    cells = [(s, n_sigma, eta) for n_sigma, etas in ETAS.items() for s in SAMPLERS for eta in etas]
+    for sampler, n_sigma, eta in tqdm(cells, folder.name, disable=None):
+        path = folder / f"{sampler}-{n_sigma}-{eta}.json"
+        if not path.is_file():
+            solver = SAMPLERS[sampler](levels=LEVELS, n_sigma=n_sigma, eta=eta)
+            r = fastsde.sample(model, n=samples, solver=solver, batch_size=80, denoise=False)
+            row: dict[str, Any] = {"sampler": sampler, "n_sigma": n_sigma, "eta": eta, "nfe": r.nfe.float().mean()}
+            row["nfe"] = float(row["nfe"])
+            with torch.no_grad():
+                last = torch.full((samples,), model.sde.t_min, dtype=torch.float64)
+                pairs = zip(r.samples.split(80), last.split(80), strict=True)
+                denoised = torch.cat([model(x, t).x_0 for x, t in pairs])
+            for key, x in (("raw", r.samples), ("denoised", denoised)):
+                pictures = to_uint8(x, (-1.0, 1.0))
+                distance = frechet(
+                    features(torch.from_numpy(pictures).permute(0, 3, 1, 2))[0], reference.mean, reference.covariance
+                )
+                row |= {key: distance.value, f"{key}_error": distance.error}
+            image_grid(pictures[:60], columns=10).save(path.with_suffix(".png"))
+            write_whole(path, json.dumps(row).encode())
+        rows.append(json.loads(path.read_text()))
+    return rows
+
+
+def best_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each training, seed, sampler and n_sigma the row of the lowest denoised distance."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["training"], row["seed"], row["sampler"], row["n_sigma"]].append(row)
+    return [min(group, key=lambda row: row["denoised"]) for group in groups.values()]
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Draws results/adversarial_steps.png: the distance against the step size, all seeds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10.5, 6.4), dpi=110, layout="constrained")
+    panels = figure.subplots(2, 2, sharey=True)
+    for line, n_sigma in zip(panels, ETAS, strict=True):
+        for panel, kind in zip(line, ("plain", "adversarial"), strict=True):
+            for name, color in COLORS.items():
+                for key, style in (("raw", "--"), ("denoised", "-")):
+                    for seed in sorted({row["seed"] for row in rows}):
+                        own = [r for r in rows if (r["sampler"], r["n_sigma"], r["training"], r["seed"])
+                               == (name, n_sigma, kind, seed)]  # fmt: skip
+                        label = f"{name}, {'denoised' if key == 'denoised' else 'not denoised'}"
+                        panel.plot(
+                            [r["eta"] for r in own],
+                            [r[key] for r in own],
+                            style,
+                            color=color,
+                            marker="o",
+                            ms=3,
+                            label=label if seed == 0 else None,
+                        )
+            panel.set(xscale="log", yscale="log", title=f"{kind}, n_sigma = {n_sigma}")
+            panel.grid(alpha=0.3, which="both")
+        line[0].set_ylabel("Frechet distance")
+    for panel in panels[1]:
+        panel.set_xlabel("step size, eps / sigma_L$^2$")
+    panels[0, 0].legend(fontsize=8)
+    figure.savefig(RESULTS / "adversarial_steps.png")
+
+
+def jobs_of(kinds: tuple[str, ...], seeds: int, rank: int, world_size: int) -> list[tuple[str, int]]:
+    """What a process does: the longest first, a seed after the other."""
+    return [(kind, seed) for kind in kinds for seed in range(seeds)][rank::world_size]
+
+
+def folder_of(work: Path, kind: str, seed: int) -> Path:
+    """Where a training and its samples are kept."""
+    folder = work / f"{kind.replace(', betas (0, 0.9)', '-no-momentum')}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's IDX files.")
+@click.option("--steps", default=1500)
+@click.option("--seeds", default=2)
+@click.option("--samples", "-n", default=320)
+@click.option("--rank", default=0, help="Which process this is.")
+@click.option("--world-size", default=1, help="How many share the work, each with one thread.")
+@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/adversarial"), help="Goes on from there.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/adversarial_images.json and pictures.")
+def main(data: Path, steps: int, seeds: int, samples: int, rank: int, world_size: int, work: Path, keep: bool) -> None:
+    """Trains and draws what is missing; the process that finds all rows there prints the tables and writes them."""
+    settings = {"steps": steps, "seeds": seeds, "samples": samples, "world_size": world_size}
+    torch.set_num_threads(1 if world_size > 1 else os.cpu_count() or 1)
+    images, features = load_images(data)[0], open_features("fashion-mnist")
+    for kind, seed in jobs_of(KINDS, seeds, rank, world_size):
+        folder = folder_of(work, kind, seed)
+        rows = rows_of(folder, trained(folder, images, kind, seed, steps), features, samples)
+        found = [{"training": kind, "seed": seed} | row for row in rows]
+        write_whole(folder / "rows.json", json.dumps(found).encode())
+    files = [folder_of(work, kind, seed) / "rows.json" for kind in reversed(KINDS) for seed in range(seeds)]
+    if not all(file.is_file() for file in files):
+        return
+    rows = [row for file in files for row in json.loads(file.read_text())]
+    floor = floor_of(packaged_reference("fashion-mnist"), samples)
+    print(f"{samples} test images: FID {floor.mean():.3f}, spread {floor.std():.3f}\n")
+    keys = ("training", "seed", "sampler", "n_sigma", "eta", "nfe", "raw", "raw_error", "denoised", "denoised_error")
+    for part in (rows, best_rows(rows)):
+        table(keys, [[f"{v:.3g}" if isinstance(v := row[k], float) else v for k in keys] for row in part])
+        print()
+    if keep:
+        plot(rows)
+        real = {"mean": float(floor.mean()), "spread": float(floor.std())}
+        published = [{"sampler": s, "n_sigma": k, "plain": a, "adversarial": b} for (s, k), (a, b) in PUBLISHED.items()]
+        save("adversarial_images", settings, {"real_images": real, "rows": rows, "published": published})
+
+
+if __name__ == "__main__":
+    main()
