@@ -10,10 +10,6 @@ from torch import Tensor
 
 from fastsde.arguments import (
     as_model,
-    check_count,
-    check_flag,
-    check_kind,
-    check_tensor,
     evaluation_mode,
     fewest_calls,
     resolve_cond,
@@ -22,6 +18,7 @@ from fastsde.arguments import (
     resolve_dtype,
     resolve_shape,
 )
+from fastsde.checks import check_count, check_flags, check_kind, check_tensor
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job
@@ -116,7 +113,7 @@ def sample(
     _, event, numbers = resolve_shape(model, n, shape, given, index, name)
     dtype = resolve_dtype(dtype, given)
     solver = ExponentialPC() if solver is None else solver
-    denoise = check_flag("denoise", denoise)
+    check_flags(denoise=denoise)
     controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     t_start, t_end = controller.span(process.t_min, process.t_max)
     return run(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import operator
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
+from fastsde.checks import check_count, check_kind
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
@@ -235,36 +234,6 @@ def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.dev
     full = {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
     model.check_cond(full)
     return full
-
-
-def check_kind(name: str, value: object, kind: Any, what: str) -> None:
-    """Refuses, with a TypeError, a value that is neither None nor of the kind."""
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")
-
-
-def check_tensor(name: str, value: object) -> None:
-    """Refuses, with a TypeError, a value that is no tensor."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
-
-
-def check_flag(name: str, value: bool) -> bool:
-    """The value, if it is True or False; a TypeError otherwise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False; got {value!r}.")
-    return value
-
-
-def check_count(name: str, value: SupportsIndex, least: int) -> int:
-    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
-    return count
 
 
 @contextlib.contextmanager

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.api import sample
-from fastsde.arguments import as_model, check_count
+from fastsde.arguments import as_model
+from fastsde.checks import check_count
 from fastsde.control import Grid
 from fastsde.result import SampleResult
 from fastsde.score.base import Prediction, ScoreModel, Wrapper

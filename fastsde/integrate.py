@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastsde.api import run
-from fastsde.arguments import check_flag, check_kind, resolve_shape
+from fastsde.arguments import resolve_shape
 from fastsde.batching import expand_like
+from fastsde.checks import check_flags, check_kind, check_steps
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.noise import StepNoise
 from fastsde.result import SampleResult
@@ -19,7 +20,6 @@ from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.edm import EDM
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_steps
 from fastsde.types import Carry, State, Time
 
 _PROCESS = EDM()
@@ -99,8 +99,7 @@ def integrate(
         raise TypeError(f"x0 must be floating point; got {x0.dtype}.")
     if not all(isinstance(t, (int, float)) for t in (t0, t1)) or not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 and t1 must be finite with t0 < t1; got {t0} and {t1}.")
-    for name, flag in (("ito", ito), ("additive", additive), ("extrapolate", extrapolate), ("dense", dense)):
-        check_flag(name, flag)
+    check_flags(ito=ito, additive=additive, extrapolate=extrapolate, dense=dense)
     if not extrapolate and not ito and not additive:
         raise ValueError("extrapolate=False is Euler-Maruyama, which solves Ito SDEs; this one is Stratonovich.")
     if dense and save_at is not None:

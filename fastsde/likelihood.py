@@ -11,9 +11,6 @@ from torch import Tensor
 from fastsde.api import run
 from fastsde.arguments import (
     as_model,
-    check_count,
-    check_flag,
-    check_tensor,
     resolve_cond,
     resolve_controller,
     resolve_device,
@@ -21,6 +18,7 @@ from fastsde.arguments import (
     resolve_shape,
 )
 from fastsde.batching import expand_like
+from fastsde.checks import check_count, check_flags, check_tensor
 from fastsde.control import Controller
 from fastsde.noise import FreshNoise, StepNoise
 from fastsde.result import Status
@@ -118,13 +116,12 @@ def log_likelihood(
         SamplingError: if the network fails after the first sample was finished.
     """
     check_tensor("x", x)
+    check_flags(exact=exact, gaussian=gaussian)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     n, event, _ = resolve_shape(model, None, None, x, None, "x")
     dtype, device = resolve_dtype(dtype, x), resolve_device(model, device, x)
-    d, exact = math.prod(event), check_flag("exact", exact)
-    probes, draws = check_count("probes", probes, 1), check_count("draws", draws, 1)
-    seed = check_count("seed", seed, 0)
+    probes, draws, seed = check_count("probes", probes, 1), check_count("draws", draws, 1), check_count("seed", seed, 0)
     if bin_width is not None and not 0 < bin_width < math.inf:
         raise ValueError(f"bin_width must be a positive, finite number; got {bin_width}.")
     if bin_width is None and draws > 1:
@@ -144,10 +141,11 @@ def log_likelihood(
         data = data + bin_width * (torch.special.ndtr(FreshNoise(seed, event, dtype).prior(index)) - 0.5)
     ends, columns = torch.tensor([t_end, t_start], dtype=torch.float64, device=device), 1 if exact else probes
     y_start = data.reshape(len(data), -1) / float(process.alpha(ends)[0])
+    d = y_start.shape[1]
     result = run(
         model,
         process,
-        Forward(_Density(tableau, event, columns, exact, check_flag("gaussian", gaussian))),
+        Forward(_Density(tableau, event, columns, exact, gaussian)),
         controller.reversed(),
         t_start=t_end,
         t_end=t_start,

@@ -66,7 +66,7 @@ def test_adam_follows_its_formulas_also_with_negative_momentum(betas):
         m, v = betas[0] * m + (1 - betas[0]) * slope, betas[1] * v + (1 - betas[1]) * slope**2
         expected = expected - 0.1 * m / (1 - betas[0] ** k) / ((v / (1 - betas[1] ** k)).sqrt() + 1e-8)
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
-    with pytest.raises(ValueError, match="betas must be in"):
+    with pytest.raises(ValueError, match="the first of betas must be in"):
         Adam([weight], 0.1, (-1.0, 0.9))
 
 

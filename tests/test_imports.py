@@ -11,6 +11,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 LEVELS = {
     "types": 0,
+    "checks": 0,
     "batching": 1,
     "result": 1,
     "noise": 2,
@@ -38,8 +39,8 @@ LEVELS = {
 FOUNDATIONS = {
     "noise": {"types", "batching"},
     "sde": {"types", "batching"},
-    "control": {"types", "batching", "result", "noise"},
-    "training": {"types", "batching", "result", "sde", "score", "api", "pretrained"},
+    "control": {"types", "checks", "batching", "result", "noise"},
+    "training": {"types", "checks", "batching", "result", "sde", "score", "api", "pretrained"},
 }
 """Parts that stand on less than all lower levels. `solvers` and `control` share a level: neither imports the other."""
 INTERNAL = {"engine", "batching", "types"}

@@ -14,7 +14,8 @@ import click
 import torch
 from tqdm import tqdm
 
-from fastsde.arguments import affordable, check_count
+from fastsde.arguments import affordable
+from fastsde.checks import check_count
 from fastsde.cli.measuring import FEATURES, reference_of
 from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import prepare_folder, versions

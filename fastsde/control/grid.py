@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_count
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.result import Status
 from fastsde.types import Carry, State, Time
@@ -70,7 +71,7 @@ class Grid(Controller):
         there. With a trained network it is much worse, because networks are at their worst where there is only noise.
         docs/solver.md has the measurements.
         """
-        _check_steps(steps)
+        check_count("steps", steps, 1)
         lengths = torch.ones(steps, dtype=torch.float64)
         if steps > 3:
             lengths[0] = first
@@ -167,10 +168,5 @@ class Grid(Controller):
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:
-    _check_steps(steps)
+    check_count("steps", steps, 1)
     return torch.linspace(first, last, steps + 1, dtype=torch.float64)
-
-
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}.")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.arguments import check_count
+from fastsde.checks import check_count
 from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_text, text_cond
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
 from fastsde.diffusers.loading import load

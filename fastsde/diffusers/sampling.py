@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from fastsde import api
-from fastsde.arguments import check_count, check_kind
+from fastsde.checks import check_count, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.adapter import guided, image_size, latent_shape, unguided
 from fastsde.diffusers.conditions import (

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.adams_weights import adams_weights, weighted_sum
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_number, check_steps
 from fastsde.types import Carry, Coef, Index, State, Time
 
 

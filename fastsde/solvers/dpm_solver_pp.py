@@ -6,8 +6,8 @@ import dataclasses
 
 from torch import Tensor
 
+from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.solvers.checks import check_order
 from fastsde.types import Coef
 
 

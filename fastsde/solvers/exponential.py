@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastsde.batching import expand_like, row_norm
+from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.solvers.checks import check_order
 from fastsde.types import Coef, Index, State
 
 _BEND, _POWER = 0.65, 3.2

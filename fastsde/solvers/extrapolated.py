@@ -7,12 +7,12 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_flags
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import reverse_drift
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_flags
 from fastsde.types import Carry, State, Time
 
 _REFERENCES = ("previous", "current", "proposal")

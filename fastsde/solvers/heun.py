@@ -8,11 +8,11 @@ import math
 import torch
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_number, check_steps
 from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
 from fastsde.solvers.tableaus import HEUN
 from fastsde.types import Carry, State, Time

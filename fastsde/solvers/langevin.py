@@ -7,9 +7,9 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like, row_norm
+from fastsde.checks import check_flags, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.checks import check_flags, check_number
 from fastsde.types import Coef, State, Time
 
 _LEAST_SCORE = 1e-12

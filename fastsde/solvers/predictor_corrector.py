@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
+from fastsde.checks import check_flags, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_flags, check_steps
 from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
 from fastsde.types import Carry, State, Time

@@ -7,11 +7,11 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like, row_norm
+from fastsde.checks import check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_steps
 from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
 from fastsde.solvers.tableaus import DORMAND_PRINCE, Tableau
 from fastsde.types import Carry, State, Time

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.ancestral import Ancestral
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.checks import check_steps
 from fastsde.types import Carry, State, Time
 
 _OWN = 1 << 12

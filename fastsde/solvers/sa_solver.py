@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.solvers.checks import check_order
 from fastsde.types import Coef
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.solvers.checks import check_order
 
 
 @dataclasses.dataclass(frozen=True)

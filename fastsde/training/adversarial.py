@@ -3,13 +3,13 @@ r"""Adversarial score matching: a discriminator judges the expected denoised sam
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsde.checks import check_count, check_number
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import check_betas
 from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, plain
@@ -74,13 +74,10 @@ class Adversary:
     masking: Masking | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"steps must be an integer from 1; got {self.steps!r}.")
+        check_count("steps", self.steps, 1)
         for name in ("weight", "penalty"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative; got {getattr(self, name)}.")
-        if not 0 < self.learning_rate < math.inf:
-            raise ValueError(f"learning_rate must be positive and finite; got {self.learning_rate}.")
+            check_number(name, getattr(self, name), 0.0, ends="[)")
+        check_number("learning_rate", self.learning_rate, 0.0, ends="()")
         check_betas(self.betas)
 
     def settings(self) -> dict[str, Any]:

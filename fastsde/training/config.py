@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+
+from fastsde.checks import check_count, check_flags, check_number
 
 
 def check_betas(betas: tuple[float, float]) -> None:
     """Refuses, with a ValueError, what Adam's formulas do not take; a negative first momentum they do."""
-    if not (-1 < betas[0] < 1 and 0 <= betas[1] < 1):
-        raise ValueError(f"betas must be in (-1, 1) and [0, 1); got {list(betas)}.")
+    if not isinstance(betas, tuple | list) or len(betas) != 2:
+        raise ValueError(f"betas must be two numbers; got {betas!r}.")
+    check_number("the first of betas", betas[0], -1.0, 1.0, ends="()")
+    check_number("the second of betas", betas[1], 0.0, 1.0, ends="[)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,21 +49,19 @@ class TrainConfig:
     levels: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "warmup"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("steps", "batch_size", "warmup", "seed", "levels"):
+            least = 0 if name in ("seed", "levels") else 1
+            object.__setattr__(self, name, check_count(name, getattr(self, name), least))  # JSON takes no numpy numbers
         for name in ("learning_rate", "grad_clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)}.")
+            check_number(name, getattr(self, name), 0.0, ends="()")
         check_betas(self.betas)
-        if not 0 <= self.seed < 1 << 40:
+        for name in ("ema_decay", "label_dropout"):
+            check_number(name, getattr(self, name), 0.0, 1.0, ends="[)")
+        if self.seed >= 1 << 40:
             raise ValueError(f"seed must be in [0, 2^40); got {self.seed}.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must be in [0, 1); got {self.ema_decay}.")
-        if not 0 <= self.label_dropout < 1:
-            raise ValueError(f"label_dropout must be in [0, 1); got {self.label_dropout}.")
-        if self.levels != 0 and not 2 <= self.levels <= 1_000_000:
+        if self.levels == 1 or self.levels > 1_000_000:
             raise ValueError(f"levels must be 0 or from 2 to a million; got {self.levels}.")
+        check_flags(bf16=self.bf16)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the given step: a linear rise over `warmup`, then a linear fall to 0."""

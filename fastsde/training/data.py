@@ -53,11 +53,11 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
     images, labels = (
         read_idx(_find(Path(folder), f"{split}-{name}")) for name in ("images-idx3-ubyte", "labels-idx1-ubyte")
     )
-    fits = labels.ndim == 1 and len(images) == len(labels)
+    fits = labels.ndim == 1 and len(images) == len(labels) and labels.dtype.kind in "iu"
     if images.ndim != 3 or not len(images) or images.dtype != np.uint8 or not fits:
         raise ValueError(
-            f"{folder}: expected 8-bit images (N, H, W), N >= 1, and as many labels; "
-            f"got {images.dtype} {images.shape} and {labels.shape}."
+            f"{folder}: expected 8-bit images (N, H, W), N >= 1, and as many whole labels; "
+            f"got {images.dtype} {images.shape} and {labels.dtype} {labels.shape}."
         )
     return torch.from_numpy(images.copy())[:, None], torch.from_numpy(labels.astype(np.int64))
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fastsde.checks import check_count
 from fastsde.score.base import ScoreModel
 from fastsde.training.adversarial import Adam, Adversary
 from fastsde.training.batches import Batches, on_device, rank_and_size
@@ -57,15 +58,17 @@ def train(
             other settings, for other data or another network.
         TypeError: if the model is not around a torch module.
         FileNotFoundError: if there is nothing to resume, or no folder for the checkpoint.
+        FileExistsError: if there is a checkpoint, and nothing says to resume it.
         FloatingPointError: if a loss, gradient or weight is no longer finite; the last checkpoint stays.
     """
     network, checkpoint = model.network, Path(checkpoint)
     if not isinstance(network, nn.Module):
         raise TypeError(f"model must be around a torch module to be trained; its network is {network!r}.")
-    if not isinstance(save_every, int) or save_every < 1:
-        raise ValueError(f"save_every must be an integer from 1; got {save_every!r}.")
+    check_count("save_every", save_every, 1)
     if checkpoint.is_dir() or not checkpoint.parent.is_dir():
         raise FileNotFoundError(f"checkpoint must be a file in a folder that exists; got {checkpoint}.")
+    if checkpoint.is_file() and not resume:
+        raise FileExistsError(f"{checkpoint} exists; resume=True goes on from it, or name another file.")
     batches = Batches(model, images, labels, config)
     ema = ema_model(network, config.ema_decay)
     optimizer = Adam(network.parameters(), config.learning_rate, config.betas)

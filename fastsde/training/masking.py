@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_count, check_number
+
 CAP = 0.5
 """Largest probability of dropping a band: each is seen at least every other time."""
 
@@ -45,12 +47,10 @@ class Masking:
     bands: int = 64
 
     def __post_init__(self) -> None:
-        if not 0 <= self.space < 1:
-            raise ValueError(f"space must be in [0, 1); got {self.space}.")
-        if not 0 <= self.spectrum <= CAP:
-            raise ValueError(f"spectrum must be in [0, {CAP}]; got {self.spectrum}.")
-        if self.patch < 1 or self.bands < 2:
-            raise ValueError(f"patch must be at least 1 and bands at least 2; got {self.patch} and {self.bands}.")
+        check_number("space", self.space, 0.0, 1.0, ends="[)")
+        check_number("spectrum", self.spectrum, 0.0, CAP)
+        check_count("patch", self.patch, 1)
+        check_count("bands", self.bands, 2)
 
     def __call__(self, x: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Masked images, differentiable in x.

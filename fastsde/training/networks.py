@@ -12,6 +12,7 @@ from torch.nn.functional import avg_pool2d, leaky_relu
 from torch.nn.utils.parametrizations import spectral_norm
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_count, check_number
 from fastsde.sde.base import SDE
 
 if TYPE_CHECKING:
@@ -68,11 +69,10 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, width: int = 128, depth: int = 3, frequencies: int = 6, octaves: int = 0) -> None:
         super().__init__()
-        if dim < 1 or width < 1 or depth < 1 or not (0 <= frequencies <= 20 and 0 <= octaves <= 20):
-            raise ValueError(
-                "dim, width and depth must be at least 1, frequencies and octaves from 0 to 20; got "
-                f"{dim}, {width}, {depth}, {frequencies}, {octaves}."
-            )
+        for name, count in (("dim", dim), ("width", width), ("depth", depth)):
+            check_count(name, count, 1)
+        for name, count in (("frequencies", frequencies), ("octaves", octaves)):
+            check_number(name, check_count(name, count, 0), 0.0, 20.0)
         self.frequencies, self.octaves = frequencies, octaves
         sizes = [dim * (1 + 2 * octaves) + 2 * frequencies, *[width] * depth]
         layers = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.SiLU())]
@@ -122,8 +122,12 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int, width: int = 32, halvings: int = 3) -> None:
         super().__init__()
-        if not 1 <= halvings <= 8 or not 1 <= width <= 1024:
-            raise ValueError(f"halvings must be from 1 to 8 and width from 1 to 1024; got {halvings} and {width}.")
+        for name, count, most in (
+            ("channels", channels, 1024.0),
+            ("halvings", halvings, 8.0),
+            ("width", width, 1024.0),
+        ):
+            check_number(name, check_count(name, count, 1), 1.0, most)
         sizes = [channels, *(width * 2 ** min(k, halvings - 1) for k in range(halvings + 1))]
         pairs = list(itertools.pairwise(sizes))
         self.blocks = nn.ModuleList(_Residual(a, b, halve=k < halvings) for k, (a, b) in enumerate(pairs))

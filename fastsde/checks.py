@@ -1,15 +1,19 @@
-"""Checks of solvers' arguments: what came, and what is allowed."""
+"""Checks of single arguments: what came, and what is allowed."""
 
 from __future__ import annotations
 
 import math
+import operator
 from numbers import Integral, Real
+from typing import Any
+
+from torch import Tensor
 
 
 def check_steps(steps: object, name: str = "steps", least: int = 1) -> None:
     """Refuses, with a ValueError, anything but an integer of at least `least`, or None for no number yet."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or steps < least):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {steps!r}.")
+    if steps is not None:
+        check_count(name, steps, least)
 
 
 def check_number(name: str, value: object, least: float, most: float = math.inf, *, ends: str = "[]") -> None:
@@ -34,3 +38,26 @@ def check_flags(**flags: object) -> None:
     for name, value in flags.items():
         if not isinstance(value, bool):
             raise TypeError(f"{name} must be True or False; got {value!r}.")
+
+
+def check_kind(name: str, value: object, kind: Any, what: str) -> None:
+    """Refuses, with a TypeError, a value that is neither None nor of the kind."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")
+
+
+def check_tensor(name: str, value: object) -> None:
+    """Refuses, with a TypeError, a value that is no tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
+
+
+def check_count(name: str, value: Any, least: int) -> int:
+    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor."""
+    try:
+        count = operator.index(value)
+    except TypeError:
+        count = least - 1
+    if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
+        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+    return count
