@@ -76,9 +76,9 @@ class ExponentialAdams(Solver):
         """The right-hand sides of the weights for as many differences as `m` has columns, with shape (B, q)."""
         return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
 
-    def weights(self, a: Coef, nodes: Tensor, known: Index) -> Tensor:
-        """The weight of the current value and those at the nodes, with shape (B, 1 + q); see `adams_weights`."""
-        return adams_weights(a, nodes, known, self.combine_moments)
+    def share(self, a: Coef) -> Coef | None:
+        """The share of the highest order, the rest being the order below, with shape (B,); None for all of it."""
+        return None
 
     def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
@@ -106,13 +106,14 @@ class ExponentialAdams(Solver):
 
         nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
         (predictor, corrector), past, count = self.values, carry["past"], carry["count"]
-        weights = self.weights(a, nodes[:, 1:predictor], (count - 1).clamp(min=0))
+        share = self.share(a)
+        weights = adams_weights(a, nodes[:, 1:predictor], count - 1, self.combine_moments, share)
         x_s = predicted = base + expand_like(gain, x_t) * weighted_sum(weights, past)
         prediction = model(x_s, s)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if corrector:
             nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, 1 : corrector - 1]], 1)
-            weights = self.weights(a, nodes, count)
+            weights = adams_weights(a, nodes, count, self.combine_moments, share)
             values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
             x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
         past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)

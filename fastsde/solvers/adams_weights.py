@@ -32,7 +32,9 @@ def _series(count: int, terms: int = 18) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Tensor], Tensor]) -> Tensor:
+def adams_weights(
+    a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Tensor], Tensor], share: Coef | None = None
+) -> Tensor:
     """Weights that integrate a polynomial through the current value and those at the nodes, against a e^{-a (1 - u)}.
 
     Args:
@@ -40,6 +42,7 @@ def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Te
         nodes: where the other values are, 0 being now and 1 the end of the step, with shape (B, q).
         known: how many of the nodes, the first ones, have a value, with shape (B,); more than q count as q.
         rule: gives the right-hand sides for p nodes from m_0 and (m_1, .., m_p); the latter would be exact.
+        share: of the weights for all q > 1 nodes, with shape (B,), the rest being those for one less; 1 if None.
 
     Returns:
         The weight of the current value and those at the nodes, with shape (B, 1 + q); 0 at unknown nodes.
@@ -48,12 +51,16 @@ def adams_weights(a: Coef, nodes: Tensor, known: Index, rule: Callable[[Coef, Te
     weights = torch.zeros(len(a), 1 + q, dtype=torch.float64, device=a.device)
     exact = moments(a, max(q, 1))
     for p in range(1, q + 1):
-        degrees = torch.arange(1, p + 1, device=a.device)
-        powers = nodes[:, None, :p] ** degrees[None, :, None]
         # Rows with fewer values have nodes that mean nothing; their system may be singular, and is not used.
-        solution = torch.linalg.solve_ex(powers, rule(m_0, exact[:, :p])[:, :, None]).result[:, :, 0]
-        chosen = known == p if p < q else known >= p
-        weights[:, 1 : 1 + p] = torch.where(chosen[:, None], solution, weights[:, 1 : 1 + p])
+        right, lower = rule(m_0, exact[:, :p]), weights[:, 1 : 1 + p]
+        if p == 1:
+            solution = right / nodes[:, :1]
+        else:
+            powers = nodes[:, None, :p] ** torch.arange(1, p + 1, device=a.device)[:, None]
+            solution = torch.linalg.solve_ex(powers, right[:, :, None]).result[:, :, 0]
+        if p == q > 1 and share is not None:
+            solution = torch.lerp(lower, solution, share[:, None])
+        weights[:, 1 : 1 + p] = torch.where((known >= p)[:, None], solution, lower)
     weights[:, 0] = m_0 - weights[:, 1:].sum(1)
     return weights
 

@@ -7,12 +7,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.types import Coef, Index, State
+from fastsde.types import Coef, State
 
 _BEND, _POWER = 0.65, 3.2
 """The share of the third order is a half at c h = 0.65 and falls with this power of it (docs/solver.md)."""
@@ -83,12 +82,8 @@ class ExponentialPC(ExponentialAdams):
             return None
         return _STEP * math.sqrt(rtol / 0.05) / (1 + _PER_NOISE * self.eta**2)
 
-    def weights(self, a: Coef, nodes: Tensor, known: Index) -> Tensor:
-        long = super().weights(a, nodes[:, :1], known)
-        if self.order < 3 or nodes.shape[1] < 2:
-            return long
-        share = 1 / (1 + (a.abs() / _BEND) ** _POWER)  # a < 0 on the way back to noise
-        return share[:, None] * super().weights(a, nodes, known) + (1 - share)[:, None] * pad(long, (0, 1))
+    def share(self, a: Coef) -> Coef:
+        return 1 / (1 + (a.abs() / _BEND) ** _POWER)  # a < 0 on the way back to noise
 
     def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         if not self.adaptive:
