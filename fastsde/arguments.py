@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
 
@@ -27,6 +28,11 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
     Raises:
         TypeError, ValueError: if there is no process, or another than the model's, or the weights are not finite.
     """
+    if isinstance(score_fn, (str, os.PathLike)):
+        raise TypeError(
+            f"score_fn must be a score model or a function; got {score_fn!r}. Open it first: "
+            "sample(*fastsde.pretrained(...)) or, for models of diffusers, sample(*fastsde.from_diffusers(...))."
+        )
     if isinstance(score_fn, ScoreModel) and (sde is None or isinstance(sde, SDE)):
         model = score_fn
         if sde is not None and sde is not model.sde:

@@ -185,8 +185,10 @@ class Engine:
         self.pool.append(ended)
         self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
         self.finished += len(done)
-        to_denoise = int((ended["row"]["status"] != Status.NON_FINITE).sum()) * self.denoising_call
-        self.nfe_finished += int(ended["row"]["nfe"].sum()) + self.job.model.calls * to_denoise
+        self.nfe_finished += int(ended["row"]["nfe"].sum())
+        if self.denoising_call:
+            last_call = self.job.model.cost(ended["row"]["t"], ended["cond"])
+            self.nfe_finished += int(last_call[ended["row"]["status"] != Status.NON_FINITE].sum())
         return ids
 
     def _retire(self, done: list[int]) -> None:

@@ -268,6 +268,7 @@ REFUSED = {
     "NaN weights": (ScoreModel(broken(torch.nan), VP), {"shape": (3, 2)}, "not finite: weight holds NaN"),
     "infinite weights": (broken(torch.inf), {"sde": VP, "shape": (3, 2)}, "not finite: weight holds NaN or infinity"),
     "no sde": (never, {"shape": (3, 2)}, r"sde must be an SDE such as fastsde.VPSDE\(\); got None"),
+    "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(\*fastsde.pretrained"),
     "sde in words": (never, {"sde": "vp", "shape": (3, 2)}, "sde must be an SDE .*; got 'vp'"),
     "sde as a class": (never, {"sde": VPSDE, "shape": (3, 2)}, "sde must be an SDE .*; got <class"),
     "sde in words beside a model": (model(), {"sde": "vp", "n": 3}, "sde must be an SDE .*; got 'vp'"),

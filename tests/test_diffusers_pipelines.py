@@ -438,6 +438,10 @@ def test_fastsde_pipeline_is_saved_and_loaded(tmp_path):
     assert FastSDEPipeline.from_pretrained(tmp_path, rtol=0.1).settings == {"rtol": 0.1, "guidance_scale": 2.0}
     with pytest.raises(TypeError, match="takes no steps"):
         FastSDEPipeline(tiny.ddpm(), steps=3)
+    for text, words in (('{"steps": 3}', "does not take: steps"), ("{", "is not JSON"), ("[]", "a JSON object")):
+        (tmp_path / "fastsde.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"fastsde.json .*{words}"):
+            FastSDEPipeline.from_pretrained(tmp_path)
 
 
 def test_callbacks_see_times_of_their_own_and_can_stop():
@@ -460,8 +464,12 @@ def test_callbacks_see_times_of_their_own_and_can_stop():
     def change(inner, i, t, tensors):
         return {"latents": tensors["latents"] * 2}
 
-    with pytest.raises(ValueError, match="cannot be replaced"):
-        pipe(PROMPTS, callback_on_step_end=change)
+    def change_in_place(inner, i, t, tensors):
+        tensors["latents"].mul_(2)
+
+    for callback in (change, change_in_place):
+        with pytest.raises(ValueError, match="cannot be replaced"):
+            pipe(PROMPTS, callback_on_step_end=callback)
     with pytest.raises(ValueError, match="may name latents"):
         pipe(PROMPTS, callback_on_step_end=watch, callback_on_step_end_tensor_inputs=["prompt_embeds"])
 

@@ -103,9 +103,7 @@ class DiffusersModel(ScoreModel):
         unknown = [key for key in cond if key not in known]
         if unknown and not self._takes_any:
             raise ValueError(f"the network takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
-        width, text = _text_width(self.config), cond.get("encoder_hidden_states")
-        if width is not None and text is not None and (text.ndim != 3 or text.shape[-1] != width):
-            raise ValueError(f"encoder_hidden_states must have shape (n, tokens, {width}); got {tuple(text.shape)}.")
+        self._check_embeddings(cond)
         labels = cond.get("class_labels")
         if labels is None or not self.config:
             return
@@ -121,6 +119,29 @@ class DiffusersModel(ScoreModel):
             raise ValueError(
                 f"class_labels must be from 0 to {self.classes - 1}; got {int(labels.min())} .. {int(labels.max())}."
             )
+
+    def _check_embeddings(self, cond: Cond) -> None:
+        """Refuses text embeddings and SDXL's numbers of another width than the network's."""
+        shapes: dict[str, tuple[int | str, ...]] = {}
+        if (width := _text_width(self.config)) is not None:
+            shapes["encoder_hidden_states"] = ("tokens", width)
+        if (pooled := self.config.get("pooled_projection_dim")) is not None:
+            shapes["pooled_projections"] = (int(pooled),)
+        if self.config.get("addition_embed_type") == "text_time" and "time_ids" in cond:
+            numbers = cond["time_ids"].numel() // max(1, len(cond["time_ids"]))
+            total = self.config["projection_class_embeddings_input_dim"]
+            shapes["time_ids"] = (numbers,)
+            shapes["text_embeds"] = (int(total) - numbers * int(self.config["addition_time_embed_dim"]),)
+        for key, shape in shapes.items():
+            value = cond.get(key)
+            if value is None:
+                continue
+            fits = value.ndim == 1 + len(shape) and value.shape[-1] == shape[-1]
+            if not fits or (key != "time_ids" and not value.is_floating_point()):
+                wanted = ", ".join(map(str, shape))
+                raise ValueError(
+                    f"{key} must be floating point with shape (n, {wanted}); got {tuple(value.shape)} of {value.dtype}."
+                )
 
     @property
     def _takes_any(self) -> bool:

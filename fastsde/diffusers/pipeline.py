@@ -14,6 +14,7 @@ from fastsde.diffusers.conditions import Prompt
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.sampling import sample_pipeline
 from fastsde.job import EngineState
+from fastsde.pretrained import read_json
 
 _SETTINGS = "fastsde.json"
 
@@ -25,7 +26,7 @@ def _arguments() -> set[str]:
 
 
 class FastSDEPipeline:
-    r"""A diffusers pipeline that samples adaptively: the same call, `rtol` (or `nfe`) in place of a number of steps.
+    r"""A diffusers pipeline that samples adaptively: its call with `rtol` or `nfe` in place of `num_inference_steps`.
 
         pipe = FastSDEPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", torch_dtype=torch.float16)
         images = pipe.to("cuda")("a lighthouse in fog", rtol=0.05, generator=torch.manual_seed(0)).images
@@ -65,14 +66,18 @@ class FastSDEPipeline:
             options: settings (see the class), and options of `load` and diffusers' `from_pretrained`.
 
         Raises:
-            FileNotFoundError, ValueError: as `load`; TypeError if there is only a network.
+            FileNotFoundError, ValueError: as `load`, or if the saved settings are damaged; TypeError if there is only
+                a network.
         """
         own = {key: options.pop(key) for key in _arguments() & options.keys()}
+        file = Path(source) / _SETTINGS
+        kept = read_json(file) if file.is_file() else {}
+        if unknown := [key for key in kept if key not in _arguments()]:
+            raise ValueError(f"{file} has settings that sample_pipeline does not take: {', '.join(unknown)}.")
         pipe, _ = load(source, **options)
         if not hasattr(pipe, "components"):
             raise TypeError(f"{source} holds a network, not a pipeline; give it to from_diffusers.")
-        file = Path(source) / _SETTINGS
-        return cls(pipe, **{**(json.loads(file.read_text()) if file.is_file() else {}), **own})
+        return cls(pipe, **{**kept, **own})
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
         """Saves the pipeline as diffusers does, loadable without fastsde, and the settings beside it."""
@@ -131,11 +136,13 @@ class FastSDEPipeline:
         def on_turn(state: EngineState) -> None:
             tensors = {"latents": state.x, "index": state.index, "nfe": state.nfe}
             given = {name: tensors[name] for name in names}
-            answer = callback(self.pipe, state.turn - 1, state.t, given)
-            changed = [k for k, v in (answer or {}).items() if v is not tensors.get(k)]
+            before = {name: value._version for name, value in given.items()}  # which torch counts up at every edit
+            answer = callback(self.pipe, state.turn - 1, state.t, dict(given))
+            changed = {k for k, v in (answer or {}).items() if v is not tensors.get(k)}
+            changed |= {name for name, value in given.items() if value._version != before[name]}
             if changed:
                 raise ValueError(
-                    f"callback_on_step_end returned another {', '.join(changed)}: samples here are at times of their "
+                    f"callback_on_step_end changed {', '.join(sorted(changed))}: samples here are at times of their "
                     "own, and their states cannot be replaced. Guidance belongs into a score model: wrap=."
                 )
             if getattr(self.pipe, "_interrupt", False):

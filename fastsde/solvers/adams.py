@@ -16,7 +16,7 @@ from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.adams_weights import adams_weights, weighted_sum
 from fastsde.solvers.base import Solver, Step
-from fastsde.types import Carry, Coef, Index, State, Time
+from fastsde.types import Carry, Coef, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +105,7 @@ class ExponentialAdams(Solver):
             base = base + expand_like(sde.sigma(s) * (-torch.expm1(-2 * eta**2 * h)).sqrt(), x_t) * noise.z
 
         nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
-        (predictor, corrector), past, count = self.values, carry["past"], carry["count"]
-        share = self.share(a)
+        (predictor, corrector), share, past, count = self.values, self.share(a), carry["past"], carry["count"]
         weights = adams_weights(a, nodes[:, 1:predictor], count - 1, self.combine_moments, share)
         x_s = predicted = base + expand_like(gain, x_t) * weighted_sum(weights, past)
         prediction = model(x_s, s)

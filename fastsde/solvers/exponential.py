@@ -6,7 +6,6 @@ import dataclasses
 import math
 
 import torch
-from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
