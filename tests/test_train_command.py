@@ -105,21 +105,22 @@ def test_what_differs_can_be_said_again():
         ("training.step=3", "no setting training.step;"),
         ("steps=3", "no setting steps;"),
         ("training.steps=many", "training.steps must be of the kind int"),
-        ("training.steps=0", "training: steps must be at least 1"),
+        ("training.steps=0", "training: steps must be an integer of at least 1"),
         ("training.steps=true", "training.steps"),
         ("training.levels=1", "levels must be 0 or from 2"),
         ("training=3", "training must be a table"),
         ("training.betas=[0.1]", "a list of 2"),
-        ("training.learning_rate=-1", "learning_rate must be positive"),
+        ("training.learning_rate=-1", "learning_rate must be in (0, inf)"),
         ("adversary.loss=gan", "adversary.loss must be one of sgan"),
         ("adversary.masking.space=1.5", "adversary.masking: space"),
         ("network.widths=[8, 8, 9]", "three multiples of 8"),
+        ("network.prediction=noise", "network.prediction must be one of epsilon, v_prediction"),
         ("samples_every=300", "a multiple"),
         ("training.steps", "KEY=VALUE"),
         ("adversary.steps=0", "adversary: steps must be"),
         ("adversary.halvings=0", "adversary: halvings must be"),
         ("adversary.halvings=4", "adversary: halvings must leave a pixel of 8"),
-        ("adversary.width=0", "width from 1"),
+        ("adversary.width=0", "adversary: width must be"),
         ("adversary.weight=nan", "adversary: weight must be"),
         ("training.seed=-1", "seed must be"),
         ("training.betas=[1.0, 0.9]", "betas must be"),
@@ -205,8 +206,13 @@ def test_weights_and_card_belong_together(tmp_path, data):
 
 def test_pictures_without_labels(tmp_path):
     out = tmp_path / "run"
-    assert run("--data", pictures(tmp_path / "p", [8] * 6), "--out", out, "--steps", 2, *TINY).exit_code == 0
+    options = ["--data", pictures(tmp_path / "p", [8] * 6), "--out", out, *TINY]
+    assert run(*options, "--steps", 2, "--set", "network.prediction=v_prediction").exit_code == 0
     model, _ = fastsde.pretrained(out / "model")
+    assert model.prediction == "v_prediction"
+    other = run(*options, "--steps", 4, "--resume")
+    assert other.exit_code == 1
+    assert "prediction: v_prediction there, epsilon here" in other.output
     assert model.event_shape == (3, 8, 8)
     assert model.default_cond is None
 

@@ -74,7 +74,7 @@ def train(
     device: str,
     resume: bool,
 ) -> None:
-    """Train a noise-prediction UNet (2.2 M parameters) by denoising score matching under the VP SDE.
+    """Train a UNet (2.2 M parameters) that predicts the noise by denoising score matching under the VP SDE.
 
     With labels the network is class-conditional; a tenth of them is dropped, so that it also draws without one. An
     [adversary] among the settings adds a discriminator of denoised samples. Every 250 steps a checkpoint and losses.csv
@@ -162,7 +162,9 @@ def _run(
     config, channels = settings.training, images.shape[1]
     names = settings.classes or tuple(str(k) for k in range(0 if labels is None else int(labels.max()) + 1))
     torch.manual_seed(config.seed)
-    network = cast(nn.Module, small_unet(images.shape[-1], channels, len(names) or None, **vars(settings.network)))
+    network = cast(
+        nn.Module, small_unet(images.shape[-1], channels, len(names) or None, widths=settings.network.widths)
+    )
     sde, card = VPSDE(), _card(images.shape, list(names), settings)
     card["parameters"] = sum(p.numel() for p in network.parameters())
     model = score_model(network.to(device), sde, card)
@@ -238,7 +240,7 @@ def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, 
         "event_shape": list(shape[1:]),
         "data_range": [-1.0, 1.0],
         "classes": names,
-        "prediction": "epsilon",
+        "prediction": settings.network.prediction,
         "timestep_levels": 1000,
         "sde": {"beta_min": 0.1, "beta_max": 20.0},
         "versions": versions(),

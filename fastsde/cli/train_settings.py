@@ -23,14 +23,20 @@ else:
     import tomli as tomllib
 
 LOSSES = {"sgan": sgan, "lsgan": lsgan, "hinge": hinge, "wgan": wgan}
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 COMPARISONS = {"plain": plain, "paired": paired, "average": average}
 
 
 @dataclasses.dataclass(frozen=True)
 class NetworkSettings:
-    """Of `small_unet`: channels at its three resolutions."""
+    """Of `small_unet`, channels at its three resolutions; and what the network predicts."""
 
     widths: tuple[int, ...] = (32, 64, 112)
+    prediction: str = "epsilon"
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}; got {self.prediction!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
