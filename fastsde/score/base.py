@@ -11,6 +11,7 @@ https://arxiv.org/abs/2202.00512, for v; Lipman et al., https://arxiv.org/abs/22
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,22 +47,29 @@ class Prediction:
         self.out, self.x_t, self.alpha, self.sigma = out, x_t, alpha, sigma
         self._read = _READ[kind](alpha, sigma)
 
+    def _linear(self, of_x_t: Coef | float, of_out: Coef | float) -> State:
+        """of_x_t x_t + of_out out, never `out` itself: a compiled network may write its next output there."""
+        terms = [
+            (c if isinstance(c, float) else expand_like(c, x)) * x
+            for c, x in ((of_x_t, self.x_t), (of_out, self.out))
+            if not (isinstance(c, float) and c == 0)
+        ]
+        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+
     def _combine(self, of_x_0: Coef | float, of_eps: Coef | float) -> State:
         a, b, c, d = self._read
         # Merged in float64, so that 1 / sigma and sigma cancel before rounding to the state's dtype.
-        of_x_t = torch.as_tensor(of_x_0 * a + of_eps * c) + torch.zeros_like(self.sigma)
-        of_out = torch.as_tensor(of_x_0 * b + of_eps * d) + torch.zeros_like(self.sigma)
-        return expand_like(of_x_t, self.x_t) * self.x_t + expand_like(of_out, self.x_t) * self.out
+        return self._linear(of_x_0 * a + of_eps * c, of_x_0 * b + of_eps * d)
 
-    @property
+    @functools.cached_property
     def x_0(self) -> State:
         """The expected denoised sample E[x_0 | x_t] = (x_t + sigma^2 score) / alpha."""
-        return self._combine(1.0, 0.0)
+        return self._linear(*self._read[:2])
 
-    @property
+    @functools.cached_property
     def epsilon(self) -> State:
         """The expected noise E[eps | x_t] = -sigma score."""
-        return self._combine(0.0, 1.0)
+        return self._linear(*self._read[2:])
 
     @property
     def score(self) -> State:

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsde.sde.base import SDE, check_range
+from fastsde.sde.base import check_range
+from fastsde.sde.vp import VariancePreserving
 from fastsde.types import Coef, Time
 
 
-class DiscreteVPSDE(SDE):
+class DiscreteVPSDE(VariancePreserving):
     r"""The continuous VP process through a table of N noise levels, as diffusion checkpoints store it.
 
         alpha(t_k)^2 = alpha_bar_k at t_k = (k + 1) / N,    log alpha linear between levels and 0 at t = 0,
@@ -73,9 +74,6 @@ class DiscreteVPSDE(SDE):
         position = t * self.levels
         cell = position.floor().long().clamp(0, self.levels - 1)
         return self._table(t.device)[cell] + (position - cell) * self._slope(cell)
-
-    def sigma(self, t: Time) -> Coef:
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
 
     def f(self, t: Time) -> Coef:
         # On a level itself the slope is that of the cell below, where a backward step goes.

@@ -43,7 +43,18 @@ class LinearBeta(SDE):
         return 2 * integral / (self.beta_min + (self.beta_min**2 + 2 * slope * integral).sqrt())
 
 
-class VPSDE(LinearBeta):
+class VariancePreserving(SDE):
+    """sigma^2 = 1 - alpha^2."""
+
+    def sigma(self, t: Time) -> Coef:
+        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
+
+    def log_snr(self, t: Time) -> Coef:
+        twice = 2 * self.log_alpha(t)
+        return twice - (-torch.expm1(twice)).log()
+
+
+class VPSDE(VariancePreserving, LinearBeta):
     r"""Variance preserving: dx = -beta(t) x / 2 dt + sqrt(beta(t)) dw.
 
         alpha(t) = exp(-B(t) / 2),    sigma(t)^2 = 1 - alpha(t)^2,    g(t)^2 = beta(t)
@@ -60,9 +71,6 @@ class VPSDE(LinearBeta):
     Raises:
         ValueError: if the betas or the time range are not ordered as said.
     """
-
-    def sigma(self, t: Time) -> Coef:
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
 
     def g2(self, t: Time) -> Coef:
         return self.beta(t)
