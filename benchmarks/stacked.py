@@ -81,25 +81,26 @@ def main(
     data: Path, steps: int, seeds: int, nfe: int, samples: int, rank: int, world_size: int, work: Path, keep: bool
 ) -> None:
     """Trains and draws what is missing; the process that finds all figures there prints the table and writes it."""
-    settings = {"steps": steps, "seeds": seeds, "nfe": nfe, "samples": samples, "world_size": world_size}
+    settings = {"steps": steps, "nfe": nfe, "samples": samples}
     torch.set_num_threads(1 if world_size > 1 else os.cpu_count() or 1)
     images, features = load_images(data)[0], open_features("fashion-mnist")
     for kind, seed in tqdm(jobs_of(KINDS, seeds, rank, world_size), "trainings", disable=None):
-        folder = folder_of(work, kind, seed)
+        folder = folder_of(work, kind, seed, settings)
         if (folder / "row.json").is_file():
             continue
         model = trained(folder, stacks(images, len(images), 0), kind, seed, steps)
         r = fastsde.sample(model, n=samples, nfe=nfe, batch_size=100, progress=True)
-        pictures = to_uint8(r.samples, (-1.0, 1.0))
+        whole = torch.isfinite(r.samples).flatten(1).all(1)
+        pictures = to_uint8(r.samples[whole], (-1.0, 1.0))
         image_grid(pictures[:60], columns=10).save(folder / "samples.png")
-        row = {"training": kind, "seed": seed, "mean_nfe": float(r.nfe.double().mean())}
+        row = {"training": kind, "seed": seed, "mean_nfe": float(r.nfe.double().mean()), "failed": int((~whole).sum())}
         row |= figures(torch.from_numpy(pictures).permute(0, 3, 1, 2), features)
         write_whole(folder / "row.json", json.dumps(row).encode())
-    folders = [folder_of(work, kind, seed) for kind in reversed(KINDS) for seed in range(seeds)]
+    folders = [folder_of(work, kind, seed, settings) for kind in reversed(KINDS) for seed in range(seeds)]
     if not all((folder / "row.json").is_file() for folder in folders):
         return
     real = figures(stacks(load_images(data, train=False)[0], samples, 1), features)
-    rows = [{"training": "test images", "seed": "-", "mean_nfe": 0.0} | real]
+    rows = [{"training": "test images", "seed": "-", "mean_nfe": 0.0, "failed": 0} | real]
     rows += [json.loads((folder / "row.json").read_text()) for folder in folders]
     print(f"KL of as many draws of uniform modes: {999 / 2 / samples:.3f}\n")
     table(list(rows[1]), [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows])
@@ -110,7 +111,7 @@ def main(
             sheet.paste(picture, (0, k * (picture.height + 12)))
         sheet.save(RESULTS / "stacked.png")
         published = {kind: {"modes": modes, "KL": kl} for kind, (modes, kl) in PUBLISHED.items()}
-        save("stacked", settings, {"rows": rows, "published": published})
+        save("stacked", {**settings, "seeds": seeds, "world_size": world_size}, {"rows": rows, "published": published})
 
 
 if __name__ == "__main__":

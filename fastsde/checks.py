@@ -12,17 +12,17 @@ from torch import Tensor
 
 def check_steps(steps: object, name: str = "steps", least: int = 1) -> None:
     """Refuses, with a ValueError, anything but an integer of at least `least`, or None for no number yet."""
-    if steps is not None:
-        check_count(name, steps, least)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < least):
+        raise ValueError(f"{name} must be an integer of at least {least}; got {steps!r}.")
 
 
-def check_number(name: str, value: object, least: float, most: float = math.inf, *, ends: str = "[]") -> None:
-    """Refuses, with a ValueError, anything but a real number from `least` to `most`; "(" and ")" exclude an end."""
+def check_number(name: str, value: Any, least: float, most: float = math.inf, *, ends: str = "[]") -> float:
+    """A real number from `least` to `most`, or else a ValueError; "(" and ")" exclude an end."""
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        number = math.inf if isinstance(value, int) and abs(value) >= 1 << 1023 else float(value)
         outside = not least <= number <= most
         if not (outside or (ends[0] == "(" and number == least) or (ends[1] == ")" and number == most)):
-            return
+            return number
     raise ValueError(f"{name} must be in {ends[0]}{least:g}, {most:g}{ends[1]}; got {value!r}.")
 
 
@@ -53,11 +53,12 @@ def check_tensor(name: str, value: object) -> None:
 
 
 def check_count(name: str, value: Any, least: int) -> int:
-    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor."""
+    """An integer of at least `least`, numpy's kinds included, and not too large for a tensor; or else a ValueError."""
     try:
         count = operator.index(value)
     except TypeError:
         count = least - 1
     if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {value!r}.")
+        most = "" if count < 1 << 62 else " and below 2^62"
+        raise ValueError(f"{name} must be an integer of at least {least}{most}; got {value!r}.")
     return count

@@ -16,7 +16,7 @@ from fastsde.training.batches import Batches
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, read_idx, to_unit_range
 from fastsde.training.ema import ema_model
-from fastsde.training.levels import level_times
+from fastsde.training.levels import geometric_levels, level_times
 from fastsde.training.loop import train
 from fastsde.training.losses import dsm_loss, stratified_times
 
@@ -265,6 +265,19 @@ def test_levels_in_the_wrong_order_are_refused(sigmas):
         level_times(fastsde.VPSDE(), torch.tensor(sigmas), 3, torch.Generator())
 
 
+def test_settings_may_be_numbers_of_numpy(tmp_path, data, without_type_checks):
+    config = TrainConfig(np.int64(1), 4, np.float32(1e-3), betas=(np.float32(0.5), 0.9), bf16=False)
+    train(tiny_model(), *data, config, tmp_path / "c.safetensors")
+    train(tiny_model(), *data, dataclasses.replace(config, steps=2), tmp_path / "c.safetensors", resume=True)
+
+
+def test_ends_of_the_process_are_levels_of_it():
+    sde = fastsde.VPSDE()
+    ends = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).div(-2).exp().tolist()
+    t = level_times(sde, geometric_levels(*ends, 2).float(), 50, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(t.unique(), torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("sigmas", [[200.0, 1.0], [1.0, 0.001]])
 def test_levels_that_the_process_does_not_have_are_refused(sigmas):
     with pytest.raises(ValueError, match=r"noise over signal that the process has, 0\.01"):
@@ -277,7 +290,7 @@ def test_levels_that_the_process_does_not_have_are_refused(sigmas):
         ({"steps": "100"}, "steps must be an integer of at least 1; got '100'"),
         ({"batch_size": 1.5}, "batch_size must be an integer"),
         ({"learning_rate": "1e-3"}, "learning_rate must be in"),
-        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"betas": (0.9,)}, "betas must be a tuple of two"),
         ({"betas": (0.9, 1.0)}, "the second of betas must be in"),
         ({"seed": 1 << 40}, "seed must be in"),
         ({"levels": 1}, "levels must be 0 or from 2"),
@@ -288,7 +301,6 @@ def test_settings_that_are_none_are_refused(change, words, without_type_checks):
         TrainConfig(**change)
     with pytest.raises(TypeError, match="bf16 must be True or False"):
         TrainConfig(bf16="yes")
-    assert type(TrainConfig(steps=np.int64(3)).steps) is int  # a checkpoint's settings are JSON
 
 
 def write_idx(path, array):

@@ -74,7 +74,7 @@ def train(
     device: str,
     resume: bool,
 ) -> None:
-    """Train a UNet (2.2 M parameters) that predicts the noise by denoising score matching under the VP SDE.
+    """Train a UNet by denoising score matching under the VP SDE; 2.2 M parameters that predict the noise, by default.
 
     With labels the network is class-conditional; a tenth of them is dropped, so that it also draws without one. An
     [adversary] among the settings adds a discriminator of denoised samples. Every 250 steps a checkpoint and losses.csv

@@ -127,20 +127,24 @@ class DiffusersModel(ScoreModel):
             shapes["encoder_hidden_states"] = ("tokens", width)
         if (pooled := self.config.get("pooled_projection_dim")) is not None:
             shapes["pooled_projections"] = (int(pooled),)
-        if self.config.get("addition_embed_type") == "text_time" and "time_ids" in cond:
-            numbers = cond["time_ids"].numel() // max(1, len(cond["time_ids"]))
-            total = self.config["projection_class_embeddings_input_dim"]
-            shapes["time_ids"] = (numbers,)
-            shapes["text_embeds"] = (int(total) - numbers * int(self.config["addition_time_embed_dim"]),)
         for key, shape in shapes.items():
             value = cond.get(key)
             if value is None:
                 continue
             fits = value.ndim == 1 + len(shape) and value.shape[-1] == shape[-1]
-            if not fits or (key != "time_ids" and not value.is_floating_point()):
+            if not fits or not value.is_floating_point():
                 wanted = ", ".join(map(str, shape))
                 raise ValueError(
                     f"{key} must be floating point with shape (n, {wanted}); got {tuple(value.shape)} of {value.dtype}."
+                )
+
+        if self.config.get("addition_embed_type") == "text_time":
+            numbers, pooled = (cond[k].reshape(len(cond[k]), -1).shape[1] for k in ("time_ids", "text_embeds"))
+            each, total = (self.config[k] for k in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
+            if pooled + numbers * each != total:
+                raise ValueError(
+                    f"the network adds embeddings of {total} numbers: the width of text_embeds and {each} for each of "
+                    f"time_ids; got {pooled} and {numbers} x {each}."
                 )
 
     @property

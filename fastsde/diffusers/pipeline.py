@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from torch import Tensor
 
 from fastsde.diffusers.conditions import Prompt
 from fastsde.diffusers.loading import load
@@ -17,6 +18,11 @@ from fastsde.job import EngineState
 from fastsde.pretrained import read_json
 
 _SETTINGS = "fastsde.json"
+
+
+def _edits(value: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count it."""
+    return 0 if value.is_inference() else value._version
 
 
 def _arguments() -> set[str]:
@@ -136,10 +142,10 @@ class FastSDEPipeline:
         def on_turn(state: EngineState) -> None:
             tensors = {"latents": state.x, "index": state.index, "nfe": state.nfe}
             given = {name: tensors[name] for name in names}
-            before = {name: value._version for name, value in given.items()}  # which torch counts up at every edit
+            before = {name: _edits(value) for name, value in given.items()}
             answer = callback(self.pipe, state.turn - 1, state.t, dict(given))
             changed = {k for k, v in (answer or {}).items() if v is not tensors.get(k)}
-            changed |= {name for name, value in given.items() if value._version != before[name]}
+            changed |= {name for name, value in given.items() if _edits(value) != before[name]}
             if changed:
                 raise ValueError(
                     f"callback_on_step_end changed {', '.join(sorted(changed))}: samples here are at times of their "

@@ -33,7 +33,7 @@ _READ: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any, Any, Any]]] = {
 
 
 class Prediction:
-    """One network call, readable in every form. All tensors have shape (B, *event).
+    """One network call, readable in every form. All tensors have shape (B, *event); `x_0` and `epsilon` are kept.
 
     Args:
         kind: what the network predicts, a key of diffusers' `prediction_type` or "score".

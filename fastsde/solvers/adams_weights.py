@@ -52,7 +52,7 @@ def adams_weights(
     exact = moments(a, max(q, 1))
     for p in range(1, q + 1):
         # Rows with fewer values have nodes that mean nothing; their system may be singular, and is not used.
-        right, lower = rule(m_0, exact[:, :p]), weights[:, 1 : 1 + p]
+        right, lower = rule(m_0, exact[:, :p]), weights[:, 1 : 1 + p].clone()
         if p == 1:
             solution = right / nodes[:, :1]
         else:

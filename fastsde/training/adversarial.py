@@ -33,10 +33,10 @@ class Adam(torch.optim.Adam):
     """
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float] = (0.9, 0.999)) -> None:
-        check_betas(betas)
+        betas = check_betas(betas)
         super().__init__(params, lr=lr, betas=(max(betas[0], 0.0), betas[1]))
         for group in (*self.param_groups, self.defaults):
-            group["betas"] = tuple(betas)
+            group["betas"] = betas
 
 
 @dataclasses.dataclass(frozen=True)

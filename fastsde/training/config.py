@@ -7,12 +7,12 @@ import dataclasses
 from fastsde.checks import check_count, check_flags, check_number
 
 
-def check_betas(betas: tuple[float, float]) -> None:
-    """Refuses, with a ValueError, what Adam's formulas do not take; a negative first momentum they do."""
+def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
+    """The two numbers, or a ValueError for what Adam's formulas do not take; a negative first momentum they do."""
     if not isinstance(betas, tuple | list) or len(betas) != 2:
-        raise ValueError(f"betas must be two numbers; got {betas!r}.")
-    check_number("the first of betas", betas[0], -1.0, 1.0, ends="()")
-    check_number("the second of betas", betas[1], 0.0, 1.0, ends="[)")
+        raise ValueError(f"betas must be a tuple of two numbers; got {betas!r}.")
+    first = check_number("the first of betas", betas[0], -1.0, 1.0, ends="()")
+    return first, check_number("the second of betas", betas[1], 0.0, 1.0, ends="[)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TrainConfig:
         levels: geometric levels of noise to train at, each as likely (thesis, eqs. 8.1 and 8.2); 0 for uniform times.
 
     Raises:
-        ValueError: naming the setting out of range.
+        ValueError, TypeError: naming the setting that is out of range or of the wrong kind.
     """
 
     steps: int = 6000
@@ -49,9 +49,8 @@ class TrainConfig:
     levels: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "warmup", "seed", "levels"):
-            least = 0 if name in ("seed", "levels") else 1
-            object.__setattr__(self, name, check_count(name, getattr(self, name), least))  # JSON takes no numpy numbers
+        for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 1), ("seed", 0), ("levels", 0)):
+            check_count(name, getattr(self, name), least)
         for name in ("learning_rate", "grad_clip"):
             check_number(name, getattr(self, name), 0.0, ends="()")
         check_betas(self.betas)

@@ -105,13 +105,13 @@ def level_times(sde: SDE, sigmas: Tensor, batch: int, generator: torch.Generator
     if len(sigmas) < 1 or sigmas[-1] <= 0 or (sigmas.diff() >= 0).any():
         raise ValueError(f"sigmas must fall and be positive, the largest first; got {sigmas.tolist()[:4]}.")
     ends = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).div(-2).exp()
-    if sigmas[0] > ends[0] * (1 + 1e-9) or sigmas[-1] < ends[1] * (1 - 1e-9):  # a level may be an end, but for rounding
+    if sigmas[0] > ends[0] * (1 + 1e-6) or sigmas[-1] < ends[1] * (1 - 1e-6):  # an end rounded to float32 is one
         raise ValueError(
             f"sigmas must be noise over signal that the process has, {float(ends[1]):.4g} to {float(ends[0]):.4g}; got "
             f"{float(sigmas[-1]):.4g} to {float(sigmas[0]):.4g}."
         )
     chosen = sigmas[torch.randint(len(sigmas), (batch,), generator=generator)]
-    return sde.t_of_log_snr(-2 * chosen.double().log())
+    return sde.t_of_log_snr(-2 * chosen.double().log()).clamp(sde.t_min, sde.t_max)
 
 
 def _check(sigma_1: float, sigma_L: float) -> None:

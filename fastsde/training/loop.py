@@ -15,7 +15,7 @@ from fastsde.checks import check_count
 from fastsde.score.base import ScoreModel
 from fastsde.training.adversarial import Adam, Adversary
 from fastsde.training.batches import Batches, on_device, rank_and_size
-from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
+from fastsde.training.checkpoint import History, load_checkpoint, plain_json, save_checkpoint
 from fastsde.training.config import TrainConfig
 from fastsde.training.ema import ema_model
 from fastsde.training.losses import dsm_loss, stratified_times
@@ -80,6 +80,7 @@ def train(
         modules["discriminator"], optimizers["discriminator_adam"] = adversary.discriminator, adversary.optimizer()
         settings["adversary"] = adversary.settings()
         history["discriminator"] = []
+    settings = plain_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
     first, leads = len(history["loss"]), rank_and_size()[0] == 0
