@@ -1,7 +1,7 @@
 r"""Table 10.1's VP column and Table D.2 with the packaged network: which claims hold where the score is learned?
 
 The packaged Fashion-MNIST network (VP) in bfloat16, classes in turn, one seed for all rows; the Frechet distance in the
-features of the packaged classifier, against those of the test images. Rows are those of `thesis_tables.py`, which has
+features of the packaged classifier, against those of the training images. Rows are those of `thesis_tables.py`, which has
 the published figures; the ablations are at rtol 0.05. Two rows of ours stand beside them. RD & Langevin has 500 steps,
 half the published number, and DDIM with 1000 is left out, as it does not move from 36 calls on. Cells are those of
 `fastsde bench`: a folder that survives being killed, which several processes share (`--rank`, `--world-size`).
@@ -75,7 +75,7 @@ def same_calls(sweep: Sweep, rows: list[Row], seed: int) -> list[Row]:
 
 
 def floor_of(reference: Reference, n: int, draws: int = 20) -> torch.Tensor:
-    """Frechet distances of n test images at a time."""
+    """Frechet distances of n training images at a time."""
     feats, seeded = reference.feats, torch.Generator().manual_seed(0)
     chosen = [torch.randperm(len(feats), generator=seeded)[:n] for _ in range(draws)]
     found = [frechet(feats[k], reference.mean, reference.covariance, draws=2).value for k in chosen]
@@ -128,7 +128,7 @@ def main(samples: int, rtol: float, seed: int, rank: int, world_size: int, work:
         for (part, cell, known), row in zip(rows, found, strict=True)
     ]
     base = BASE[VP]
-    print(f"{samples} test images: FID {floor.mean():.3f}, spread {floor.std():.3f}; D.2 unchanged: {base}\n")
+    print(f"{samples} training images: FID {floor.mean():.3f}, spread {floor.std():.3f}; D.2 unchanged: {base}\n")
     shown = ("part", "method", "setting", "mean_nfe", "rejected", "fid", "fid_error", "published_nfe", "published_fid")
     table(shown, [[f"{v:.4g}" if isinstance(v := row[k], float) else v or "-" for k in shown] for row in results])
     if keep:
