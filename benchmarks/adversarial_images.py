@@ -7,9 +7,9 @@ gradient is scaled as the loss is, which the adversarial one sums over pixels. T
 whose errors H multiplies by the noise over signal, a training this short ends in black and white images.
 
 Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, as many as Song and Ermon's rule says,
-with n_sigma 1 at several step sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is
-in the packaged features, of the last state and of its expected denoised sample. The second table has, as the thesis's,
-the step size of the lowest denoised distance for each row.
+with n_sigma 1 at several step sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet
+distance is in the packaged features, of the last state and of its expected denoised sample. The second table has, as
+the thesis's, the step size of the lowest denoised distance for each row.
 """
 
 from __future__ import annotations
