@@ -2,9 +2,9 @@ r"""Table 10.1's VP column and Table D.2 with the packaged network: which claims
 
 The packaged Fashion-MNIST network (VP) in bfloat16, classes in turn, one seed for all rows; the Frechet distance in the
 features of the packaged classifier, against those of the training images. Rows are those of `thesis_tables.py`, which
-has the published figures; the ablations are at rtol 0.05. Two rows of ours stand beside them. RD & Langevin has 500 steps,
-half the published number, and DDIM with 1000 is left out, as it does not move from 36 calls on. Cells are those of
-`fastsde bench`: a folder that survives being killed, which several processes share (`--rank`, `--world-size`).
+has the published figures; the ablations are at rtol 0.05. Two rows of ours stand beside them. RD & Langevin has 500
+steps, half the published number, and DDIM with 1000 is left out, as it does not move from 36 calls on. Cells are those
+of `fastsde bench`: a folder that survives being killed, which several processes share (`--rank`, `--world-size`).
 """
 
 from __future__ import annotations
