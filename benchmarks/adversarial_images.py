@@ -25,6 +25,7 @@ from typing import Any
 import click
 import torch
 from common import RESULTS, save, table
+from PIL import Image
 from thesis_network import floor_of
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -141,6 +142,16 @@ def plot(rows: list[dict[str, Any]]) -> None:
     figure.savefig(RESULTS / "adversarial_steps.png")
 
 
+def one_above_the_other(paths: list[Path], target: Path) -> None:
+    """Pictures of one size, with a gap between them."""
+    pictures = [Image.open(path) for path in paths]
+    height = pictures[0].height + 12
+    sheet = Image.new(pictures[0].mode, (pictures[0].width, len(paths) * height - 12), "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (0, k * height))
+    sheet.save(target)
+
+
 def jobs_of(kinds: tuple[str, ...], seeds: int, rank: int, world_size: int) -> list[tuple[str, int]]:
     """What a process does: the longest first, a seed after the other."""
     return [(kind, seed) for kind in kinds for seed in range(seeds)][rank::world_size]
@@ -184,6 +195,8 @@ def main(data: Path, steps: int, seeds: int, samples: int, rank: int, world_size
         print()
     if keep:
         plot(rows)
+        shown = [folder_of(work, kind, 0, settings) / "CAS-1-0.25.png" for kind in ("plain", "adversarial")]
+        one_above_the_other(shown, RESULTS / "adversarial_images.png")
         real = {"mean": float(floor.mean()), "spread": float(floor.std())}
         published = [{"sampler": s, "n_sigma": k, "plain": a, "adversarial": b} for (s, k), (a, b) in PUBLISHED.items()]
         save(

@@ -16,9 +16,8 @@ from typing import Any
 
 import click
 import torch
-from adversarial_images import folder_of, jobs_of, trained
+from adversarial_images import folder_of, jobs_of, one_above_the_other, trained
 from common import RESULTS, save, table
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -105,11 +104,7 @@ def main(
     print(f"KL of as many draws of uniform modes: {999 / 2 / samples:.3f}\n")
     table(list(rows[1]), [[f"{v:.3g}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     if keep:
-        pictures = [Image.open(folder / "samples.png") for folder in folders[::seeds]]
-        sheet = Image.new("RGB", (pictures[0].width, sum(p.height for p in pictures) + 12), "white")
-        for k, picture in enumerate(pictures):
-            sheet.paste(picture, (0, k * (picture.height + 12)))
-        sheet.save(RESULTS / "stacked.png")
+        one_above_the_other([folder / "samples.png" for folder in folders[::seeds]], RESULTS / "stacked.png")
         published = {kind: {"modes": modes, "KL": kl} for kind, (modes, kl) in PUBLISHED.items()}
         save("stacked", {**settings, "seeds": seeds, "world_size": world_size}, {"rows": rows, "published": published})
 
