@@ -3,10 +3,10 @@ r"""Figure 8.2 and the error of a learned score: does the expected denoised samp
 A swiss roll and 25 Gaussians in two dimensions, standardised; VP down to noise over signal of 0.05; a perceptron told
 the log-SNR, trained at 200 geometric levels by denoising score matching, plain or adversarial (least squares, another
 perceptron as discriminator, lambda 10), same steps and seeds; also plain with the Adam of the adversarial one, which
-has no momentum. Samples are by consistent and by plain annealed
-sampling. "gap" is the root mean square distance to the roll's curve or the nearest centre, of the last state and its
-expected denoised sample; "SW2" the sliced Wasserstein distance to fresh data. The Gaussians have an exact score:
-the relative error of the learned one, E |s - s*|^2 / E |s*|^2, at each level of noise.
+has no momentum. The largest norm of the gradient is scaled as the loss is. Samples are by consistent and by plain
+annealed sampling. "gap" is the root mean square distance to the roll's curve or the nearest centre, of the last state
+and its expected denoised sample; "SW2" the sliced Wasserstein distance to fresh data. The Gaussians have an exact
+score: the relative error of the learned one, E |s - s*|^2 / E |s*|^2, at each level of noise.
 """
 
 from __future__ import annotations
@@ -91,7 +91,9 @@ def trained(name: str, kind: str, steps: int, seed: int) -> fastsde.ScoreModel:
     )
     adversary = Adversary(Critic(), weight=10.0) if kind == "adversarial" else None
     betas = (0.9, 0.999) if kind == "plain" else (0.0, 0.9)
-    config = TrainConfig(steps, 256, 2e-3, betas=betas, seed=seed, bf16=False, levels=200)
+    # The adversarial loss has lambda / 2 of the sum over two coordinates where the plain one has the mean.
+    clip = adversary.weight if adversary else 1.0
+    config = TrainConfig(steps, 256, 2e-3, betas=betas, seed=seed, bf16=False, levels=200, grad_clip=clip)
     with tempfile.TemporaryDirectory() as folder:
         model.network = train(
             model,

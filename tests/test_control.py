@@ -163,7 +163,7 @@ def test_last_step_may_be_followed_by_too_small_a_step():
         (lambda: Grid([1.0, 1.0]), "strictly decreasing"),
         (lambda: Grid([0.1, 1.0]), "strictly decreasing"),
         (lambda: Grid([1.0, math.nan]), "finite"),
-        (lambda: Grid.uniform(VPSDE(), 0), "steps must be at least 1; got 0"),
+        (lambda: Grid.uniform(VPSDE(), 0), "steps must be an integer of at least 1; got 0"),
         (lambda: Grid([1.0, 0.05]).span(0.1, 1.0), "within t_min=0.1 .. t_max=1.0; it goes from 1.0 to 0.05"),
         (lambda: Grid([1.1, 0.1]).span(0.1, 1.0), "it goes from 1.1 to 0.1"),
     ],
