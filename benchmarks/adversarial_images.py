@@ -74,7 +74,7 @@ def trained(folder: Path, images: Tensor, kind: str, seed: int, steps: int) -> f
         64,
         ema_decay=0.995,
         grad_clip=0.5 * math.prod(images.shape[1:]) if adversary else 1.0,
-        betas=(0.0, 0.9) if adversary else (0.9, 0.999),
+        betas=(0.9, 0.999) if kind == "plain" else (0.0, 0.9),
         seed=seed,
     )
     checkpoint = folder / "checkpoint.safetensors"
