@@ -113,6 +113,21 @@ def test_weights_integrate_polynomials_on_unequal_nodes(q):
         torch.testing.assert_close(alone[0], weights[row], rtol=1e-11, atol=1e-12)
 
 
+def test_weights_have_the_gradients_of_their_formulas():
+    """Mixed with those of one node less, too: schedules can be learned through a step."""
+    a, nodes = vector(0.4, 1.7).requires_grad_(), torch.tensor([[1.0, -0.8], [1.0, -1.3]], dtype=torch.float64)
+    known = torch.tensor([2, 2])
+
+    def weights(a, nodes):
+        return adams_weights(a, nodes, known, exact, 1 / (1 + a**3))
+
+    assert torch.autograd.gradcheck(weights, (a, nodes.requires_grad_()))
+    low, high = adams_weights(a, nodes[:, :1], known, exact), adams_weights(a, nodes, known, exact)
+    share = (1 / (1 + a**3))[:, None]
+    expected = share * high + (1 - share) * torch.nn.functional.pad(low, (0, 1))
+    torch.testing.assert_close(weights(a, nodes), expected, rtol=1e-14, atol=1e-15)
+
+
 # ---- one step, by hand ------------------------------------------------------------------------------------------
 
 
