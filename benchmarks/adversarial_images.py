@@ -92,8 +92,8 @@ def rows_of(folder: Path, model: fastsde.ScoreModel, features: Features, samples
         if not path.is_file():
             solver = SAMPLERS[sampler](levels=LEVELS, n_sigma=n_sigma, eta=eta)
             r = fastsde.sample(model, n=samples, solver=solver, batch_size=80, denoise=False)
-            row: dict[str, Any] = {"sampler": sampler, "n_sigma": n_sigma, "eta": eta, "nfe": r.nfe.float().mean()}
-            row["nfe"] = float(row["nfe"])
+            calls = float(r.nfe.double().mean())
+            row: dict[str, Any] = {"sampler": sampler, "n_sigma": n_sigma, "eta": eta, "nfe": calls}
             with torch.no_grad():
                 last = torch.full((samples,), model.sde.t_min, dtype=torch.float64)
                 pairs = zip(r.samples.split(80), last.split(80), strict=True)

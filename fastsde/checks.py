@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from numbers import Integral, Real
 from typing import Any
 
@@ -12,8 +11,8 @@ from torch import Tensor
 
 def check_steps(steps: object, name: str = "steps", least: int = 1) -> None:
     """Refuses, with a ValueError, anything but an integer of at least `least`, or None for no number yet."""
-    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, Integral) or int(steps) < least):
-        raise ValueError(f"{name} must be an integer of at least {least}; got {steps!r}.")
+    if steps is not None:
+        check_count(name, steps, least)
 
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, *, ends: str = "[]") -> float:
@@ -54,11 +53,8 @@ def check_tensor(name: str, value: object) -> None:
 
 def check_count(name: str, value: Any, least: int) -> int:
     """An integer of at least `least`, numpy's kinds included, and not too large for a tensor; or else a ValueError."""
-    try:
-        count = operator.index(value)
-    except TypeError:
-        count = least - 1
-    if isinstance(value, bool) or count < least or (count >= 1 << 62 and name != "seed"):
+    count = int(value) if isinstance(value, Integral) and not isinstance(value, bool) else least - 1
+    if count < least or (count >= 1 << 62 and name != "seed"):
         most = "" if count < 1 << 62 else " and below 2^62"
         raise ValueError(f"{name} must be an integer of at least {least}{most}; got {value!r}.")
     return count

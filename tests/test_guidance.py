@@ -71,12 +71,14 @@ def test_both_halves_are_one_batch_and_two_calls():
     assert network.calls[0][2]["class_labels"].tolist() == [0, 1, 0, 1, 0, 2, 2, 2, 2, 2]
 
 
-def test_outside_of_the_interval_the_other_half_is_not_called():
+def test_outside_of_the_interval_the_other_half_is_not_called(capfd):
     model, network = guided(scale=4.0, interval=(1.0, 5.0))
     grid = Grid([20.0, 10.0, 4.0, 2.0, 0.5, 0.1])
-    r = fastsde.sample(model, n=3, solver=DDIM(), controller=grid, cond={"class_labels": torch.tensor([0, 1, 1])})
+    cond = {"class_labels": torch.tensor([0, 1, 1])}
+    r = fastsde.sample(model, n=3, solver=DDIM(), controller=grid, cond=cond, progress=True)
     # Six times, two of them (4 and 2) within.
     assert r.nfe.tolist() == [8] * 3
+    assert "mean_nfe=8.0" in capfd.readouterr().err.split("\r")[-1]
     assert [len(x) for x, _, _ in network.calls] == [3, 3, 6, 6, 3, 3]
     x, t, labels = torch.randn(3, 1).double(), vector(0.5, 2.0, 10.0), torch.tensor([0, 1, 1])
     bound = BoundModel(model, full(model, 3, class_labels=labels), torch.tensor([True, True, False]))

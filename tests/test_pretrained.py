@@ -117,6 +117,14 @@ def test_weights_of_another_network(folder):
         load(folder)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2])
+def test_finite_weights_pass_that_overflow_as_a_sum_or_have_none(dtype):
+    network = torch.nn.Module()
+    network.weight = torch.nn.Parameter(torch.full((100,), 5e4).to(dtype), requires_grad=False)
+    network.forward = lambda x, t: torch.zeros_like(x)
+    assert fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5, seed=1).success.all()
+
+
 def test_nan_weights_are_refused_before_sampling(folder):
     weights = load_file(folder / WEIGHTS)
     weights["conv_in.bias"][0] = torch.nan
