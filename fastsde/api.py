@@ -279,6 +279,7 @@ def run(
         progress=progress,
         callback=callback,
         lag=1 if device.type == "cuda" else 0,
+        plan=solver.plan(sde, controller.times_on(device)) if isinstance(controller, Grid) else {},
         recorder=recorder,
     )
     with torch.no_grad(), evaluation_mode(model.network):

@@ -129,7 +129,8 @@ class Engine:
         position = row["accepted"] + ~row["warm"]
         noise = StepNoise(job.noise, row["index"], attempt, position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
-        step = job.solver.step(model, job.sde, x, t, s, noise, rows["solver"])
+        carry = rows["solver"] | select_rows(position * active, job.plan)
+        step = job.solver.step(model, job.sde, x, t, s, noise, carry)
         decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
 
         finite = all_finite(step.x)

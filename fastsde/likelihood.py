@@ -209,7 +209,7 @@ class _Density(Solver):
         return self.tableau.error is not None
 
     @property
-    def warm_up(self) -> bool:
+    def warm_up(self) -> bool:  # type: ignore[override]
         return self.tableau.first_same_as_last
 
     def init(self, x_t: State) -> Carry:

@@ -381,13 +381,24 @@ def test_eta_may_be_a_function(build):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("solver", [*MULTISTEP, SASolver(predictor=1, corrector=4), ExponentialPC(eta=0.7)], ids=short)
+def test_a_grid_planned_at_once_gives_the_steps_taken_one_by_one(solver, monkeypatch):
+    """Three samples in two slots: each row of the plan reaches the row that is at its step."""
+    job = {"n": 3, "batch_size": 2, "dtype": torch.float64, "controller": Grid.karras(MILD, 7), "solver": solver}
+    planned = fastsde.sample(mixture(MILD), **job).samples
+    monkeypatch.setattr(type(solver), "plan", lambda self, sde, times: {})
+    alone = fastsde.sample(mixture(MILD), **job).samples
+    # Weights of up to four values from systems solved in another batch: roundings, times their size of a hundred.
+    torch.testing.assert_close(planned, alone, rtol=0, atol=1e-12)
+
+
 def test_eta_is_given_the_level_at_the_start_of_a_step():
     seen, grid = [], Grid.karras(MILD, 4)
     solver = SASolver(eta=lambda rho: seen.append(rho) or (rho < 1.0) * 0.5)
     fastsde.sample(mixture(MILD), n=2, solver=solver, controller=grid)
     level = MILD.sigma(grid.times) / MILD.alpha(grid.times)
-    # The first turn, for the first prediction, stays at the first level; levels agree to rounding.
-    torch.testing.assert_close(torch.stack(seen), level[[0, 0, 1, 2, 3], None].expand(-1, 2), rtol=1e-12, atol=0)
+    # All steps at once. The first turn, for the first prediction, stays at the first level; levels agree to rounding.
+    torch.testing.assert_close(torch.stack(seen), level[None, [0, 0, 1, 2, 3]], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), fastsde.RectifiedFlow()], ids=["VPSDE", "RectifiedFlow"])

@@ -191,7 +191,8 @@ class ScoreModel:
             ValueError: if the network returns another shape or device than it was given.
             TypeError: if it returns no floating-point tensor.
         """
-        return Prediction(self.prediction, self.output(x_t, t, cond), x_t, self.sde.alpha(t), self.sde.sigma(t))
+        level = self.sde.level(t)
+        return Prediction(self.prediction, self.output(x_t, t, cond), x_t, level.alpha, level.sigma)
 
 
 class Wrapper(ScoreModel):

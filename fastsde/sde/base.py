@@ -13,12 +13,21 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
 from fastsde.types import Coef, State, Time
+
+
+class Level(NamedTuple):
+    """What a process is at a time; each with shape (B,)."""
+
+    alpha: Coef
+    sigma: Coef
+    log_snr: Coef
 
 
 class SDE(ABC):
@@ -62,6 +71,10 @@ class SDE(ABC):
         Half of it is the `lambda` of the DPM-Solver papers.
         """
         return 2 * (self.log_alpha(t) - self.sigma(t).log())
+
+    def level(self, t: Time) -> Level:
+        """alpha, sigma and the log-SNR at once, each with shape (B,); a process that can share work does so here."""
+        return Level(self.alpha(t), self.sigma(t), self.log_snr(t))
 
     def transition(self, t: Time, s: Time) -> tuple[Coef, Coef]:
         """a and b^2 of the process from s to t > s, x_t = a x_s + b z: alpha_t / alpha_s, sigma_t^2 - a^2 sigma_s^2.

@@ -72,8 +72,9 @@ class DiscreteVPSDE(VariancePreserving):
 
     def log_alpha(self, t: Time) -> Coef:
         position = t * self.levels
-        cell = position.floor().long().clamp(0, self.levels - 1)
-        return self._table(t.device)[cell] + (position - cell) * self._slope(cell)
+        cell = position.long().clamp(0, self.levels - 1)
+        table = self._table(t.device)
+        return torch.lerp(table.take(cell), table.take(cell + 1), position - cell)
 
     def f(self, t: Time) -> Coef:
         # On a level itself the slope is that of the cell below, where a backward step goes.

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastsde.sde.base import SDE, check_range
+from fastsde.sde.base import SDE, Level, check_range
 from fastsde.types import Coef, Time
 
 
@@ -52,6 +52,11 @@ class VariancePreserving(SDE):
     def log_snr(self, t: Time) -> Coef:
         twice = 2 * self.log_alpha(t)
         return twice - (-torch.expm1(twice)).log()
+
+    def level(self, t: Time) -> Level:
+        log_alpha = self.log_alpha(t)
+        variance = -torch.expm1(2 * log_alpha)
+        return Level(log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log())
 
 
 class VPSDE(VariancePreserving, LinearBeta):

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from fastsde.batching import expand_like
 from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.adams_weights import adams_weights, weighted_sum
-from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.adams_coefficients import AdamsCoefficients
+from fastsde.solvers.adams_weights import add_weighted
+from fastsde.solvers.base import Step
 from fastsde.types import Carry, Coef, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class ExponentialAdams(Solver):
+class ExponentialAdams(AdamsCoefficients):
     r"""An exponential Adams method with one network call a step: predict, evaluate, and, if asked, correct.
 
     In y = x / alpha, rho = sigma / alpha and lam = -log rho, the backward dynamics with noise eta are
@@ -39,8 +38,6 @@ class ExponentialAdams(Solver):
             where steps start. Noise of a constant eta comes from a Brownian path in the clock rho^(-2 eta^2).
     """
 
-    midpoint: ClassVar[bool] = True  # a polynomial of degree 1 gets m_0 / 2 rather than m_1: better at few calls
-    interpolates_noise: ClassVar[bool] = False  # interpolate eps rather than D: y / rho then grows, c = -1
     calls_per_step = 1
     noise = "none, or path (eta)"
     warm_up = True
@@ -67,19 +64,6 @@ class ExponentialAdams(Solver):
     def clock_power(self) -> float | None:
         return None if callable(self.eta) else 2 * self.eta**2
 
-    @property
-    def values(self) -> tuple[int, int]:
-        """How many predictions the predictor and the corrector (0: none) read."""
-        raise NotImplementedError
-
-    def combine_moments(self, m_0: Coef, m: Tensor) -> Tensor:
-        """The right-hand sides of the weights for as many differences as `m` has columns, with shape (B, q)."""
-        return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
-
-    def share(self, a: Coef) -> Coef | None:
-        """The share of the highest order, the rest being the order below, with shape (B,); None for all of it."""
-        return None
-
     def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
         return None, None
@@ -94,27 +78,19 @@ class ExponentialAdams(Solver):
         }
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        lam, lam_s = sde.log_snr(t) / 2, sde.log_snr(s) / 2
-        h = lam_s - lam
-        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta, dtype=h.dtype)
-        a = -h if self.interpolates_noise else (1 + eta**2) * h
-        ratio = sde.alpha(s) / sde.alpha(t)
-        keep, gain = (ratio, sde.sigma(s)) if self.interpolates_noise else (ratio * (-a).exp(), sde.alpha(s))
-        base = expand_like(keep, x_t) * x_t
+        past, lam, count = carry["past"], carry["lam"], carry["count"]
+        c = carry if "keep" in carry else self.coefficients(sde, t, s, lam, count)
+        base = expand_like(c["keep"], x_t) * x_t
         if not self.deterministic:
-            base = base + expand_like(sde.sigma(s) * (-torch.expm1(-2 * eta**2 * h)).sqrt(), x_t) * noise.z
-
-        nodes = (carry["lam"] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
-        (predictor, corrector), share, past, count = self.values, self.share(a), carry["past"], carry["count"]
-        weights = adams_weights(a, nodes[:, 1:predictor], count - 1, self.combine_moments, share)
-        x_s = predicted = base + expand_like(gain, x_t) * weighted_sum(weights, past)
+            base = base + expand_like(c["std"], x_t) * noise.z
+        x_s = predicted = add_weighted(base, c["weights"][:, 0], past)
         prediction = model(x_s, s)
-        new = prediction.epsilon if self.interpolates_noise else prediction.x_0
-        if corrector:
-            nodes = torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, 1 : corrector - 1]], 1)
-            weights = adams_weights(a, nodes, count, self.combine_moments, share)
-            values = torch.cat([past[:, :1], new[:, None], past[:, 1:]], 1)
-            x_s = base + expand_like(gain, x_t) * weighted_sum(weights, values)
-        past, times = torch.cat([new[:, None], past[:, :-1]], 1), torch.cat([lam_s[:, None], carry["lam"][:, :-1]], 1)
-        error, scale = self.estimate((x_s - predicted) / expand_like(sde.alpha(s), x_t), prediction.x_0, h, lam_s)
-        return Step(x_s, {"x_0": prediction.x_0, "past": past, "lam": times, "count": count + 1}, error, scale)
+        new = (prediction.epsilon if self.interpolates_noise else prediction.x_0)[:, None]
+        if self.values[1]:
+            x_s = add_weighted(base, c["weights"][:, 1], torch.cat([past[:, :1], new, past[:, 1:-1]], 1))
+        past, lam = torch.cat([new, past[:, :-1]], 1), torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1)
+        kept = {"x_0": prediction.x_0, "past": past, "lam": lam, "count": count + 1}
+        if c is carry:
+            return Step(x_s, kept)  # on a grid nobody asks for the error
+        difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
+        return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))

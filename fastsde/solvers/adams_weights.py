@@ -65,8 +65,35 @@ def adams_weights(
     return weights
 
 
-def weighted_sum(weights: Tensor, values: Tensor) -> State:
-    """sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, at least q, *event)."""
-    values = values[:, : weights.shape[1]]
+def stage_weights(
+    a: Coef,
+    nodes: Tensor,
+    count: Index,
+    values: tuple[int, int],
+    rule: Callable[[Coef, Tensor], Tensor],
+    share: Coef | None,
+) -> Tensor:
+    """Weights of a predictor and, in the same pass, of a corrector whose first node is the end of the step.
+
+    Args:
+        a, rule, share: as for `adams_weights`.
+        nodes: where the values before the current one are, with shape (B, q - 1).
+        count: how many values there are, the current one included, with shape (B,).
+        values: how many of them the predictor reads, and the corrector, with the new one; at most q. 0 for none.
+
+    Returns:
+        With shape (B, 1, q), or (B, 2, q) with a corrector.
+    """
+    (predictor, corrector), shape = values, (-1, len(a), 1 + nodes.shape[1])
+    known = (count - 1).clamp(max=predictor - 1)
+    if corrector:
+        nodes = torch.cat([nodes, torch.cat([torch.ones_like(nodes[:, :1]), nodes[:, :-1]], 1)])
+        known = torch.cat([known, count.clamp(max=corrector - 1)])
+        a, share = a.repeat(2), None if share is None else share.repeat(2)
+    return adams_weights(a, nodes, known, rule, share).reshape(shape).transpose(0, 1)
+
+
+def add_weighted(base: State, weights: Tensor, values: Tensor) -> State:
+    """base + sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, q, *event)."""
     flat = values.reshape(*values.shape[:2], -1)  # an event may be a single number
-    return torch.einsum("bq,bqd->bd", weights.to(values.dtype), flat).reshape(values[:, 0].shape)
+    return torch.baddbmm(base.reshape(len(base), 1, -1), weights.to(base.dtype)[:, None], flat).reshape(base.shape)

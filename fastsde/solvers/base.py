@@ -42,6 +42,8 @@ class Solver(ABC):
         use: when to choose it.
         log_snr_steps, tapered_steps, grid_hint: steps uniform in log-SNR; tapered there; the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
+        warm_up: the first turn has t = s, for a first prediction, or for work at the first level of noise.
+        keeps_x_0: `carry["x_0"]` is the prediction at the state reached: the denoised sample without another call.
         resolution: smallest step of adaptive control, as a share of the time range.
     """
 
@@ -54,6 +56,8 @@ class Solver(ABC):
     tapered_steps: ClassVar[bool] = False
     grid_hint: ClassVar[str] = "steps=..."
     keep_path: bool = False
+    warm_up: bool = False
+    keeps_x_0: bool = False
     resolution: float = RESOLUTION
 
     @property
@@ -90,21 +94,15 @@ class Solver(ABC):
         """The power p of the clock (sigma / alpha)^-p in which a kept path runs; None for t."""
         return None
 
-    @property
-    def warm_up(self) -> bool:
-        """Whether the first turn has t = s, for a first prediction, or for work at the first level of noise."""
-        return False
-
-    @property
-    def keeps_x_0(self) -> bool:
-        """Whether `carry["x_0"]` is the prediction at the state reached: the denoised sample without another call."""
-        return False
-
     def check(self, sde: SDE, times: Tensor | None) -> None:  # noqa: B027 - most solvers can walk anything
         """Refuses, with a ValueError, a process or a grid of times (None if adaptive) that it cannot walk."""
 
     def init(self, x_t: State) -> Carry:
         """The solver's memory at the start, from the start state: tensors with leading axis B."""
+        return {}
+
+    def plan(self, sde: SDE, times: Tensor) -> Carry:
+        """What depends on times alone, for a whole grid: row k, for the step to times[k], joins the carry of `step`."""
         return {}
 
     @abstractmethod

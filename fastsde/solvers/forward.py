@@ -41,7 +41,7 @@ class Forward(Solver):
         return self.solver.adaptive
 
     @property
-    def warm_up(self) -> bool:
+    def warm_up(self) -> bool:  # type: ignore[override]
         return self.solver.warm_up
 
     def init(self, x_t: State) -> Carry:

@@ -68,11 +68,11 @@ class ProbabilityFlow(Solver):
         return 1 / self.tableau.error_order if self.tableau.error else super().error_power
 
     @property
-    def warm_up(self) -> bool:
+    def warm_up(self) -> bool:  # type: ignore[override]
         return self.tableau.first_same_as_last
 
     @property
-    def keeps_x_0(self) -> bool:
+    def keeps_x_0(self) -> bool:  # type: ignore[override]
         return self.tableau.first_same_as_last
 
     def init(self, x_t: State) -> Carry:
