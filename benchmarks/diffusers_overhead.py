@@ -1,10 +1,10 @@
 r"""Our engine in the place of a pipeline's own loop: wall time at the same network, batch and number of calls.
 
-Three pipelines with random weights, each run by itself and by `sample_pipeline` with the same number of network calls,
-in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM) and an unconditional one
-(DDIM). The forwards of both are counted by a hook and must agree. Pass mark: median ratio 1.0. Run it on a quiet
-machine; the spread column is the range over repetitions. The last column is what each loop spends beside its forwards
-(its own, then ours), decoding included.
+Four pipelines with random weights, each run by itself and by `sample_pipeline` with the same number of network calls,
+in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM), an unconditional one
+(DDIM), and that at the size of a published model. The forwards of both are counted by a hook and must agree. Pass mark:
+median ratio 1.0. Run it on a quiet machine; the spread column is the range over repetitions. The last column is what
+each loop spends beside its forwards (its own, then ours), decoding included.
 """
 
 from __future__ import annotations
@@ -76,6 +76,21 @@ def unconditional(batch: int, calls: int) -> tuple[Any, Callable[[], object], Ca
     )
 
 
+def full_size(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+    """As `unconditional`, with the architecture of the published CIFAR-10 model (google/ddpm-cifar10-32)."""
+    network = diffusers.UNet2DModel(
+        sample_size=32, block_out_channels=(128, 256, 256, 256), downsample_padding=0, flip_sin_to_cos=False,
+        freq_shift=1, norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
+    )  # fmt: skip
+    pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
+    return (
+        pipe,
+        lambda: pipe(batch_size=batch, num_inference_steps=calls, output_type="np"),
+        lambda: fastsde.sample_pipeline(pipe, n=batch, nfe=calls, output_type="np", progress=False),
+    )
+
+
 def _four(kind: str) -> dict[str, Any]:
     return {"down_block_types": (f"Down{kind}Block2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
@@ -129,6 +144,9 @@ def measure(build: Callable[..., Any], batch: int, calls: int, repeats: int) -> 
     }
 
 
+BUILDS = (text_to_image, class_to_image, unconditional, full_size)
+
+
 def start_clock(clock: list[float]) -> None:
     """Notes when a forward begins."""
     clock[0] = time.perf_counter()
@@ -149,7 +167,7 @@ def main(batch: int, calls: int, repeats: int, threads: int, keep: bool) -> None
     """Prints the table and writes it."""
     settings = click.get_current_context().params
     torch.set_num_threads(threads)
-    results = [measure(build, batch, calls, repeats) for build in (text_to_image, class_to_image, unconditional)]
+    results = [measure(build, batch, calls, repeats) for build in BUILDS]
     table(
         ("pipeline", "parameters", "its loop, s", "ours, s", "ratio", "spread", "pass mark", "outside, ms a forward"),
         [
