@@ -29,7 +29,7 @@ from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, ProbabilityFlow, Solver
 from fastsde.solvers.forward import Forward
 from fastsde.trajectory import Recorder
-from fastsde.types import Cond, ScoreFn
+from fastsde.types import Carry, Cond, ScoreFn
 
 
 def sample(
@@ -279,11 +279,22 @@ def run(
         progress=progress,
         callback=callback,
         lag=1 if device.type == "cuda" else 0,
-        plan=solver.plan(sde, controller.times_on(device)) if isinstance(controller, Grid) else {},
+        plan=_plan(solver, sde, controller, device),
         recorder=recorder,
     )
     with torch.no_grad(), evaluation_mode(model.network):
         return Engine(job).run()
+
+
+def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device) -> Carry:
+    """What the solver can work out for a grid, if the grid alone says where steps go."""
+    if not isinstance(controller, Grid):
+        return {}
+    kind = type(controller)
+    if (kind.target, kind.update) != (Grid.target, Grid.update):
+        return {}
+    with torch.no_grad():
+        return solver.plan(sde, controller.times_on(device))
 
 
 def _noise(

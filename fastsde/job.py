@@ -48,7 +48,7 @@ class Job:
         cond: conditioning, each tensor with leading axis n.
         x_init: start states with shape (n, *event), or None to draw them from the prior.
         lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
-        plan: what the solver has worked out for the steps of a grid (`Solver.plan`).
+        plan: what the solver has worked out for the steps of a grid (`Solver.plan`), with leading axis N + 1.
         recorder: keeps the states on the way, if anyone wants them.
     """
 

@@ -383,13 +383,65 @@ def test_eta_may_be_a_function(build):
 
 @pytest.mark.parametrize("solver", [*MULTISTEP, SASolver(predictor=1, corrector=4), ExponentialPC(eta=0.7)], ids=short)
 def test_a_grid_planned_at_once_gives_the_steps_taken_one_by_one(solver, monkeypatch):
-    """Three samples in two slots: each row of the plan reaches the row that is at its step."""
-    job = {"n": 3, "batch_size": 2, "dtype": torch.float64, "controller": Grid.karras(MILD, 7), "solver": solver}
-    planned = fastsde.sample(mixture(MILD), **job).samples
+    """Slots whose sample fails on the way are refilled, so that rows are at different steps of the grid."""
+    exact, grid = mixture(MILD), Grid.karras(MILD, 7)
+
+    def network(x, t, fails):
+        return torch.where((t < fails)[:, None], math.nan, exact(x, t).epsilon)
+
+    model = fastsde.ScoreModel(network, MILD, "epsilon", event_shape=(3,))
+    fails = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
+    job = {"n": 5, "batch_size": 2, "dtype": torch.float64, "controller": grid, "cond": {"fails": fails}}
+    planned = fastsde.sample(model, solver=solver, **job)
     monkeypatch.setattr(type(solver), "plan", lambda self, sde, times: {})
-    alone = fastsde.sample(mixture(MILD), **job).samples
+    alone = fastsde.sample(model, solver=solver, **job)
+    assert planned.success.tolist() == [True, False, True, False, True]
     # Weights of up to four values from systems solved in another batch: roundings, times their size of a hundred.
-    torch.testing.assert_close(planned, alone, rtol=0, atol=1e-12)
+    torch.testing.assert_close(planned.samples, alone.samples, rtol=0, atol=1e-12, equal_nan=True)
+
+
+def test_a_plan_is_not_for_other_steps():
+    """Neither for a solver that takes each step in two halves, nor on a grid that goes elsewhere."""
+
+    class Halves(UniPC):
+        calls_per_step = 2
+
+        def step(self, model, sde, x_t, t, s, noise, carry):
+            half = super().step(model, sde, x_t, t, (t + s) / 2, noise, carry)
+            return super().step(model, sde, half.x, (t + s) / 2, s, noise, half.carry)
+
+    class Short(Grid):
+        def target(self, t, t_end, carry):
+            s = super().target(t, t_end, carry)
+            return torch.where(s > t_end, 0.8 * s + 0.2 * t, s)
+
+    def draw(solver, grid):
+        return fastsde.sample(mixture(MILD), n=3, dtype=torch.float64, solver=solver, controller=grid).samples
+
+    times = Grid.karras(MILD, 6).times
+    middles = torch.cat([times, (times[1:] + times[:-1]) / 2]).sort(descending=True).values
+    short = [times[0]]
+    for s in times[1:-1]:
+        short.append(0.8 * s + 0.2 * short[-1])
+    # The same formulas at the same times: roundings.
+    torch.testing.assert_close(
+        draw(Halves(order=1), Grid(times)), draw(UniPC(order=1), Grid(middles)), rtol=0, atol=1e-12
+    )
+    torch.testing.assert_close(
+        draw(DEIS(order=2), Short(times)),
+        draw(DEIS(order=2), Grid(torch.stack([*short, times[-1]]))),
+        rtol=0,
+        atol=1e-12,
+    )
+
+
+def test_autocast_does_not_round_the_state():
+    model = fastsde.ScoreModel(lambda x, t: torch.tanh(x), MILD, "epsilon", event_shape=(3,))  # nothing to lower
+    job = {"n": 4, "solver": ExponentialPC(), "controller": Grid.karras(MILD, 8)}
+    plain = fastsde.sample(model, **job).samples
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = fastsde.sample(model, **job).samples
+    torch.testing.assert_close(cast, plain, rtol=0, atol=0)
 
 
 def test_eta_is_given_the_level_at_the_start_of_a_step():

@@ -76,6 +76,28 @@ def test_marginal_and_prior_are_built_from_alpha_and_sigma(sde):
     torch.testing.assert_close(sde.prior(noise), sde.prior_std * noise, rtol=1e-14, atol=0)
 
 
+@each_sde
+@given(share=SHARE)
+def test_level_is_alpha_sigma_and_log_snr(sde, share):
+    t = inside(sde, share)
+    assert sde.level(t) == (sde.alpha(t), sde.sigma(t), sde.log_snr(t))  # the same operations, to the bit
+
+
+def test_level_of_a_subclass_is_its_own():
+    class Louder(VPSDE):
+        def sigma(self, t):
+            return super().sigma(t) + 0.05
+
+    sde, t = Louder(), vector(0.01)
+    assert sde.level(t).sigma == sde.sigma(t) == VPSDE().sigma(t) + 0.05
+
+
+def test_a_table_takes_times_of_single_precision(without_type_checks):
+    sde = DiscreteVPSDE(LINEAR_BETAS)
+    # Rounding of a time near 0.5, times d log alpha / dt of at most 10.
+    torch.testing.assert_close(sde.alpha(vector(0.5).float()), sde.alpha(vector(0.5)), rtol=1e-6, atol=0)
+
+
 def test_published_constants():
     ve, vp, edm = VESDE(), VPSDE(), EDM()
     assert (ve.sigma_min, ve.sigma_max, ve.t_min, ve.t_max) == (0.01, 50.0, 1e-5, 1.0)

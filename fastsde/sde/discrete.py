@@ -74,7 +74,7 @@ class DiscreteVPSDE(VariancePreserving):
         position = t * self.levels
         cell = position.long().clamp(0, self.levels - 1)
         table = self._table(t.device)
-        return torch.lerp(table.take(cell), table.take(cell + 1), position - cell)
+        return torch.lerp(table.take(cell), table.take(cell + 1), (position - cell).to(table.dtype))
 
     def f(self, t: Time) -> Coef:
         # On a level itself the slope is that of the cell below, where a backward step goes.

@@ -54,6 +54,9 @@ class VariancePreserving(SDE):
         return twice - (-torch.expm1(twice)).log()
 
     def level(self, t: Time) -> Level:
+        kind = type(self)
+        if (kind.alpha, kind.sigma, kind.log_snr) != (SDE.alpha, VariancePreserving.sigma, VariancePreserving.log_snr):
+            return super().level(t)  # a subclass says otherwise
         log_alpha = self.log_alpha(t)
         variance = -torch.expm1(2 * log_alpha)
         return Level(log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log())

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fastsde.batching import expand_like
 from fastsde.checks import check_number, check_steps
@@ -34,8 +35,9 @@ class ExponentialAdams(AdamsCoefficients):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of the rho, with shape (B,),
-            where steps start. Noise of a constant eta comes from a Brownian path in the clock rho^(-2 eta^2).
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or an elementwise function of the rho
+            where steps start, one or many. Noise of a constant eta comes from a Brownian path in the clock
+            rho^(-2 eta^2).
     """
 
     calls_per_step = 1
@@ -77,6 +79,13 @@ class ExponentialAdams(AdamsCoefficients):
             "count": torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device),
         }
 
+    def plan(self, sde: SDE, times: Tensor) -> Carry:
+        count = torch.arange(len(times), device=times.device)
+        before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
+        lams = sde.log_snr(times)[before] / 2
+        planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
+        return {key: planned[key] for key in ("keep", "std", "weights")}
+
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         past, lam, count = carry["past"], carry["lam"], carry["count"]
         c = carry if "keep" in carry else self.coefficients(sde, t, s, lam, count)
@@ -88,9 +97,9 @@ class ExponentialAdams(AdamsCoefficients):
         new = (prediction.epsilon if self.interpolates_noise else prediction.x_0)[:, None]
         if self.values[1]:
             x_s = add_weighted(base, c["weights"][:, 1], torch.cat([past[:, :1], new, past[:, 1:-1]], 1))
-        past, lam = torch.cat([new, past[:, :-1]], 1), torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1)
-        kept = {"x_0": prediction.x_0, "past": past, "lam": lam, "count": count + 1}
+        kept = {**carry, "x_0": prediction.x_0, "past": torch.cat([new, past[:, :-1]], 1)}
         if c is carry:
-            return Step(x_s, kept)  # on a grid nobody asks for the error
+            return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times
+        kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
         difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
         return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))

@@ -1,4 +1,4 @@
-"""What of an exponential Adams step depends on times alone, and can be worked out for a whole grid at once."""
+"""What of an exponential Adams step depends on times alone."""
 
 from __future__ import annotations
 
@@ -32,11 +32,21 @@ class AdamsCoefficients(Solver):
         return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
 
     def share(self, a: Coef) -> Coef | None:
-        """The share of the highest order, the rest being the order below, with shape (B,); None for all of it."""
+        """The share of the highest order, the rest being the order below, with shape (B,); None for all of it.
+
+        For solvers whose predictor and corrector read equally many values.
+        """
         return None
 
-    def coefficients(self, sde: SDE, t: Time, s: Time, past: Tensor, count: Index) -> Carry:
-        """What steps from t to s need beside states, each with leading axis B; `past` and `count` as in the carry."""
+    def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
+        """What steps from t to s need beside states, each with leading axis B.
+
+        Args:
+            sde: the process.
+            t, s: now and the target, with shape (B,).
+            lams: where the last predictions were made, the newest first, with shape (B, values kept).
+            count: how many of them there are, with shape (B,).
+        """
         now, end = sde.level(t), sde.level(s)
         lam, lam_s = now.log_snr / 2, end.log_snr / 2
         h = lam_s - lam
@@ -45,12 +55,6 @@ class AdamsCoefficients(Solver):
         ratio = end.alpha / now.alpha
         keep, gain = (ratio, end.sigma) if self.interpolates_noise else (ratio * (-a).exp(), end.alpha)
         std = end.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
-        nodes = (past[:, 1:] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
+        nodes = (lams[:, 1:] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
         weights = gain[:, None, None] * stage_weights(a, nodes, count, self.values, self.combine_moments, self.share(a))
         return {"keep": keep, "std": std, "weights": weights, "h": h, "alpha_s": end.alpha, "lam_s": lam_s}
-
-    def plan(self, sde: SDE, times: Tensor) -> Carry:
-        count = torch.arange(len(times), device=times.device)
-        before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
-        past = sde.log_snr(times)[before] / 2
-        return self.coefficients(sde, times[before[:, 0]], times, past, count)

@@ -43,6 +43,7 @@ def adams_weights(
         known: how many of the nodes, the first ones, have a value, with shape (B,); more than q count as q.
         rule: gives the right-hand sides for p nodes from m_0 and (m_1, .., m_p); the latter would be exact.
         share: of the weights for all q > 1 nodes, with shape (B,), the rest being those for one less; 1 if None.
+            Rows with fewer values have no share.
 
     Returns:
         The weight of the current value and those at the nodes, with shape (B, 1 + q); 0 at unknown nodes.
@@ -95,5 +96,8 @@ def stage_weights(
 
 def add_weighted(base: State, weights: Tensor, values: Tensor) -> State:
     """base + sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, q, *event)."""
-    flat = values.reshape(*values.shape[:2], -1)  # an event may be a single number
-    return torch.baddbmm(base.reshape(len(base), 1, -1), weights.to(base.dtype)[:, None], flat).reshape(base.shape)
+    weights = weights.to(base.dtype).reshape(*weights.shape, *(1,) * (base.ndim - 1))
+    # Not as a matrix product, whose rounding depends on the batch and which autocast and TF32 would lower.
+    for weight, value in zip(weights.unbind(1), values.unbind(1), strict=True):
+        base = torch.addcmul(base, weight, value)
+    return base

@@ -45,6 +45,7 @@ class Solver(ABC):
         warm_up: the first turn has t = s, for a first prediction, or for work at the first level of noise.
         keeps_x_0: `carry["x_0"]` is the prediction at the state reached: the denoised sample without another call.
         resolution: smallest step of adaptive control, as a share of the time range.
+        error_power: power of the scaled error in the rule for the next step size.
     """
 
     convergence: ClassVar[str]
@@ -59,6 +60,11 @@ class Solver(ABC):
     warm_up: bool = False
     keeps_x_0: bool = False
     resolution: float = RESOLUTION
+    error_power: float = 0.9
+
+    def __init_subclass__(cls) -> None:
+        if "step" in vars(cls) and "plan" not in vars(cls):
+            cls.plan = Solver.plan  # type: ignore[method-assign] # an inherited one is for other steps
 
     @property
     @abstractmethod
@@ -69,11 +75,6 @@ class Solver(ABC):
     def adaptive(self) -> bool:
         """Whether a step comes with an error estimate."""
         return False
-
-    @property
-    def error_power(self) -> float:
-        """Power of the scaled error in the rule for the next step size."""
-        return 0.9
 
     def base_step(self, rtol: float) -> float | None:
         """Step of a base grid in half the log-SNR, for a tolerance; None if steps follow errors alone."""
@@ -102,7 +103,7 @@ class Solver(ABC):
         return {}
 
     def plan(self, sde: SDE, times: Tensor) -> Carry:
-        """What depends on times alone, for a whole grid: row k, for the step to times[k], joins the carry of `step`."""
+        """What depends on times alone, for a grid: row k, for the step to times[k], may join the carry of `step`."""
         return {}
 
     @abstractmethod
@@ -114,5 +115,5 @@ class Solver(ABC):
             sde: the forward process.
             x_t, t, s: the state with shape (B, *event), now, and the target, at most t; times with shape (B,).
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
-            carry: the memory of the last accepted step.
+            carry: the memory of the last accepted step; on a grid also a row of the plan.
         """

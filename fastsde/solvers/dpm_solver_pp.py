@@ -26,7 +26,7 @@ class DPMSolverPP(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the ODE, 1 for the SDE, up to 5; or a function of rho.
+        eta: 0 for the ODE, 1 for the SDE, up to 5; or an elementwise function of rho.
         order: 1, 2 or 3.
 
     Raises:

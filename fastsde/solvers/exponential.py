@@ -50,7 +50,8 @@ class ExponentialPC(ExponentialAdams):
 
     Args:
         steps: number of steps of `Grid.tapered`; None for adaptive steps, or with `controller=Grid(...)`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or a function of rho, on a grid only.
+        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or, on a grid, an elementwise function
+            of rho.
         order: 3, 2, or 1 for `base` alone (for eta = 0 that is DDIM), on a grid only.
 
     Raises:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from torch import Tensor
+
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -46,6 +48,9 @@ class Forward(Solver):
 
     def init(self, x_t: State) -> Carry:
         return self.solver.init(x_t)
+
+    def plan(self, sde: SDE, times: Tensor) -> Carry:
+        return self.solver.plan(sde, -times)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         return self.solver.step(model, sde, x_t, -t, -s, noise, carry)

@@ -64,7 +64,7 @@ class ProbabilityFlow(Solver):
         return self.steps is None and self.tableau.error is not None
 
     @property
-    def error_power(self) -> float:
+    def error_power(self) -> float:  # type: ignore[override]
         return 1 / self.tableau.error_order if self.tableau.error else super().error_power
 
     @property

@@ -20,7 +20,7 @@ class SASolver(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 1 for the reverse-time SDE, up to 5; or a function of rho with shape (B,).
+        eta: 1 for the reverse-time SDE, up to 5; or an elementwise function of rho.
         predictor: values read by the predictor, 1 to 4.
         corrector: values read by the corrector, the new one included, 2 to 4, or 0 for none.
 

@@ -18,7 +18,7 @@ class UniPC(ExponentialAdams):
 
     Args:
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
-        eta: 0 for the ODE, as published; up to 5; or a function of rho.
+        eta: 0 for the ODE, as published; up to 5; or an elementwise function of rho.
         order: p, from 1 to 3.
 
     Raises:
