@@ -13,8 +13,10 @@ import itertools
 from pathlib import Path
 
 import click
+import matplotlib as mpl
+import numpy as np
 import torch
-from common import packaged_model, provenance, save, table
+from common import RESULTS, packaged_model, provenance, save, table
 from torch import nn
 from tqdm import tqdm
 
@@ -23,6 +25,9 @@ from fastsde.evaluation.features import open_features
 from fastsde.evaluation.reference import packaged_reference
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of, summarise
 from fastsde.score.base import ScoreModel
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
 
 OURS = ("ExponentialPC", "ExponentialPC:eta=1")
 NEAR, FAR = ("UniPC", "DPMSolverPP:eta=1"), ("DPMSolverPP:order=3", "DEIS:order=3,grid=karras", "DDIM")
@@ -46,6 +51,19 @@ def parts(model: ScoreModel) -> list[list[Cell]]:
         cells((*OURS, *NEAR, *FAR, "EulerMaruyama"), (15,)),
         cells(OURS, (ITS_CALLS,)),
     ]
+
+
+def draw(sweep: Sweep, cells: list[Cell], path: Path, count: int = 16) -> None:
+    """The first images of each cell, which all start from the same noise, a row for each."""
+    figure, axes = plt.subplots(len(cells), 1, figsize=(8.6, 0.5 * len(cells)))
+    for axis, cell in zip(axes, cells, strict=True):
+        axis.imshow(np.concatenate(list(sweep.images(cell, count)[..., 0]), 1), cmap="gray", interpolation="nearest")
+        calls = round(sweep.row(cell)["mean_nfe"])
+        axis.set_ylabel(f"{cell.label}\n{calls} calls", rotation=0, ha="right", va="center", fontsize=6)
+        axis.set(xticks=[], yticks=[])
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
 
 
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
@@ -88,6 +106,8 @@ def main(samples: int, count: int, rank: int, world_size: int, work: Path, keep:
     )
     table(shown, [[f"{v:.4g}" if isinstance(v := row[k], float) else v or "-" for k in shown] for row in summary])
     if keep:
+        shown_cells = [cell for part in parts(model)[:2] for cell in part if cell.seed == 0]
+        draw(sweep, shown_cells, RESULTS / "seeds.png")
         save("seeds", settings, {"cells": rows, "summary": summary})
 
 
