@@ -61,8 +61,7 @@ def draw(sweep: Sweep, cells: list[Cell], path: Path, count: int = 16) -> None:
         calls = round(sweep.row(cell)["mean_nfe"])
         axis.set_ylabel(f"{cell.label}\n{calls} calls", rotation=0, ha="right", va="center", fontsize=6)
         axis.set(xticks=[], yticks=[])
-    figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)
 
 
