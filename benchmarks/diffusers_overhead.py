@@ -68,12 +68,7 @@ def unconditional(batch: int, calls: int) -> tuple[Any, Callable[[], object], Ca
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
-    return (
-        pipe,
-        lambda: pipe(batch_size=batch, num_inference_steps=calls, output_type="np"),
-        lambda: fastsde.sample_pipeline(pipe, n=batch, nfe=calls, output_type="np", progress=False),
-    )
+    return _pixels(network, batch, calls)
 
 
 def full_size(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
@@ -83,6 +78,10 @@ def full_size(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callab
         freq_shift=1, norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
     )  # fmt: skip
+    return _pixels(network, batch, calls)
+
+
+def _pixels(network: Any, batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
     pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
     return (
         pipe,
