@@ -44,22 +44,18 @@ class LinearBeta(SDE):
 
 
 class VariancePreserving(SDE):
-    """sigma^2 = 1 - alpha^2."""
-
-    def sigma(self, t: Time) -> Coef:
-        return (-torch.expm1(2 * self.log_alpha(t))).sqrt()
-
-    def log_snr(self, t: Time) -> Coef:
-        twice = 2 * self.log_alpha(t)
-        return twice - (-torch.expm1(twice)).log()
+    """sigma^2 = 1 - alpha^2: `level` has the formulas, and the rest reads it."""
 
     def level(self, t: Time) -> Level:
-        kind = type(self)
-        if (kind.alpha, kind.sigma, kind.log_snr) != (SDE.alpha, VariancePreserving.sigma, VariancePreserving.log_snr):
-            return super().level(t)  # a subclass says otherwise
         log_alpha = self.log_alpha(t)
         variance = -torch.expm1(2 * log_alpha)
         return Level(log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log())
+
+    def sigma(self, t: Time) -> Coef:
+        return self.level(t).sigma
+
+    def log_snr(self, t: Time) -> Coef:
+        return self.level(t).log_snr
 
 
 class VPSDE(VariancePreserving, LinearBeta):
