@@ -13,6 +13,7 @@ from functools import partial
 
 import click
 import torch
+from coefficients import Alike
 from common import packaged_model, save, table
 from tqdm import tqdm
 
@@ -22,7 +23,9 @@ CALLS = (8, 10, 12, 15, 20)
 Solvers = dict[str, tuple[fastsde.Solver, Callable[[fastsde.SDE, int], fastsde.Grid]]]
 SOLVERS: Solvers = {
     "ExponentialPC": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
-    "ExponentialPC, long start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=2.0)),
+    "ExponentialPC, first correction alike": (Alike(), fastsde.Grid.tapered),
+    "ExponentialPC, short start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=1.0)),
+    "ExponentialPC, both": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),
     "ExponentialPC, log-SNR grid": (fastsde.ExponentialPC(), fastsde.Grid.log_snr),
 }
 for _name, _grid in (("log-SNR", fastsde.Grid.log_snr), ("Karras", fastsde.Grid.karras)):

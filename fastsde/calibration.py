@@ -111,7 +111,7 @@ def calibrate(
         r = fastsde.sample(model, n=50_000, controller=schedule)
 
     `pilot` samples are drawn along the probability flow with twice the calls, as reference, and with each candidate:
-    `Grid.tapered` (what `sample(nfe=...)` walks), the same with a first step twice as long, `Grid.log_snr`, and one
+    `Grid.tapered` (what `sample(nfe=...)` walks), the same with a first step like the others, `Grid.log_snr`, and one
     that leans towards the density (rms of d^3 D / dlam^3)^(1/4), at which all steps have equal errors of third order.
     With X a reference sample less their mean and E the candidate's error,
 
@@ -229,7 +229,7 @@ class _Pilot:
         candidates = {
             "tapered": Grid.tapered(self.sde, steps),
             "log-SNR": Grid.log_snr(self.sde, steps),
-            "long start": Grid.tapered(self.sde, steps, first=2.0),
+            "short start": Grid.tapered(self.sde, steps, first=1.0),
             "measured": self._leaning(fine, torch.stack(watched.seen), steps),
         }
         scores = {name: _score(self.run(grid), reference) for name, grid in candidates.items()}

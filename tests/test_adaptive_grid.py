@@ -117,7 +117,7 @@ def test_the_same_samples_and_calls_in_every_dressing(eta):
     results = []
     for sde in map(dressed, dressings):
         x = y * sde.alpha(torch.tensor([sde.t_max], dtype=torch.float64))
-        results.append(fastsde.sample(mixture(sde), x_init=x, solver=ExponentialPC(eta=eta), rtol=0.05))
+        results.append(fastsde.sample(mixture(sde), x_init=x, solver=ExponentialPC(eta=eta), rtol=0.02))
     for r in results[1:]:
         assert r.nfe.tolist() == results[0].nfe.tolist()
         # Rounding of times and levels, through the log-SNR of a table and back, grown along 20 steps of the ODE.
@@ -140,11 +140,12 @@ def test_refined_samples_do_not_depend_on_the_batch(eta):
 
 def test_the_error_falls_with_the_tolerance():
     model = mixture(VP)
-    exact = fastsde.sample(model, n=64, solver=ExponentialPC(steps=800), dtype=torch.float64).samples
+    exact = fastsde.sample(model, n=256, solver=ExponentialPC(steps=800), dtype=torch.float64).samples
     errors, calls = [], []
     for rtol in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005):
-        r = fastsde.sample(model, n=64, rtol=rtol, dtype=torch.float64)
-        errors.append(float((r.samples - exact).norm(dim=1).quantile(0.9)))
+        r = fastsde.sample(model, n=256, rtol=rtol, dtype=torch.float64)
+        # Of the middle one: those at the boundary of two modes go either way at any tolerance.
+        errors.append(float((r.samples - exact).norm(dim=1).median()))
         calls.append(float(r.nfe.double().mean()))
         assert r.success.all()
     assert calls == sorted(calls)
@@ -186,7 +187,7 @@ def test_a_trajectory_stops_at_the_times_asked_for():
 class Touchy(ExponentialPC):
     """Takes all of the difference for an error, noise-driven or not, so that acceptance depends on the noise."""
 
-    def estimate(self, difference, x_0, h, lam):
+    def estimate(self, difference, x_0, h, lam, count):
         return difference, torch.ones_like(difference)
 
 

@@ -73,14 +73,32 @@ def test_budget_refusals(options, message):
 def test_the_tapered_grid():
     times = Grid.tapered(VP, 8).times
     lengths = VP.log_snr(times).diff()
-    torch.testing.assert_close(lengths / lengths[1], torch.tensor([1, 1, 1, 1, 1, 1, 0.85, 0.7]).double())
-    lengths = VP.log_snr(Grid.tapered(VP, 8, first=2.0).times).diff()
     torch.testing.assert_close(lengths / lengths[1], torch.tensor([2, 1, 1, 1, 1, 1, 0.85, 0.7]).double())
+    lengths = VP.log_snr(Grid.tapered(VP, 8, first=1.0).times).diff()
+    torch.testing.assert_close(lengths / lengths[1], torch.tensor([1, 1, 1, 1, 1, 1, 0.85, 0.7]).double())
     assert times[0] == VP.t_max
     assert times[-1] == VP.t_min
     # Too few steps to taper.
     for steps in (1, 3, 6):
-        torch.testing.assert_close(Grid.tapered(VP, steps).times, Grid.log_snr(VP, steps).times, rtol=1e-12, atol=0)
+        equal = Grid.tapered(VP, steps, first=1.0)
+        torch.testing.assert_close(equal.times, Grid.log_snr(VP, steps).times, rtol=1e-12, atol=0)
+
+
+def test_the_first_step_is_longer_only_in_pure_noise():
+    # With 4 steps two would end below sigma / alpha = 10: the first ends there instead, and the others are equal.
+    log_snr = VP.log_snr(Grid.tapered(VP, 4).times)
+    torch.testing.assert_close((-log_snr[1] / 2).exp(), torch.tensor(10.0).double(), rtol=1e-9, atol=0)
+    torch.testing.assert_close(log_snr[1:].diff(), log_snr[1:].diff().mean().expand(3), rtol=1e-9, atol=0)
+    # A process that starts near the data, as that of latents does, has no such step, and nor has one step alone.
+    near = fastsde.VPSDE(t_max=0.5)
+    torch.testing.assert_close(Grid.tapered(near, 4).times, Grid.log_snr(near, 4).times, rtol=1e-12, atol=0)
+    assert Grid.tapered(VP, 1).times.tolist() == [VP.t_max, VP.t_min]
+
+
+@pytest.mark.parametrize("first", [0.0, float("nan"), 11.0])
+def test_a_first_step_of_no_length_is_refused(first):
+    with pytest.raises(ValueError, match="first must be in"):
+        Grid.tapered(VP, 8, first=first)
 
 
 # ---- calibrate --------------------------------------------------------------------------------------------------

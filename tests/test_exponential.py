@@ -104,8 +104,9 @@ def test_order_on_the_probability_flow(sde, solver, order):
         r = fastsde.sample(model, x_init=x, solver=solver, controller=fastsde.Grid.log_snr(sde, k), denoise=False)
         errors.append(float((r.samples - exact).norm()))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
-    # Measured 1.93 to 1.98 for the second order, rising. The third-order terms of Gaussian data cancel: 3.93 to 4.02.
-    assert slope == pytest.approx(4 if order == 3 else order, abs=0.12)
+    # Measured 1.93 to 1.98 for the second order, rising. The third-order terms of Gaussian data cancel, but for that of
+    # the first correction, which is small there: 3.93 to 4.3.
+    assert slope == pytest.approx(4 if order == 3 else order, abs=0.35 if order == 3 else 0.12)
 
 
 def test_a_step_of_order_three():
@@ -125,7 +126,7 @@ def test_a_step_of_order_three():
             basis = np.prod([(u - other) / (node - other) for other in rest], axis=0)
             yield float((weight * a * np.exp(-a * (1 - u)) * basis).sum())
 
-    share = 1 / (1 + (a / 0.65) ** 3.2)
+    share = 1 / (1 + (a / 0.8) ** 3.2)
     base = np.exp(-a) * 1.3 / float(sde.alpha(t)) + np.exp(-lam_s) * np.sqrt(1 - np.exp(-2 * eta**2 * h)) * z
     behind, before = ((p - lam) / h for p in past[1:])
     exact = np.dot(list(parabola([0.0, behind, before])), (d_0, d_1, d_2))
@@ -153,6 +154,33 @@ def test_a_step_of_order_three():
     # Roundings of a few dozen operations, and the log-SNR of t, of which past is a copy.
     assert float(seen[0]) == pytest.approx(predicted, rel=1e-12)
     assert float(step.x) == pytest.approx(corrected, rel=1e-12)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(10, 1.0), (40, None)])
+@pytest.mark.parametrize("order", [2, 3])
+def test_the_first_correction_moves_the_first_values_weight_to_the_second(order, steps, share):
+    """base + k ((1 - g) D_0 + (1 + g) D_1) / 2 with g = min(1, h / 0.8), whatever the order."""
+    sde = fastsde.VPSDE()
+    grid = fastsde.Grid.log_snr(sde, steps)
+    lam = (sde.log_snr(grid.times[:2]) / 2).tolist()
+    h = lam[1] - lam[0]
+    g = h / 0.8 if share is None else share
+    assert (h < 0.8) == (share is None)
+    seen = []
+
+    def network(x, t):
+        """D_0 = 0.3, then 0.5, at every state."""
+        seen.append(x)
+        return torch.full_like(x, 0.3 if len(seen) == 1 else 0.5)
+
+    start = torch.full((1, 1), 2.0, dtype=torch.float64)
+    model = fastsde.ScoreModel(network, sde, "sample", event_shape=(1,))
+    solver, first = fastsde.ExponentialPC(order=order), fastsde.Grid(grid.times[:2])
+    x = fastsde.sample(model, x_init=start, solver=solver, controller=first, denoise=False).samples
+    alpha, alpha_s = sde.alpha(grid.times[:2]).tolist()
+    k = 1 - np.exp(-h)
+    y = np.exp(-h) * 2.0 / alpha + k * ((1 - g) * 0.3 + (1 + g) * 0.5) / 2
+    assert float(x) == pytest.approx(alpha_s * y, rel=1e-9)
 
 
 def test_the_same_samples_in_every_dressing_of_one_model():

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count
+from fastsde.checks import check_count, check_number
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.result import Status
 from fastsde.types import Carry, State, Time
+
+_ALL_NOISE = 10.0
+"""sigma / alpha above which nothing of data within [-1, 1] or so is seen yet."""
 
 
 @runtime_checkable
@@ -63,23 +67,29 @@ class Grid(Controller):
         return cls._pinned(clock.t_of_log_snr(_line(first, last, steps)), clock)
 
     @classmethod
-    def tapered(cls, clock: Clock, steps: int, *, first: float = 1.0) -> Grid:
+    def tapered(cls, clock: Clock, steps: int, *, first: float | None = None) -> Grid:
         """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: the default of `ExponentialPC`.
 
-        Up to six steps are equal but for `first`: there is no length to spare for the end. There no later step makes up
-        for an error. With an exact score, a first step of length 2 is better still: the prediction hardly changes
-        there. With a trained network it is much worse, because networks are at their worst where there is only noise.
-        docs/solver.md has the measurements.
+        The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
+        to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
+        denoised sample is still the mean of the data there, and hardly moves. docs/solver.md has the measurements.
+
+        Args:
+            clock: the SDE.
+            steps: number of steps, at least 1.
+            first: relative length of the first step, at least 0.1; None for the rule above.
         """
-        check_count("steps", steps, 1)
-        lengths = torch.ones(steps, dtype=torch.float64)
-        if steps > 3:
-            lengths[0] = first
+        lengths = torch.ones(check_count("steps", steps, 1), dtype=torch.float64)
         if steps > 6:
             lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
-        first, last = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
+        start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
+        if first is None:
+            room, others = -2 * math.log(_ALL_NOISE) - start, float(lengths[1:].sum())
+            # Of length `room` where the others share what is left, which is all that may be longer.
+            first = min(2.0, max(1.0, room * others / max(end - start - room, 1e-9)))
+        lengths[0] = check_number("first", first, 0.1, 10.0)
         share = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0) / lengths.sum()])
-        return cls._pinned(clock.t_of_log_snr(first + share * (last - first)), clock)
+        return cls._pinned(clock.t_of_log_snr(start + share * (end - start)), clock)
 
     @classmethod
     def karras(cls, clock: Clock, steps: int, rho: float = 7.0) -> Grid:

@@ -57,4 +57,4 @@ class AdamsCoefficients(Solver):
         std = end.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
         nodes = (lams[:, 1:] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
         weights = gain[:, None, None] * stage_weights(a, nodes, count, self.values, self.combine_moments, self.share(a))
-        return {"keep": keep, "std": std, "weights": weights, "h": h, "alpha_s": end.alpha, "lam_s": lam_s}
+        return {"keep": keep, "std": std, "weights": weights, "a": a, "h": h, "alpha_s": end.alpha, "lam_s": lam_s}

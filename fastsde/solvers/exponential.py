@@ -6,14 +6,16 @@ import dataclasses
 import math
 
 import torch
+from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
+from fastsde.sde.base import SDE
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.types import Coef, State
+from fastsde.types import Carry, Coef, Index, State, Time
 
-_BEND, _POWER = 0.65, 3.2
-"""The share of the third order is a half at c h = 0.65 and falls with this power of it (docs/solver.md)."""
+_LONG, _POWER = 0.8, 3.2
+"""Steps are long from c h = 0.8 on: the share of the third order is a half there, and falls with this power."""
 _STEP, _PER_NOISE = 0.65, 0.6
 """Base step at rtol 0.05 and eta 0, and how much denser the grid is for eta = 1."""
 _NOISE_SHARE = 0.6
@@ -33,10 +35,14 @@ class ExponentialPC(ExponentialAdams):
 
     and order 3 mixes it with the exact weights w of the parabola through three values, in both stages:
 
-        q w + (1 - q) (weights of order 2),    q = 1 / (1 + (c h / 0.65)^3.2)
+        q w + (1 - q) (weights of order 2),    q = 1 / (1 + (c h / 0.8)^3.2)
 
-    because a parabola overshoots the sigmoid D(lam) at long steps and wins at short ones. The state is `corrected`; the
-    last D is the denoised sample, so N steps cost N + 1 calls: the first gives D_0.
+    because a parabola overshoots the sigmoid D(lam) at long steps and wins at short ones. The first correction has a
+    prediction of order 1 behind it and, of a trained network, its worst value: it moves weight from D_0 to D_1,
+
+        corrected = base + (k / 2) (1 + g) (D_1 - D_0),    g = min(1, c h / 0.8).
+
+    The state is `corrected`; the last D is the denoised sample, so N steps cost N + 1 calls: the first gives D_0.
 
     Without `steps`, `rtol` sets a base grid (`Grid.tapered`), and each sample halves its own steps, on its own Brownian
     path, where
@@ -44,9 +50,11 @@ class ExponentialPC(ExponentialAdams):
         || corrected - predicted || / max(atol, rtol sqrt(|| D_{n+1} ||^2 + rho_s^2 / sqrt(d))),    in y,
 
     with || . || the root mean square over the d elements, is above `AdaptiveGrid.limit`; for eta > 0 less what noise
-    alone makes of the difference. docs/solver.md derives and measures all this. The predictor of order 2 is that of
-    DPM-Solver++ 2M (Lu et al., https://arxiv.org/abs/2211.01095), of its SDE form for eta = 1; a corrector that reuses
-    the next step's call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).
+    alone makes of the difference. The first step is not judged. docs/solver.md derives and measures all this.
+
+    The predictor of order 2 is that of DPM-Solver++ 2M (Lu et al., https://arxiv.org/abs/2211.01095), of its SDE form
+    for eta = 1; a corrector that reuses the next step's call is UniPC's idea (Zhao et al.,
+    https://arxiv.org/abs/2302.04867).
 
     Args:
         steps: number of steps of `Grid.tapered`; None for adaptive steps, or with `controller=Grid(...)`.
@@ -83,11 +91,23 @@ class ExponentialPC(ExponentialAdams):
         return _STEP * math.sqrt(rtol / 0.05) / (1 + _PER_NOISE * self.eta**2)
 
     def share(self, a: Coef) -> Coef:
-        return 1 / (1 + (a.abs() / _BEND) ** _POWER)  # a < 0 on the way back to noise
+        return 1 / (1 + (a.abs() / _LONG) ** _POWER)  # a < 0 on the way back to noise
 
-    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
+    def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
+        c = super().coefficients(sde, t, s, lams, count)
+        if self.order > 1:
+            weights = c["weights"]
+            moved = torch.where(count == 1, (c["a"].abs() / _LONG).clamp(max=1), 0.0) * weights[:, 1, 0]
+            weights[:, 1, :2] += torch.stack([-moved, moved], 1)
+        return c
+
+    def estimate(
+        self, difference: State, x_0: State, h: Coef, lam: Coef, count: Index
+    ) -> tuple[State | None, State | None]:
         if not self.adaptive:
             return None, None
+        # The first value is a network's worst, and no sign of what later steps need: there the grid is trusted.
+        difference = expand_like((count != 1).to(difference.dtype), difference) * difference
         # A signal below rho / d^(1/4) cannot be told from noise by its size: there D, and its errors, mean nothing yet.
         scale = (row_norm(x_0) ** 2 + torch.exp(-2 * lam) / math.sqrt(x_0[0].numel())).sqrt()
         if not self.deterministic:
