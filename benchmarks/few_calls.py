@@ -7,6 +7,7 @@ with a spread of about a tenth.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,9 +22,8 @@ import fastsde
 
 
 def always_tapered(sde: fastsde.SDE, steps: int) -> fastsde.Grid:
-    """`Grid.tapered` as it was, with shorter last steps however few there are."""
-    lengths = torch.ones(steps, dtype=torch.float64)
-    lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
+    """Steps of lengths 2, 1, .., 1, 0.85, 0.7 however few there are."""
+    lengths = torch.tensor([2.0, *[1.0] * (steps - 3), 0.85, 0.7], dtype=torch.float64)
     first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
     inner = sde.t_of_log_snr(first + (lengths.cumsum(0) / lengths.sum())[:-1] * (last - first)).tolist()
     return fastsde.Grid([sde.t_max, *inner, sde.t_min])
@@ -31,7 +31,13 @@ def always_tapered(sde: fastsde.SDE, steps: int) -> fastsde.Grid:
 
 PROBLEMS = {"digits": digits, "gaussian": Gaussian, "rare": rare}
 CALLS = (5, 6, 7, 8, 9, 10, 12)
-GRIDS = {"tapered": always_tapered, "log-SNR": fastsde.Grid.log_snr, "Karras": fastsde.Grid.karras}
+GRIDS = {
+    "default": fastsde.Grid.tapered,
+    "always 2, 1, .., 0.85, 0.7": always_tapered,
+    "short start": partial(fastsde.Grid.tapered, first=1.0),
+    "log-SNR": fastsde.Grid.log_snr,
+    "Karras": fastsde.Grid.karras,
+}
 
 
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
@@ -48,10 +54,8 @@ def main(samples: int, threads: int, keep: bool) -> None:
         for calls in tqdm(CALLS, name, disable=None):
             row: dict[str, object] = {"problem": name, "calls": calls}
             for key, grid in GRIDS.items():
-                for order in (2, 3):
-                    steps, solver = grid(SDE, calls - 1), fastsde.ExponentialPC(order=order)
-                    r = fastsde.sample(problem.model(), n=samples, solver=solver, controller=steps, batch_size=samples)
-                    row[f"{key}, order {order}"] = problem.distance(r.samples) / floor
+                r = fastsde.sample(problem.model(), n=samples, controller=grid(SDE, calls - 1), batch_size=samples)
+                row[key] = problem.distance(r.samples) / floor
             rows.append(row)
     table(list(rows[0]), [[f"{v:.2f}" if isinstance(v, float) else v for v in row.values()] for row in rows])
     if keep:

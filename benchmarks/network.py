@@ -25,7 +25,7 @@ SOLVERS: Solvers = {
     "ExponentialPC": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
     "ExponentialPC, first correction alike": (Alike(), fastsde.Grid.tapered),
     "ExponentialPC, short start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=1.0)),
-    "ExponentialPC, both": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),
+    "ExponentialPC, alike and short start": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),
     "ExponentialPC, log-SNR grid": (fastsde.ExponentialPC(), fastsde.Grid.log_snr),
 }
 for _name, _grid in (("log-SNR", fastsde.Grid.log_snr), ("Karras", fastsde.Grid.karras)):

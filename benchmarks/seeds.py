@@ -1,7 +1,7 @@
 r"""The packaged network over three seeds: ours, Algorithm 6, Euler-Maruyama and five peers at matched calls.
 
 Frechet distance of 10,000 images, classes in turn, in the features of the packaged classifier, against those of the
-training images. The network runs in bfloat16, compiled; its roundings are not those of results/bench/, where it is not.
+training images. The network runs in bfloat16, compiled; its roundings are not those of a network that is not.
 Algorithm 6 takes no budget: Euler-Maruyama gets the calls that rtol 0.5 takes of it. Cells are those of `fastsde
 bench`: a folder that survives being killed, which several processes share (`--rank`, `--world-size`). The study has
 parts, the most telling first; `--parts` says how far to go.
@@ -23,6 +23,7 @@ from tqdm import tqdm
 from fastsde.cli.bench import build_cells
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.reference import packaged_reference
+from fastsde.evaluation.report import plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of, summarise
 from fastsde.score.base import ScoreModel
 
@@ -31,7 +32,7 @@ import matplotlib.pyplot as plt
 
 OURS = ("ExponentialPC", "ExponentialPC:eta=1")
 NEAR, FAR = ("UniPC", "DPMSolverPP:eta=1"), ("DPMSolverPP:order=3", "DEIS:order=3,grid=karras", "DDIM")
-"""The best five peers of results/bench/ and network.py; those that are near ours at 10 calls, and the others."""
+"""The best five peers of an earlier sweep and of network.py; those that are near ours at 10 calls, and the others."""
 SEEDS = (0, 1, 2)
 RTOL, ITS_CALLS = 0.5, 36
 """The coarsest tolerance of Table 10.1, and the calls it takes here (thesis_network.py)."""
@@ -48,7 +49,7 @@ def parts(model: ScoreModel) -> list[list[Cell]]:
         cells(("ExtrapolatedEM",), (), (RTOL,)) + cells(("EulerMaruyama",), (10, ITS_CALLS)),
         cells((*OURS, *NEAR), (8,)),
         cells(FAR, (8,)),
-        cells((*OURS, *NEAR, *FAR, "EulerMaruyama"), (15,)),
+        cells((*OURS, *NEAR, *FAR), (15,)),
         cells(OURS, (ITS_CALLS,)),
     ]
 
@@ -107,6 +108,10 @@ def main(samples: int, count: int, rank: int, world_size: int, work: Path, keep:
     if keep:
         shown_cells = [cell for part in parts(model)[:2] for cell in part if cell.seed == 0]
         draw(sweep, shown_cells, RESULTS / "seeds.png")
+        budgets = [line for line in summary if line["solver"] not in ("EulerMaruyama", "ExtrapolatedEM")]
+        (RESULTS / "seeds_fid.png").write_bytes(
+            plot([line for line in budgets if line["setting"] != f"nfe {ITS_CALLS}"])
+        )
         save("seeds", settings, {"cells": rows, "summary": summary})
 
 
