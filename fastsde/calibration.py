@@ -224,7 +224,8 @@ class _Pilot:
     def schedule(self, nfe: int | None, rtol: float | None, settings: dict[str, Any]) -> Schedule:
         """The grid with the lowest score, and how it was found."""
         steps = self._steps_for(float(rtol or 0)) if nfe is None else nfe // self.model.calls - 1
-        watched, fine = _Watched(self.model), Grid.tapered(self.sde, 2 * steps + 1)
+        # The reference has no long first step, whose error it would share with the candidates that do.
+        watched, fine = _Watched(self.model), Grid.tapered(self.sde, 2 * steps + 1, first=1.0)
         reference = self.run(fine, watched)
         candidates = {
             "tapered": Grid.tapered(self.sde, steps),
@@ -232,6 +233,8 @@ class _Pilot:
             "short start": Grid.tapered(self.sde, steps, first=1.0),
             "measured": self._leaning(fine, torch.stack(watched.seen), steps),
         }
+        if torch.equal(candidates["short start"].times, candidates["tapered"].times):
+            del candidates["short start"]
         scores = {name: _score(self.run(grid), reference) for name, grid in candidates.items()}
         chosen = min(scores, key=lambda name: scores[name]["score"])
         if scores[chosen]["score"] > _MARGIN * scores["tapered"]["score"]:

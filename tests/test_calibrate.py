@@ -82,6 +82,8 @@ def test_the_tapered_grid():
     for steps in (1, 3, 6):
         equal = Grid.tapered(VP, steps, first=1.0)
         torch.testing.assert_close(equal.times, Grid.log_snr(VP, steps).times, rtol=1e-12, atol=0)
+        lengths = VP.log_snr(Grid.tapered(VP, steps).times).diff()[1:]
+        torch.testing.assert_close(lengths, lengths.flip(0), rtol=1e-9, atol=0)
 
 
 def test_the_first_step_is_longer_only_in_pure_noise():

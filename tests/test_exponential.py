@@ -97,7 +97,7 @@ def flow_map(model, x, sde):
 @pytest.mark.parametrize("sde", [SDES[0], SDES[2], SDES[4]], ids=lambda sde: type(sde).__name__)
 def test_order_on_the_probability_flow(sde, solver, order):
     model = GaussianScore(sde, torch.full((5,), 0.2), torch.linspace(0.2, 0.6, 5, dtype=torch.float64))
-    x, steps = start(sde), [256, 512, 1024]
+    x, steps = start(sde), [128, 256] if order == 3 else [256, 512, 1024]
     exact = flow_map(model, x, sde)
     errors = []
     for k in steps:
@@ -105,8 +105,8 @@ def test_order_on_the_probability_flow(sde, solver, order):
         errors.append(float((r.samples - exact).norm()))
     slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
     # Measured 1.93 to 1.98 for the second order, rising. The third-order terms of Gaussian data cancel, but for that of
-    # the first correction, which is small there: 3.93 to 4.3.
-    assert slope == pytest.approx(4 if order == 3 else order, abs=0.35 if order == 3 else 0.12)
+    # the first correction, which is seen below errors of 1e-8: 3.93 to 4.12 before that.
+    assert slope == pytest.approx(4 if order == 3 else order, abs=0.15)
 
 
 def test_a_step_of_order_three():
@@ -156,16 +156,17 @@ def test_a_step_of_order_three():
     assert float(step.x) == pytest.approx(corrected, rel=1e-12)
 
 
+@pytest.mark.parametrize("eta", [0.0, 0.7])
 @pytest.mark.parametrize(("steps", "share"), [(10, 1.0), (40, None)])
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_first_correction_moves_the_first_values_weight_to_the_second(order, steps, share):
-    """base + k ((1 - g) D_0 + (1 + g) D_1) / 2 with g = min(1, h / 0.8), whatever the order."""
+def test_the_first_correction_moves_the_first_values_weight_to_the_second(order, steps, share, eta):
+    """base + k ((1 - g) D_0 + (1 + g) D_1) / 2 with g = min(1, c h / 0.8), whatever the order."""
     sde = fastsde.VPSDE()
     grid = fastsde.Grid.log_snr(sde, steps)
     lam = (sde.log_snr(grid.times[:2]) / 2).tolist()
-    h = lam[1] - lam[0]
-    g = h / 0.8 if share is None else share
-    assert (h < 0.8) == (share is None)
+    h, c = lam[1] - lam[0], 1 + eta**2
+    g = c * h / 0.8 if share is None else share
+    assert (c * h < 0.8) == (share is None)
     seen = []
 
     def network(x, t):
@@ -175,12 +176,32 @@ def test_the_first_correction_moves_the_first_values_weight_to_the_second(order,
 
     start = torch.full((1, 1), 2.0, dtype=torch.float64)
     model = fastsde.ScoreModel(network, sde, "sample", event_shape=(1,))
-    solver, first = fastsde.ExponentialPC(order=order), fastsde.Grid(grid.times[:2])
-    x = fastsde.sample(model, x_init=start, solver=solver, controller=first, denoise=False).samples
-    alpha, alpha_s = sde.alpha(grid.times[:2]).tolist()
-    k = 1 - np.exp(-h)
-    y = np.exp(-h) * 2.0 / alpha + k * ((1 - g) * 0.3 + (1 + g) * 0.5) / 2
-    assert float(x) == pytest.approx(alpha_s * y, rel=1e-9)
+    # The noise is that of the sample's path, the same in both runs.
+    solver = fastsde.ExponentialPC(order=order, eta=eta)
+    options = {"solver": solver, "controller": fastsde.Grid(grid.times[:2]), "denoise": False}
+    x = fastsde.sample(model, x_init=start, **options).samples
+    still = fastsde.ScoreModel(lambda x, t: torch.zeros_like(x), sde, "sample", event_shape=(1,))
+    base = fastsde.sample(still, x_init=start, **options).samples
+    alpha_s, k = float(sde.alpha(grid.times[1:2])), 1 - np.exp(-c * h)
+    assert float(x - base) == pytest.approx(alpha_s * k * ((1 - g) * 0.3 + (1 + g) * 0.5) / 2, rel=1e-9)
+
+
+def test_on_the_way_back_to_noise_the_first_correction_is_as_the_others():
+    """There the first value is the best: y_t = e^h y_s + (1 - e^h) (D_0 + D_1) / 2."""
+    sde, seen = fastsde.VPSDE(), []
+    grid = fastsde.Grid.log_snr(sde, 10)
+
+    def network(x, t):
+        seen.append(x)
+        return torch.full_like(x, 0.3 if len(seen) == 1 else 0.5)
+
+    model = fastsde.ScoreModel(network, sde, "sample", event_shape=(1,))
+    last = fastsde.Grid(grid.times[-2:])
+    x = torch.full((1, 1), 0.4, dtype=torch.float64)
+    code = fastsde.encode(model, x=x, solver=fastsde.ExponentialPC(order=2), controller=last).samples
+    (alpha, alpha_s), (lam, lam_s) = sde.alpha(last.times).tolist(), (sde.log_snr(last.times) / 2).tolist()
+    grown = np.exp(lam_s - lam)
+    assert float(code) == pytest.approx(alpha * (grown * 0.4 / alpha_s + (1 - grown) * (0.3 + 0.5) / 2), rel=1e-9)
 
 
 def test_the_same_samples_in_every_dressing_of_one_model():

@@ -21,8 +21,9 @@ class AdaptiveGrid(Controller):
 
     A step with E above `limit` is tried again with half its length in log-SNR, down to 2^-depth of a step of the grid;
     a step with E below limit / 8 makes the next one longer again, up to the grid's own and aligned with it. So step
-    ratios are 1/2, 1 or 2, which a multistep method survives, a sample without difficulties walks the grid itself, and
-    times are the same numbers at any batch size. At the finest level a step is accepted whatever its error.
+    ratios are 1/2, 1 or 2 times the grid's own, which a multistep method survives, a sample without difficulties walks
+    the grid itself, and times are the same numbers at any batch size. At the finest level a step is accepted whatever
+    its error.
 
     Args:
         grid: the base grid.

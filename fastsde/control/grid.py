@@ -11,10 +11,8 @@ from torch import Tensor
 from fastsde.checks import check_count, check_number
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.result import Status
+from fastsde.sde.base import ALL_NOISE
 from fastsde.types import Carry, State, Time
-
-_ALL_NOISE = 10.0
-"""sigma / alpha above which nothing of data within [-1, 1] or so is seen yet."""
 
 
 @runtime_checkable
@@ -72,7 +70,8 @@ class Grid(Controller):
 
         The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
         to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
-        denoised sample is still the mean of the data there, and hardly moves. docs/solver.md has the measurements.
+        denoised sample of data within [-1, 1] or so is still their mean there, and hardly moves. docs/solver.md has
+        the measurements.
 
         Args:
             clock: the SDE.
@@ -84,7 +83,7 @@ class Grid(Controller):
             lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
         start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
         if first is None:
-            room, others = -2 * math.log(_ALL_NOISE) - start, float(lengths[1:].sum())
+            room, others = -2 * math.log(ALL_NOISE) - start, float(lengths[1:].sum())
             # Of length `room` where the others share what is left, which is all that may be longer.
             first = min(2.0, max(1.0, room * others / max(end - start - room, 1e-9)))
         lengths[0] = check_number("first", first, 0.1, 10.0)

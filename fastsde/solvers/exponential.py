@@ -10,14 +10,15 @@ from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
-from fastsde.sde.base import SDE
+from fastsde.sde.base import ALL_NOISE, SDE
 from fastsde.solvers.adams import ExponentialAdams
 from fastsde.types import Carry, Coef, Index, State, Time
 
 _LONG, _POWER = 0.8, 3.2
-"""Steps are long from c h = 0.8 on: the share of the third order is a half there, and falls with this power."""
+"""Steps are long from c h = 0.8 on: the share of the third order is a half there, and falls with this power; the first
+correction leaves its first value out."""
 _STEP, _PER_NOISE = 0.65, 0.6
-"""Base step at rtol 0.05 and eta 0, and how much denser the grid is for eta = 1."""
+"""Mean step of the base grid at rtol 0.05 and eta 0, about, and how much denser the grid is for eta = 1."""
 _NOISE_SHARE = 0.6
 """Noise-driven part of the correction over the prediction, per unit of fresh noise: above 99 % of ordinary samples."""
 
@@ -50,7 +51,8 @@ class ExponentialPC(ExponentialAdams):
         || corrected - predicted || / max(atol, rtol sqrt(|| D_{n+1} ||^2 + rho_s^2 / sqrt(d))),    in y,
 
     with || . || the root mean square over the d elements, is above `AdaptiveGrid.limit`; for eta > 0 less what noise
-    alone makes of the difference. The first step is not judged. docs/solver.md derives and measures all this.
+    alone makes of the difference. A first step from pure noise is not judged. docs/solver.md derives and measures all
+    this.
 
     The predictor of order 2 is that of DPM-Solver++ 2M (Lu et al., https://arxiv.org/abs/2211.01095), of its SDE form
     for eta = 1; a corrector that reuses the next step's call is UniPC's idea (Zhao et al.,
@@ -97,7 +99,8 @@ class ExponentialPC(ExponentialAdams):
         c = super().coefficients(sde, t, s, lams, count)
         if self.order > 1:
             weights = c["weights"]
-            moved = torch.where(count == 1, (c["a"].abs() / _LONG).clamp(max=1), 0.0) * weights[:, 1, 0]
+            # Not on the way back to noise, a < 0, where the first value is the best.
+            moved = torch.where(count == 1, (c["a"] / _LONG).clamp(0, 1), 0.0) * weights[:, 1, 0]
             weights[:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
 
@@ -106,8 +109,9 @@ class ExponentialPC(ExponentialAdams):
     ) -> tuple[State | None, State | None]:
         if not self.adaptive:
             return None, None
-        # The first value is a network's worst, and no sign of what later steps need: there the grid is trusted.
-        difference = expand_like((count != 1).to(difference.dtype), difference) * difference
+        # In pure noise the first value is a network's worst, and no sign of what later steps need.
+        judged = (count != 1) | (h - lam < math.log(ALL_NOISE))
+        difference = expand_like(judged.to(difference.dtype), difference) * difference
         # A signal below rho / d^(1/4) cannot be told from noise by its size: there D, and its errors, mean nothing yet.
         scale = (row_norm(x_0) ** 2 + torch.exp(-2 * lam) / math.sqrt(x_0[0].numel())).sqrt()
         if not self.deterministic:
