@@ -49,7 +49,7 @@ def parts(model: ScoreModel) -> list[list[Cell]]:
         cells(("ExtrapolatedEM",), (), (RTOL,)) + cells(("EulerMaruyama",), (10, ITS_CALLS)),
         cells((*OURS, *NEAR), (8,)),
         cells(FAR, (8,)),
-        cells(OURS[:1], (ITS_CALLS,)),
+        build_cells(model, OURS[:1], (ITS_CALLS,), (), SEEDS[:1]),
         cells((*OURS, *NEAR, *FAR), (15,)),
     ]
 
