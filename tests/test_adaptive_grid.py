@@ -126,6 +126,14 @@ def test_the_same_samples_and_calls_in_every_dressing(eta):
         assert results[0].rejected.max() > results[0].rejected.min()  # some were refined, so control is compared too
 
 
+def test_a_first_step_is_judged_unless_it_starts_in_pure_noise():
+    # Rows: a first step from sigma / alpha of 20, one from 5, a second step from 20, and a first one back to noise.
+    rho, h = vector(20.0, 5.0, 20.0, 0.1), vector(0.5, 0.5, 0.5, -0.5)
+    difference, x_0 = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    error, _ = ExponentialPC().estimate(difference, x_0, h, h - rho.log(), torch.tensor([1, 1, 2, 1]))
+    assert error[:, 0].tolist() == [0.0, 1.0, 1.0, 1.0]
+
+
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_refined_samples_do_not_depend_on_the_batch(eta):
     model = mixture(VP)
