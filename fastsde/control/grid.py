@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastsde.checks import check_count, check_number
 from fastsde.control.base import Clock, Controller, Decision
+from fastsde.noise import ALL_NOISE
 from fastsde.result import Status
-from fastsde.sde.base import ALL_NOISE
 from fastsde.types import Carry, State, Time
 
 

@@ -21,9 +21,6 @@ from torch import Tensor
 from fastsde.batching import expand_like
 from fastsde.types import Coef, State, Time
 
-ALL_NOISE = 10.0
-"""sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
-
 
 class Level(NamedTuple):
     """What a process is at a time; each with shape (B,)."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
-from fastsde.sde.base import ALL_NOISE, SDE
+from fastsde.noise import ALL_NOISE
+from fastsde.sde.base import SDE
 from fastsde.solvers.adams import ExponentialAdams
 from fastsde.types import Carry, Coef, Index, State, Time
 
 _LONG, _POWER = 0.8, 3.2
-"""Steps are long from c h = 0.8 on: the share of the third order is a half there, and falls with this power; the first
-correction leaves its first value out."""
+"""Steps are long from c h = 0.8 on: the third order has half its share there, the first value none."""
 _STEP, _PER_NOISE = 0.65, 0.6
 """Mean step of the base grid at rtol 0.05 and eta 0, about, and how much denser the grid is for eta = 1."""
 _NOISE_SHARE = 0.6
@@ -51,8 +51,7 @@ class ExponentialPC(ExponentialAdams):
         || corrected - predicted || / max(atol, rtol sqrt(|| D_{n+1} ||^2 + rho_s^2 / sqrt(d))),    in y,
 
     with || . || the root mean square over the d elements, is above `AdaptiveGrid.limit`; for eta > 0 less what noise
-    alone makes of the difference. A first step from pure noise is not judged. docs/solver.md derives and measures all
-    this.
+    alone makes of the difference. A first step from pure noise is not judged. docs/solver.md has the derivation.
 
     The predictor of order 2 is that of DPM-Solver++ 2M (Lu et al., https://arxiv.org/abs/2211.01095), of its SDE form
     for eta = 1; a corrector that reuses the next step's call is UniPC's idea (Zhao et al.,
@@ -98,10 +97,9 @@ class ExponentialPC(ExponentialAdams):
     def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
         c = super().coefficients(sde, t, s, lams, count)
         if self.order > 1:
-            weights = c["weights"]
             # Not on the way back to noise, a < 0, where the first value is the best.
-            moved = torch.where(count == 1, (c["a"] / _LONG).clamp(0, 1), 0.0) * weights[:, 1, 0]
-            weights[:, 1, :2] += torch.stack([-moved, moved], 1)
+            moved = torch.where(count == 1, (c["a"] / _LONG).clamp(0, 1), 0.0) * c["weights"][:, 1, 0]
+            c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
 
     def estimate(
