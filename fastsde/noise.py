@@ -29,7 +29,7 @@ RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
-_CHUNK = 1 << 17
+_CHUNK = 1 << 18
 """Normals made at a time: few enough to stay in cache, many enough to hide the cost of a call."""
 
 
