@@ -193,7 +193,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
     step = solver.base_step(rtol)
     if step is not None:
         first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
-        # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first one shortens all others.
+        # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first shortens the rest.
         steps = max(3, round((last - first) / 2 / step + 0.45))
         if solver.keep_path and steps << AdaptiveGrid.depth > 1 / solver.resolution:
             least = rtol * (steps * 2.0**AdaptiveGrid.depth * solver.resolution) ** 2
