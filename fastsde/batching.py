@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,11 +47,16 @@ def row_norm(x: State, *, q: float = 2.0) -> Coef:
 
 def all_finite(x: State) -> Mask:
     """Which rows hold only finite numbers, with shape (B,)."""
-    return torch.isfinite(x.reshape(x.shape[0], -1)).all(dim=1)
+    return x.reshape(x.shape[0], -1).abs().amax(dim=1) < math.inf  # false for NaN too
 
 
-def where_rows(mask: Mask, new: Carry, old: Carry) -> Carry:
-    """Takes each row from `new` where `mask` is set and from `old` elsewhere; keys must agree."""
+def where_rows(mask: Mask | None, new: Carry, old: Carry) -> Carry:
+    """Takes each row from `new` where `mask` is set, or everywhere if it is None, and from `old` elsewhere.
+
+    The keys are those of `old`.
+    """
+    if mask is None:
+        return {key: new[key] for key in old}
     return {key: torch.where(expand_like(mask, new[key]), new[key], old[key]) for key in old}
 
 

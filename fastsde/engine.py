@@ -46,6 +46,8 @@ class Engine:
             self.out[name] = torch.zeros(self.n, dtype=torch.int64, device=self.device)
         # Some solvers end with the denoised sample in hand.
         self.denoising_call = job.denoise and not job.solver.keeps_x_0
+        # Above this many calls of a sample there are not enough left for a step and the denoising.
+        self.most_nfe = job.max_nfe - job.model.calls * (job.solver.calls_per_step + self.denoising_call)
         self.nfe_finished = 0
         self.finished = 0
 
@@ -109,7 +111,7 @@ class Engine:
         row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
         if job.recorder is not None:
             job.recorder.keep(slots, zero == 0, t, x)
-        row |= {"nfe": zero, "accepted": zero, "rejected": zero, "warm": zero != job.solver.warm_up}
+        row |= {"nfe": zero, "attempt": zero, "position": zero if job.solver.warm_up else zero + 1}
         return {
             "row": {key: value.clone() for key, value in row.items()},
             "solver": job.solver.init(x),
@@ -122,34 +124,33 @@ class Engine:
         """One attempted step of every row; returns which rows have ended, with shape (B,)."""
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.t_end
-        x, t, active = row["x"], row["t"], row["status"] == Status.PENDING
-        moving = active & ~row["warm"]
+        x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
+        moving = active & (position > 0) if job.solver.warm_up else active
         s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
-        attempt = row["accepted"] + row["rejected"]
-        position = row["accepted"] + ~row["warm"]
-        noise = StepNoise(job.noise, row["index"], attempt, position, t, s, rows["noise"])
+        noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
         carry = rows["solver"] | select_rows(position * active, job.plan)
         step = job.solver.step(model, job.sde, x, t, s, noise, carry)
         decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
 
         finite = all_finite(step.x)
-        accept = (decision.accept | ~moving) & active & finite
-        row["x"] = torch.where(expand_like(accept, x), step.x, x)
-        row["t"] = torch.where(accept, s, t)
-        row["nfe"] = row["nfe"] + model.nfe
-        row["accepted"] = row["accepted"] + (accept & moving)
-        row["rejected"] = row["rejected"] + (moving & ~accept)
-        row["warm"] = row["warm"] & ~accept
-        rows["solver"] = where_rows(accept, step.carry, rows["solver"])
-        rows["noise"] = where_rows(accept, noise.carry, rows["noise"])
+        accept = active & finite
+        if decision.accept is not None:
+            accept = accept & (decision.accept | ~moving)
+        # The host sees at once that every row moves on, and saves the copies; a device would have to be waited for.
+        mask = None if accept.is_cpu and bool(accept.all()) else accept
+        row |= where_rows(mask, {"x": step.x, "t": s}, {"x": x, "t": t})
+        rows["solver"] = where_rows(mask, step.carry, rows["solver"])
+        rows["noise"] = where_rows(mask, noise.carry, rows["noise"])
         rows["control"] = where_rows(moving, decision.carry, rows["control"])
+        row["nfe"] = row["nfe"] + model.nfe
+        row["attempt"] = row["attempt"] + moving
+        row["position"] = position + accept
 
-        per_step = job.model.calls * job.solver.calls_per_step
-        spent = row["nfe"] + per_step + job.model.calls * self.denoising_call > job.max_nfe
-        failure = decision.failure.masked_fill(~moving, int(Status.PENDING))
-        status = failure.masked_fill((failure == Status.PENDING) & spent, int(Status.MAX_NFE))
-        status = status.masked_fill(accept & moving & (s <= t_end), int(Status.SUCCESS))
+        status = row["status"].masked_fill(row["nfe"] > self.most_nfe, int(Status.MAX_NFE))
+        if decision.failure is not None:
+            status = torch.where(moving & (decision.failure != Status.PENDING), decision.failure, status)
+        status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
         status = status.masked_fill(~finite, int(Status.NON_FINITE))
         row["status"] = torch.where(active, status, row["status"])
         if job.recorder is not None:
@@ -181,15 +182,18 @@ class Engine:
         """Moves the given ended rows to the pool, leaving empty slots; returns the slots as a tensor."""
         ids = torch.tensor(done, dtype=torch.int64, device=self.device)
         ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
+        row = ended["row"]
+        row["accepted"] = (row["position"] - 1).clamp(min=0)
+        row["rejected"] = row["attempt"] - row["accepted"]
         if self.job.denoise and self.job.solver.keeps_x_0:
-            ended["row"]["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
+            row["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
         self.pool.append(ended)
         self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
         self.finished += len(done)
-        self.nfe_finished += int(ended["row"]["nfe"].sum())
+        self.nfe_finished += int(row["nfe"].sum())
         if self.denoising_call:
-            last_call = self.job.model.cost(ended["row"]["t"], ended["cond"])
-            self.nfe_finished += int(last_call[ended["row"]["status"] != Status.NON_FINITE].sum())
+            last_call = self.job.model.cost(row["t"], ended["cond"]) * (row["status"] != Status.NON_FINITE)
+            self.nfe_finished += int(last_call.sum())
         return ids
 
     def _retire(self, done: list[int]) -> None:
@@ -202,7 +206,9 @@ class Engine:
         fresh = self._fresh_rows(len(done))
         taken = len(fresh["row"]["slot"])
         for group, values in fresh.items():
-            write_rows(ids[:taken], values, self.rows[group])
+            # Not in place: what a solver returned may be one tensor under two names.
+            rows = self.rows[group]
+            rows |= {key: rows[key].index_copy(0, ids[:taken], values[key].to(rows[key].dtype)) for key in values}
         self.empty.update(done[taken:])
         self.live += taken - len(done)
         self._shrink()

@@ -46,16 +46,21 @@ def philox4x32(
     Returns:
         Four words in [0, 2^32), of the broadcast shape.
     """
-    c0, c1, c2, c3 = counter
+    # In six buffers of full size: fresh memory would cost as much as the arithmetic.
+    shape = torch.broadcast_shapes(*(word.shape for word in counter))
+    c0, c1, c2, c3 = (word.expand(shape).clone(memory_format=torch.contiguous_format) for word in counter)
+    p0, p1 = torch.empty_like(c0), torch.empty_like(c2)
     k0, k1 = key
     for _ in range(rounds):
         # The products wrap around in int64, which leaves their bits, all we use, as they are in uint64.
-        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
-        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(_WORD)
-        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(_WORD)
-        c1, c3 = p1.bitwise_and_(_WORD), p0.bitwise_and_(_WORD)
+        torch.mul(c0, 0xD2511F53, out=p0)
+        torch.mul(c2, 0xCD9E8D57, out=p1)
+        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        # Their low words are the new c1 and c3; the high ones are masked off above, and at the end.
+        c1, c3, p0, p1 = p1, p0, c3, c1
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
-    return c0, c1, c2, c3
+    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
 def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: int, dtype: torch.dtype) -> Tensor:
@@ -68,8 +73,8 @@ def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: 
     out = torch.empty(*u0.shape[:2], 4, u0.shape[2], device=index.device)
     for k, (radial, angular) in enumerate(((u0, u1), (u2, u3))):
         radius, angle = radial.log_().mul_(-2).sqrt_(), angular.mul_(2 * math.pi)
-        torch.mul(radius, angle.cos(), out=out[:, :, 2 * k])
-        torch.mul(radius, angle.sin(), out=out[:, :, 2 * k + 1])
+        torch.cos(angle, out=out[:, :, 2 * k]).mul_(radius)
+        torch.mul(radius, angle.sin_(), out=out[:, :, 2 * k + 1])
     return out.flatten(2)[:, :, :size].to(dtype)
 
 

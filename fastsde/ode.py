@@ -42,5 +42,5 @@ class ProbabilityFlowODE:
         bound = BoundModel(self.model, self.cond, torch.ones(len(x), dtype=torch.bool, device=x.device))
         with evaluation_mode(self.model.network):
             slope = probability_flow_drift(self.sde, x, times, bound(x, times).score)
-        self.nfe += int(bound.nfe.max())
+        self.nfe += int(torch.as_tensor(bound.nfe).max())
         return slope

@@ -71,6 +71,24 @@ def test_fresh_noise_is_drawn_anew_after_a_rejection():
     assert not torch.equal(first.dw, second.dw)
 
 
+class Twin(StubSolver):
+    """Its memory is the very tensor that it returns as the state."""
+
+    def init(self, x_t):
+        return super().init(x_t) | {"twin": torch.full_like(x_t, torch.nan)}
+
+    def step(self, model, sde, x_t, t, s, noise, carry):
+        step = super().step(model, sde, x_t, t, s, noise, carry)
+        return dataclasses.replace(step, carry=step.carry | {"twin": step.x})
+
+
+def test_a_refill_writes_to_no_tensor_that_a_solver_returned():
+    # Both slots are refilled in one turn: written in place, the state would be the solver's fresh memory.
+    result = run(4, StubController([[4.0]] * 4), solver=Twin(), batch_size=2)
+    assert (result.status == Status.SUCCESS).all()
+    torch.testing.assert_close(result.samples, ended(4), **ROUNDING)
+
+
 # Slots and queue ----------------------------------------------------------------------------------------------------
 
 

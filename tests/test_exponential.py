@@ -145,7 +145,7 @@ def test_a_step_of_order_three():
     model = BoundModel(fastsde.ScoreModel(network, sde, "sample"), {}, torch.ones(1, dtype=torch.bool))
     carry = {
         "x_0": torch.zeros(1, 1),
-        "past": torch.tensor([d_0, d_1, d_2], dtype=torch.float64)[None, :, None],
+        **{f"past_{i}": torch.full((1, 1), d, dtype=torch.float64) for i, d in enumerate((d_0, d_1, d_2))},
         "lam": torch.tensor([past], dtype=torch.float64),
         "count": torch.tensor([3]),
     }

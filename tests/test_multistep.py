@@ -170,7 +170,8 @@ def test_a_step_is_exact_on_a_polynomial_through_its_history(solver):
     past = polynomial(lams)[:, :, None].repeat(1, 1, 2)
     past[torch.arange(kept) >= count[:, None]] = 1e6  # values that a row does not have yet: nobody may read them
     x, z = torch.randn(2, rows, 2, dtype=torch.float64, generator=generator)
-    carry = {"x_0": torch.zeros_like(x), "past": past, "lam": lams, "count": count}
+    carry = {"x_0": torch.zeros_like(x), "lam": lams, "count": count}
+    carry |= {f"past_{i}": value for i, value in enumerate(past.unbind(1))}
     step = solver.step(bind(model, rows), sde, x, t, s, GivenNoise(z), carry)
 
     c, scale = (-1.0, sde.sigma) if solver.interpolates_noise else (1 + solver.eta**2, sde.alpha)
@@ -195,7 +196,8 @@ def test_a_step_of_our_predictor_corrector():
 
     carry = {
         "x_0": torch.zeros(1, 1),
-        "past": vector(d_now, d_before)[None, :, None],
+        "past_0": vector(d_now)[:, None],
+        "past_1": vector(d_before)[:, None],
         "lam": torch.stack([sde.log_snr(t) / 2, lam_before], 1),
         "count": torch.tensor([2]),
     }

@@ -80,10 +80,10 @@ def test_marginal_and_prior_are_built_from_alpha_and_sigma(sde):
 @given(share=SHARE)
 def test_level_is_alpha_sigma_and_log_snr(sde, share):
     t = inside(sde, share)
-    alpha, sigma, log_snr = sde.level(t)
-    assert (alpha, sigma, log_snr) == (sde.alpha(t), sde.sigma(t), sde.log_snr(t))  # the same operations, to the bit
+    level = sde.level(t)
+    assert (level.alpha, level.sigma) == (sde.alpha(t), sde.sigma(t))  # the same operations, to the bit
     # A few roundings of logarithms of at most 12.
-    torch.testing.assert_close(log_snr, 2 * (alpha / sigma).log(), rtol=0, atol=1e-13)
+    torch.testing.assert_close(level.log_snr, sde.log_snr(t), rtol=0, atol=1e-13)
 
 
 def test_a_table_takes_times_of_single_precision(without_type_checks):

@@ -14,14 +14,14 @@ class Decision:
     """What becomes of a proposed step, per row.
 
     Attributes:
-        accept: whether to take it, with shape (B,).
+        accept: whether to take it, with shape (B,); None to take it in every row.
         carry: the controller's memory, whether or not the step is taken.
-        failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,).
+        failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,); None to go on everywhere.
     """
 
-    accept: Mask
+    accept: Mask | None
     carry: Carry
-    failure: Index
+    failure: Index | None = None
 
 
 @runtime_checkable

@@ -11,7 +11,6 @@ from torch import Tensor
 from fastsde.checks import check_count, check_number
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.noise import ALL_NOISE
-from fastsde.result import Status
 from fastsde.types import Carry, State, Time
 
 
@@ -168,9 +167,7 @@ class Grid(Controller):
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
-        accept = torch.ones(t.shape, dtype=torch.bool, device=t.device)
-        failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
-        return Decision(accept, {"k": carry["k"] + 1}, failure)
+        return Decision(None, {"k": carry["k"] + 1})
 
     def __repr__(self) -> str:
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"

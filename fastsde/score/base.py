@@ -22,13 +22,18 @@ from fastsde.batching import expand_like
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
-# x_0 = a x_t + b out and eps = c x_t + d out, as functions of (alpha, sigma).
-_READ: dict[str, Callable[[Tensor, Tensor], tuple[Any, Any, Any, Any]]] = {
-    "score": lambda a, s: (1 / a, s**2 / a, 0.0, -s),
-    "epsilon": lambda a, s: (1 / a, -s / a, 0.0, 1.0),
-    "sample": lambda a, s: (0.0, 1.0, 1 / s, -a / s),
-    "v_prediction": lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2), s / (a**2 + s**2), a / (a**2 + s**2)),
-    "flow_prediction": lambda a, s: (1 / (a + s), -s / (a + s), 1 / (a + s), a / (a + s)),
+_Reading = Callable[[Tensor, Tensor], tuple[Any, Any]]
+
+# (a, b) of x_0 = a x_t + b out and (c, d) of eps = c x_t + d out, as functions of (alpha, sigma).
+_READ: dict[str, tuple[_Reading, _Reading]] = {
+    "score": (lambda a, s: (1 / a, s**2 / a), lambda a, s: (0.0, -s)),
+    "epsilon": (lambda a, s: (1 / a, -s / a), lambda a, s: (0.0, 1.0)),
+    "sample": (lambda a, s: (0.0, 1.0), lambda a, s: (1 / s, -a / s)),
+    "v_prediction": (
+        lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2)),
+        lambda a, s: (s / (a**2 + s**2), a / (a**2 + s**2)),
+    ),
+    "flow_prediction": (lambda a, s: (1 / (a + s), -s / (a + s)), lambda a, s: (1 / (a + s), a / (a + s))),
 }
 
 
@@ -45,7 +50,7 @@ class Prediction:
 
     def __init__(self, kind: str, out: State, x_t: State, alpha: Coef, sigma: Coef) -> None:
         self.out, self.x_t, self.alpha, self.sigma = out, x_t, alpha, sigma
-        self._read = _READ[kind](alpha, sigma)
+        self._x_0, self._epsilon = _READ[kind]
 
     def _linear(self, of_x_t: Coef | float, of_out: Coef | float) -> State:
         """of_x_t x_t + of_out out, never `out` itself: a compiled network may write its next output there."""
@@ -57,19 +62,19 @@ class Prediction:
         return terms[0] if len(terms) == 1 else terms[0] + terms[1]
 
     def _combine(self, of_x_0: Coef | float, of_eps: Coef | float) -> State:
-        a, b, c, d = self._read
+        (a, b), (c, d) = self._x_0(self.alpha, self.sigma), self._epsilon(self.alpha, self.sigma)
         # Merged in float64, so that 1 / sigma and sigma cancel before rounding to the state's dtype.
         return self._linear(of_x_0 * a + of_eps * c, of_x_0 * b + of_eps * d)
 
     @functools.cached_property
     def x_0(self) -> State:
         """The expected denoised sample E[x_0 | x_t] = (x_t + sigma^2 score) / alpha."""
-        return self._linear(*self._read[:2])
+        return self._linear(*self._x_0(self.alpha, self.sigma))
 
     @functools.cached_property
     def epsilon(self) -> State:
         """The expected noise E[eps | x_t] = -sigma score."""
-        return self._linear(*self._read[2:])
+        return self._linear(*self._epsilon(self.alpha, self.sigma))
 
     @property
     def score(self) -> State:
@@ -154,9 +159,9 @@ class ScoreModel:
         parameter = self.parameter
         return torch.device("cpu") if parameter is None else parameter.device
 
-    def cost(self, t: Time, cond: Cond) -> Index:
-        """Network calls that an evaluation costs each row, at most `calls`, with shape (B,)."""
-        return torch.full(t.shape, self.calls, dtype=torch.int64, device=t.device)
+    def cost(self, t: Time, cond: Cond) -> Index | int:
+        """Network calls that an evaluation costs each row, at most `calls`, with shape (B,); a number if all alike."""
+        return self.calls
 
     def check_cond(self, cond: Cond) -> None:
         """Refuses, with a ValueError, conditioning that the network cannot take; a plain network takes any.
@@ -237,7 +242,7 @@ class Wrapper(ScoreModel):
         """The conditioning without the wrapper's own keys."""
         return {key: value for key, value in (cond or {}).items() if key not in self.own_cond}
 
-    def cost(self, t: Time, cond: Cond) -> Index:
+    def cost(self, t: Time, cond: Cond) -> Index | int:
         return self.model.cost(t, self.inner_cond(cond))
 
     def check_cond(self, cond: Cond) -> None:
@@ -274,14 +279,14 @@ class BoundModel:
 
     def __init__(self, model: ScoreModel, cond: Cond, active: Mask) -> None:
         self.model, self.cond, self.active = model, cond, active
-        self.nfe = torch.zeros_like(active, dtype=torch.int64)
+        self.nfe: Index | int = 0
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""
-        self.nfe += self.model.cost(t, self.cond) * self.active
+        self.nfe = self.nfe + self.model.cost(t, self.cond) * self.active
         return self.model(x_t, t, self.cond)
 
     def output(self, x_t: State, t: Time) -> State:
         """What the network itself returns for every row, adding the calls it cost to `nfe`."""
-        self.nfe += self.model.cost(t, self.cond) * self.active
+        self.nfe = self.nfe + self.model.cost(t, self.cond) * self.active
         return self.model.output(x_t, t, self.cond)

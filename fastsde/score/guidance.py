@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like, select_rows, write_rows
-from fastsde.score.base import ScoreModel, Wrapper
+from fastsde.batching import expand_like, write_rows
+from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
@@ -85,30 +85,33 @@ class ClassifierFreeGuidance(Wrapper):
         self.model.check_cond(self.inner_cond(cond))
         self.model.check_cond(self.negative_cond(cond))
 
-    def _acts(self, t: Time) -> Mask:
+    def _acts(self, t: Time, low: float, high: float) -> Mask:
         """Which rows are guided at their time."""
-        if self.interval is None:
-            return torch.ones_like(t, dtype=torch.bool)
         level = self.sde.sigma(t) / self.sde.alpha(t)
-        return (level >= self.interval[0]) & (level <= self.interval[1])
+        return (level >= low) & (level <= high)
 
-    def cost(self, t: Time, cond: Cond) -> Index:
+    def cost(self, t: Time, cond: Cond) -> Index | int:
         once = self.model.cost(t, self.inner_cond(cond))
-        return torch.where(self._acts(t), once + self.model.cost(t, self.negative_cond(cond)), once)
+        other = self.model.cost(t, self.negative_cond(cond))
+        return once + other * (1 if self.interval is None else self._acts(t, *self.interval))
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         wanted, negative = self.inner_cond(cond), self.negative_cond(cond)
         scale = (cond or {})["guidance_scale"]
-        rows = torch.arange(len(t), device=t.device) if self.interval is None else self._acts(t).nonzero().flatten()
-        both = {k: torch.cat([wanted[k], negative[k].index_select(0, rows)]) for k in wanted}
-        x, times = torch.cat([x_t, x_t.index_select(0, rows)]), torch.cat([t, t.index_select(0, rows)])
-        out, base = self.model.output(x, times, both).split([len(t), len(rows)])
-        part = select_rows(rows, {"out": out, "scale": scale})
-        guided = torch.lerp(base, part["out"], expand_like(part["scale"], base))
+        rows = None if self.interval is None else self._acts(t, *self.interval).nonzero().flatten()
+
+        def acted_on(values: Tensor) -> Tensor:
+            return values if rows is None else values.index_select(0, rows)
+
+        both = {k: torch.cat([wanted[k], acted_on(negative[k])]) for k in wanted}
+        x, times = torch.cat([x_t, acted_on(x_t)]), torch.cat([t, acted_on(t)])
+        out, base = self.model.output(x, times, both).split([len(t), len(x) - len(t)])
+        part = acted_on(out)
+        guided = torch.lerp(base, part, expand_like(acted_on(scale), base))
         if self.rescale:
-            ratio = part["out"].flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-12)
+            ratio = part.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-12)
             guided = guided * expand_like(self.rescale * ratio + 1 - self.rescale, guided)
-        if self.interval is None:
+        if rows is None:
             return guided
         out = out.clone()
         write_rows(rows, {"out": guided}, {"out": out})
@@ -187,8 +190,14 @@ class Clipped(Wrapper):
         super().__init__(model, "sample")
         self.limit, self.ratio = limit, ratio
 
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
+        inside = self.model(x_t, t, cond)
+        return Prediction(self.prediction, self._clipped(inside.x_0), x_t, inside.alpha, inside.sigma)
+
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
-        x_0 = self.model(x_t, t, cond).x_0
+        return self(x_t, t, cond).out
+
+    def _clipped(self, x_0: State) -> State:
         if self.ratio is None:
             return x_0.clamp(-self.limit, self.limit)
         # At most `limit` wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.

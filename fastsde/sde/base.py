@@ -11,9 +11,9 @@ Times are float64 vectors with one entry per row, because steps near `t_min` van
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,16 @@ from fastsde.batching import expand_like
 from fastsde.types import Coef, State, Time
 
 
-class Level(NamedTuple):
-    """What a process is at a time; each with shape (B,)."""
+class Level:
+    """What a process is at a time: `alpha`, `sigma` and, for who asks, `log_snr`; each with shape (B,)."""
 
-    alpha: Coef
-    sigma: Coef
-    log_snr: Coef
+    def __init__(self, alpha: Coef, sigma: Coef) -> None:
+        self.alpha, self.sigma = alpha, sigma
+
+    @functools.cached_property
+    def log_snr(self) -> Coef:
+        """log(alpha^2 / sigma^2)."""
+        return 2 * (self.alpha.log() - self.sigma.log())
 
 
 class SDE(ABC):
@@ -74,7 +78,7 @@ class SDE(ABC):
 
     def level(self, t: Time) -> Level:
         """alpha, sigma and the log-SNR at once, each with shape (B,); a process that can share work does so here."""
-        return Level(self.alpha(t), self.sigma(t), self.log_snr(t))
+        return Level(self.alpha(t), self.sigma(t))
 
     def transition(self, t: Time, s: Time) -> tuple[Coef, Coef]:
         """a and b^2 of the process from s to t > s, x_t = a x_s + b z: alpha_t / alpha_s, sigma_t^2 - a^2 sigma_s^2.

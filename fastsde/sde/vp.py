@@ -44,18 +44,18 @@ class LinearBeta(SDE):
 
 
 class VariancePreserving(SDE):
-    """sigma^2 = 1 - alpha^2: `level` has the formulas, and the rest reads it."""
+    """sigma^2 = 1 - alpha^2."""
 
     def level(self, t: Time) -> Level:
         log_alpha = self.log_alpha(t)
-        variance = -torch.expm1(2 * log_alpha)
-        return Level(log_alpha.exp(), variance.sqrt(), 2 * log_alpha - variance.log())
+        return Level(log_alpha.exp(), torch.expm1(2 * log_alpha).neg().sqrt())
 
     def sigma(self, t: Time) -> Coef:
         return self.level(t).sigma
 
     def log_snr(self, t: Time) -> Coef:
-        return self.level(t).log_snr
+        log_alpha = self.log_alpha(t)
+        return 2 * log_alpha - (-torch.expm1(2 * log_alpha)).log()
 
 
 class VPSDE(VariancePreserving, LinearBeta):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -73,35 +73,38 @@ class ExponentialAdams(AdamsCoefficients):
         return None, None
 
     def init(self, x_t: State) -> Carry:
-        kept = max(*self.values, 1)
-        return {
-            "x_0": torch.zeros_like(x_t),
-            "past": x_t.new_zeros(len(x_t), kept, *x_t.shape[1:]),
-            "lam": torch.zeros(len(x_t), kept, dtype=torch.float64, device=x_t.device),
-            "count": torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device),
-        }
+        lam = torch.zeros(len(x_t), max(*self.values, 1), dtype=torch.float64, device=x_t.device)
+        count = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)
+        nothing = torch.zeros_like(x_t)
+        return {"x_0": nothing, "lam": lam, "count": count} | _past([nothing] * lam.shape[1])
 
     def plan(self, sde: SDE, times: Tensor) -> Carry:
         count = torch.arange(len(times), device=times.device)
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         lams = sde.log_snr(times)[before] / 2
         planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
-        return {key: planned[key] for key in ("keep", "std", "weights")}
+        return {key: planned[key] for key in ("keep", "weights", *(() if self.deterministic else ("std",)))}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        past, lam, count = carry["past"], carry["lam"], carry["count"]
+        lam, count = carry["lam"], carry["count"]
+        past = [carry[f"past_{i}"] for i in range(lam.shape[1])]
         c = carry if "keep" in carry else self.coefficients(sde, t, s, lam, count)
         base = expand_like(c["keep"], x_t) * x_t
         if not self.deterministic:
             base = base + expand_like(c["std"], x_t) * noise.z
         x_s = predicted = add_weighted(base, c["weights"][:, 0], past)
         prediction = model(x_s, s)
-        new = (prediction.epsilon if self.interpolates_noise else prediction.x_0)[:, None]
+        new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if self.values[1]:
-            x_s = add_weighted(base, c["weights"][:, 1], torch.cat([past[:, :1], new, past[:, 1:-1]], 1))
-        kept = {**carry, "x_0": prediction.x_0, "past": torch.cat([new, past[:, :-1]], 1)}
+            x_s = add_weighted(base, c["weights"][:, 1], [past[0], new, *past[1:-1]])
+        kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
         if c is carry:
             return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times
         kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
         difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
         return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"], count))
+
+
+def _past(values: Sequence[Tensor]) -> Carry:
+    """The last values, the newest first, by the names that they have in the solver's memory."""
+    return {f"past_{i}": value for i, value in enumerate(values)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -94,10 +94,10 @@ def stage_weights(
     return adams_weights(a, nodes, known, rule, share).reshape(shape).transpose(0, 1)
 
 
-def add_weighted(base: State, weights: Tensor, values: Tensor) -> State:
-    """base + sum_i w_i v_i with shape (B, *event), for weights (B, q) and values (B, q, *event)."""
+def add_weighted(base: State, weights: Tensor, values: Sequence[State]) -> State:
+    """base + sum_i w_i v_i with shape (B, *event), for weights (B, q) and q values (B, *event)."""
     weights = weights.to(base.dtype).reshape(*weights.shape, *(1,) * (base.ndim - 1))
     # Not as a matrix product, whose rounding depends on the batch and which autocast and TF32 would lower.
-    for weight, value in zip(weights.unbind(1), values.unbind(1), strict=True):
+    for weight, value in zip(weights.unbind(1), values, strict=True):
         base = torch.addcmul(base, weight, value)
     return base
