@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -48,7 +49,7 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
         for name, parameter in model.network.named_parameters():
             held = parameter.is_floating_point() and not parameter.is_meta  # offloaded weights are elsewhere
             # A sum is many times faster than asking each weight, but may overflow, and 8-bit floats have none.
-            quick = held and torch.finfo(parameter.dtype).bits > 8 and bool(torch.isfinite(parameter.sum()))
+            quick = held and torch.finfo(parameter.dtype).bits > 8 and math.isfinite(parameter.sum().item())
             if held and not quick and not torch.isfinite(parameter).all():
                 raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
     return model
@@ -247,12 +248,11 @@ def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.dev
 @contextlib.contextmanager
 def evaluation_mode(network: ScoreFn) -> Iterator[None]:
     """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
-    modules = list(network.modules()) if isinstance(network, nn.Module) else []
-    modes = [module.training for module in modules]
-    if isinstance(network, nn.Module):
+    training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
+    if isinstance(network, nn.Module) and training:
         network.eval()
     try:
         yield
     finally:
-        for module, training in zip(modules, modes, strict=True):
-            module.training = training
+        for module in training:
+            module.training = True

@@ -93,9 +93,10 @@ class Engine:
             if done:
                 self._retire(done)
             # Every turn, so that the bar is alive before the first sample ends.
-            mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
-            bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
-            bar.update(self.finished - bar.n)
+            if not bar.disable:
+                mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
+                bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
+                bar.update(self.finished - bar.n)
             if self.job.callback is not None:
                 self.job.callback(self._state(turn))
 
