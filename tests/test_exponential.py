@@ -8,6 +8,7 @@ from oracles import GivenNoise
 import fastsde
 from fastsde.score import GaussianScore, MixtureScore
 from fastsde.score.base import BoundModel
+from fastsde.solvers.adams_weights import revised
 
 SDES = [
     fastsde.VPSDE(),
@@ -157,22 +158,26 @@ def test_a_step_of_order_three():
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize(("steps", "share"), [(10, 1.0), (40, None)])
+@pytest.mark.parametrize(
+    ("first", "share"), [(-0.3, 0.0), (0.3, 0.0), (0.6, 0.44), (2.0, 1.0)], ids=["other", "below", "above", "far above"]
+)
+@pytest.mark.parametrize(("end", "steps"), [(1.0, 10), (0.5, 6), (0.5, 40)], ids=["noise", "long", "short"])
 @pytest.mark.parametrize("order", [2, 3])
-def test_the_first_correction_moves_the_first_values_weight_to_the_second(order, steps, share, eta):
-    """base + k ((1 - g) D_0 + (1 + g) D_1) / 2 with g = min(1, c h / 0.8), whatever the order."""
-    sde = fastsde.VPSDE()
+def test_the_first_correction(order, end, steps, first, share, eta):
+    """base + k ((1 - g) D_0' + (1 + g) D_1) / 2, whatever the order, with D_0' between D_0 and D_1 by their norms."""
+    sde = fastsde.VPSDE(t_max=end)
     grid = fastsde.Grid.log_snr(sde, steps)
     lam = (sde.log_snr(grid.times[:2]) / 2).tolist()
-    h, c = lam[1] - lam[0], 1 + eta**2
-    g = c * h / 0.8 if share is None else share
-    assert (c * h < 0.8) == (share is None)
+    h, c, rho_s = lam[1] - lam[0], 1 + eta**2, np.exp(-lam[1])
+    g = min(1, c * h / 0.8) * min(1, 10 / rho_s) ** 2
+    assert (c * h < 0.8) == (steps == 40)
+    assert (rho_s > 10) == (end == 1.0)
     seen = []
 
     def network(x, t):
-        """D_0 = 0.3, then 0.5, at every state."""
+        """D_0, then 0.5, at every state."""
         seen.append(x)
-        return torch.full_like(x, 0.3 if len(seen) == 1 else 0.5)
+        return torch.full_like(x, first if len(seen) == 1 else 0.5)
 
     start = torch.full((1, 1), 2.0, dtype=torch.float64)
     model = fastsde.ScoreModel(network, sde, "sample", event_shape=(1,))
@@ -182,8 +187,19 @@ def test_the_first_correction_moves_the_first_values_weight_to_the_second(order,
     x = fastsde.sample(model, x_init=start, **options).samples
     still = fastsde.ScoreModel(lambda x, t: torch.zeros_like(x), sde, "sample", event_shape=(1,))
     base = fastsde.sample(still, x_init=start, **options).samples
-    alpha_s, k = float(sde.alpha(grid.times[1:2])), 1 - np.exp(-c * h)
-    assert float(x - base) == pytest.approx(alpha_s * k * ((1 - g) * 0.3 + (1 + g) * 0.5) / 2, rel=1e-9)
+    alpha_s, k, read = float(sde.alpha(grid.times[1:2])), 1 - np.exp(-c * h), first + share * (0.5 - first)
+    assert float(x - base) == pytest.approx(alpha_s * k * ((1 - g) * read + (1 + g) * 0.5) / 2, rel=1e-9)
+
+
+def test_values_are_revised_in_the_given_rows_by_what_their_norm_has_above_the_next():
+    before = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.6], [0.1, 0.2], [0.0, 0.0]], dtype=torch.float64)
+    after = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.2, 0.1]], dtype=torch.float64)
+    rows = torch.tensor([True, False, True, True, True])
+    # Shares: 24 cut to 1, none asked for, 0.36 / 0.25 - 1, all of what has nothing after it, less than nothing.
+    expected = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.22, 0.336], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(revised(before, after, rows), expected, rtol=1e-14, atol=1e-15)
+    assert revised(before, after, rows & False) is before
+    assert revised(before, after, None) is before
 
 
 def test_on_the_way_back_to_noise_the_first_correction_is_as_the_others():

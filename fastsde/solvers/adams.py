@@ -14,7 +14,7 @@ from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.adams_coefficients import AdamsCoefficients
-from fastsde.solvers.adams_weights import add_weighted
+from fastsde.solvers.adams_weights import add_weighted, revised
 from fastsde.solvers.base import Step
 from fastsde.types import Carry, Coef, Index, State, Time
 
@@ -83,7 +83,8 @@ class ExponentialAdams(AdamsCoefficients):
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         lams = sde.log_snr(times)[before] / 2
         planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
-        return {key: planned[key] for key in ("keep", "weights", *(() if self.deterministic else ("std",)))}
+        needed = ("keep", "weights", "first") if self.deterministic else ("keep", "weights", "first", "std")
+        return {key: planned[key] for key in needed if key in planned}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, count = carry["lam"], carry["count"]
@@ -96,7 +97,8 @@ class ExponentialAdams(AdamsCoefficients):
         prediction = model(x_s, s)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if self.values[1]:
-            x_s = add_weighted(base, c["weights"][:, 1], [past[0], new, *past[1:-1]])
+            values = [revised(past[0], new, c.get("first")), new, *past[1:-1]]
+            x_s = add_weighted(base, c["weights"][:, 1], values)
         kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
         if c is carry:
             return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastsde.types import Coef, Index, State
+from fastsde.batching import expand_like, row_norm
+from fastsde.types import Coef, Index, Mask, State
 
 
 def moments(a: Coef, count: int) -> Tensor:
@@ -92,6 +93,18 @@ def stage_weights(
         known = torch.cat([known, count.clamp(max=corrector - 1)])
         a, share = a.repeat(2), None if share is None else share.repeat(2)
     return adams_weights(a, nodes, known, rule, share).reshape(shape).transpose(0, 1)
+
+
+def revised(before: State, after: State, rows: Mask | None) -> State:
+    """The value before, moved to the one after in the given rows by what its squared norm has above the other's.
+
+    The share is || before ||^2 / || after ||^2 - 1 within [0, 1]; all states have shape (B, *event).
+    """
+    if rows is None or (rows.is_cpu and not bool(rows.any())):  # a device would have to be waited for
+        return before
+    was, now = (row_norm(value) ** 2 for value in (before, after))
+    share = (was / now.clamp(min=1e-30) - 1).clamp(0, 1) * rows
+    return torch.lerp(before, after, expand_like(share, before))
 
 
 def add_weighted(base: State, weights: Tensor, values: Sequence[State]) -> State:

@@ -16,7 +16,7 @@ from fastsde.solvers.adams import ExponentialAdams
 from fastsde.types import Carry, Coef, Index, State, Time
 
 _LONG, _POWER = 0.8, 3.2
-"""Steps are long from c h = 0.8 on: the third order has half its share there, the first value none."""
+"""Where c h is 0.8, the third order has half its share."""
 _STEP, _PER_NOISE = 0.65, 0.6
 """Mean step of the base grid at rtol 0.05 and eta 0, about, and how much denser the grid is for eta = 1."""
 _NOISE_SHARE = 0.6
@@ -34,16 +34,17 @@ class ExponentialPC(ExponentialAdams):
         D_{n+1}   = D(predicted, s)                                 (the one call, which serves the next step too)
         corrected = base + (k / 2) (D_{n+1} - D_n)
 
-    and order 3 mixes it with the exact weights w of the parabola through three values, in both stages:
+    and order 3 mixes it with the exact weights w of the parabola through three values, in both stages: q w + (1 - q)
+    (weights of order 2) with q = 1 / (1 + (c h / 0.8)^3.2), because a parabola overshoots the sigmoid D(lam) at long
+    steps and wins at short ones. The first correction leans to its new value, which lacks what a prediction of order 1
+    lacks, the more so the less noise is left,
 
-        q w + (1 - q) (weights of order 2),    q = 1 / (1 + (c h / 0.8)^3.2)
+        corrected = base + (k / 2) (1 + g) (D_1 - D_0),    g = min(1, c h / 0.8) min(1, 10 / rho_1)^2,
 
-    because a parabola overshoots the sigmoid D(lam) at long steps and wins at short ones. The first correction has a
-    prediction of order 1 behind it and, of a trained network, its worst value: it moves weight from D_0 to D_1,
+    and reads for D_0, a trained network's worst value, D_0 + j (D_1 - D_0), j = || D_0 ||^2 / || D_1 ||^2 - 1 within
+    [0, 1]: on average the norm of D only grows as noise falls.
 
-        corrected = base + (k / 2) (1 + g) (D_1 - D_0),    g = min(1, c h / 0.8).
-
-    The state is `corrected`; the last D is the denoised sample, so N steps cost N + 1 calls: the first gives D_0.
+    The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
     Without `steps`, `rtol` sets a base grid (`Grid.tapered`), and each sample halves its own steps, on its own Brownian
     path, where
@@ -53,14 +54,12 @@ class ExponentialPC(ExponentialAdams):
     with || . || the root mean square over the d elements, is above `AdaptiveGrid.limit`; for eta > 0 less what noise
     alone makes of the difference. A first step from pure noise is not judged. docs/solver.md has the derivation.
 
-    The predictor of order 2 is that of DPM-Solver++ 2M (Lu et al., https://arxiv.org/abs/2211.01095), of its SDE form
-    for eta = 1; a corrector that reuses the next step's call is UniPC's idea (Zhao et al.,
-    https://arxiv.org/abs/2302.04867).
+    The predictor of order 2 is DPM-Solver++ 2M's (Lu et al., https://arxiv.org/abs/2211.01095; SDE form for eta = 1);
+    a corrector that reuses the next call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).
 
     Args:
         steps: number of steps of `Grid.tapered`; None for adaptive steps, or with `controller=Grid(...)`.
-        eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or, on a grid, an elementwise function
-            of rho.
+        eta: 0 (probability flow) to 5, 1 for the reverse-time SDE; or, on a grid, an elementwise function of rho.
         order: 3, 2, or 1 for `base` alone (for eta = 0 that is DDIM), on a grid only.
 
     Raises:
@@ -97,8 +96,9 @@ class ExponentialPC(ExponentialAdams):
     def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
         c = super().coefficients(sde, t, s, lams, count)
         if self.order > 1:
-            # Not on the way back to noise, a < 0, where the first value is the best.
-            moved = torch.where(count == 1, (c["a"] / _LONG).clamp(0, 1), 0.0) * c["weights"][:, 1, 0]
+            c["first"] = (count == 1) & (c["a"] > 0)  # not on the way back to noise, where the first value is the best
+            lean = (c["a"] / _LONG).clamp(max=1) * (ALL_NOISE * c["lam_s"].exp()).clamp(max=1) ** 2
+            moved = torch.where(c["first"], lean, 0.0) * c["weights"][:, 1, 0]
             c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
 
