@@ -32,6 +32,23 @@ class Alike(fastsde.ExponentialPC):
     coefficients = ExponentialAdams.coefficients
 
 
+class Leaning(fastsde.ExponentialPC):
+    """Leans to the new value of the first correction as if there were never much noise left, and asks for no norm."""
+
+    def coefficients(self, sde: fastsde.SDE, t: Tensor, s: Tensor, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
+        c = ExponentialAdams.coefficients(self, sde, t, s, lams, count)
+        moved = torch.where(count == 1, (c["a"] / 0.8).clamp(0, 1), 0.0) * c["weights"][:, 1, 0]
+        c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
+        return c
+
+
+class AsItIs(fastsde.ExponentialPC):
+    """Reads the first value as it is, whatever its norm."""
+
+    def coefficients(self, sde: fastsde.SDE, t: Tensor, s: Tensor, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
+        return {k: v for k, v in super().coefficients(sde, t, s, lams, count).items() if k != "first"}
+
+
 CALLS = (8, 10, 12, 15, 20, 30)
 WEIGHTS: dict[str, fastsde.Solver] = {
     "k/2, no corrector (2M)": fastsde.DPMSolverPP(order=2),
@@ -42,8 +59,9 @@ WEIGHTS: dict[str, fastsde.Solver] = {
     "parabola, cubic (UniPC-3)": fastsde.UniPC(order=3),
     "mixed by c h (order 3)": fastsde.ExponentialPC(),
     "mixed, first correction alike": Alike(),
+    "mixed, leaning at any noise": Leaning(),
 }
-OURS = ("k/2, k/2", "mixed by c h (order 3)", "mixed, first correction alike")
+OURS = ("k/2, k/2", "mixed by c h (order 3)", "mixed, first correction alike", "mixed, leaning at any noise")
 GRIDS: dict[str, Callable[[fastsde.SDE, int], fastsde.Grid]] = {
     "log-SNR": fastsde.Grid.log_snr,
     "tapered": fastsde.Grid.tapered,

@@ -13,7 +13,7 @@ from functools import partial
 
 import click
 import torch
-from coefficients import Alike
+from coefficients import Alike, AsItIs
 from common import packaged_model, save, table
 from tqdm import tqdm
 
@@ -23,6 +23,7 @@ CALLS = (8, 10, 12, 15, 20)
 Solvers = dict[str, tuple[fastsde.Solver, Callable[[fastsde.SDE, int], fastsde.Grid]]]
 SOLVERS: Solvers = {
     "ExponentialPC": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
+    "ExponentialPC, first value as it is": (AsItIs(), fastsde.Grid.tapered),
     "ExponentialPC, first correction alike": (Alike(), fastsde.Grid.tapered),
     "ExponentialPC, short start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=1.0)),
     "ExponentialPC, alike and short start": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),

@@ -16,7 +16,7 @@ import click
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from coefficients import Alike, between
+from coefficients import Alike, Leaning, between
 from common import save, table
 from problems import Problem, digits, images
 from torch import Tensor
@@ -29,9 +29,9 @@ Variant = tuple[fastsde.Solver, Callable[[fastsde.SDE, int], fastsde.Grid]]
 VARIANTS: dict[str, Variant] = {
     "default": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
     "first correction alike": (Alike(), fastsde.Grid.tapered),
+    "leaning at any noise": (Leaning(), fastsde.Grid.tapered),
     "first step 1": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=1.0)),
     "first step 2": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=2.0)),
-    "alike, first step 1": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),
 }
 
 

@@ -85,7 +85,7 @@ class Engine:
     def _loop(self, bar: tqdm) -> None:
         """Turns until every sample has ended."""
         turn = 0
-        self.rows = self._fresh_rows(self.job.batch_size)
+        self.rows = self._fresh_rows(list(islice(self.queue, self.job.batch_size)))
         self.live = len(self.rows["row"]["slot"])
         while self.live:
             done = self._read_flags(self._turn())
@@ -100,11 +100,10 @@ class Engine:
             if self.job.callback is not None:
                 self.job.callback(self._state(turn))
 
-    def _fresh_rows(self, count: int) -> dict[str, Carry]:
-        """Start states of the next `count` samples of the queue; fewer or none if it runs out."""
+    def _fresh_rows(self, places: list[int]) -> dict[str, Carry]:
+        """Rows of the samples at the given places of the queue, at their start; position 0 is the warm-up turn."""
         job = self.job
-        slots = torch.tensor(list(islice(self.queue, count)), dtype=torch.int64)
-        slots = slots.to(self.device)
+        slots = torch.tensor(places, device=self.device)
         index = job.index[slots]
         x = job.sde.prior(job.noise.prior(index), job.t_start) if job.x_init is None else job.x_init[slots]
         t = torch.full(index.shape, job.t_start, dtype=torch.float64, device=self.device)
@@ -204,9 +203,9 @@ class Engine:
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
 
-        fresh = self._fresh_rows(len(done))
-        taken = len(fresh["row"]["slot"])
-        for group, values in fresh.items():
+        slots = list(islice(self.queue, len(done)))
+        taken = len(slots)
+        for group, values in (self._fresh_rows(slots) if slots else {}).items():
             # Not in place: what a solver returned may be one tensor under two names.
             rows = self.rows[group]
             rows |= {key: rows[key].index_copy(0, ids[:taken], values[key].to(rows[key].dtype)) for key in values}

@@ -212,7 +212,7 @@ def test_edits_between_steps_carry_over():
     for k, t in enumerate(scheduler.timesteps[:-1]):
         x = scheduler.step(torch.ones_like(x), t, x).prev_sample
         if k == 2:
-            x = x + 1.0
+            x += 1.0  # in place, as a pipeline that writes into its latents
     t_0, t_3, t_5 = scheduler.times[[0, 3, 5]]
     sde = scheduler.sde
 

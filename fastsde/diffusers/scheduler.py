@@ -228,7 +228,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             )
         if self._index is not None and self._index >= len(self.times):
             raise ValueError(f"all {len(self.times)} steps are taken; call set_timesteps before the next run.")
-        x = sample.double() if sample.dtype == torch.float64 else sample.float()
+        x = sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
         first = self._index is None
         if self._index is None:
             self._index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
@@ -253,7 +253,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             out = ahead.x
         self._index = k + 1
         out = out.to(sample.dtype)
-        self._returned = out.to(x.dtype)
+        self._returned = out.to(x.dtype, copy=True)  # the caller may edit his in place
         return SchedulerOutput(prev_sample=out) if return_dict else (out,)
 
     def _check_timestep(self, timestep: Tensor | float | int, k: int) -> None:

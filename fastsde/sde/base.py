@@ -23,7 +23,7 @@ from fastsde.types import Coef, State, Time
 
 
 class Level:
-    """What a process is at a time: `alpha`, `sigma` and, for who asks, `log_snr`; each with shape (B,)."""
+    """What a process is at a time: `alpha`, `sigma` and, on request, `log_snr` from the two; each with shape (B,)."""
 
     def __init__(self, alpha: Coef, sigma: Coef) -> None:
         self.alpha, self.sigma = alpha, sigma

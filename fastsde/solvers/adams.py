@@ -83,8 +83,8 @@ class ExponentialAdams(AdamsCoefficients):
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         lams = sde.log_snr(times)[before] / 2
         planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
-        needed = ("keep", "weights", "first") if self.deterministic else ("keep", "weights", "first", "std")
-        return {key: planned[key] for key in needed if key in planned}
+        unneeded = {"a", "h", "alpha_s", "lam_s", "std" if self.deterministic else ""}
+        return {key: value for key, value in planned.items() if key not in unneeded}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, count = carry["lam"], carry["count"]

@@ -39,7 +39,7 @@ class AdamsCoefficients(Solver):
         return None
 
     def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
-        """What steps from t to s need beside states, each with leading axis B; "first": rows with a value to revise.
+        """What steps from t to s need beside states, each with leading axis B.
 
         Args:
             sde: the process.

@@ -96,15 +96,15 @@ def stage_weights(
 
 
 def revised(before: State, after: State, rows: Mask | None) -> State:
-    """The value before, moved to the one after in the given rows by what its squared norm has above the other's.
+    """before + j (after - before) in the given rows, with j = || before ||^2 / || after ||^2 - 1 within [0, 1].
 
-    The share is || before ||^2 / || after ||^2 - 1 within [0, 1]; all states have shape (B, *event).
+    All states have shape (B, *event).
     """
     if rows is None or (rows.is_cpu and not bool(rows.any())):  # a device would have to be waited for
         return before
     was, now = (row_norm(value) ** 2 for value in (before, after))
-    share = (was / now.clamp(min=1e-30) - 1).clamp(0, 1) * rows
-    return torch.lerp(before, after, expand_like(share, before))
+    share = (was / now.clamp(min=1e-30) - 1).clamp(0, 1)
+    return torch.where(expand_like(rows, before), torch.lerp(before, after, expand_like(share, before)), before)
 
 
 def add_weighted(base: State, weights: Tensor, values: Sequence[State]) -> State:

@@ -16,7 +16,7 @@ from fastsde.solvers.adams import ExponentialAdams
 from fastsde.types import Carry, Coef, Index, State, Time
 
 _LONG, _POWER = 0.8, 3.2
-"""Where c h is 0.8, the third order has half its share."""
+"""Where c h is 0.8, the third order has half its share, and the first correction leans as far as it may."""
 _STEP, _PER_NOISE = 0.65, 0.6
 """Mean step of the base grid at rtol 0.05 and eta 0, about, and how much denser the grid is for eta = 1."""
 _NOISE_SHARE = 0.6
@@ -36,13 +36,13 @@ class ExponentialPC(ExponentialAdams):
 
     and order 3 mixes it with the exact weights w of the parabola through three values, in both stages: q w + (1 - q)
     (weights of order 2) with q = 1 / (1 + (c h / 0.8)^3.2), because a parabola overshoots the sigmoid D(lam) at long
-    steps and wins at short ones. The first correction leans to its new value, which lacks what a prediction of order 1
-    lacks, the more so the less noise is left,
+    steps and wins at short ones. The first correction leans to its new value, which comes after a prediction of order 1
+    only and so lacks a part; hardly, where there is hardly anything but noise:
 
         corrected = base + (k / 2) (1 + g) (D_1 - D_0),    g = min(1, c h / 0.8) min(1, 10 / rho_1)^2,
 
-    and reads for D_0, a trained network's worst value, D_0 + j (D_1 - D_0), j = || D_0 ||^2 / || D_1 ||^2 - 1 within
-    [0, 1]: on average the norm of D only grows as noise falls.
+    and it reads D_0, a trained network's worst value, as D_0 + j (D_1 - D_0), j = || D_0 ||^2 / || D_1 ||^2 - 1 within
+    [0, 1]: the norm of D (about zero) only grows as noise falls, on average, and what is above that is error.
 
     The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
