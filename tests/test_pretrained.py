@@ -46,6 +46,17 @@ def test_the_network_predicts_noise_better_than_any_linear_guess():
     assert error < 0.2 * float(sde.alpha(t[:1])) ** 2
 
 
+def test_the_first_value_in_pure_noise_is_mostly_error():
+    # What ExponentialPC's first correction looks for: no exact denoiser's norm falls as the noise does.
+    model, sde = load(PACKAGED)
+    grid = fastsde.Grid.tapered(sde, 9)
+    states = fastsde.sample(model, n=4, controller=fastsde.Grid(grid.times[:2]), trajectory=True).trajectory
+    x, t = torch.stack([path.x[:2] for path in states]), torch.stack([path.t[:2] for path in states])
+    first, second = (model(x[:, k], t[:, k], {"class_labels": torch.zeros(4, dtype=torch.int64)}).x_0 for k in (0, 1))
+    ratio = (first.flatten(1).norm(dim=1) / second.flatten(1).norm(dim=1)).tolist()
+    assert min(ratio) > 1.42  # so that the value is not read at all; measured 2.7 to 3.4
+
+
 def test_round_trip(folder):
     model, sde = load(folder)
     packaged_model, _ = load(PACKAGED)
