@@ -46,7 +46,7 @@ def study(problem: Mixture) -> list[dict[str, object]]:
         base = BASES[rtol]
         grid = fastsde.Grid.tapered(model.sde, base - 1)
         # The absolute tolerance of `sample`: one 8-bit level of the data's range.
-        controller = fastsde.AdaptiveGrid(grid, rtol, 2 / 255, model.sde, limit=limit)
+        controller = fastsde.AdaptiveGrid(grid, rtol, 2 / 256, model.sde, limit=limit)
         r = fastsde.sample(model, solver=fastsde.ExponentialPC(), controller=controller, **options)
         hard = r.rejected > 0
         share = float(hard.double().mean())

@@ -44,7 +44,7 @@ class LinearBeta(SDE):
 
 
 class VariancePreserving(SDE):
-    """sigma^2 = 1 - alpha^2."""
+    """sigma^2 = 1 - alpha^2: `level` has the formulas, and the rest reads it."""
 
     def level(self, t: Time) -> Level:
         log_alpha = self.log_alpha(t)
@@ -54,8 +54,7 @@ class VariancePreserving(SDE):
         return self.level(t).sigma
 
     def log_snr(self, t: Time) -> Coef:
-        log_alpha = self.log_alpha(t)
-        return 2 * log_alpha - (-torch.expm1(2 * log_alpha)).log()
+        return self.level(t).log_snr
 
 
 class VPSDE(VariancePreserving, LinearBeta):

@@ -83,7 +83,7 @@ class ExponentialAdams(AdamsCoefficients):
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         lams = sde.log_snr(times)[before] / 2
         planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
-        unneeded = {"a", "h", "alpha_s", "lam_s", "std" if self.deterministic else ""}
+        unneeded = {"a", "h", "alpha_s", "lam_s"} | ({"std"} if self.deterministic else set())
         return {key: value for key, value in planned.items() if key not in unneeded}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
@@ -97,8 +97,8 @@ class ExponentialAdams(AdamsCoefficients):
         prediction = model(x_s, s)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if self.values[1]:
-            values = [revised(past[0], new, c.get("first")), new, *past[1:-1]]
-            x_s = add_weighted(base, c["weights"][:, 1], values)
+            before = revised(past[0], new, c.get("first"))  # rows at a first step, of solvers that doubt its value
+            x_s = add_weighted(base, c["weights"][:, 1], [before, new, *past[1:-1]])
         kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
         if c is carry:
             return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times
