@@ -1,8 +1,8 @@
 """The one loop: slots, queue, accept, retire, refill, shrink.
 
 A batch is a set of slots. Each slot holds one sample, at its own time and with its own step size. When a sample ends,
-the next one of the queue takes its slot in the same turn; when the queue is empty, the batch shrinks. No step waits for
-the slowest row, and no row reads another.
+the next one of the queue takes its slot in the same turn; when the queue is empty, the batch shrinks. A sample that its
+controller sends back starts again in its slot. No step waits for the slowest row, and no row reads another.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from fastsde.types import Carry
 
 _EMPTY = -1
 """Status of a row whose sample has left and whose slot nobody took: padding until the batch shrinks."""
+_AGAIN = -2
+"""Status of a row that goes back to its start."""
 _SIZES = 8
 """The batch shrinks through this many sizes, multiples of batch_size / 8, so that compiled graphs are reused."""
 
@@ -101,27 +103,31 @@ class Engine:
                 self.job.callback(self._state(turn))
 
     def _fresh_rows(self, places: list[int]) -> dict[str, Carry]:
-        """Rows of the samples at the given places of the queue, at their start; position 0 is the warm-up turn."""
-        job = self.job
+        """Rows of the samples at the given places of the queue."""
         slots = torch.tensor(places, device=self.device)
+        rows = self._at_start(slots)
+        control = self.job.controller.init(rows["row"]["t"], self.job.t_end)
+        return rows | {"control": control, "cond": select_rows(slots, self.job.cond)}
+
+    def _at_start(self, slots: Tensor) -> dict[str, Carry]:
+        """What a sample's start says of its row; position 0 is the warm-up turn."""
+        job = self.job
         index = job.index[slots]
         x = job.sde.prior(job.noise.prior(index), job.t_start) if job.x_init is None else job.x_init[slots]
         t = torch.full(index.shape, job.t_start, dtype=torch.float64, device=self.device)
         zero = torch.zeros_like(index)
-        row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
         if job.recorder is not None:
-            job.recorder.keep(slots, zero == 0, t, x)
+            job.recorder.start(slots, t, x)
+        row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
         row |= {"nfe": zero, "attempt": zero, "position": zero if job.solver.warm_up else zero + 1}
         return {
             "row": {key: value.clone() for key, value in row.items()},
             "solver": job.solver.init(x),
-            "control": job.controller.init(t, job.t_end),
             "noise": job.noise.start(index),
-            "cond": select_rows(slots, job.cond),
         }
 
     def _turn(self) -> Tensor:
-        """One attempted step of every row; returns which rows have ended, with shape (B,)."""
+        """One attempted step of every row; returns which rows have ended or start again, with shape (B,)."""
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.t_end
         x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
@@ -150,15 +156,18 @@ class Engine:
         status = row["status"].masked_fill(row["nfe"] > self.most_nfe, int(Status.MAX_NFE))
         if decision.failure is not None:
             status = torch.where(moving & (decision.failure != Status.PENDING), decision.failure, status)
+        if decision.restart is not None:
+            status = status.masked_fill(moving & decision.restart & (status == Status.PENDING), _AGAIN)
         status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
         status = status.masked_fill(~finite, int(Status.NON_FINITE))
         row["status"] = torch.where(active, status, row["status"])
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
-        return row["status"] > Status.PENDING
+        done = row["status"] > Status.PENDING
+        return done if decision.restart is None else done | (row["status"] == _AGAIN)
 
     def _read_flags(self, done: Tensor) -> list[int]:
-        """The rows that have ended, as known `lag` turns ago: the copy to the host runs beside the next turn."""
+        """The rows that `_turn` returned, as known `lag` turns ago: the copy to the host runs beside the next turn."""
         event = None
         if done.is_cuda:
             done = torch.empty(done.shape, dtype=torch.bool, pin_memory=True).copy_(done, non_blocking=True)
@@ -196,19 +205,38 @@ class Engine:
             self.nfe_finished += int(last_call.sum())
         return ids
 
+    def _start_again(self, again: list[int]) -> None:
+        """Sends the given rows to their start; their calls, their attempts and what the controller knows stay."""
+        ids = torch.tensor(again, device=self.device)
+        fresh = self._at_start(self.rows["row"]["slot"].index_select(0, ids))
+        del fresh["row"]["nfe"], fresh["row"]["attempt"]
+        self._write(ids, fresh)
+
+    def _write(self, ids: Tensor, fresh: dict[str, Carry]) -> None:
+        """Puts fresh rows into the given slots."""
+        for group, values in fresh.items():
+            # Not in place: what a solver returned may be one tensor under two names.
+            rows = self.rows[group]
+            rows |= {key: rows[key].index_copy(0, ids, values[key].to(rows[key].dtype)) for key in values}
+
     def _retire(self, done: list[int]) -> None:
         """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
         self.flags.clear()  # they describe the layout before this call; ended rows keep their status
+        status = self.rows["row"]["status"].tolist()
+        again = [i for i in done if status[i] == _AGAIN]
+        if again:
+            self._start_again(again)
+        done = [i for i in done if status[i] != _AGAIN]
+        if not done:
+            return
         ids = self._to_pool(done)
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
 
         slots = list(islice(self.queue, len(done)))
         taken = len(slots)
-        for group, values in (self._fresh_rows(slots) if slots else {}).items():
-            # Not in place: what a solver returned may be one tensor under two names.
-            rows = self.rows[group]
-            rows |= {key: rows[key].index_copy(0, ids[:taken], values[key].to(rows[key].dtype)) for key in values}
+        if slots:
+            self._write(ids[:taken], self._fresh_rows(slots))
         self.empty.update(done[taken:])
         self.live += taken - len(done)
         self._shrink()

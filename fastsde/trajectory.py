@@ -24,6 +24,12 @@ class Recorder:
         self.n, self.sign = n, sign
         self.save_at = None if save_at is None else torch.tensor(save_at, dtype=torch.float64)
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._since = torch.zeros(n, dtype=torch.int64)
+
+    def start(self, slots: Index, t: Time, x: State) -> None:
+        """Notes the start of rows, and forgets what was kept of a sample that starts again; arguments as in `keep`."""
+        self._since[slots.cpu()] = len(self._kept)
+        self.keep(slots, torch.ones_like(slots, dtype=torch.bool), t, x)
 
     def keep(self, slots: Index, moved: Mask, t: Time, x: State) -> None:
         """Notes where the rows that moved are now.
@@ -44,7 +50,9 @@ class Recorder:
         """What was kept of each sample, in the order of the result."""
         if not self._kept:
             return [Trajectory(torch.empty(0, dtype=torch.float64), torch.empty(0)) for _ in range(self.n)]
-        slot, t, x = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        valid = [self._since[slot] <= part for part, (slot, _, _) in enumerate(self._kept)]
+        kept = [[a[rows] for a in part] for part, rows in zip(self._kept, valid, strict=True)]
+        slot, t, x = (torch.cat(parts) for parts in zip(*kept, strict=True))
         # A stable sort keeps the order of time within a sample: a row only ever moves on.
         order = slot.sort(stable=True).indices
         counts = torch.bincount(slot, minlength=self.n).tolist()

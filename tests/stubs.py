@@ -59,13 +59,16 @@ class StubSolver(Solver):
 class StubController(Controller):
     """Attempt k of sample i has size `sizes[i][k]`, is rejected if (i, k) is in `reject`, ends it if in `fail`.
 
+    If (i, k) is in `restart`, the sample goes back to its start. The count of attempts goes on.
+
     Attempts beyond the end of a row of `sizes` repeat its last size.
     """
 
     adaptive = True
 
-    def __init__(self, sizes, reject=(), fail=None):
+    def __init__(self, sizes, reject=(), fail=None, restart=()):
         self.sizes, self.reject, self.fail, self.started = sizes, set(reject), fail or {}, 0
+        self.restart = set(restart)
 
     def init(self, t, t_end):
         place = torch.arange(self.started, self.started + len(t))
@@ -81,16 +84,19 @@ class StubController(Controller):
 
     def update(self, t, s, t_end, error, scale, carry):
         script = self._script(carry)
-        accept = torch.tensor([attempt not in self.reject for attempt in script])
+        accept = torch.tensor([attempt not in self.reject | self.restart for attempt in script])
+        restart = torch.tensor([attempt in self.restart for attempt in script]) if self.restart else None
         failure = torch.tensor([int(self.fail.get(attempt, Status.PENDING)) for attempt in script])
-        return Decision(accept, {"place": carry["place"], "attempt": carry["attempt"] + 1}, failure)
+        return Decision(accept, {"place": carry["place"], "attempt": carry["attempt"] + 1}, failure, restart)
 
     def counts(self, i, t=CLOCK.t_max, t_end=CLOCK.t_min):
         """Accepted and rejected steps of sample i, from the script alone."""
         accepted = rejected = 0
         while t > t_end:
             k = accepted + rejected
-            if (i, k) in self.reject:
+            if (i, k) in self.restart:
+                accepted, rejected, t = 0, k + 1, CLOCK.t_max
+            elif (i, k) in self.reject:
                 rejected += 1
             else:
                 accepted, t = accepted + 1, t - self.sizes[i][min(k, len(self.sizes[i]) - 1)]

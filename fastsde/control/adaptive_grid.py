@@ -1,4 +1,4 @@
-"""A grid that a sample refines where its own error asks for it."""
+"""A grid, and finer ones for the samples whose own error asks for them."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from fastsde.types import Carry, State, Time
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveGrid(Controller):
-    r"""Walks a smooth grid, and halves a sample's steps where its error is far above what the grid was made for.
+    r"""Walks a smooth grid, and starts a sample again on one twice as fine where its error is far above what is meant.
 
         E = || error / max(atol, rtol scale) ||_2 / d^(1/2)
 
-    A step with E above `limit` is tried again with half its length in log-SNR, down to 2^-depth of a step of the grid;
-    a step with E below limit / 8 makes the next one longer again, up to the grid's own and aligned with it. So step
-    ratios are 1/2, 1 or 2 times the grid's own, which a multistep method survives, a sample without difficulties walks
-    the grid itself, and times are the same numbers at any batch size. At the finest level a step is accepted whatever
-    its error.
+    A sample whose step has E above `limit` goes back to its start, to the same start state and noise, and walks the
+    grid with each step halved in log-SNR; after a second such step quartered, and so on down to 2^-depth, where every
+    step is accepted. So a multistep method sees a smooth grid all the way, a sample without difficulties walks `grid`
+    itself, and times are the same numbers at any batch size. What is wrong with a hard sample was as a rule decided
+    some steps before its error is seen; halved steps from there on would not mend it (docs/solver.md).
 
     Args:
         grid: the base grid.
         rtol: relative tolerance, positive.
         atol: absolute tolerance in units of the data, positive.
         clock: the SDE, in whose log-SNR steps are halved.
-        limit: E above which a step is halved; `math.inf` for the plain grid.
-        depth: how many times a step may be halved, from 0 to 12.
+        limit: E above which a sample starts again; `math.inf` for the plain grid.
+        depth: how many times it may, from 0 to 12.
         mirrored: whether the engine, and the grid with it, runs on u = -t.
 
     Raises:
@@ -45,7 +45,7 @@ class AdaptiveGrid(Controller):
     atol: float
     clock: Clock
     limit: float = 1.0
-    depth: int = 5
+    depth: int = 2
     mirrored: bool = False
 
     def __post_init__(self) -> None:
@@ -83,10 +83,9 @@ class AdaptiveGrid(Controller):
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
         place, level = carry["place"], carry["level"]
-        step = 1 << self.depth >> level
-        accept = (scaled <= self.limit) | (level >= self.depth)
-        place = place + step * accept
-        longer = accept & (scaled < self.limit / 8) & (level > 0) & (place % (2 * step) == 0)
+        restart = (scaled > self.limit) & (level < self.depth)
+        place = (place + (1 << self.depth >> level)) * ~restart
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
         failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
-        return Decision(accept, {"place": place, "level": level + (~accept).long() - longer.long()}, failure)
+        accept = ~restart & torch.isfinite(scaled)
+        return Decision(accept, {"place": place, "level": level + restart}, failure, restart)

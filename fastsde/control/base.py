@@ -17,11 +17,14 @@ class Decision:
         accept: whether to take it, with shape (B,); None to take it in every row.
         carry: the controller's memory, whether or not the step is taken.
         failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,); None to go on everywhere.
+        restart: which rows, none of them accepted, go back to their start with `carry`, on the same noise, with shape
+            (B,); None for no row. What they cost stays counted.
     """
 
     accept: Mask | None
     carry: Carry
     failure: Index | None = None
+    restart: Mask | None = None
 
 
 @runtime_checkable

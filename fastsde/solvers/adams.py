@@ -16,7 +16,7 @@ from fastsde.sde.base import SDE
 from fastsde.solvers.adams_coefficients import AdamsCoefficients
 from fastsde.solvers.adams_weights import add_weighted, revised
 from fastsde.solvers.base import Step
-from fastsde.types import Carry, Coef, Index, State, Time
+from fastsde.types import Carry, Coef, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +66,7 @@ class ExponentialAdams(AdamsCoefficients):
     def clock_power(self) -> float | None:
         return None if callable(self.eta) else 2 * self.eta**2
 
-    def estimate(
-        self, difference: State, x_0: State, h: Coef, lam: Coef, count: Index
-    ) -> tuple[State | None, State | None]:
+    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
         return None, None
 
@@ -104,7 +102,7 @@ class ExponentialAdams(AdamsCoefficients):
             return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times
         kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
         difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
-        return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"], count))
+        return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))
 
 
 def _past(values: Sequence[Tensor]) -> Carry:

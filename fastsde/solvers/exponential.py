@@ -19,6 +19,8 @@ _LONG, _POWER = 0.8, 3.2
 """Where c h is 0.8, the third order has half its share, and the first correction leans as far as it may."""
 _STEP, _PER_NOISE = 0.65, 0.6
 """Mean step of the base grid at rtol 0.05 and eta 0, about, and how much denser the grid is for eta = 1."""
+_AT_NOISE, _LEAST_NOISE = 0.25, 0.1
+"""sigma / alpha at which an error counts as it is, and below which it counts no more than there."""
 _NOISE_SHARE = 0.6
 """Noise-driven part of the correction over the prediction, per unit of fresh noise: above 99 % of ordinary samples."""
 
@@ -46,13 +48,13 @@ class ExponentialPC(ExponentialAdams):
 
     The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
-    Without `steps`, `rtol` sets a base grid (`Grid.tapered`), and each sample halves its own steps, on its own Brownian
-    path, where
+    Without `steps`, `rtol` sets a base grid (`Grid.tapered`), and a sample walks a finer one (`AdaptiveGrid`), on its
+    own Brownian path, if at one of its steps, in y and with || . || the root mean square over the elements,
 
-        || corrected - predicted || / max(atol, rtol sqrt(|| D_{n+1} ||^2 + rho_s^2 / sqrt(d))),    in y,
+        || corrected - predicted || / max(atol, rtol || D_{n+1} ||)  0.25 / sqrt(rho_s^2 + 0.1^2)  >  1.
 
-    with || . || the root mean square over the d elements, is above `AdaptiveGrid.limit`; for eta > 0 less what noise
-    alone makes of the difference. A first step from pure noise is not judged. docs/solver.md has the derivation.
+    The law at noise rho is smooth over a length rho: the less noise is left, the more samples an error carries over a
+    border between two ends. For eta > 0 the difference is less what noise alone makes of it (docs/solver.md).
 
     The predictor of order 2 is DPM-Solver++ 2M's (Lu et al., https://arxiv.org/abs/2211.01095; SDE form for eta = 1);
     a corrector that reuses the next call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).
@@ -102,19 +104,14 @@ class ExponentialPC(ExponentialAdams):
             c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
 
-    def estimate(
-        self, difference: State, x_0: State, h: Coef, lam: Coef, count: Index
-    ) -> tuple[State | None, State | None]:
+    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
         if not self.adaptive:
             return None, None
-        # In pure noise the first value is a network's worst, and no sign of what later steps need.
-        judged = (count != 1) | (h - lam < math.log(ALL_NOISE))
-        difference = expand_like(judged.to(difference.dtype), difference) * difference
-        # A signal below rho / d^(1/4) cannot be told from noise by its size: there D, and its errors, mean nothing yet.
-        scale = (row_norm(x_0) ** 2 + torch.exp(-2 * lam) / math.sqrt(x_0[0].numel())).sqrt()
+        scale = row_norm(x_0)
         if not self.deterministic:
             # Noise moves D over any step: that part no step size removes, and it is no error of the law.
             driven = _NOISE_SHARE * scale * (-torch.expm1(-2 * float(self.eta) ** 2 * h)).sqrt()  # type: ignore[arg-type]
             rest = (1 - (driven / row_norm(difference).clamp(min=1e-30)) ** 2).clamp(min=0)
             difference = expand_like(rest.sqrt(), difference) * difference
-        return difference, expand_like(scale, x_0).expand(x_0.shape)
+        weight = _AT_NOISE / (torch.exp(-2 * lam) + _LEAST_NOISE**2).sqrt()
+        return expand_like(weight, difference) * difference, expand_like(scale, x_0).expand(x_0.shape)
