@@ -30,6 +30,8 @@ def provenance(settings: dict[str, object]) -> dict[str, object]:
     """Settings, package versions and processor: what someone needs to judge or repeat a number."""
     versions = {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()}
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
+    if settings.get("device") == "cuda":
+        machine["gpu"] = torch.cuda.get_device_name()
     settings = {key: value for key, value in settings.items() if key != "keep"}
     return {"settings": settings, "versions": versions, "machine": machine}
 
@@ -51,16 +53,16 @@ def save(name: str, settings: dict[str, object], results: object) -> None:
     print(f"\nwritten: results/{name}.json")
 
 
-def packaged_model(*, untrained: bool) -> fastsde.ScoreModel:
+def packaged_model(*, untrained: bool, device: str = "cpu") -> fastsde.ScoreModel:
     """The packaged class-conditional Fashion-MNIST model, or a network of the same shape with random weights."""
     if not untrained:
-        model, _ = fastsde.pretrained("fashion-mnist")
+        model, _ = fastsde.pretrained("fashion-mnist", device=device)
         return model
     from fastsde.training.networks import small_unet
 
     torch.manual_seed(0)
     return fastsde.ScoreModel(
-        small_unet(28, 1, 10).eval(),
+        small_unet(28, 1, 10).eval().to(device),
         fastsde.VPSDE(),
         "epsilon",
         event_shape=(1, 28, 28),
@@ -90,15 +92,26 @@ def recorded(model: fastsde.ScoreModel) -> tuple[fastsde.ScoreModel, list[int]]:
     return model, recorder.rows
 
 
-def replay(model: fastsde.ScoreModel, rows: Sequence[int]) -> float:
+def timed(work: Callable[[], object]) -> float:
+    """Wall time of one call, and of what it left to a GPU."""
+    start = time.perf_counter()
+    work()
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def replay(model: fastsde.ScoreModel, rows: Sequence[int], device: str = "cpu") -> float:
     """Wall time of bare forwards of the network at the given batch sizes: the cost nobody can avoid."""
     network, largest = model.network, max(rows)
-    x, t = torch.randn(largest, *model.event_shape), torch.full((largest,), 500.0)
-    cond = {key: value.expand(largest, *value.shape) for key, value in (model.default_cond or {}).items()}
+    x, t = torch.randn(largest, *model.event_shape, device=device), torch.full((largest,), 500.0, device=device)
+    cond = {key: value.to(device).expand(largest, *value.shape) for key, value in (model.default_cond or {}).items()}
     inputs = {b: (x[:b], t[:b], {key: value[:b] for key, value in cond.items()}) for b in set(rows)}
-    with torch.no_grad():
-        start = time.perf_counter()
+
+    def forwards() -> None:
         for b in rows:
             x, t, cond = inputs[b]
             network(x, t, **cond)
-        return time.perf_counter() - start
+
+    with torch.no_grad():
+        return timed(forwards)

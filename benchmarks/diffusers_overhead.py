@@ -4,7 +4,8 @@ Four pipelines with random weights, each run by itself and by `sample_pipeline` 
 in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM), an unconditional one
 (DDIM), and that at the size of a published model. The forwards of both are counted by a hook and must agree. Pass mark:
 median ratio 1.0. Run it on a quiet machine; the spread column is the range over repetitions. The last column is what
-each loop spends beside its forwards (its own, then ours), decoding included.
+each loop spends beside its forwards (its own, then ours), decoding included; on a GPU, where forwards run beside it,
+there is none. There Stable Diffusion's pipeline at its own width joins, in half precision.
 """
 
 from __future__ import annotations
@@ -12,30 +13,45 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import click
 import diffusers
 import torch
-from common import save, table
+from common import save, table, timed
 
 import fastsde
 
+Loops: TypeAlias = tuple[Any, Callable[[], object], Callable[[], object]]
+"""A pipeline, its own loop, and ours."""
 
-def text_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+
+def text_to_image(batch: int, calls: int, device: str) -> Loops:
     """Stable Diffusion's pipeline at a tenth of its width, 32 x 32 latents, guided; prompts as embeddings."""
     network = diffusers.UNet2DConditionModel(
         sample_size=32, block_out_channels=(32, 64, 128), cross_attention_dim=64, attention_head_dim=8,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=16,
     )  # fmt: skip
+    return _prompted(network, batch, calls, device)
+
+
+def stable_diffusion(batch: int, calls: int, device: str) -> Loops:
+    """The same at the published width, 64 x 64 latents, in half precision: for a GPU."""
+    with torch.device(device):
+        network = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+    return _prompted(network.half(), batch, calls, device)
+
+
+def _prompted(network: Any, batch: int, calls: int, device: str) -> Loops:
     vae = diffusers.AutoencoderKL(block_out_channels=(8, 8, 8, 8), norm_num_groups=4, **_four("Encoder"))
     scheduler = diffusers.DPMSolverMultistepScheduler(beta_schedule="scaled_linear")
     pipe = diffusers.StableDiffusionPipeline(
-        vae=vae, text_encoder=None, tokenizer=None, unet=network, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False,
+        vae=vae.to(network.dtype), text_encoder=None, tokenizer=None, unet=network, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    embeds = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), torch.randn(batch, 77, 64))
+    prompts = torch.randn(batch, 77, network.config.cross_attention_dim, device=device, dtype=network.dtype)
+    embeds = dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), prompts)
     shared = {**embeds, "guidance_scale": 7.5, "output_type": "latent"}
     return (
         pipe,
@@ -44,7 +60,7 @@ def text_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], Ca
     )
 
 
-def class_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+def class_to_image(batch: int, calls: int, device: str) -> Loops:
     """DiT's pipeline with half the depth of DiT-S/2, 32 x 32 latents, guided, and a small decoder."""
     network = diffusers.DiTTransformer2DModel(
         num_attention_heads=6, attention_head_dim=64, in_channels=4, out_channels=8, num_layers=6, sample_size=32
@@ -61,27 +77,27 @@ def class_to_image(batch: int, calls: int) -> tuple[Any, Callable[[], object], C
     )
 
 
-def unconditional(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+def unconditional(batch: int, calls: int, device: str) -> Loops:
     """An unconditional pixel pipeline, 32 x 32, predictions clipped."""
     network = diffusers.UNet2DModel(
         sample_size=32, block_out_channels=(32, 64, 64),
         down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    return _pixels(network, batch, calls)
+    return _pixels(network, batch, calls, device)
 
 
-def full_size(batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+def full_size(batch: int, calls: int, device: str) -> Loops:
     """As `unconditional`, with the architecture of the published CIFAR-10 model (google/ddpm-cifar10-32)."""
     network = diffusers.UNet2DModel(
         sample_size=32, block_out_channels=(128, 256, 256, 256), downsample_padding=0, flip_sin_to_cos=False,
         freq_shift=1, norm_eps=1e-6, down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"), attention_head_dim=None,
     )  # fmt: skip
-    return _pixels(network, batch, calls)
+    return _pixels(network, batch, calls, device)
 
 
-def _pixels(network: Any, batch: int, calls: int) -> tuple[Any, Callable[[], object], Callable[[], object]]:
+def _pixels(network: Any, batch: int, calls: int, device: str) -> Loops:
     pipe = diffusers.DDIMPipeline(network, diffusers.DDIMScheduler())
     return (
         pipe,
@@ -94,10 +110,11 @@ def _four(kind: str) -> dict[str, Any]:
     return {"down_block_types": (f"Down{kind}Block2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
-def measure(build: Callable[..., Any], batch: int, calls: int, repeats: int) -> dict[str, object]:
+def measure(build: Callable[..., Loops], batch: int, calls: int, repeats: int, device: str) -> dict[str, object]:
     """Both loops in turn, after one run of each that counts its forwards."""
     torch.manual_seed(0)
-    pipe, theirs, ours = build(batch, calls)
+    pipe, theirs, ours = build(batch, calls, device)
+    pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     network = pipe.components.get("unet") or pipe.components["transformer"]
     network.eval()
@@ -124,9 +141,7 @@ def measure(build: Callable[..., Any], batch: int, calls: int, repeats: int) -> 
     for k in range(repeats):
         times = [0.0, 0.0]
         for place in (0, 1) if k % 2 else (1, 0):  # each goes first as often as the other
-            start = time.perf_counter()
-            (theirs, ours)[place]()
-            times[place] = time.perf_counter() - start
+            times[place] = timed((theirs, ours)[place])
         pairs.append(times)
     ratios = [b / a for a, b in pairs]
     return {
@@ -139,7 +154,7 @@ def measure(build: Callable[..., Any], batch: int, calls: int, repeats: int) -> 
         "ours_seconds": statistics.median(b for _, b in pairs),
         "ratio": statistics.median(ratios),
         "ratio_range": [min(ratios), max(ratios)],
-        "outside_ms_per_forward": outside,
+        "outside_ms_per_forward": outside if device == "cpu" else None,
     }
 
 
@@ -161,12 +176,14 @@ def stop_clock(clock: list[float]) -> None:
 @click.option("--calls", default=20, help="Evaluations of each image.")
 @click.option("--repeats", default=10, help="Timed pairs.")
 @click.option("--threads", default=2, help="Threads of torch.")
-@click.option("--keep/--discard", default=True, help="Whether to write results/diffusers_overhead.json.")
-def main(batch: int, calls: int, repeats: int, threads: int, keep: bool) -> None:
+@click.option("--device", default="cpu", help="cpu or cuda.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/diffusers_overhead.json, or _cuda.json.")
+def main(batch: int, calls: int, repeats: int, threads: int, device: str, keep: bool) -> None:
     """Prints the table and writes it."""
     settings = click.get_current_context().params
     torch.set_num_threads(threads)
-    results = [measure(build, batch, calls, repeats) for build in BUILDS]
+    builds = BUILDS if device == "cpu" else (*BUILDS, stable_diffusion)
+    results = [measure(build, batch, calls, repeats, device) for build in builds]
     table(
         ("pipeline", "parameters", "its loop, s", "ours, s", "ratio", "spread", "pass mark", "outside, ms a forward"),
         [
@@ -178,13 +195,13 @@ def main(batch: int, calls: int, repeats: int, threads: int, keep: bool) -> None
                 f"{r['ratio']:.3f}",
                 "{:.3f} .. {:.3f}".format(*r["ratio_range"]),
                 "1.0 ok" if r["ratio"] <= 1.0 else "1.0 MISSED",
-                "{:.1f} / {:.1f}".format(*r["outside_ms_per_forward"]),
+                "{:.1f} / {:.1f}".format(*r["outside_ms_per_forward"]) if device == "cpu" else "-",
             )
             for r in results
         ],
     )
     if keep:
-        save("diffusers_overhead", settings, results)
+        save("diffusers_overhead" if device == "cpu" else f"diffusers_overhead_{device}", settings, results)
 
 
 if __name__ == "__main__":

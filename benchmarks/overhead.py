@@ -11,33 +11,25 @@ Run it on a quiet machine. The spread column is the range over repetitions.
 from __future__ import annotations
 
 import statistics
-import time
-from collections.abc import Callable
 
 import click
 import torch
-from common import packaged_model, recorded, replay, save, table
+from common import packaged_model, recorded, replay, save, table, timed
 
 import fastsde
 from fastsde.noise import BrownianPath, FreshNoise, Noise
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def whole_runs(label: str, model: fastsde.ScoreModel, n: int, repeats: int, **options: object) -> dict[str, object]:
     """`sample` over its bare forwards, alternating."""
+    device = str(options["device"])
     cond = {"class_labels": torch.arange(n) % 10}
     counting, rows = recorded(model)
     r = fastsde.sample(counting, n=n, batch_size=n, cond=cond, **options)
     pairs = []
     for _ in range(repeats):
         whole = timed(lambda: fastsde.sample(model, n=n, batch_size=n, cond=cond, **options))
-        pairs.append((whole, replay(model, rows)))
+        pairs.append((whole, replay(model, rows, device)))
     ratios = [whole / bare for whole, bare in pairs]
     return {
         "run": label,
@@ -51,19 +43,21 @@ def whole_runs(label: str, model: fastsde.ScoreModel, n: int, repeats: int, **op
 
 
 def increments(
-    label: str, noise: Noise, model: fastsde.ScoreModel, n: int, repeats: int, forwards: int
+    label: str, noise: Noise, model: fastsde.ScoreModel, n: int, repeats: int, forwards: int, device: str
 ) -> dict[str, object]:
     """One increment over the bare forwards of the step it serves, alternating."""
-    index = torch.arange(n)
+    index = torch.arange(n, device=device)
     carry = noise.start(index)
-    t = torch.linspace(0.2, 0.9, n, dtype=torch.float64)  # every row at its own time, as in an adaptive run
+    t = torch.linspace(
+        0.2, 0.9, n, dtype=torch.float64, device=device
+    )  # every row at its own time, as in an adaptive run
 
     def draw() -> None:
         noise.increment(index, index, t, t - 0.01, carry)
 
     draw()
-    replay(model, [n])
-    pairs = [(timed(draw), replay(model, [n])) for _ in range(repeats)]
+    replay(model, [n], device)
+    pairs = [(timed(draw), replay(model, [n], device)) for _ in range(repeats)]
     shares = [100 * one / (forwards * forward) for one, forward in pairs]
     return {
         "noise": label,
@@ -89,14 +83,23 @@ def verdict(value: float, mark: float) -> str:
 @click.option("--noise-repeats", default=20, help="Timed pairs of one increment and one forward.")
 @click.option("--untrained", is_flag=True, help="Random weights in place of the packaged model.")
 @click.option("--threads", default=2, help="Threads of torch.")
-@click.option("--keep/--discard", default=True, help="Whether to write results/overhead.json.")
+@click.option("--device", default="cpu", help="cpu or cuda.")
+@click.option("--keep/--discard", default=True, help="Whether to write results/overhead.json, or overhead_cuda.json.")
 def main(
-    batch: int, rtol: float, steps: int, repeats: int, noise_repeats: int, untrained: bool, threads: int, keep: bool
+    batch: int,
+    rtol: float,
+    steps: int,
+    repeats: int,
+    noise_repeats: int,
+    untrained: bool,
+    threads: int,
+    device: str,
+    keep: bool,
 ) -> None:
     """Prints both tables and writes them."""
     settings = click.get_current_context().params
     torch.set_num_threads(threads)
-    model = packaged_model(untrained=untrained)
+    model = packaged_model(untrained=untrained, device=device)
     model.network.eval()
     sde, event = model.sde, model.event_shape
     noises = [
@@ -109,17 +112,18 @@ def main(
         ),
     ]
     noise_rows = [
-        increments(label, noise, model, batch, noise_repeats, k) | {"mark": mark} for label, noise, k, mark in noises
+        increments(label, noise, model, batch, noise_repeats, k, device) | {"mark": mark}
+        for label, noise, k, mark in noises
     ]
+    stochastic = fastsde.ExponentialPC(eta=1.0)
     runs = [
-        whole_runs(
-            f"Algorithm 6, rtol {rtol:g}, path kept", model, batch, repeats, rtol=rtol, solver=fastsde.ExtrapolatedEM()
-        ),
-        whole_runs(f"ExponentialPC, rtol {rtol:g}", model, batch, repeats, rtol=rtol),
-        whole_runs(
-            "ExponentialPC, eta 1, rtol 0.05", model, batch, repeats, solver=fastsde.ExponentialPC(eta=1.0), rtol=0.05
-        ),
-        whole_runs(f"Euler-Maruyama, {steps} steps", model, batch, repeats, solver=fastsde.EulerMaruyama(steps=steps)),
+        whole_runs(label, model, batch, repeats, device=device, **options)
+        for label, options in (
+            (f"Algorithm 6, rtol {rtol:g}, path kept", {"rtol": rtol, "solver": fastsde.ExtrapolatedEM()}),
+            (f"ExponentialPC, rtol {rtol:g}", {"rtol": rtol}),
+            ("ExponentialPC, eta 1, rtol 0.05", {"rtol": 0.05, "solver": stochastic}),
+            (f"Euler-Maruyama, {steps} steps", {"solver": fastsde.EulerMaruyama(steps=steps)}),
+        )
     ]
     table(
         ("run", "NFE", "forwards", "sample, s", "bare, s", "ratio", "spread", "pass mark"),
@@ -154,7 +158,7 @@ def main(
         ],
     )
     if keep:
-        save("overhead", settings, {"runs": runs, "noise": noise_rows})
+        save("overhead" if device == "cpu" else f"overhead_{device}", settings, {"runs": runs, "noise": noise_rows})
 
 
 if __name__ == "__main__":

@@ -287,14 +287,16 @@ def run(
 
 
 def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device) -> Carry:
-    """What the solver can work out for a grid, if the grid alone says where steps go."""
-    if not isinstance(controller, Grid):
+    """What the solver can work out for a grid, or several, if they alone say where steps go."""
+    if not isinstance(controller, (Grid, AdaptiveGrid)):
         return {}
-    kind = type(controller)
-    if (kind.target, kind.update) != (Grid.target, Grid.update):
+    known, kind = AdaptiveGrid if isinstance(controller, AdaptiveGrid) else Grid, type(controller)
+    if (kind.target, kind.update) != (known.target, known.update):
         return {}
+    grids = controller.grids if isinstance(controller, AdaptiveGrid) else [controller]
     with torch.no_grad():
-        return solver.plan(sde, controller.times_on(device))
+        plans = [solver.plan(sde, grid.times_on(device), errors=controller.adaptive) for grid in grids]
+    return {key: torch.cat([plan[key] for plan in plans]) for key in plans[0]}
 
 
 def _noise(
@@ -333,7 +335,7 @@ def _recorder(
     if isinstance(controller, Adaptive):
         controller = dataclasses.replace(controller, stops=(*controller.stops, *times))
     elif isinstance(controller, AdaptiveGrid):
-        controller = dataclasses.replace(controller, grid=controller.grid.through(times))
+        controller = controller.through(times)
     elif isinstance(controller, Grid):
         # Times that went through a rounding or a single precision are still meant.
         grid = controller.times

@@ -8,7 +8,6 @@ controller sends back starts again in its slot. No step waits for the slowest ro
 from __future__ import annotations
 
 import time
-from collections import deque
 from itertools import islice
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
+from fastsde.flags import LateFlags
 from fastsde.job import EngineState, Job
 from fastsde.noise import StepNoise
 from fastsde.result import SampleResult, SamplingError, Status
@@ -40,7 +40,7 @@ class Engine:
         self.rows: dict[str, Carry] = {}
         self.live = 0
         self.empty: set[int] = set()
-        self.flags: deque[tuple[Tensor, torch.cuda.Event | None]] = deque()
+        self.flags = LateFlags(job.lag)
         self.pool: list[dict[str, Carry]] = []
         shape = (self.n, *job.noise.event_shape)
         self.out: Carry = {"x": torch.full(shape, torch.nan, dtype=job.noise.dtype, device=self.device)}
@@ -90,7 +90,7 @@ class Engine:
         self.rows = self._fresh_rows(list(islice(self.queue, self.job.batch_size)))
         self.live = len(self.rows["row"]["slot"])
         while self.live:
-            done = self._read_flags(self._turn())
+            done = self.flags.read(self._turn())
             turn += 1
             if done:
                 self._retire(done)
@@ -133,9 +133,11 @@ class Engine:
         x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
         moving = active & (position > 0) if job.solver.warm_up else active
         s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
+        self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
-        carry = rows["solver"] | select_rows(position * active, job.plan)
+        place = job.controller.plan_row(position * active, rows["control"])
+        carry = rows["solver"] | select_rows(place, job.plan)
         step = job.solver.step(model, job.sde, x, t, s, noise, carry)
         decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
 
@@ -165,21 +167,6 @@ class Engine:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
         done = row["status"] > Status.PENDING
         return done if decision.restart is None else done | (row["status"] == _AGAIN)
-
-    def _read_flags(self, done: Tensor) -> list[int]:
-        """The rows that `_turn` returned, as known `lag` turns ago: the copy to the host runs beside the next turn."""
-        event = None
-        if done.is_cuda:
-            done = torch.empty(done.shape, dtype=torch.bool, pin_memory=True).copy_(done, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.flags.append((done, event))
-        if len(self.flags) <= self.job.lag:
-            return []
-        flag, event = self.flags.popleft()
-        if event is not None:
-            event.synchronize()
-        return flag.nonzero().flatten().tolist()
 
     def _pool_ended(self) -> None:
         """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
@@ -221,7 +208,7 @@ class Engine:
 
     def _retire(self, done: list[int]) -> None:
         """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
-        self.flags.clear()  # they describe the layout before this call; ended rows keep their status
+        self.flags.clear()
         status = self.rows["row"]["status"].tolist()
         again = [i for i in done if status[i] == _AGAIN]
         if again:

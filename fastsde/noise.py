@@ -29,8 +29,8 @@ RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
-_CHUNK = 1 << 18
-"""Normals made at a time: few enough to stay in cache, many enough to hide the cost of a call."""
+_CHUNK, _CHUNK_ON_DEVICE = 1 << 18, 1 << 22
+"""Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
 
 
 def philox4x32(
@@ -223,7 +223,8 @@ class BrownianPath(Noise):
         """
         weight, position, purpose = self._basis(self._position(t))
         w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
-        levels = max(1, _CHUNK // max(1, len(index) * self.size))
+        chunk = _CHUNK if index.is_cpu else _CHUNK_ON_DEVICE
+        levels = max(1, chunk // max(1, len(index) * self.size))
         parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype)[:, None], position, purpose)), strict=True)
         for part_weight, part_position, part_purpose in parts:
             z = _normals(self.seed, index, part_position, part_purpose, self.size, self.dtype)

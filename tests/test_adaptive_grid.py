@@ -16,13 +16,13 @@ CLOCK = EDM(t_min=1.0, t_max=math.exp(4.0))
 """log-SNR is -2 log t: 8 in all, from -8 to 0."""
 
 
-def controller(depth=3, steps=4, **options):
-    return AdaptiveGrid(Grid.log_snr(CLOCK, steps), 0.1, 1e-3, CLOCK, depth=depth, **options)
+def controller(grids=3, steps=4, **options):
+    return AdaptiveGrid([Grid.log_snr(CLOCK, steps << k) for k in range(grids)], 0.1, 1e-3, **options)
 
 
-def walk(errors, depth=3, steps=4, **options):
+def walk(errors, grids=3, **options):
     """The log-SNR tried at each turn by one row whose scaled errors are given, and what became of the step."""
-    rule, tried = controller(depth, steps, **options), []
+    rule, tried = controller(grids, **options), []
     start = torch.tensor([CLOCK.t_max], dtype=torch.float64)
     t, carry = start, rule.init(start, CLOCK.t_min)
     for value in errors:
@@ -50,15 +50,8 @@ def test_a_large_error_sends_the_sample_to_its_start_on_a_grid_twice_as_fine():
 
 
 def test_on_the_finest_grid_every_step_is_taken():
-    assert walk([9, 9, 9, 9], depth=2) == [(-6, "again"), (-7, "again"), (-7.5, "taken"), (-7, "taken")]
-    assert walk([9], depth=0) == [(-6, "taken")]
-
-
-def test_the_end_is_met_exactly():
-    rule = controller()
-    t = CLOCK.t_of_log_snr(torch.tensor([-0.5], dtype=torch.float64))
-    carry = {"place": torch.tensor([4 * 8 - 2]), "level": torch.tensor([2])}
-    assert float(rule.target(t, CLOCK.t_min, carry)) == CLOCK.t_min
+    assert walk([9, 9, 9, 9]) == [(-6, "again"), (-7, "again"), (-7.5, "taken"), (-7, "taken")]
+    assert walk([9], grids=1) == [(-6, "taken")]
 
 
 def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
@@ -79,12 +72,34 @@ def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
         ({"rtol": 0.0}, "rtol must be"),
         ({"atol": math.inf}, "atol must be"),
         ({"limit": -1.0}, "limit must be"),
-        ({"depth": 13}, "depth must be an integer from 0 to 12; got 13"),
+        ({"grids": ()}, "grids must be a sequence of fastsde.Grid, the coarsest first; got"),
+        ({"grids": [Grid.log_snr(CLOCK, 4)] * 2}, "the same ends and ever more steps; got .*4 steps"),
+        ({"grids": [Grid.log_snr(CLOCK, 4), Grid([9.0, 8.0, 7.0, 6.0, 5.0, 1.0])]}, "the same ends"),
     ],
 )
 def test_refusals(change, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         dataclasses.replace(controller(), **change)
+
+
+class Replanned(AdaptiveGrid):
+    """The same, which does not let a solver plan ahead."""
+
+    def target(self, t, t_end, carry):
+        return super().target(t, t_end, carry)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_plan_made_before_changes_nothing(eta):
+    rule, model = strict(VP), mixture(VP)
+    options = {"n": 24, "solver": ExponentialPC(eta=eta), "dtype": torch.float64}
+    planned, now = (
+        fastsde.sample(model, controller=kind(rule.grids, rule.rtol, rule.atol, rule.limit), **options)
+        for kind in (AdaptiveGrid, Replanned)
+    )
+    assert planned.nfe.tolist() == now.nfe.tolist()
+    assert 0 < (now.rejected > 0).sum() < 24
+    torch.testing.assert_close(planned.samples, now.samples, rtol=1e-9, atol=1e-9)  # weights round differently
 
 
 # ---- with the solver --------------------------------------------------------------------------------------------
@@ -103,7 +118,7 @@ def mixture(sde, d=24, shares=(0.6, 0.2, 0.2), gap=0.05):
 
 def strict(sde, limit=0.3):
     """Steps at rtol 0.02 with a limit above which some of those samples start again."""
-    return AdaptiveGrid(Grid.tapered(sde, 24), 0.02, 0.01, sde, limit=limit)
+    return AdaptiveGrid([Grid.tapered(sde, 24 << k) for k in range(3)], 0.02, 0.01, limit=limit)
 
 
 def dressed(sde, levels=(-8.0, 8.0)):
@@ -198,17 +213,11 @@ def test_who_starts_again_walks_the_finer_grid_on_its_path_and_pays_for_both():
     level = (r.accepted / 24).log2().long()
     assert torch.equal(r.accepted, 24 << level)
     assert torch.equal(r.nfe, r.accepted + r.rejected + 1 + level)  # each walk has its first call
-    assert set(level.tolist()) >= {0, 1}
-    middle = strict(VP).target  # the halved grid, from the controller's own arithmetic
-    t, carry = torch.tensor([VP.t_max], dtype=torch.float64), {"place": torch.tensor([0]), "level": torch.tensor([1])}
-    times = [VP.t_max]
-    while times[-1] > VP.t_min:
-        times.append(float(middle(t, VP.t_min, carry)))
-        carry["place"] = carry["place"] + 2
-    for finest, grid in ((0, Grid.tapered(VP, 24)), (1, Grid(times))):
-        plain = fastsde.sample(model, controller=grid, **options).samples
+    assert set(level.tolist()) == {0, 1, 2}
+    for k in range(3):
+        plain = fastsde.sample(model, nfe=(24 << k) + 1, **options).samples
         # The same steps; the model's matrix products round by batch.
-        torch.testing.assert_close(r.samples[level == finest], plain[level == finest], rtol=1e-9, atol=1e-10)
+        torch.testing.assert_close(r.samples[level == k], plain[level == k], rtol=1e-9, atol=1e-10)
 
 
 def test_hard_samples_are_worth_their_calls():
@@ -252,7 +261,7 @@ class Redrawn(Touchy):
 def biased(solver, n=40_000):
     """Relative error of the variance of one-dimensional Gaussian data, and the share of rejected steps."""
     model = GaussianScore(VP, torch.zeros(1), torch.full((1,), 0.5))
-    rule = AdaptiveGrid(Grid.log_snr(VP, 32), 1e-9, 0.5, VP, limit=1.0, depth=3)
+    rule = AdaptiveGrid([Grid.log_snr(VP, 32 << k) for k in range(4)], 1e-9, 0.5)
     r = fastsde.sample(model, n=n, solver=solver, controller=rule, batch_size=n)
     exact = 0.5**4 / (0.5**2 + float((-VP.log_snr(vector(VP.t_min))).exp()))  # of the denoised sample
     share = float(r.rejected.sum() / (r.accepted + r.rejected).sum())
@@ -343,7 +352,7 @@ def test_a_network_that_errs_in_pure_noise_gives_the_same_samples_at_any_batch_s
         return exact(x, t).x_0 + x.sign() * (t > 0.98).double()[:, None]
 
     model = fastsde.ScoreModel(network, VP, "sample", event_shape=(8,))
-    rule = AdaptiveGrid(Grid.tapered(VP, 12), 0.02, 0.01, VP)
+    rule = AdaptiveGrid([Grid.tapered(VP, 12 << k) for k in range(3)], 0.02, 0.01)
     options = {"n": 7, "controller": rule, "dtype": torch.float64}
     whole, slots = (fastsde.sample(model, batch_size=size, **options) for size in (7, 2))
     assert len(set(whole.nfe.tolist())) > 1  # so that first steps and later ones share a batch

@@ -13,6 +13,7 @@ LEVELS = {
     "types": 0,
     "checks": 0,
     "batching": 1,
+    "flags": 1,
     "result": 1,
     "noise": 2,
     "sde": 2,

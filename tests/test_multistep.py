@@ -396,7 +396,7 @@ def test_a_grid_planned_at_once_gives_the_steps_taken_one_by_one(solver, monkeyp
     fails = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
     job = {"n": 5, "batch_size": 2, "dtype": torch.float64, "controller": grid, "cond": {"fails": fails}}
     planned = fastsde.sample(model, solver=solver, **job)
-    monkeypatch.setattr(type(solver), "plan", lambda self, sde, times: {})
+    monkeypatch.setattr(type(solver), "plan", lambda self, sde, times, *, errors=False: {})
     alone = fastsde.sample(model, solver=solver, **job)
     assert planned.success.tolist() == [True, False, True, False, True]
     # Weights of up to four values from systems solved in another batch: roundings, times their size of a hundred.

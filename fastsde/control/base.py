@@ -64,6 +64,15 @@ class Controller(ABC):
         """The same on the clock u = -t, for a walk from t_min up to t_max."""
         return self
 
+    def plan_row(self, position: Index, carry: Carry) -> Index:
+        """Which row of the solver's plan, if there is one, the next step reads, with shape (B,).
+
+        Args:
+            position: number of that step, from 1, or 0 for the warm-up turn, with shape (B,).
+            carry: the controller's memory.
+        """
+        return position
+
     @abstractmethod
     def init(self, t: Time, t_end: float) -> Carry:
         """The controller's memory for rows that start at t, with shape (B,)."""

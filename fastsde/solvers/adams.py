@@ -76,12 +76,12 @@ class ExponentialAdams(AdamsCoefficients):
         nothing = torch.zeros_like(x_t)
         return {"x_0": nothing, "lam": lam, "count": count} | _past([nothing] * lam.shape[1])
 
-    def plan(self, sde: SDE, times: Tensor) -> Carry:
+    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
         count = torch.arange(len(times), device=times.device)
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         lams = sde.log_snr(times)[before] / 2
         planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
-        unneeded = {"a", "h", "alpha_s", "lam_s"} | ({"std"} if self.deterministic else set())
+        unneeded = {"a"} | ({"std"} if self.deterministic else set()) | (set() if errors else _FOR_ERRORS)
         return {key: value for key, value in planned.items() if key not in unneeded}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
@@ -98,11 +98,15 @@ class ExponentialAdams(AdamsCoefficients):
             before = revised(past[0], new, c.get("first"))  # rows at a first step, of solvers that doubt its value
             x_s = add_weighted(base, c["weights"][:, 1], [before, new, *past[1:-1]])
         kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
-        if c is carry:
-            return Step(x_s, kept)  # on a grid nobody asks for the error, and the plan knows the times
-        kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
+        if not c.keys() >= _FOR_ERRORS:
+            return Step(x_s, kept)  # a plan for a grid, where nobody asks for the error
+        if c is not carry:  # a plan knows the times
+            kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
         difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
         return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))
+
+
+_FOR_ERRORS = {"h", "alpha_s", "lam_s"}
 
 
 def _past(values: Sequence[Tensor]) -> Carry:

@@ -102,8 +102,8 @@ class Solver(ABC):
         """The solver's memory at the start, from the start state: tensors with leading axis B."""
         return {}
 
-    def plan(self, sde: SDE, times: Tensor) -> Carry:
-        """What depends on times alone, for a grid: row k, for the step to times[k], may join the carry of `step`."""
+    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
+        """What times alone say (with `errors`, of them too): row k, for the step to times[k], joins its carry."""
         return {}
 
     @abstractmethod
@@ -115,5 +115,5 @@ class Solver(ABC):
             sde: the forward process.
             x_t, t, s: the state with shape (B, *event), now, and the target, at most t; times with shape (B,).
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
-            carry: the memory of the last accepted step; on a grid also a row of the plan.
+            carry: the memory of the last accepted step; on a grid also a row of the plan, if there is one.
         """

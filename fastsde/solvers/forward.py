@@ -49,8 +49,8 @@ class Forward(Solver):
     def init(self, x_t: State) -> Carry:
         return self.solver.init(x_t)
 
-    def plan(self, sde: SDE, times: Tensor) -> Carry:
-        return self.solver.plan(sde, -times)
+    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
+        return self.solver.plan(sde, -times, errors=errors)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         return self.solver.step(model, sde, x_t, -t, -s, noise, carry)
