@@ -27,7 +27,8 @@ _EMPTY = -1
 _AGAIN = -2
 """Status of a row that goes back to its start."""
 _SIZES = 8
-"""The batch shrinks through this many sizes, multiples of batch_size / 8, so that compiled graphs are reused."""
+"""The batch shrinks through multiples of batch_size / 8, then halves of that: few sizes, so that compiled graphs are
+reused, and the last samples do not pay for many empty rows."""
 
 
 class Engine:
@@ -233,6 +234,8 @@ class Engine:
         width = len(self.rows["row"]["slot"])
         unit = -(-self.job.batch_size // _SIZES)
         size = -(-self.live // unit) * unit
+        while self.live <= -(-size // 2) < size <= unit:
+            size = -(-size // 2)
         if not self.empty or not 0 < size < width:
             return
         live = [i for i in range(width) if i not in self.empty]

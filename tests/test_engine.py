@@ -127,16 +127,16 @@ def test_every_sample_is_drawn_once_and_lands_in_its_place(script):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-@pytest.mark.parametrize("batch", [1, 8, 15, 24])
-def test_the_batch_shrinks_through_at_most_8_sizes_and_padding_costs_no_sample(batch, together):
+@pytest.mark.parametrize(("batch", "last"), [(1, [1]), (8, [1]), (15, [2, 1]), (24, [3, 2, 1]), (56, [7, 4, 2, 1])])
+def test_the_batch_shrinks_through_eighths_then_halves_and_padding_costs_no_sample(batch, last, together):
     network = Recorder()
     steps = [i // together + 1 for i in range(batch)]  # steps of 1/8 and then one to the end; so many end in each turn
     result = run(batch, StubController([[0.125] * (k - 1) + [8.0] for k in steps]), network=network)
     unit = -(-batch // 8)
     live = [sum(k > turn for k in steps) for turn in range(steps[-1])]
     widths = [len(t) for _, t, _ in network.calls if t.max() > CLOCK.t_min]
-    assert widths == [min(batch, -(-count // unit) * unit) for count in live]
-    assert len(set(widths)) <= 8
+    sizes = sorted({*last, *(min(batch, k * unit) for k in range(1, 9))})
+    assert widths == [next(size for size in sizes if size >= count) for count in live]
     assert result.nfe.tolist() == [k + 1 for k in steps]  # and one call to denoise
 
 
