@@ -177,12 +177,14 @@ def stop_clock(clock: list[float]) -> None:
 @click.option("--repeats", default=10, help="Timed pairs.")
 @click.option("--threads", default=2, help="Threads of torch.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
+@click.option("--only", multiple=True, help="Only these pipelines, by the names of the functions that build them.")
 @click.option("--keep/--discard", default=True, help="Whether to write results/diffusers_overhead.json, or _cuda.json.")
-def main(batch: int, calls: int, repeats: int, threads: int, device: str, keep: bool) -> None:
+def main(batch: int, calls: int, repeats: int, threads: int, device: str, only: tuple[str, ...], keep: bool) -> None:
     """Prints the table and writes it."""
     settings = click.get_current_context().params
     torch.set_num_threads(threads)
     builds = BUILDS if device == "cpu" else (*BUILDS, stable_diffusion)
+    builds = tuple(build for build in builds if not only or build.__name__ in only)
     results = [measure(build, batch, calls, repeats, device) for build in builds]
     table(
         ("pipeline", "parameters", "its loop, s", "ours, s", "ratio", "spread", "pass mark", "outside, ms a forward"),

@@ -13,7 +13,7 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 import fastsde
-from fastsde.score import MMPS, ClassifierFreeGuidance, Mask, Projection
+from fastsde.score import MMPS, ClassifierFreeGuidance, Clipped, Mask, Projection
 
 packaged, _ = fastsde.pretrained("fashion-mnist")
 model, sde = fastsde.from_diffusers(packaged.network, DDPMScheduler(clip_sample=False))  # 1000 betas, epsilon
@@ -27,7 +27,8 @@ upper = torch.zeros(1, 28, 28)
 upper[:, :14] = 1
 known = {**labels, "measurement": plain.samples * upper}  # each sample has its own
 projected = fastsde.sample(Projection(model, Mask(upper)), n=10, rtol=0.05, seed=1, cond=known)
-posterior = fastsde.sample(MMPS(model, Mask(upper), noise_std=0.05), n=10, rtol=0.05, seed=1, cond=known)
+bounded = Clipped(MMPS(model, Mask(upper), noise_std=0.05))  # in pure noise MMPS can leave the range of data for good
+posterior = fastsde.sample(bounded, n=10, rtol=0.05, seed=1, cond=known)
 
 rows = {"plain": plain, "guided": strong, "Projection": projected, "MMPS": posterior}
 for name, result in rows.items():

@@ -191,7 +191,7 @@ def resolve_controller(
 
 
 def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
-    """The controller of an adaptive solver: a grid that samples refine, or steps from errors alone."""
+    """The controller of an adaptive solver: a grid with finer ones behind it, or steps from errors alone."""
     rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
     step = solver.base_step(rtol)
     if step is not None:
