@@ -30,7 +30,7 @@ def provenance(settings: dict[str, object]) -> dict[str, object]:
     """Settings, package versions and processor: what someone needs to judge or repeat a number."""
     versions = {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()}
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-    if settings.get("device") == "cuda":
+    if str(settings.get("device")).startswith("cuda"):
         machine["gpu"] = torch.cuda.get_device_name()
     settings = {key: value for key, value in settings.items() if key != "keep"}
     return {"settings": settings, "versions": versions, "machine": machine}

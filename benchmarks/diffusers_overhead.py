@@ -202,7 +202,7 @@ def main(batch: int, calls: int, repeats: int, threads: int, device: str, only: 
             for r in results
         ],
     )
-    if keep:
+    if keep and not only:
         save("diffusers_overhead" if device == "cpu" else f"diffusers_overhead_{device}", settings, results)
 
 

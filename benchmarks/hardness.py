@@ -22,10 +22,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
-from fastsde.batching import row_norm
 
 ATOL = 2 / 256
 """One 8-bit level of the data's range, as `sample` takes it."""
+
+
+def row_norm(x: Tensor) -> Tensor:
+    """Root mean square of each row, with shape (B,)."""
+    return x.flatten(1).double().square().mean(1).sqrt()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ def sample(
             (high - low) / 256: 1/128 for a plain function, taken to be for data in [-1, 1].
         nfe: budget: network calls that no sample exceeds, in place of rtol and atol. The solver walks its own grid.
         solver: the stepping method, `ExponentialPC()` by default.
-        controller: overrides what rtol, atol and the solver's `steps` say: `Adaptive(...)` or `Grid(...)`.
+        controller: overrides what rtol, atol and the solver's `steps` say: a `Grid`, an `AdaptiveGrid` or `Adaptive`.
         seed: in [0, 2^64).
         index: draw these sample numbers of the seed, rather than 0 .. n - 1.
         batch_size: rows evaluated at a time; at most 64 by default.
@@ -85,7 +85,8 @@ def sample(
         x_data: data with shape (n, *event), which sampling starts from after adding each sample's own noise up to the
             start: alpha x_data + sigma z. With a `Grid` that starts below t_max, an edit of the data.
         denoise: whether to return the denoised sample rather than the state at `t_min`.
-        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`; 10,000, or what a grid needs.
+        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`, and none starts again on a grid which
+            they do not pay for; 10,000, or what grids need.
         dtype: floating dtype of the state; that of `x_init`, or float32.
         device: that of `x_init` or of the network by default.
         trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result; or the times to
@@ -251,12 +252,16 @@ def run(
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
     seed = check_count("seed", seed, 0)
     least = fewest_calls(model, solver, denoise)
-    steps = controller.steps if isinstance(controller, Grid) else 1
-    enough = max(10_000, least + (steps - 1) * model.calls * solver.calls_per_step)
-    max_nfe = enough if max_nfe is None else check_count("max_nfe", max_nfe, least)
     sign = 1.0 if t_end < t_start else -1.0
     t_start, t_end = sign * t_start, sign * t_end
     recorder, controller = _recorder(trajectory, saved_by, controller, count, t_start, t_end, sign)
+    each = model.calls * solver.calls_per_step
+    walks = controller.walks if isinstance(controller, AdaptiveGrid) else ()
+    steps = [controller.steps] if isinstance(controller, Grid) else [walk.steps for walk in walks]
+    enough = max(10_000, sum(least + (k - 1) * each for k in steps))
+    max_nfe = enough if max_nfe is None else check_count("max_nfe", max_nfe, least)
+    if isinstance(controller, AdaptiveGrid):
+        controller = controller.affordable(max_nfe, each, least - each)
     noise = _noise(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
@@ -293,7 +298,7 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
     known, kind = AdaptiveGrid if isinstance(controller, AdaptiveGrid) else Grid, type(controller)
     if (kind.target, kind.update) != (known.target, known.update):
         return {}
-    grids = controller.grids if isinstance(controller, AdaptiveGrid) else [controller]
+    grids = controller.walks if isinstance(controller, AdaptiveGrid) else (controller,)
     with torch.no_grad():
         plans = [solver.plan(sde, grid.times_on(device), errors=controller.adaptive) for grid in grids]
     return {key: torch.cat([plan[key] for plan in plans]) for key in plans[0]}
@@ -332,10 +337,8 @@ def _recorder(
     if outside or not given:
         raise ValueError(f"{name} must hold times from {low} to {high}; got {outside or given}.")
     times = [sign * t for t in given]
-    if isinstance(controller, Adaptive):
+    if isinstance(controller, (Adaptive, AdaptiveGrid)):
         controller = dataclasses.replace(controller, stops=(*controller.stops, *times))
-    elif isinstance(controller, AdaptiveGrid):
-        controller = controller.through(times)
     elif isinstance(controller, Grid):
         # Times that went through a rounding or a single precision are still meant.
         grid = controller.times

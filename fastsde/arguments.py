@@ -166,7 +166,7 @@ def resolve_controller(
     said = [*tolerances, *(["solver.steps"] if solver.steps is not None else [])]
     if controller is not None:
         if not isinstance(controller, Controller):
-            raise TypeError(f"controller must be a fastsde.Grid or fastsde.Adaptive; got {controller!r}.")
+            raise TypeError(f"controller must be a fastsde.Grid, AdaptiveGrid or Adaptive; got {controller!r}.")
         said += ["nfe"] * (nfe is not None)
         if said:
             raise ValueError(f"give either controller= or {', '.join(said)}, not both.")

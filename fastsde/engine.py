@@ -27,8 +27,8 @@ _EMPTY = -1
 _AGAIN = -2
 """Status of a row that goes back to its start."""
 _SIZES = 8
-"""The batch shrinks through multiples of batch_size / 8, then halves of that: few sizes, so that compiled graphs are
-reused, and the last samples do not pay for many empty rows."""
+"""The batch shrinks through multiples of batch_size / 8, then halves of that: few sizes, so that what was made for a
+size is reused, and the last samples do not pay for many empty rows."""
 
 
 class Engine:
@@ -94,7 +94,7 @@ class Engine:
             done = self.flags.read(self._turn())
             turn += 1
             if done:
-                self._retire(done)
+                self._retire()
             # Every turn, so that the bar is alive before the first sample ends.
             if not bar.disable:
                 mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
@@ -134,7 +134,8 @@ class Engine:
         x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
         moving = active & (position > 0) if job.solver.warm_up else active
         s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
-        self.flags.announce(moving & (s <= t_end))
+        if job.lag:
+            self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active)
         place = job.controller.plan_row(position * active, rows["control"])
@@ -207,14 +208,14 @@ class Engine:
             rows = self.rows[group]
             rows |= {key: rows[key].index_copy(0, ids, values[key].to(rows[key].dtype)) for key in values}
 
-    def _retire(self, done: list[int]) -> None:
+    def _retire(self) -> None:
         """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
         self.flags.clear()
         status = self.rows["row"]["status"].tolist()
-        again = [i for i in done if status[i] == _AGAIN]
+        again = [i for i, value in enumerate(status) if value == _AGAIN]
         if again:
             self._start_again(again)
-        done = [i for i in done if status[i] != _AGAIN]
+        done = [i for i, value in enumerate(status) if value > Status.PENDING]
         if not done:
             return
         ids = self._to_pool(done)

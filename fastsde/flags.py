@@ -16,7 +16,7 @@ def to_host(flags: Mask) -> Callable[[], list[bool]]:
         return flags.tolist
     copy = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
     event = torch.cuda.Event()
-    event.record()
+    event.record(torch.cuda.current_stream(flags.device))  # of this device, which may not be the current one
 
     def read() -> list[bool]:
         event.synchronize()
@@ -26,10 +26,10 @@ def to_host(flags: Mask) -> Callable[[], list[bool]]:
 
 
 class LateFlags:
-    """Which rows have ended, as known `lag` turns ago: the copy runs beside the next turn.
+    """Which rows have ended or start again, as known `lag` turns ago: the copy runs beside the next turn.
 
     A row that is at its end a turn late takes part in a network call for nothing. But which rows may reach their end is
-    known before the call of that turn: those are waited for.
+    known before the call of that turn: those are waited for. Restarts and failures still come late.
 
     Args:
         lag: in turns.
@@ -42,16 +42,15 @@ class LateFlags:
 
     def announce(self, ending: Mask) -> None:
         """Says, before the call, which rows may reach their end in this turn, with shape (B,)."""
-        if self.lag:
-            self._ending = to_host(ending.any()[None])
+        self._ending = to_host(ending.any()[None])
 
-    def read(self, ended: Mask) -> list[int]:
-        """The rows that have ended, in the layout of `ended`, the flags after this turn, with shape (B,)."""
+    def read(self, ended: Mask) -> bool:
+        """Whether any row has ended or starts again; `ended` are the flags after this turn, with shape (B,)."""
         self._sent.append(to_host(ended))
         known: list[bool] = []
         while len(self._sent) > (0 if any(self._ending()) else self.lag):
             known = self._sent.popleft()()
-        return [row for row, flag in enumerate(known) if flag]
+        return any(known)
 
     def clear(self) -> None:
         """Forgets what was sent, because rows change their places; flags of rows that have ended come again."""

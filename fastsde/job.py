@@ -25,7 +25,7 @@ class EngineState:
         finished: samples that have ended.
         index: sample number in each slot, with shape (B,); a slot whose sample has left keeps its last number.
         x: current states, with shape (B, *event).
-        t: current times, with shape (B,).
+        t: current times, with shape (B,); back at the start for a sample that starts again.
         nfe: calls so far of the sample in each slot, with shape (B,).
     """
 
@@ -48,7 +48,8 @@ class Job:
         cond: conditioning, each tensor with leading axis n.
         x_init: start states with shape (n, *event), or None to draw them from the prior.
         lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
-        plan: what the solver has worked out for the steps of a grid (`Solver.plan`), with leading axis N + 1.
+        plan: what the solver has worked out for the steps of a grid (`Solver.plan`), with leading axis N + 1, or of
+            several, one after another.
         recorder: keeps the states on the way, if anyone wants them.
     """
 

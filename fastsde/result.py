@@ -46,7 +46,7 @@ class SampleResult:
         samples: with shape (n, *event).
         nfe: network calls each sample cost, counted where the network is called, with shape (n,).
         accepted: accepted steps, with shape (n,).
-        rejected: rejected steps, with shape (n,).
+        rejected: rejected steps, those that a sample took before it started again included, with shape (n,).
         status: a `Status` for each sample, with shape (n,).
         index: the number of each sample in the seed's stream, with shape (n,).
         seed: the seed; (seed, index) determines the sample.

@@ -106,16 +106,23 @@ def scripts(draw):
     n = draw(st.integers(1, 14))
     sizes = [draw(st.lists(st.sampled_from([1.0, 2.5, 4.0, 8.0]), min_size=1, max_size=4)) for _ in range(n)]
     attempts = st.sets(st.tuples(st.integers(0, n - 1), st.integers(0, 3)), max_size=8)
-    return sizes, draw(attempts), draw(attempts), draw(st.integers(1, n)), draw(st.permutations(range(n)))
+    return (
+        draw(st.integers(0, 2)),
+        sizes,
+        draw(attempts),
+        draw(attempts),
+        draw(st.integers(1, n)),
+        draw(st.permutations(range(n))),
+    )
 
 
 @settings(max_examples=25, deadline=None)
 @given(scripts())
 def test_every_sample_is_drawn_once_and_lands_in_its_place(script):
-    sizes, reject, restart, batch, order = script
+    lag, sizes, reject, restart, batch, order = script
     solver, controller, n = StubSolver(), StubController(sizes, reject, restart=restart), len(sizes)
     index = torch.tensor(order)
-    result = run(n, controller, solver=solver, batch_size=batch, index=index)
+    result = run(n, controller, solver=solver, batch_size=batch, index=index, lag=lag)
     counts = torch.tensor([controller.counts(i) for i in range(n)])
     assert torch.equal(result.accepted, counts[:, 0])
     assert torch.equal(result.rejected, counts[:, 1])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,11 +31,15 @@ class AdaptiveGrid(Controller):
     wrong with a hard sample was as a rule decided some steps before its error is seen; shorter steps from there on
     would not mend it (docs/solver.md).
 
+    The noise is the same again if the solver keeps its path, as `ExponentialPC` does; drawn anew, it would make those
+    samples rarer that are sent back.
+
     Args:
         grids: the base grid and finer ones, from the same start to the same end.
         rtol: relative tolerance, positive.
         atol: absolute tolerance in units of the data, positive.
         limit: E above which a sample starts again; `math.inf` for the base grid alone.
+        stops: times that every sample steps on exactly, in any order. Steps about them are not judged: they are uneven.
 
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.
@@ -44,40 +51,66 @@ class AdaptiveGrid(Controller):
     rtol: float
     atol: float
     limit: float = 1.0
+    stops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "limit"):
+        for name, most in (("rtol", "finite, "), ("atol", "finite, "), ("limit", "")):
             value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0 or (name != "limit" and value == float("inf")):
-                raise ValueError(f"{name} must be a positive, finite number; got {value!r}.")
+            if not isinstance(value, (int, float)) or not value > 0 or (most and math.isinf(value)):
+                raise ValueError(f"{name} must be a {most}positive number; got {value!r}.")
         grids = self.grids
         if not isinstance(grids, Sequence) or not grids or not all(isinstance(grid, Grid) for grid in grids):
             raise TypeError(f"grids must be a sequence of fastsde.Grid, the coarsest first; got {grids!r}.")
-        steps = [grid.steps for grid in grids]
-        if len({grid.ends for grid in grids}) > 1 or steps != sorted(set(steps)):
-            raise ValueError(f"grids must have the same ends and ever more steps; got {list(grids)}.")
+        object.__setattr__(self, "grids", tuple(grids))
+        if len(ends := {grid.ends for grid in grids}) > 1:
+            raise ValueError(f"grids must have the same ends, exactly; got {sorted(ends)}.")
+        if any(fine.steps <= coarse.steps for coarse, fine in pairwise(grids)):
+            raise ValueError(f"grids must have more and more steps; got {[grid.steps for grid in grids]}.")
 
     def span(self, t_min: float, t_max: float) -> tuple[float, float]:
         return self.grids[0].span(t_min, t_max)
 
     def reversed(self) -> AdaptiveGrid:
-        return dataclasses.replace(self, grids=[grid.reversed() for grid in self.grids])
+        grids = tuple(grid.reversed() for grid in self.grids)
+        return dataclasses.replace(self, grids=grids, stops=tuple(-t for t in self.stops))
 
-    def through(self, times: list[float]) -> AdaptiveGrid:
-        """The same with further times in every grid."""
-        return dataclasses.replace(self, grids=[grid.through(times) for grid in self.grids])
+    def affordable(self, nfe: int, calls_per_step: int, extra: int) -> AdaptiveGrid:
+        """The same with as many grids as `nfe` calls pay for one after another, but at least the first.
+
+        Args:
+            nfe: most calls of a sample.
+            calls_per_step: network calls of a step.
+            extra: further calls of a walk.
+        """
+        costs = itertools.accumulate(walk.steps * calls_per_step + extra for walk in self.walks)
+        return dataclasses.replace(self, grids=self.grids[: max(1, sum(cost <= nfe for cost in costs))])
 
     @functools.cached_property
-    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
-        """By device: the times of all grids, one after another, and where those of each begin."""
-        counts = torch.tensor([grid.steps + 1 for grid in self.grids])
-        tables = (torch.cat([grid.times.cpu() for grid in self.grids]), counts.cumsum(0) - counts)
-        return {torch.device("cpu"): tables}
+    def walks(self) -> tuple[Grid, ...]:
+        """The grids, with the stops in them: in place of a time that is as good as the same."""
+        walks = []
+        for grid in self.grids:
+            times = grid.times.cpu()
+            gaps = times.diff().abs()
+            room = 0.01 * torch.minimum(gaps[:-1], gaps[1:])
+            apart = (times[1:-1, None] - torch.tensor(self.stops, dtype=torch.float64)).abs() > room[:, None]
+            kept = torch.cat([times[:1], times[1:-1][apart.all(1)], times[-1:]])
+            walks.append(Grid(kept).through(list(self.stops)))
+        return tuple(walks)
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+    @functools.cached_property
+    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
+        """By device: the times of all walks, one after another, which steps to them are judged, where each begins."""
+        counts = torch.tensor([walk.steps + 1 for walk in self.walks])
+        times = torch.cat([walk.times.cpu() for walk in self.walks])
+        stop = torch.isin(times, torch.tensor(self.stops, dtype=torch.float64))
+        # The steps to a stop and from it, and the one after, which extrapolates from those.
+        near = stop | stop.roll(1) | stop.roll(2)
+        return {torch.device("cpu"): (times, ~near, counts.cumsum(0) - counts)}
+
+    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         if device not in self._tables:
-            times, first = self._tables[torch.device("cpu")]
-            self._tables[device] = times.to(device), first.to(device)
+            self._tables[device] = tuple(table.to(device) for table in self._tables[torch.device("cpu")])  # type: ignore[assignment]
         return self._tables[device]
 
     def init(self, t: Time, t_end: float) -> Carry:
@@ -88,7 +121,7 @@ class AdaptiveGrid(Controller):
         return carry["first"] + position
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        times, _ = self._on(t.device)
+        times = self._on(t.device)[0]
         return times[(carry["first"] + carry["k"] + 1).clamp(max=len(times) - 1)]
 
     def update(
@@ -98,8 +131,10 @@ class AdaptiveGrid(Controller):
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
         finite = torch.isfinite(scaled)
-        restart = (scaled > self.limit) & finite & (carry["grid"] < len(self.grids) - 1)
+        _, judged, first = self._on(t.device)
+        row = (carry["first"] + carry["k"] + 1).clamp(max=len(judged) - 1)
+        restart = (scaled > self.limit) & finite & judged[row] & (carry["grid"] < len(self.grids) - 1)
         grid = carry["grid"] + restart
-        after = {"grid": grid, "first": self._on(t.device)[1][grid], "k": (carry["k"] + 1) * ~restart}
+        after = {"grid": grid, "first": first[grid], "k": (carry["k"] + 1) * ~restart}
         failure = torch.full(t.shape, int(Status.NON_FINITE), device=t.device).masked_fill(finite, int(Status.PENDING))
         return Decision(finite & ~restart, after, failure, restart)

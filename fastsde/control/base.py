@@ -17,8 +17,8 @@ class Decision:
         accept: whether to take it, with shape (B,); None to take it in every row.
         carry: the controller's memory, whether or not the step is taken.
         failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,); None to go on everywhere.
-        restart: which rows, none of them accepted, go back to their start with `carry`, on the same noise, with shape
-            (B,); None for no row. What they cost stays counted.
+        restart: which rows, none of them accepted, go back to their start with `carry`, with shape (B,); None for none.
+            What they cost stays counted. Noise from a path is the same again.
     """
 
     accept: Mask | None
@@ -44,7 +44,7 @@ class Clock(Protocol):
 
 
 class Controller(ABC):
-    """Chooses target times and accepts or rejects steps, row by row. Knows no solver and no SDE.
+    """Chooses target times, accepts or rejects steps, or has samples start again, row by row. Knows no solver, no SDE.
 
     Attributes:
         adaptive: whether it needs the solver's error estimate.

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsde.control import Controller, Grid
+from fastsde.control import AdaptiveGrid, Controller, Grid
 from fastsde.pretrained import read_json
 from fastsde.result import SampleResult, Status
 
@@ -216,7 +216,9 @@ def _short(value: Any) -> str:
 
 def controller_record(controller: Controller | None) -> dict[str, Any]:
     """What tells a grid or a rule of steps from another one: its text, and the times of a grid."""
-    times = {"grid_times": controller.times.tolist()} if isinstance(controller, Grid) else {}
+    times: dict[str, Any] = {"grid_times": controller.times.tolist()} if isinstance(controller, Grid) else {}
+    if isinstance(controller, AdaptiveGrid):
+        times = {"grid_times": [grid.times.tolist() for grid in controller.grids]}
     return {"grid": None if controller is None else repr(controller), **times}
 
 
