@@ -300,8 +300,9 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
         return {}
     grids = controller.walks if isinstance(controller, AdaptiveGrid) else (controller,)
     with torch.no_grad():
-        plans = [solver.plan(sde, grid.times_on(device), errors=controller.adaptive) for grid in grids]
-    return {key: torch.cat([plan[key] for plan in plans]) for key in plans[0]}
+        # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
+        plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in grids]
+    return {key: torch.cat([plan[key] for plan in plans]).to(device) for key in plans[0]}
 
 
 def _noise(
