@@ -29,7 +29,7 @@ RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
-_CHUNK, _CHUNK_ON_DEVICE = 1 << 18, 1 << 22
+_CHUNK, _CHUNK_ON_DEVICE = 1 << 19, 1 << 22
 """Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
 
 
@@ -250,10 +250,14 @@ class BrownianPath(Noise):
         return weight * math.sqrt(self._scale), position, purpose
 
     def start(self, index: Index) -> Carry:
+        if self._clock is not None:  # u = 0 at t_max
+            return {"w": torch.zeros(len(index), *self.event_shape, dtype=self.dtype, device=index.device)}
         top = torch.full(index.shape, self.t_max, dtype=torch.float64, device=index.device)
         return {"w": self(index, top)}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+        if s.is_cpu and torch.equal(t, s):  # a warm-up turn; a device would have to be waited for
+            return torch.zeros_like(carry["w"]), carry
         w = self(index, s)
         return carry["w"] - w, {"w": w}
 
