@@ -47,10 +47,9 @@ def increments(
 ) -> dict[str, object]:
     """One increment over the bare forwards of the step it serves, alternating."""
     index = torch.arange(n, device=device)
-    carry = noise.start(index)
-    t = torch.linspace(
-        0.2, 0.9, n, dtype=torch.float64, device=device
-    )  # every row at its own time, as in an adaptive run
+    # Every row at its own time, as in an adaptive run.
+    t = torch.linspace(0.2, 0.9, n, dtype=torch.float64, device=device)
+    carry = noise.start(index, t)
 
     def draw() -> None:
         noise.increment(index, index, t, t - 0.01, carry)

@@ -124,7 +124,7 @@ class Engine:
         return {
             "row": {key: value.clone() for key, value in row.items()},
             "solver": job.solver.init(x),
-            "noise": job.noise.start(index),
+            "noise": job.noise.start(index, t),
         }
 
     def _turn(self) -> Tensor:

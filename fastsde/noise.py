@@ -111,8 +111,8 @@ class Noise(ABC):
         return t - s
 
     @abstractmethod
-    def start(self, index: Index) -> Carry:
-        """What must travel with each row, at the start of its run."""
+    def start(self, index: Index, t: Time) -> Carry:
+        """What must travel with each row, at its start at t, with shape (B,)."""
 
     @abstractmethod
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
@@ -137,7 +137,7 @@ class FreshNoise(Noise):
     Algorithm 6: acceptance then depends on the noise, which biases the law.
     """
 
-    def start(self, index: Index) -> Carry:
+    def start(self, index: Index, t: Time) -> Carry:
         return {}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
@@ -249,11 +249,8 @@ class BrownianPath(Noise):
         purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
         return weight * math.sqrt(self._scale), position, purpose
 
-    def start(self, index: Index) -> Carry:
-        if self._clock is not None:  # u = 0 at t_max
-            return {"w": torch.zeros(len(index), *self.event_shape, dtype=self.dtype, device=index.device)}
-        top = torch.full(index.shape, self.t_max, dtype=torch.float64, device=index.device)
-        return {"w": self(index, top)}
+    def start(self, index: Index, t: Time) -> Carry:
+        return {"w": self(index, t)}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
         if s.is_cpu and torch.equal(t, s):  # a warm-up turn; a device would have to be waited for

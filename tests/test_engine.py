@@ -63,6 +63,17 @@ def test_a_rejection_retries_in_place():
     torch.testing.assert_close(result.samples, ended(2), **ROUNDING)  # rejection leaves no trace in the state
 
 
+@pytest.mark.parametrize("warm_up", [False, True])
+def test_a_walk_that_starts_below_t_max_sees_the_path_from_there(warm_up):
+    solver = StubSolver()
+    solver.warm_up = warm_up
+    run(1, StubController([[2.0]]), solver=solver, t_start=5.0)
+    assert len(solver.log[0]) == 2 + warm_up
+    for a in solver.log[0]:
+        t, s = (torch.tensor([u], dtype=torch.float64) for u in (a.t, a.s))
+        torch.testing.assert_close(a.dw, (path()(torch.tensor([0]), t) - path()(torch.tensor([0]), s))[0], **ROUNDING)
+
+
 def test_fresh_noise_is_drawn_anew_after_a_rejection():
     solver = StubSolver()
     noise = FreshNoise(7, (2,), torch.float64)

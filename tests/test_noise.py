@@ -127,10 +127,12 @@ def test_a_row_depends_on_its_sample_number_alone(order, n, u):
     index = torch.tensor(order[:n])
     attempts = 3 * index % 11
     for draw in (path(7), fresh(7)):
-        together = [draw.prior(index), draw.increment(index, attempts, at(1.0, n), at(u, n), draw.start(index))[0]]
+        start = draw.start(index, at(1.0, n))
+        together = [draw.prior(index), draw.increment(index, attempts, at(1.0, n), at(u, n), start)[0]]
         for row in range(n):
             one = index[row : row + 1]
-            alone = [draw.prior(one), draw.increment(one, attempts[row : row + 1], at(1.0), at(u), draw.start(one))[0]]
+            start = draw.start(one, at(1.0))
+            alone = [draw.prior(one), draw.increment(one, attempts[row : row + 1], at(1.0), at(u), start)[0]]
             # The same numbers, not close ones: bitwise, in any batch and any order.
             assert all(torch.equal(a[row : row + 1], b) for a, b in zip(together, alone, strict=True))
 
@@ -177,7 +179,7 @@ def test_path_starts_at_zero_exactly():
 def test_increments_add_up_and_a_rejected_step_sees_the_path_again(index, a, b, c):
     s_far, s_mid, t = (T_MIN + SPAN * u for u in sorted((a, b, c)))
     w, i, attempt = path(5), torch.tensor([index]), torch.zeros(1, dtype=torch.int64)
-    top, carry = w.increment(i, attempt, vector(T_MAX), vector(t), w.start(i))
+    top, carry = w.increment(i, attempt, vector(T_MAX), vector(t), w.start(i, vector(T_MAX)))
     # A step to s_far is rejected: its carry is dropped. Two smaller steps over the same time see the same increment,
     # whatever the number of attempts.
     rejected, _ = w.increment(i, attempt, vector(t), vector(s_far), carry)
@@ -185,7 +187,7 @@ def test_increments_add_up_and_a_rejected_step_sees_the_path_again(index, a, b, 
     second, end = w.increment(i, attempt + 2, vector(s_mid), vector(s_far), middle)
     # Sums of values up to 10, rounded a few times.
     torch.testing.assert_close(first + second, rejected, rtol=0, atol=1e-14)
-    torch.testing.assert_close(top + rejected + end["w"], w.start(i)["w"], rtol=0, atol=1e-14)
+    torch.testing.assert_close(top + rejected + end["w"], w.start(i, vector(T_MAX))["w"], rtol=0, atol=1e-14)
 
 
 def test_fresh_noise_differs_between_attempts_and_repeats_for_the_same():
@@ -262,7 +264,7 @@ def test_path_in_the_clock_of_the_log_snr_has_its_covariance(power):
 def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals():
     w, index = exponential_path(2.0), rows(3)
     top, low = torch.full((3,), T_MAX, dtype=torch.float64), torch.full((3,), 0.3, dtype=torch.float64)
-    carry = w.start(index)
+    carry = w.start(index, top)
     assert torch.equal(carry["w"], torch.zeros(3, *EVENT, dtype=torch.float64))
     noise = StepNoise(w, index, index, index, top, low, carry)
     torch.testing.assert_close(noise.z, (0 - w(index, low)) / w.variance(top, low).sqrt()[:, None], rtol=1e-12, atol=0)

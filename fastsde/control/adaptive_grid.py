@@ -7,7 +7,6 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +63,7 @@ class AdaptiveGrid(Controller):
         object.__setattr__(self, "grids", tuple(grids))
         if len(ends := {grid.ends for grid in grids}) > 1:
             raise ValueError(f"grids must have the same ends, exactly; got {sorted(ends)}.")
-        if any(fine.steps <= coarse.steps for coarse, fine in pairwise(grids)):
+        if any(fine.steps <= coarse.steps for coarse, fine in itertools.pairwise(grids)):
             raise ValueError(f"grids must have more and more steps; got {[grid.steps for grid in grids]}.")
 
     def span(self, t_min: float, t_max: float) -> tuple[float, float]:
