@@ -204,7 +204,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
             raise ValueError(
                 f"rtol must be at least {least:.1g} with noise, or steps fall below its path's; got {rtol}."
             )
-        return AdaptiveGrid([Grid.tapered(sde, count) for count in counts], rtol, atol)
+        return AdaptiveGrid([own_grid(sde, solver, count) for count in counts], rtol, atol)
     if solver.log_snr_steps:
         # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
         return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
@@ -227,8 +227,10 @@ def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
 def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
     """The grid that a solver walks when only the number of steps is said."""
     if solver.tapered_steps:
-        return Grid.tapered(sde, steps)
-    return (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, steps)
+        grid = Grid.tapered(sde, steps)
+    else:
+        grid = (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, steps)
+    return grid if solver.clock_power is None or not solver.keep_path else grid.rounded(sde)
 
 
 def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

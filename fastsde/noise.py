@@ -222,6 +222,9 @@ class BrownianPath(Noise):
             The values, with shape (B, *event).
         """
         weight, position, purpose = self._basis(self._position(t))
+        if index.is_cpu:  # a device would have to be waited for
+            used = weight.any(0)
+            weight, position, purpose = weight[:, used], position[:, used], purpose[used]
         w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
         chunk = _CHUNK if index.is_cpu else _CHUNK_ON_DEVICE
         levels = max(1, chunk // max(1, len(index) * self.size))

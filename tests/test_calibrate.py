@@ -97,6 +97,14 @@ def test_the_first_step_is_longer_only_in_pure_noise():
     assert Grid.tapered(VP, 1).times.tolist() == [VP.t_max, VP.t_min]
 
 
+def test_grids_are_rounded_for_the_path_of_noise_alone():
+    tapered = Grid.tapered(VP, 24)
+    for eta, expected in ((0.0, tapered), (1.0, tapered.rounded(VP))):
+        r = fastsde.sample(gaussian(2), n=1, nfe=25, solver=ExponentialPC(eta=eta), trajectory=True)
+        assert torch.equal(r.trajectory[0].t, expected.times)
+    assert not torch.equal(tapered.times, tapered.rounded(VP).times)
+
+
 @pytest.mark.parametrize("first", [0.0, float("nan"), 11.0])
 def test_a_first_step_of_no_length_is_refused(first):
     with pytest.raises(ValueError, match="first must be in"):

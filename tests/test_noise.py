@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import vector
+from oracles import SDES, vector
 from scipy import stats
 
+import fastsde.noise as noise_module
+from fastsde import Grid
 from fastsde.noise import RESOLUTION, BrownianPath, FreshNoise, StepNoise, philox4x32
 
 T_MIN, T_MAX = 1e-3, 2.0
@@ -271,6 +273,35 @@ def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals(
     assert torch.equal(
         StepNoise(w, index, index, index, top, top, carry).z, torch.zeros(3, *EVENT, dtype=torch.float64)
     )
+
+
+@pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
+@pytest.mark.parametrize("steps", [1, 7, 24, 1000])
+def test_a_rounded_grid_takes_few_normals_for_the_same_path(sde, steps, monkeypatch):
+    base = Grid.tapered(sde, steps)
+    grid = base.rounded(sde)
+    moved = sde.log_snr(grid.times) - sde.log_snr(base.times)
+    assert grid.ends == base.ends
+    span = sde.log_snr(vector(sde.t_min)) - sde.log_snr(vector(sde.t_max))
+    # Up to a rounding of times, which the log-SNR near the ends of some processes magnifies.
+    assert (moved.abs() <= span / steps / 32 * (1 + 1e-6)).all()
+
+    drawn, normals = [], noise_module._normals
+
+    def counted(seed, index, position, purpose, size, dtype):
+        drawn.append(len(purpose))
+        return normals(seed, index, position, purpose, size, dtype)
+
+    monkeypatch.setattr(noise_module, "_normals", counted)
+    w = BrownianPath(2, EVENT, torch.float64, t_min=sde.t_min, t_max=sde.t_max, log_snr=sde.log_snr, power=2.0)
+    for t in grid.times[:: max(1, steps // 24)]:
+        drawn.clear()
+        alone = w(torch.tensor([9]), t[None])
+        assert sum(drawn) <= 5 + math.ceil(math.log2(steps))  # of 18
+        # A row on no border of a cell has all of them drawn for every row.
+        unaligned = sde.t_of_log_snr(sde.log_snr(vector(sde.t_max)) + span / math.pi)
+        assert torch.equal(w(torch.tensor([9, 9]), torch.cat([t[None], unaligned]))[:1], alone)
+        assert sum(drawn) >= 18
 
 
 def test_noise_is_drawn_only_when_asked_for():
