@@ -284,14 +284,14 @@ def run(
         progress=progress,
         callback=callback,
         lag=1 if device.type == "cuda" else 0,
-        plan=_plan(solver, sde, controller, device),
+        plan=_plan(solver, sde, controller, device, dtype),
         recorder=recorder,
     )
     with torch.no_grad(), evaluation_mode(model.network):
         return Engine(job).run()
 
 
-def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device) -> Carry:
+def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device, dtype: torch.dtype) -> Carry:
     """What the solver can work out for a grid, or several, if they alone say where steps go."""
     if not isinstance(controller, (Grid, AdaptiveGrid)):
         return {}
@@ -302,7 +302,11 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
     with torch.no_grad():
         # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
         plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in grids]
-    return {key: torch.cat([plan[key] for plan in plans]).to(device) for key in plans[0]}
+    # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
+    plan = {key: torch.cat([*(plan[key] for plan in plans), plans[-1][key][-1:]]) for key in plans[0]}
+    # Rounded here, where it is used in the state's precision, rather than once a step.
+    kept = torch.promote_types(dtype, torch.float32)
+    return {key: row.to(device, kept if row.is_floating_point() else row.dtype) for key, row in plan.items()}
 
 
 def _noise(

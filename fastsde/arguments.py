@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -48,13 +47,23 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
     else:
         model = ScoreModel(score_fn, sde)
     if isinstance(model.network, nn.Module):
-        for name, parameter in model.network.named_parameters():
-            held = parameter.is_floating_point() and not parameter.is_meta  # offloaded weights are elsewhere
-            # A sum is many times faster than asking each weight, but may overflow, and 8-bit floats have none.
-            quick = held and torch.finfo(parameter.dtype).bits > 8 and math.isfinite(parameter.sum().item())
-            if held and not quick and not torch.isfinite(parameter).all():
-                raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+        _check_weights(model.network)
     return model
+
+
+@torch.no_grad()
+def _check_weights(network: nn.Module) -> None:
+    # Offloaded weights are elsewhere.
+    held = {k: p for k, p in network.named_parameters() if p.is_floating_point() and not p.is_meta}
+    # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
+    sums: dict[torch.device, list[Tensor]] = {}
+    for p in held.values():
+        sums.setdefault(p.device, []).append((p.float() if torch.finfo(p.dtype).bits == 8 else p).sum())
+    if all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
+        return
+    for name, p in held.items():
+        if not torch.isfinite(p).all():
+            raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
 
 
 def resolve_shape(

@@ -41,7 +41,7 @@ def row_norm(x: State, *, q: float = 2.0) -> Coef:
     if flat.dtype in (torch.float16, torch.bfloat16):
         flat = flat.float()  # squares overflow in half precision
     if q == 2.0:
-        return flat.square().mean(dim=1, dtype=torch.float64).sqrt()
+        return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) / math.sqrt(flat.shape[1])
     return flat.abs().amax(dim=1).double()
 
 

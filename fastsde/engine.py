@@ -51,6 +51,7 @@ class Engine:
         self.denoising_call = job.denoise and not job.solver.keeps_x_0
         # Above this many calls of a sample there are not enough left for a step and the denoising.
         self.most_nfe = job.max_nfe - job.model.calls * (job.solver.calls_per_step + self.denoising_call)
+        self.turn, self.most_a_turn = 0, job.model.calls * job.solver.calls_per_step
         self.nfe_finished = 0
         self.finished = 0
 
@@ -87,21 +88,19 @@ class Engine:
 
     def _loop(self, bar: tqdm) -> None:
         """Turns until every sample has ended."""
-        turn = 0
         self.rows = self._fresh_rows(list(islice(self.queue, self.job.batch_size)))
         self.live = len(self.rows["row"]["slot"])
         while self.live:
             done = self.flags.read(self._turn())
-            turn += 1
             if done:
                 self._retire()
             # Every turn, so that the bar is alive before the first sample ends.
             if not bar.disable:
                 mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
-                bar.set_postfix(mean_nfe=mean_nfe, turn=turn, refresh=False)
+                bar.set_postfix(mean_nfe=mean_nfe, turn=self.turn, refresh=False)
                 bar.update(self.finished - bar.n)
             if self.job.callback is not None:
-                self.job.callback(self._state(turn))
+                self.job.callback(self._state())
 
     def _fresh_rows(self, places: list[int]) -> dict[str, Carry]:
         """Rows of the samples at the given places of the queue."""
@@ -131,14 +130,16 @@ class Engine:
         """One attempted step of every row; returns which rows have ended or start again, with shape (B,)."""
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.t_end
+        self.turn += 1
+        enough = self.turn * self.most_a_turn <= self.most_nfe  # calls for every row, whatever it spent
         x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
         moving = active & (position > 0) if job.solver.warm_up else active
         s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
         if job.lag:
             self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
-        model = BoundModel(job.model, rows["cond"], active)
-        place = job.controller.plan_row(position * active, rows["control"])
+        model = BoundModel(job.model, rows["cond"], active, row["nfe"])
+        place = job.controller.plan_row(position, rows["control"])
         carry = rows["solver"] | select_rows(place, job.plan)
         step = job.solver.step(model, job.sde, x, t, s, noise, carry)
         decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
@@ -147,24 +148,27 @@ class Engine:
         accept = active & finite
         if decision.accept is not None:
             accept = accept & (decision.accept | ~moving)
-        # The host sees at once that every row moves on, and saves the copies; a device would have to be waited for.
-        mask = None if accept.is_cpu and bool(accept.all()) else accept
+        # Where nobody stays behind, copies are saved. The host sees that at once; a device would have to be waited for.
+        # But on a grid, with calls enough, whoever ends without a failure leaves in the same turn.
+        on_grid = decision.accept is None and decision.failure is None
+        mask = None if (bool(accept.all()) if accept.is_cpu else on_grid and enough) else accept
         row |= where_rows(mask, {"x": step.x, "t": s}, {"x": x, "t": t})
         rows["solver"] = where_rows(mask, step.carry, rows["solver"])
         rows["noise"] = where_rows(mask, noise.carry, rows["noise"])
         rows["control"] = where_rows(moving, decision.carry, rows["control"])
-        row["nfe"] = row["nfe"] + model.nfe
+        row["nfe"] = model.nfe
         row["attempt"] = row["attempt"] + moving
         row["position"] = position + accept
 
-        status = row["status"].masked_fill(row["nfe"] > self.most_nfe, int(Status.MAX_NFE))
+        status = row["status"]
+        if not enough:
+            status = status.masked_fill(active & (row["nfe"] > self.most_nfe), int(Status.MAX_NFE))
         if decision.failure is not None:
             status = torch.where(moving & (decision.failure != Status.PENDING), decision.failure, status)
         if decision.restart is not None:
             status = status.masked_fill(moving & decision.restart & (status == Status.PENDING), _AGAIN)
         status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
-        status = status.masked_fill(~finite, int(Status.NON_FINITE))
-        row["status"] = torch.where(active, status, row["status"])
+        row["status"] = status.masked_fill(active > finite, int(Status.NON_FINITE))
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
         done = row["status"] > Status.PENDING
@@ -257,9 +261,9 @@ class Engine:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             lost = row["status"] == Status.NON_FINITE
             if denoise and self.denoising_call:
-                model = BoundModel(self.job.model, cond, ~lost)
+                model = BoundModel(self.job.model, cond, ~lost, row["nfe"])
                 row["x"] = model(row["x"], row["t"]).x_0
-                row["nfe"] = row["nfe"] + model.nfe
+                row["nfe"] = model.nfe
             elif self.denoising_call:
                 raw = row["status"] == Status.SUCCESS
                 row["status"] = row["status"].masked_fill(raw, int(Status.NOT_DENOISED))
@@ -269,9 +273,9 @@ class Engine:
             write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
             self.pool.pop(0)  # only now, so that a call that fails or is interrupted loses no finished sample
 
-    def _state(self, turn: int) -> EngineState:
+    def _state(self) -> EngineState:
         row = self.rows["row"]
-        return EngineState(turn, self.finished, *(row[key].clone() for key in ("index", "x", "t", "nfe")))
+        return EngineState(self.turn, self.finished, *(row[key].clone() for key in ("index", "x", "t", "nfe")))
 
     def _result(self, start: float) -> SampleResult:
         out, job = self.out, self.job

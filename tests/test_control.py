@@ -206,13 +206,13 @@ def test_karras_grid_is_that_of_the_paper():
 def test_rows_of_a_grid_walk_it_each_at_its_own_place():
     grid = Grid([1.0, 0.7, 0.4, 0.1])
     t = vector(1.0, 0.4)
-    carry = {"k": torch.tensor([0, 2])}
+    carry = {"next": torch.tensor([1, 3])}
     s = grid.target(t, 0.1, carry)
     assert s.tolist() == [0.7, 0.1]
     decision = grid.update(t, s, 0.1, None, None, carry)
     assert decision.accept is decision.failure is None  # every row takes it and goes on
-    assert decision.carry["k"].tolist() == [1, 3]
-    assert grid.init(t, 0.1)["k"].tolist() == [0, 0]
+    assert decision.carry["next"].tolist() == [2, 4]
+    assert grid.init(t, 0.1)["next"].tolist() == [1, 1]
 
 
 def test_a_step_of_few_units_shrinks_when_asked_to():

@@ -114,14 +114,14 @@ class AdaptiveGrid(Controller):
 
     def init(self, t: Time, t_end: float) -> Carry:
         zero = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
-        return {"grid": zero, "first": zero, "k": zero}
+        return {"grid": zero, "first": zero, "next": zero + 1}
 
     def plan_row(self, position: Index, carry: Carry) -> Index:
         return carry["first"] + position
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
         times = self._on(t.device)[0]
-        return times[(carry["first"] + carry["k"] + 1).clamp(max=len(times) - 1)]
+        return times.take(carry["next"].clamp(max=len(times) - 1))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
@@ -131,9 +131,10 @@ class AdaptiveGrid(Controller):
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
         finite = torch.isfinite(scaled)
         _, judged, first = self._on(t.device)
-        row = (carry["first"] + carry["k"] + 1).clamp(max=len(judged) - 1)
-        restart = (scaled > self.limit) & finite & judged[row] & (carry["grid"] < len(self.grids) - 1)
+        asked = judged.take(carry["next"].clamp(max=len(judged) - 1))
+        restart = (scaled > self.limit) & finite & asked & (carry["grid"] < len(self.grids) - 1)
         grid = carry["grid"] + restart
-        after = {"grid": grid, "first": first[grid], "k": (carry["k"] + 1) * ~restart}
+        begin = first.take(grid)
+        after = {"grid": grid, "first": begin, "next": torch.where(restart, begin, carry["next"]) + 1}
         failure = torch.full(t.shape, int(Status.NON_FINITE), device=t.device).masked_fill(finite, int(Status.PENDING))
         return Decision(finite & ~restart, after, failure, restart)

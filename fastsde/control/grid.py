@@ -134,8 +134,8 @@ class Grid(Controller):
     def rounded(self, clock: Clock) -> Grid:
         """The same grid with times moved to where few normals make up the value of a `BrownianPath` in the log-SNR.
 
-        Those are the borders of its cells: multiples of 2^-k of the range of the log-SNR, with k = 4 + ceil(log2 steps),
-        at most a 32nd of the mean step away. `clock` is the SDE.
+        Those are the borders of its cells: multiples of 2^-k of the range of the log-SNR, k = 4 + ceil(log2 steps), at
+        most a 32nd of the mean step away. `clock` is the SDE.
         """
         start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
         cells = 16 * 2.0 ** math.ceil(math.log2(self.steps))
@@ -164,7 +164,7 @@ class Grid(Controller):
         return Grid(-self.times.flip(0))
 
     def init(self, t: Time, t_end: float) -> Carry:
-        return {"k": torch.zeros(t.shape, dtype=torch.int64, device=t.device)}
+        return {"next": torch.ones(t.shape, dtype=torch.int64, device=t.device)}
 
     def times_on(self, device: torch.device) -> Tensor:
         """The times, on the device, where they then stay."""
@@ -173,12 +173,12 @@ class Grid(Controller):
         return self.times
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        return self.times_on(t.device)[(carry["k"] + 1).clamp(max=self.steps)]
+        return self.times_on(t.device).take(carry["next"].clamp(max=self.steps))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
-        return Decision(None, {"k": carry["k"] + 1})
+        return Decision(None, {"next": carry["next"] + 1})
 
     def __repr__(self) -> str:
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"

@@ -14,6 +14,7 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from fastsde.arguments import own_grid
 from fastsde.batching import expand_like
 from fastsde.control import Grid
 from fastsde.diffusers.networks import DiffusersModel, clipped
@@ -30,8 +31,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     r"""`ExponentialPC` on a fixed grid, for `pipe.scheduler = FastSDEScheduler.from_config(pipe.scheduler.config)`.
 
     N inference steps are N network calls: the first gives the first prediction D, each further one predicts and
-    corrects, and the last D is the denoised sample. Timesteps are those of `Grid.tapered`, fractional; the network gets
-    what `ExponentialPC` gets in `sample`, so both give the same image from the same start (adaptive steps need
+    corrects, and the last D is the denoised sample. Timesteps are those of `sample(nfe=N)`, fractional; the network
+    gets what `ExponentialPC` gets there, so both give the same image from the same start (adaptive steps need
     `sample_pipeline`, because a pipeline's loop takes no rejection). Half-precision states are kept in float32 between
     steps; an edit of the state between two steps, as inpainting pipelines do, carries over.
 
@@ -171,7 +172,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         elif num_inference_steps == 1:
             times = torch.tensor([self.sde.t_max], dtype=torch.float64)
         else:
-            times = Grid.tapered(self.sde, int(num_inference_steps or 0) - 1).times
+            times = own_grid(self.sde, self.solver, int(num_inference_steps or 0) - 1).times
         if len(times) == 0 or not torch.isfinite(times).all() or not (times.diff() < 0).all():
             raise ValueError(
                 f"timesteps and sigmas must be finite and decrease; got {sigmas if timesteps is None else timesteps}."

@@ -275,11 +275,12 @@ class BoundModel:
         model: the score model.
         cond: conditioning of these rows, each tensor with leading axis B.
         active: rows whose calls count; a row that has already finished costs its sample nothing.
+        nfe: calls so far, with shape (B,); none by default.
     """
 
-    def __init__(self, model: ScoreModel, cond: Cond, active: Mask) -> None:
+    def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
         self.model, self.cond, self.active = model, cond, active
-        self.nfe: Index | int = 0
+        self.nfe = torch.zeros_like(active, dtype=torch.int64) if nfe is None else nfe
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""

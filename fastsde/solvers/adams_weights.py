@@ -102,9 +102,9 @@ def revised(before: State, after: State, rows: Mask | None) -> State:
     """
     if rows is None or (rows.is_cpu and not bool(rows.any())):  # a device would have to be waited for
         return before
-    was, now = (row_norm(value) ** 2 for value in (before, after))
-    share = (was / now.clamp(min=1e-30) - 1).clamp(0, 1)
-    return torch.where(expand_like(rows, before), torch.lerp(before, after, expand_like(share, before)), before)
+    was, now = row_norm(before), row_norm(after)
+    share = ((was / now.clamp(min=1e-15)).square() - 1).clamp(0, 1) * rows
+    return torch.lerp(before, after, expand_like(share, before))
 
 
 def add_weighted(base: State, weights: Tensor, values: Sequence[State]) -> State:
