@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -256,12 +257,12 @@ def run(
     t_start, t_end = sign * t_start, sign * t_end
     recorder, controller = _recorder(trajectory, saved_by, controller, count, t_start, t_end, sign)
     each = model.calls * solver.calls_per_step
-    walks = controller.walks if isinstance(controller, AdaptiveGrid) else ()
-    steps = [controller.steps] if isinstance(controller, Grid) else [walk.steps for walk in walks]
-    enough = max(10_000, sum(least + (k - 1) * each for k in steps))
-    max_nfe = enough if max_nfe is None else check_count("max_nfe", max_nfe, least)
+    walks = controller.walks if isinstance(controller, (Grid, AdaptiveGrid)) else ()
+    paid = list(itertools.accumulate(least + (walk.steps - 1) * each for walk in walks))  # at the end of each walk
+    max_nfe = max([10_000, *paid]) if max_nfe is None else check_count("max_nfe", max_nfe, least)
     if isinstance(controller, AdaptiveGrid):
-        controller = controller.affordable(max_nfe, each, least - each)
+        affordable = max(1, sum(calls <= max_nfe for calls in paid))
+        controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
     noise = _noise(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
@@ -298,10 +299,9 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
     known, kind = AdaptiveGrid if isinstance(controller, AdaptiveGrid) else Grid, type(controller)
     if (kind.target, kind.update) != (known.target, known.update):
         return {}
-    grids = controller.walks if isinstance(controller, AdaptiveGrid) else (controller,)
     with torch.no_grad():
         # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
-        plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in grids]
+        plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in controller.walks]
     # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
     plan = {key: torch.cat([*(plan[key] for plan in plans), plans[-1][key][-1:]]) for key in plans[0]}
     # Rounded here, where it is used in the state's precision, rather than once a step.

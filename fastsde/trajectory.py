@@ -50,12 +50,12 @@ class Recorder:
         """What was kept of each sample, in the order of the result."""
         if not self._kept:
             return [Trajectory(torch.empty(0, dtype=torch.float64), torch.empty(0)) for _ in range(self.n)]
-        valid = [self._since[slot] <= part for part, (slot, _, _) in enumerate(self._kept)]
-        kept = [[a[rows] for a in part] for part, rows in zip(self._kept, valid, strict=True)]
-        slot, t, x = (torch.cat(parts) for parts in zip(*kept, strict=True))
+        slot, t, x = (torch.cat(parts) for parts in zip(*self._kept, strict=True))
+        part = torch.arange(len(self._kept)).repeat_interleave(torch.tensor([len(kept[0]) for kept in self._kept]))
         # A stable sort keeps the order of time within a sample: a row only ever moves on.
         order = slot.sort(stable=True).indices
-        counts = torch.bincount(slot, minlength=self.n).tolist()
+        order = order[part[order] >= self._since[slot[order]]]
+        counts = torch.bincount(slot[order], minlength=self.n).tolist()
         return [
             Trajectory(self.sign * times, states)
             for times, states in zip(t[order].split(counts), x[order].split(counts), strict=True)

@@ -73,17 +73,6 @@ class AdaptiveGrid(Controller):
         grids = tuple(grid.reversed() for grid in self.grids)
         return dataclasses.replace(self, grids=grids, stops=tuple(-t for t in self.stops))
 
-    def affordable(self, nfe: int, calls_per_step: int, extra: int) -> AdaptiveGrid:
-        """The same with as many grids as `nfe` calls pay for one after another, but at least the first.
-
-        Args:
-            nfe: most calls of a sample.
-            calls_per_step: network calls of a step.
-            extra: further calls of a walk.
-        """
-        costs = itertools.accumulate(walk.steps * calls_per_step + extra for walk in self.walks)
-        return dataclasses.replace(self, grids=self.grids[: max(1, sum(cost <= nfe for cost in costs))])
-
     @functools.cached_property
     def walks(self) -> tuple[Grid, ...]:
         """The grids, with the stops in them: in place of a time that is as good as the same."""

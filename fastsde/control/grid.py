@@ -143,6 +143,11 @@ class Grid(Controller):
         return self._pinned(clock.t_of_log_snr(start + share * (end - start)), clock)
 
     @property
+    def walks(self) -> tuple[Grid, ...]:
+        """Itself: the grids that a sample may walk, one after another."""
+        return (self,)
+
+    @property
     def ends(self) -> tuple[float, float]:
         """The first and the last time."""
         return float(self.times[0]), float(self.times[-1])
