@@ -262,7 +262,8 @@ def run(
     max_nfe = max([10_000, *paid]) if max_nfe is None else check_count("max_nfe", max_nfe, least)
     if isinstance(controller, AdaptiveGrid):
         affordable = max(1, sum(calls <= max_nfe for calls in paid))
-        controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
+        if affordable < len(walks):
+            controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
     noise = _noise(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
@@ -304,7 +305,7 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
         plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in controller.walks]
     # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
     plan = {key: torch.cat([*(plan[key] for plan in plans), plans[-1][key][-1:]]) for key in plans[0]}
-    # Rounded here, where it is used in the state's precision, rather than once a step.
+    # Rounded here, because it is used beside states, rather than once a step.
     kept = torch.promote_types(dtype, torch.float32)
     return {key: row.to(device, kept if row.is_floating_point() else row.dtype) for key, row in plan.items()}
 

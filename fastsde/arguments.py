@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from numbers import Integral
@@ -53,16 +54,19 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
 
 @torch.no_grad()
 def _check_weights(network: nn.Module) -> None:
+    def wide(p: Tensor) -> Tensor:
+        return p.float() if torch.finfo(p.dtype).bits == 8 else p  # such floats have no arithmetic
+
     # Offloaded weights are elsewhere.
     held = {k: p for k, p in network.named_parameters() if p.is_floating_point() and not p.is_meta}
     # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
     sums: dict[torch.device, list[Tensor]] = {}
     for p in held.values():
-        sums.setdefault(p.device, []).append((p.float() if torch.finfo(p.dtype).bits == 8 else p).sum())
+        sums.setdefault(p.device, []).append(wide(p).sum())
     if all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
         return
     for name, p in held.items():
-        if not torch.isfinite(p).all():
+        if not torch.isfinite(wide(p)).all():
             raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
 
 
@@ -239,7 +243,22 @@ def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
         grid = Grid.tapered(sde, steps)
     else:
         grid = (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, steps)
-    return grid if solver.clock_power is None or not solver.keep_path else grid.rounded(sde)
+    return grid if solver.clock_power is None or not solver.keep_path else _on_cells(grid, sde)
+
+
+def _on_cells(grid: Grid, sde: SDE) -> Grid:
+    """A grid from end to end with its times on borders of the cells of a `BrownianPath` in the log-SNR.
+
+    There its value takes few normals. A border is a multiple of 2^-k of the range of the log-SNR; with
+    k = 4 + ceil(log2 steps) one is a 32nd of the mean step away at most, so that times stay apart where no step is
+    shorter than half of that mean.
+    """
+    start, end = sde.log_snr(grid.times[[0, -1]]).tolist()
+    cells = 16 * 2.0 ** math.ceil(math.log2(grid.steps))
+    share = ((sde.log_snr(grid.times) - start) / (end - start) * cells).round() / cells
+    times = sde.t_of_log_snr(start + share * (end - start))
+    times[0], times[-1] = grid.ends
+    return Grid(times)
 
 
 def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

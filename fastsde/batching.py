@@ -38,8 +38,6 @@ def row_norm(x: State, *, q: float = 2.0) -> Coef:
         The norms in float64, with shape (B,).
     """
     flat = x.reshape(x.shape[0], -1)
-    if flat.dtype in (torch.float16, torch.bfloat16):
-        flat = flat.float()  # squares overflow in half precision
     if q == 2.0:
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) / math.sqrt(flat.shape[1])
     return flat.abs().amax(dim=1).double()

@@ -148,10 +148,8 @@ class Engine:
         accept = active & finite
         if decision.accept is not None:
             accept = accept & (decision.accept | ~moving)
-        # Where nobody stays behind, copies are saved. The host sees that at once; a device would have to be waited for.
-        # But on a grid, with calls enough, whoever ends without a failure leaves in the same turn.
-        on_grid = decision.accept is None and decision.failure is None
-        mask = None if (bool(accept.all()) if accept.is_cpu else on_grid and enough) else accept
+        # The host sees at once that every row moves on, and saves the copies; a device would have to be waited for.
+        mask = None if accept.is_cpu and bool(accept.all()) else accept
         row |= where_rows(mask, {"x": step.x, "t": s}, {"x": x, "t": t})
         rows["solver"] = where_rows(mask, step.carry, rows["solver"])
         rows["noise"] = where_rows(mask, noise.carry, rows["noise"])

@@ -49,7 +49,7 @@ class Job:
         x_init: start states with shape (n, *event), or None to draw them from the prior.
         lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
         plan: what the solver has worked out for the steps of a grid (`Solver.plan`), with leading axis N + 1, or of
-            several, one after another.
+            several, one after another; and one row more, for rows that have ended.
         recorder: keeps the states on the way, if anyone wants them.
     """
 

@@ -225,13 +225,15 @@ class BrownianPath(Noise):
         if index.is_cpu:  # a device would have to be waited for
             used = weight.any(0)
             weight, position, purpose = weight[:, used], position[:, used], purpose[used]
-        w = torch.zeros(len(index), 1, self.size, dtype=self.dtype, device=index.device)
+        w = torch.zeros(len(index), self.size, dtype=self.dtype, device=index.device)
         chunk = _CHUNK if index.is_cpu else _CHUNK_ON_DEVICE
         levels = max(1, chunk // max(1, len(index) * self.size))
-        parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype)[:, None], position, purpose)), strict=True)
+        parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype), position, purpose)), strict=True)
         for part_weight, part_position, part_purpose in parts:
             z = _normals(self.seed, index, part_position, part_purpose, self.size, self.dtype)
-            w.baddbmm_(part_weight, z)
+            # One after another: a matrix product would round by how many there are, which depends on the batch.
+            for k in range(z.shape[1]):
+                w.addcmul_(part_weight[:, k, None], z[:, k])
         return w.reshape(len(index), *self.event_shape)
 
     def _basis(self, u: Time) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stubs import never
 
 import fastsde
 from fastsde import pretrained as load
@@ -134,6 +135,16 @@ def test_finite_weights_pass_that_overflow_as_a_sum_or_have_none(dtype):
     network.weight = torch.nn.Parameter(torch.full((100,), 5e4).to(dtype), requires_grad=False)
     network.forward = lambda x, t: torch.zeros_like(x)
     assert fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5, seed=1).success.all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_a_single_nan_is_found_in_any_dtype(dtype):
+    network = torch.nn.Module()
+    network.fine = torch.nn.Parameter(torch.full((100,), 5e4).half(), requires_grad=False)  # a sum that overflows
+    network.weight = torch.nn.Parameter(torch.tensor([1.0, torch.nan]).to(dtype), requires_grad=False)
+    network.forward = never
+    with pytest.raises(ValueError, match=r"weights are not finite: weight holds NaN"):
+        fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
 
 
 def test_nan_weights_are_refused_before_sampling(folder):

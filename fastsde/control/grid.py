@@ -131,17 +131,6 @@ class Grid(Controller):
         times[0], times[-1] = clock.t_max, clock.t_min
         return cls(times)
 
-    def rounded(self, clock: Clock) -> Grid:
-        """The same grid with times moved to where few normals make up the value of a `BrownianPath` in the log-SNR.
-
-        Those are the borders of its cells: multiples of 2^-k of the range of the log-SNR, k = 4 + ceil(log2 steps), at
-        most a 32nd of the mean step away. `clock` is the SDE.
-        """
-        start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
-        cells = 16 * 2.0 ** math.ceil(math.log2(self.steps))
-        share = ((clock.log_snr(self.times.cpu()) - start) / (end - start) * cells).round() / cells
-        return self._pinned(clock.t_of_log_snr(start + share * (end - start)), clock)
-
     @property
     def walks(self) -> tuple[Grid, ...]:
         """Itself: the grids that a sample may walk, one after another."""

@@ -37,7 +37,7 @@ class ExponentialAdams(AdamsCoefficients):
         steps: number of steps, uniform in log-SNR; or give `controller=Grid(...)` to `sample`.
         eta: 0 for the probability flow, 1 for the reverse-time SDE, up to 5; or an elementwise function of the rho
             where steps start, one or many. Noise of a constant eta comes from a Brownian path in the clock
-            rho^(-2 eta^2).
+            rho^(-2 eta^2), and steps end on borders of its cells, a 32nd of the mean step away at most.
     """
 
     calls_per_step = 1
