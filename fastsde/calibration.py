@@ -26,6 +26,8 @@ PILOT = 6
 """Pilot samples: with two runs' worth for the reference and four candidates, 36 runs, 1.8 % of a job of 2,000."""
 _LEAN = 0.6
 """How far a candidate leans towards the density that the pilot measures."""
+_TO_KARRAS = 0.25
+"""How far another leans towards `Grid.karras`, which a trained network likes (docs/solver.md)."""
 _MARGIN = 0.8
 """A candidate must beat the default by this factor: six samples cannot tell smaller differences."""
 _BLUR = 0.4
@@ -111,8 +113,8 @@ def calibrate(
         r = fastsde.sample(model, n=50_000, controller=schedule)
 
     `pilot` samples are drawn along the probability flow with twice the calls, as reference, and with each candidate:
-    `Grid.tapered` (what `sample(nfe=...)` walks), the same with a first step like the others, `Grid.log_snr`, and one
-    that leans towards the density (rms of d^3 D / dlam^3)^(1/4), at which all steps have equal errors of third order.
+    `Grid.tapered` (what `sample(nfe=...)` walks), `Grid.log_snr`, that moved a quarter of the way to `Grid.karras`, and
+    one that leans towards the density (rms of d^3 D / dlam^3)^(1/4), with which all steps have equal errors of order 3.
     With X a reference sample less their mean and E the candidate's error,
 
         gain = median <E, X> / <X, X>,    error = median |E|^2 / mean |X|^2,    score = gain^2 + error / 10
@@ -188,6 +190,13 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def to_karras(sde: SDE, steps: int) -> Grid:
+    """Equal steps in log-SNR, each time moved a quarter of the way to that of `Grid.karras`."""
+    equal, karras = Grid.log_snr(sde, steps).times, Grid.karras(sde, steps).times
+    inner = torch.lerp(sde.log_snr(equal[1:-1]), sde.log_snr(karras[1:-1]), _TO_KARRAS)
+    return Grid(torch.cat([equal[:1], sde.t_of_log_snr(inner), equal[-1:]]))
+
+
 class _Watched(Wrapper):
     """The same model, keeping every prediction of the denoised sample."""
 
@@ -230,11 +239,9 @@ class _Pilot:
         candidates = {
             "tapered": Grid.tapered(self.sde, steps),
             "log-SNR": Grid.log_snr(self.sde, steps),
-            "short start": Grid.tapered(self.sde, steps, first=1.0),
+            "to Karras": to_karras(self.sde, steps),
             "measured": self._leaning(fine, torch.stack(watched.seen), steps),
         }
-        if torch.equal(candidates["short start"].times, candidates["tapered"].times):
-            del candidates["short start"]
         scores = {name: _score(self.run(grid), reference) for name, grid in candidates.items()}
         chosen = min(scores, key=lambda name: scores[name]["score"])
         if scores[chosen]["score"] > _MARGIN * scores["tapered"]["score"]:

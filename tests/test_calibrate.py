@@ -22,6 +22,7 @@ from fastsde import (
     UniPC,
     calibrate,
 )
+from fastsde.calibration import to_karras
 from fastsde.score import GaussianScore
 
 VP = VPSDE()
@@ -154,6 +155,12 @@ def test_a_grid_made_for_the_model_can_be_better():
     schedule = calibrate(model, nfe=15)
     assert schedule.record["chosen"] == "measured"
     assert error(model, schedule) < 0.8 * error(model, Grid.tapered(VP, 14))  # measured 0.45
+
+
+def test_one_candidate_is_a_quarter_of_the_way_to_karras():
+    equal, between, karras = (VP.log_snr(grid(VP, 9).times) for grid in (Grid.log_snr, to_karras, Grid.karras))
+    torch.testing.assert_close(between, equal + (karras - equal) / 4, rtol=0, atol=1e-9)
+    assert "to Karras" in calibrate(gaussian(), nfe=10).record["candidates"]
 
 
 def test_the_cost_is_what_the_network_saw_and_below_two_percent_of_a_job():
