@@ -54,6 +54,8 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
 
 @torch.no_grad()
 def _check_weights(network: nn.Module) -> None:
+    """Refuses, with a ValueError that names the first, weights that hold NaN or infinity."""
+
     def wide(p: Tensor) -> Tensor:
         return p.float() if torch.finfo(p.dtype).bits == 8 else p  # such floats have no arithmetic
 

@@ -509,3 +509,18 @@ def test_a_device_that_runs_behind_its_host_gives_the_same_samples(device, eta):
             assert torch.equal(getattr(there, name).cpu(), getattr(here, name))
         # Normals round differently on devices, by 1e-6; the flow to either end draws differences together.
         torch.testing.assert_close(there.samples.cpu(), here.samples, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("lag", [0, 1])
+def test_what_becomes_of_an_empty_slot_is_nobodys_failure(lag):
+    # One of sixteen ends first; the batch keeps its slot until two are empty, and the network fails at the last time.
+    def network(x, t):
+        return torch.where(t[:, None] <= CLOCK.t_min, torch.nan, torch.zeros_like(x))
+
+    def patience(state):
+        assert state.turn < 20  # a sample that ends twice leaves the loop without an end
+
+    sizes = [[8.0], *[[1.0]] * 15]
+    result = run(16, StubController(sizes), network=network, denoise=False, lag=lag, callback=patience)
+    assert result.counts() == {"SUCCESS": 16}
+    assert result.nfe.tolist() == [1, *[8] * 15]
