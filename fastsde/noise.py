@@ -29,36 +29,41 @@ RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
+_PARTS = 8
+"""Cells of a path, a power of two, whose ends travel with a sample. With more, each would be left too soon."""
 _CHUNK, _CHUNK_ON_DEVICE = 1 << 19, 1 << 22
 """Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The Philox4x32 bijection on 32-bit words held in int64 tensors.
+    """The Philox4x32-10 bijection on 32-bit words held in int64 tensors.
 
     Args:
         counter: four words in [0, 2^32), of broadcastable shapes.
         key: two words in [0, 2^32).
-        rounds: 10 for Philox4x32-10.
 
     Returns:
         Four words in [0, 2^32), of the broadcast shape.
     """
-    # In six buffers of full size: fresh memory would cost as much as the arithmetic.
     shape = torch.broadcast_shapes(*(word.shape for word in counter))
-    c0, c1, c2, c3 = (word.expand(shape).clone(memory_format=torch.contiguous_format) for word in counter)
-    p0, p1 = torch.empty_like(c0), torch.empty_like(c2)
-    k0, k1 = key
-    for _ in range(rounds):
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for turn in range(10):
         # The products wrap around in int64, which leaves their bits, all we use, as they are in uint64.
-        torch.mul(c0, 0xD2511F53, out=p0)
-        torch.mul(c2, 0xCD9E8D57, out=p1)
-        torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
-        torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
-        # Their low words are the new c1 and c3; the high ones are masked off above, and at the end.
+        if turn < 2:  # cheap while words have fewer elements than all of them together
+            p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+            c0, c2 = (p1 >> 32 ^ c1 ^ k0) & _WORD, (p0 >> 32 ^ c3 ^ k1) & _WORD
+        else:
+            torch.mul(c0, 0xD2511F53, out=p0)
+            torch.mul(c2, 0xCD9E8D57, out=p1)
+            torch.bitwise_right_shift(p1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
+            torch.bitwise_right_shift(p0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
+        # The low words are the new c1 and c3; the high ones are masked off above, and at the end.
         c1, c3, p0, p1 = p1, p0, c3, c1
+        if turn == 1:  # from here on in six buffers: fresh memory would cost as much as the arithmetic
+            c0, c1, c2, c3 = (word.expand(shape).contiguous() for word in (c0, c1, c2, c3))
+            p0, p1 = torch.empty_like(c0), torch.empty_like(c0)
         k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
     return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
@@ -159,7 +164,9 @@ class BrownianPath(Noise):
     exactly Brownian. Two times inside one cell, closer than 2^-depth of the range, would see too much noise: that is
     `RESOLUTION`, below which the adaptive controller does not step.
 
-    Nothing is stored but the value at the last accepted time, so a rejected step sees the path again, and runs at other
+    With a sample travel the value at its last accepted time and, on the CPU, those at the ends of the eighth of the
+    range that holds it: between them the root and the first three levels are linear in T(u), so they are drawn once for
+    each end. All are functions of (seed, sample, time), so a rejected step sees the path again, and runs at other
     tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
 
     By default u runs with t and T(u) = u, for increments of variance t - s. A solver that integrates the linear part of
@@ -221,7 +228,10 @@ class BrownianPath(Noise):
         Returns:
             The values, with shape (B, *event).
         """
-        weight, position, purpose = self._basis(self._position(t))
+        return self.start(index, t)["w"]
+
+    def _sum(self, index: Index, weight: Tensor, position: Tensor, purpose: Tensor) -> State:
+        """The sum of the given normals with their weights, with shape (B, *event)."""
         if index.is_cpu:  # a device would have to be waited for
             used = weight.any(0)
             weight, position, purpose = weight[:, used], position[:, used], purpose[used]
@@ -235,6 +245,23 @@ class BrownianPath(Noise):
             for k in range(z.shape[1]):
                 w.addcmul_(part_weight[:, k, None], z[:, k])
         return w.reshape(len(index), *self.event_shape)
+
+    def _visit(self, index: Index, u: Time, carry: Carry) -> Carry:
+        """W(u) and its values at the ends of the eighth that holds u, drawn where the last visit did not have them."""
+        cell = (u * _PARTS).floor().clamp(max=_PARTS - 1)
+        ends = []
+        for end in (cell, cell + 1):
+            place = end - carry["cell"]
+            value = torch.where(expand_like(place == 0, carry["low"]), carry["low"], carry["high"])
+            missing = ((place != 0) & (place != 1)).nonzero().squeeze(1)
+            if len(missing):
+                value[missing] = self._sum(index[missing], *self._basis(end[missing] / _PARTS))
+            ends.append(value)
+        now, low, high = (self._variance(v) for v in (u, cell / _PARTS, (cell + 1) / _PARTS))
+        trunk = torch.lerp(ends[0], ends[1], expand_like((now - low) / (high - low), ends[0]))
+        # Without the root and the levels of cells larger than an eighth.
+        rest = self._sum(index, *(a[..., _PARTS.bit_length() :] for a in self._basis(u)))
+        return {"w": trunk + rest, "cell": cell, "low": ends[0], "high": ends[1]}
 
     def _basis(self, u: Time) -> tuple[Tensor, Tensor, Tensor]:
         """Weights (B, L), positions (B, L) and purposes (L,) of the normals that make up W(u)."""
@@ -255,13 +282,17 @@ class BrownianPath(Noise):
         return weight * math.sqrt(self._scale), position, purpose
 
     def start(self, index: Index, t: Time) -> Carry:
-        return {"w": self(index, t)}
+        u = self._position(t)
+        if not index.is_cpu:  # whose ends are missing is not known without waiting
+            return {"w": self._sum(index, *self._basis(u))}
+        nothing = torch.zeros(len(index), *self.event_shape, dtype=self.dtype)
+        return self._visit(index, u, {"w": nothing, "cell": u - math.inf, "low": nothing, "high": nothing})
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
         if s.is_cpu and torch.equal(t, s):  # a warm-up turn; a device would have to be waited for
             return torch.zeros_like(carry["w"]), carry
-        w = self(index, s)
-        return carry["w"] - w, {"w": w}
+        after = self._visit(index, self._position(s), carry) if index.is_cpu else self.start(index, s)
+        return carry["w"] - after["w"], after
 
 
 class StepNoise:

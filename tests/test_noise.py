@@ -1,5 +1,6 @@
 """The generator against its published vectors, and the laws of the noise: normal, independent, Brownian."""
 
+import itertools
 import math
 
 import numpy as np
@@ -231,7 +232,7 @@ def test_steps_of_every_size_have_their_variance(power):
     # Steps at random places of the range, unaligned with the cells of the construction, down to its resolution.
     u = h + (1 - h) * torch.rand(n, generator=torch.Generator().manual_seed(power), dtype=torch.float64)
     t, s = T_MIN + SPAN * u, T_MIN + SPAN * (u - h)
-    dw = w.increment(index, torch.zeros_like(index), t, s, {"w": w(index, t)})[0].flatten() / math.sqrt(h * SPAN)
+    dw = w.increment(index, torch.zeros_like(index), t, s, w.start(index, t))[0].flatten() / math.sqrt(h * SPAN)
     # 5 standard errors of the variance (sqrt 2 / n) and of the mean of 20 000 normals.
     assert abs(float(dw.square().mean()) - 1) < 5 * math.sqrt(2 / len(dw))
     assert abs(float(dw.mean())) < 5 / math.sqrt(len(dw))
@@ -295,15 +296,21 @@ def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatc
     monkeypatch.setattr(noise_module, "_normals", counted)
     # Large enough, and in single precision, for sums to round by the way they are made.
     w = BrownianPath(2, (800,), torch.float32, t_min=sde.t_min, t_max=sde.t_max, log_snr=sde.log_snr, power=2.0)
-    for t in grid.times[:: max(1, steps // 24)]:
-        drawn.clear()
-        alone = w(torch.tensor([9]), t[None])
-        assert sum(drawn) <= 5 + math.ceil(math.log2(steps))  # of 18
-        # A row on no border of a cell has all of them drawn for every row.
-        drawn.clear()
-        unaligned = sde.t_of_log_snr(sde.log_snr(vector(sde.t_max)) + span / math.pi)
-        assert torch.equal(w(torch.tensor([9, 9]), torch.cat([t[None], unaligned]))[:1], alone)
-        assert sum(drawn) >= 18
+    nine, never = torch.tensor([9]), torch.zeros(1, dtype=torch.int64)
+    walk = [w.start(nine, grid.times[:1])]
+    for t, s in itertools.pairwise(grid.times):
+        walk.append(w.increment(nine, never, t[None], s[None], walk[-1])[1])
+    # Three levels are behind the ends of the trunk's cells, of which each end is drawn once: 25 normals for all nine.
+    assert sum(drawn) <= steps * (1 + math.ceil(math.log2(steps))) + 25
+
+    # From anywhere, and beside a row whose times are on no border and move to other cells, it is the same to the bit.
+    for i in range(0, steps, max(1, steps // 24)):
+        t = torch.cat([grid.times[i, None], sde.t_of_log_snr(sde.log_snr(vector(sde.t_max)) + span * (i / steps) ** 2)])
+        s = torch.cat([grid.times[i + 1, None], sde.t_of_log_snr(sde.log_snr(t[1:]) + span / steps / math.pi)])
+        carry = w.start(nine.repeat(2), t)
+        assert torch.equal(carry["w"][:1], walk[i]["w"])
+        after = w.increment(nine.repeat(2), never.repeat(2), t, s, carry)[1]
+        assert torch.equal(after["w"][:1], walk[i + 1]["w"])
 
 
 def test_noise_is_drawn_only_when_asked_for():
