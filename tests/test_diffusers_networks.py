@@ -237,6 +237,55 @@ def test_every_family_is_called_as_its_pipeline_does(name):
         torch.testing.assert_close(one[0], r.samples[1], rtol=1e-4, atol=1e-4 * float(r.samples.abs().max()))
 
 
+def watched(network, seen):
+    """Notes at each call whether it runs in inference mode."""
+    forward = network.forward
+
+    def noting(*args, **kwargs):
+        seen.append(torch.is_inference_mode_enabled())
+        return forward(*args, **kwargs)
+
+    network.forward = noting
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_calls_in_inference_mode_leave_nothing_behind(name):
+    build, config, cond = NETWORKS[name]
+    network, seen = build(), []
+    channels = 4 if name in ("flux", "text", "sdxl", "dit", "sd3") or "pixart" in name else 3
+    model, _ = from_diffusers(network, config, event_shape=(channels, 8, 8))
+    watched(network, seen)
+    r = fastsde.sample(model, n=2, nfe=4, cond=cond)
+    assert seen == [True] * 4
+    assert not any(x.is_inference() for x in (r.samples, *network.parameters(), *network.buffers()))
+    # Gradients, of states and weights, after it and through the same model.
+    seen.clear()
+    x = torch.randn(2, channels, 8, 8, generator=GENERATOR).requires_grad_()
+    model(x, vector(0.3, 0.71), cond).x_0.square().sum().backward()
+    assert seen == [False]
+    assert x.grad.isfinite().all()
+    assert sum(p.grad is not None for p in network.parameters()) > 10
+
+
+HOOKS = {
+    "forward": lambda network: network.conv_out.register_forward_hook(lambda *_: None),
+    "before": lambda network: network.conv_in.register_forward_pre_hook(lambda *_: None),
+    "cast": lambda network: network.enable_layerwise_casting(torch.bfloat16, torch.float32),
+    "offloaded": lambda network: pytest.importorskip("accelerate").cpu_offload(network, torch.device("cpu")),
+}
+
+
+@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
+def test_hooks_see_ordinary_tensors(hook):
+    network, seen = tiny.unet(), []
+    model, _ = from_diffusers(network, DDPM)
+    hook(network)
+    watched(network, seen)
+    assert fastsde.sample(model, n=2, nfe=4).success.all()
+    assert seen == [False] * 4
+    assert not any(p.is_inference() for p in network.parameters())
+
+
 def test_range_and_shape_come_from_the_configuration():
     model, _ = from_diffusers(tiny.unet(), DDPM)
     assert (model.event_shape, model.data_range) == ((3, 8, 8), (-1.0, 1.0))

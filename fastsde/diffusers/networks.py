@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -21,6 +22,9 @@ _ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio
 _ALWAYS = ("encoder_hidden_states", "pooled_projections")
 """Arguments that text networks need even where their signature gives them a default of None."""
 _DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a-z])dmd|distill", re.IGNORECASE)
+_STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
+              "SD3Transformer2DModel", "FluxTransformer2DModel")  # fmt: skip
+"""Networks of diffusers that keep no tensor of a call, as others do their positions."""
 LATENT_RANGE = (-2.0, 2.0)
 """Two standard deviations of scaled latents, whose variance is about 1; images in [-1, 1] have about 0.5."""
 
@@ -86,6 +90,8 @@ class DiffusersModel(ScoreModel):
         # DiT's last label is "none".
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._device: torch.device | None = None
+        self._parts = list(network.modules()) if isinstance(network, nn.Module) else []
+        self._stateless = type(network).__name__ in _STATELESS and type(network).__module__.startswith("diffusers.")
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +100,15 @@ class DiffusersModel(ScoreModel):
     @device.setter
     def device(self, device: torch.device) -> None:
         self._device = device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        for part in self._parts:  # weights may be kept in fewer bits than they are used in (enable_layerwise_casting)
+            registry = vars(part).get("_diffusers_hook")
+            hook = None if registry is None else registry.get_hook("layerwise_casting")
+            if hook is not None:
+                return hook.compute_dtype
+        return super().dtype
 
     def check_cond(self, cond: Cond) -> None:
         missing = [key for key in self.required if key not in cond]
@@ -164,10 +179,19 @@ class DiffusersModel(ScoreModel):
         if self.packed:
             return self._call_packed(x, time, given)
         by_name = "timestep" in self.arguments
-        out = tensor_of(self.network(x, timestep=time, **given) if by_name else self.network(x, time, **given))
+        out = self._forward(x, **given, timestep=time) if by_name else self._forward(x, time, **given)
         if isinstance(out, Tensor) and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
             return out[:, : x.shape[1]]
         return out
+
+    def _forward(self, *args: Tensor, **given: Any) -> object:
+        """The network's output; without autograd's bookkeeping where that leaves no trace.
+
+        What is kept of a call in inference mode is lost to training: weights, where a hook moves or casts them.
+        """
+        plain = self._stateless and not torch.is_grad_enabled() and not any(map(_is_hooked, self._parts))
+        with torch.inference_mode() if plain else contextlib.nullcontext():
+            return tensor_of(self.network(*args, **given))
 
     def _call_packed(self, x: State, time: Tensor, given: dict[str, Any]) -> object:
         """Tokens of 2 x 2 latents in, tokens out; positions are (0, row, column) for latents and 0 for text."""
@@ -177,7 +201,7 @@ class DiffusersModel(ScoreModel):
         rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
         ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
         text = ids.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-        out = tensor_of(self.network(tokens, timestep=time, img_ids=ids, txt_ids=text, **given))
+        out = self._forward(tokens, timestep=time, img_ids=ids, txt_ids=text, **given)
         if not isinstance(out, Tensor) or out.shape != tokens.shape:
             return out
         return out.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
@@ -214,6 +238,12 @@ def offloaded_to(module: object) -> torch.device | None:
             if getattr(one, "execution_device", None) is not None:
                 return torch.device(one.execution_device)
     return None
+
+
+def _is_hooked(part: nn.Module) -> bool:
+    """Whether a module has a hook of torch's, accelerate's or diffusers'."""
+    own = vars(part)  # many times faster than asking for attributes
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own)
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -159,6 +159,12 @@ class ScoreModel:
         parameter = self.parameter
         return torch.device("cpu") if parameter is None else parameter.device
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the network computes in: the dtype of its parameters; that of the state for a plain function, None."""
+        parameter = self.parameter
+        return None if parameter is None else parameter.dtype
+
     def cost(self, t: Time, cond: Cond) -> Index | int:
         """Network calls that an evaluation costs each row, at most `calls`, with shape (B,); a number if all alike."""
         return self.calls
@@ -176,8 +182,7 @@ class ScoreModel:
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         """What the network itself returns; arguments and errors as for a call."""
-        parameter = self.parameter
-        dtype = x_t.dtype if parameter is None else parameter.dtype
+        dtype = self.dtype or x_t.dtype
         time = t if self.timestep is None else self.timestep(t)
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
@@ -237,6 +242,10 @@ class Wrapper(ScoreModel):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self.model.dtype
 
     def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
         """The conditioning without the wrapper's own keys."""
