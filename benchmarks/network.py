@@ -80,7 +80,7 @@ def main(samples: int, threads: int, keep: bool) -> None:
             note(f"calibrated, seed {seed}", calls, fastsde.sample(model, controller=schedule, **options), **more)
     for rtol in (0.2, 0.1, 0.05, 0.02):
         r = fastsde.sample(model, rtol=rtol, **options)
-        note(f"ExponentialPC, rtol {rtol:g}", -1, r)
+        note(f"ExponentialPC, rtol {rtol:g}", int(r.nfe.max()), r)
     keys = ("solver", "budget", "calls", "median", "over log-SNR", "error", "apart", "chosen", "pilot")
     table(keys, [[f"{v:.4f}" if isinstance(v := row.get(k, "-"), float) else v for k in keys] for row in rows])
     if keep:
