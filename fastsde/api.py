@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastsde.arguments import (
     as_model,
-    evaluation_mode,
     fewest_calls,
     resolve_cond,
     resolve_controller,
@@ -289,7 +288,7 @@ def run(
         plan=_plan(solver, sde, controller, device, dtype),
         recorder=recorder,
     )
-    with torch.no_grad(), evaluation_mode(model.network):
+    with torch.no_grad(), model.sampling():
         return Engine(job).run()
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
@@ -278,16 +277,3 @@ def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.dev
     full = {k: v.to(device) for k, v in {**default, **(cond or {})}.items()}
     model.check_cond(full)
     return full
-
-
-@contextlib.contextmanager
-def evaluation_mode(network: ScoreFn) -> Iterator[None]:
-    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
-    training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
-    if isinstance(network, nn.Module) and training:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -182,16 +182,21 @@ def test_path_starts_at_zero_exactly():
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
 def test_increments_add_up_and_a_rejected_step_sees_the_path_again(index, a, b, c):
     s_far, s_mid, t = (T_MIN + SPAN * u for u in sorted((a, b, c)))
-    w, i, attempt = path(5), torch.tensor([index]), torch.zeros(1, dtype=torch.int64)
-    top, carry = w.increment(i, attempt, vector(T_MAX), vector(t), w.start(i, vector(T_MAX)))
+    # Beside another sample, which goes the other way at the same time.
+    w, i, attempt = path(5), torch.tensor([index, 3]), torch.zeros(2, dtype=torch.int64)
+    end, t, s_mid, s_far = vector(T_MAX, T_MIN), vector(t, s_far), vector(s_mid, s_mid), vector(s_far, t)
+    top, carry = w.increment(i, attempt, end, t, w.start(i, end))
     # A step to s_far is rejected: its carry is dropped. Two smaller steps over the same time see the same increment,
     # whatever the number of attempts.
-    rejected, _ = w.increment(i, attempt, vector(t), vector(s_far), carry)
-    first, middle = w.increment(i, attempt + 1, vector(t), vector(s_mid), carry)
-    second, end = w.increment(i, attempt + 2, vector(s_mid), vector(s_far), middle)
+    before = {key: value.clone() for key, value in carry.items()}
+    rejected, _ = w.increment(i, attempt, t, s_far, carry)
+    assert all(torch.equal(carry[key], before[key]) for key in before)
+    first, middle = w.increment(i, attempt + 1, t, s_mid, carry)
+    assert torch.equal(middle["w"], w(i, s_mid))
+    second, last = w.increment(i, attempt + 2, s_mid, s_far, middle)
     # Sums of values up to 10, rounded a few times.
     torch.testing.assert_close(first + second, rejected, rtol=0, atol=1e-14)
-    torch.testing.assert_close(top + rejected + end["w"], w.start(i, vector(T_MAX))["w"], rtol=0, atol=1e-14)
+    torch.testing.assert_close(top + rejected + last["w"], w.start(i, end)["w"], rtol=0, atol=1e-14)
 
 
 def test_fresh_noise_differs_between_attempts_and_repeats_for_the_same():

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, Reading
@@ -23,8 +24,8 @@ _ALWAYS = ("encoder_hidden_states", "pooled_projections")
 """Arguments that text networks need even where their signature gives them a default of None."""
 _DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a-z])dmd|distill", re.IGNORECASE)
 _STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
-              "SD3Transformer2DModel", "FluxTransformer2DModel")  # fmt: skip
-"""Networks of diffusers that keep no tensor of a call, as others do their positions."""
+              "SD3Transformer2DModel")  # fmt: skip
+"""Networks of diffusers that keep no tensor of a call, as others do positions and lengths."""
 LATENT_RANGE = (-2.0, 2.0)
 """Two standard deviations of scaled latents, whose variance is about 1; images in [-1, 1] have about 0.5."""
 
@@ -90,8 +91,8 @@ class DiffusersModel(ScoreModel):
         # DiT's last label is "none".
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._device: torch.device | None = None
-        self._parts = list(network.modules()) if isinstance(network, nn.Module) else []
-        self._stateless = type(network).__name__ in _STATELESS and type(network).__module__.startswith("diffusers.")
+        self._dtype: torch.dtype | None = None
+        self._plain = False
 
     @property
     def device(self) -> torch.device:
@@ -102,13 +103,19 @@ class DiffusersModel(ScoreModel):
         self._device = device
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        for part in self._parts:  # weights may be kept in fewer bits than they are used in (enable_layerwise_casting)
-            registry = vars(part).get("_diffusers_hook")
-            hook = None if registry is None else registry.get_hook("layerwise_casting")
-            if hook is not None:
-                return hook.compute_dtype
-        return super().dtype
+    def compute_dtype(self) -> torch.dtype | None:
+        return self._dtype or _cast_to(self.network) or super().compute_dtype
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        # Modules are looked at once and not at every call.
+        before = self._plain, self._dtype
+        self._plain, self._dtype = _keeps_nothing(self.network), self.compute_dtype
+        try:
+            with super().sampling():
+                yield
+        finally:
+            self._plain, self._dtype = before
 
     def check_cond(self, cond: Cond) -> None:
         missing = [key for key in self.required if key not in cond]
@@ -185,13 +192,13 @@ class DiffusersModel(ScoreModel):
         return out
 
     def _forward(self, *args: Tensor, **given: Any) -> object:
-        """The network's output; without autograd's bookkeeping where that leaves no trace.
-
-        What is kept of a call in inference mode is lost to training: weights, where a hook moves or casts them.
-        """
-        plain = self._stateless and not torch.is_grad_enabled() and not any(map(_is_hooked, self._parts))
-        with torch.inference_mode() if plain else contextlib.nullcontext():
+        """The network's output; without autograd's bookkeeping where nobody can want a derivative or find a trace."""
+        wanted = torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
+        if not self._plain or wanted or torch.is_autocast_enabled(args[0].device.type):
             return tensor_of(self.network(*args, **given))
+        with torch.inference_mode():
+            out = tensor_of(self.network(*args, **given))
+        return out.clone() if isinstance(out, Tensor) else out  # an ordinary tensor again
 
     def _call_packed(self, x: State, time: Tensor, given: dict[str, Any]) -> object:
         """Tokens of 2 x 2 latents in, tokens out; positions are (0, row, column) for latents and 0 for text."""
@@ -240,10 +247,32 @@ def offloaded_to(module: object) -> torch.device | None:
     return None
 
 
-def _is_hooked(part: nn.Module) -> bool:
-    """Whether a module has a hook of torch's, accelerate's or diffusers'."""
-    own = vars(part)  # many times faster than asking for attributes
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own)
+def _cast_to(network: object) -> torch.dtype | None:
+    """The dtype that weights kept in fewer bits are used in (diffusers' `enable_layerwise_casting`)."""
+    for part in network.modules() if isinstance(network, nn.Module) else []:
+        registry = vars(part).get("_diffusers_hook")
+        hook = None if registry is None else registry.get_hook("layerwise_casting")
+        if hook is not None:
+            return hook.compute_dtype
+    return None
+
+
+def _keeps_nothing(network: object) -> bool:
+    """Whether a call leaves no tensor behind.
+
+    What is kept of a call in inference mode, as weights are that a hook moves or casts, is lost to training.
+    """
+    if not isinstance(network, nn.Module) or type(network).__name__ not in _STATELESS:
+        return False
+    for part in network.modules():
+        own = vars(part)
+        theirs = all(
+            type(k).__module__.startswith(("torch.", "diffusers.")) for k in (part, own.get("processor", part))
+        )
+        hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own
+        if not theirs or hooked or "forward" in own:
+            return False
+    return True
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -11,8 +11,10 @@ https://arxiv.org/abs/2202.00512, for v; Lipman et al., https://arxiv.org/abs/22
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -160,10 +162,14 @@ class ScoreModel:
         return torch.device("cpu") if parameter is None else parameter.device
 
     @property
-    def dtype(self) -> torch.dtype | None:
+    def compute_dtype(self) -> torch.dtype | None:
         """What the network computes in: the dtype of its parameters; that of the state for a plain function, None."""
         parameter = self.parameter
         return None if parameter is None else parameter.dtype
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """The state of the network while samples are drawn, and not before and after: in evaluation mode."""
+        return evaluation_mode(self.network)
 
     def cost(self, t: Time, cond: Cond) -> Index | int:
         """Network calls that an evaluation costs each row, at most `calls`, with shape (B,); a number if all alike."""
@@ -182,7 +188,7 @@ class ScoreModel:
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         """What the network itself returns; arguments and errors as for a call."""
-        dtype = self.dtype or x_t.dtype
+        dtype = self.compute_dtype or x_t.dtype
         time = t if self.timestep is None else self.timestep(t)
         time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
         # Copies, because a network may work in place on what it is given.
@@ -244,8 +250,11 @@ class Wrapper(ScoreModel):
         return self.model.device
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        return self.model.dtype
+    def compute_dtype(self) -> torch.dtype | None:
+        return self.model.compute_dtype
+
+    def sampling(self) -> AbstractContextManager[None]:
+        return self.model.sampling()
 
     def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
         """The conditioning without the wrapper's own keys."""
@@ -256,6 +265,19 @@ class Wrapper(ScoreModel):
 
     def check_cond(self, cond: Cond) -> None:
         self.model.check_cond(self.inner_cond(cond))
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: ScoreFn) -> Iterator[None]:
+    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
+    training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
+    if isinstance(network, nn.Module) and training:
+        network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def tensor_of(out: object) -> object:
