@@ -111,17 +111,13 @@ class Noise(ABC):
         """Standard normals number k at the given position of each sample's walk, with shape (B, *event)."""
         return self._draw(index, position, _EXTRA + (k << 8))
 
-    def variance(self, t: Time, s: Time) -> Coef:
-        """Variance of the increment over [s, t], with shape (B,)."""
-        return t - s
-
     @abstractmethod
     def start(self, index: Index, t: Time) -> Carry:
         """What must travel with each row, at its start at t, with shape (B,)."""
 
     @abstractmethod
-    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
-        """The Brownian increment over [s, t], with the variance that `variance` says.
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
+        """The Brownian increment over [s, t].
 
         Args:
             index: sample numbers, with shape (B,).
@@ -131,7 +127,7 @@ class Noise(ABC):
             carry: what `start` or the last accepted step returned.
 
         Returns:
-            The increment, with shape (B, *event), and the carry if the step is accepted.
+            The increment, with shape (B, *event), its variance, with shape (B,), and the carry if the step is accepted.
         """
 
 
@@ -145,9 +141,9 @@ class FreshNoise(Noise):
     def start(self, index: Index, t: Time) -> Carry:
         return {}
 
-    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         z = self._draw(index, attempt, _STEP)
-        return expand_like((t - s).sqrt(), z) * z, {}
+        return expand_like((t - s).sqrt(), z) * z, t - s, {}
 
 
 class BrownianPath(Noise):
@@ -215,9 +211,6 @@ class BrownianPath(Noise):
         # Relative to the end, so that no growth is too large for a float64.
         return (torch.exp(self._growth * (u - 1)) - math.exp(-self._growth)) / -math.expm1(-self._growth)
 
-    def variance(self, t: Time, s: Time) -> Coef:
-        return self._scale * (self._variance(self._position(t)) - self._variance(self._position(s))).abs()
-
     def __call__(self, index: Index, t: Time) -> State:
         """W(t) for each sample, with W = 0 where u = 0: at t_min, or at t_max in the clock of the log-SNR.
 
@@ -230,11 +223,31 @@ class BrownianPath(Noise):
         """
         return self.start(index, t)["w"]
 
+    def _basis(self, u: Time) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """T(u) as a share of the way through each level's cell, (B, L - 1), and the normals that make up W(u).
+
+        They have weights (B, L), positions (B, L) and purposes (L,).
+        """
+        level = torch.arange(self.depth + 1, device=u.device)
+        cells = 2.0**level
+        cell = torch.minimum((u[:, None] * cells).floor(), cells - 1)
+        places = torch.stack([cell, cell + 0.5, cell + 1, u[:, None] * cells]) / cells
+        low, middle, high, now = self._variance(places)
+        hat = torch.minimum((now - low) / (middle - low), (high - now) / (high - middle))
+        spread = ((high - middle) * (middle - low) / (high - low)).sqrt()
+        leaf = ((high - now) * (now - low) / (high - low))[:, -1].clamp(min=0).sqrt()
+        time_key = (u * 2.0**32).long().clamp(max=_WORD)
+        weight = torch.cat([now[:, :1], (hat * spread)[:, :-1], leaf[:, None]], 1)
+        position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
+        first, last = (torch.full((1,), word, device=u.device) for word in (_ROOT, _LEAF))
+        purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
+        return (now - low) / (high - low), (weight * math.sqrt(self._scale), position, purpose)
+
     def _sum(self, index: Index, weight: Tensor, position: Tensor, purpose: Tensor) -> State:
         """The sum of the given normals with their weights, with shape (B, *event)."""
         if index.is_cpu:  # a device would have to be waited for
-            used = weight.any(0)
-            weight, position, purpose = weight[:, used], position[:, used], purpose[used]
+            used = weight.any(0).nonzero().squeeze(1)
+            weight, position, purpose = (a.index_select(-1, used) for a in (weight, position, purpose))
         w = torch.zeros(len(index), self.size, dtype=self.dtype, device=index.device)
         chunk = _CHUNK if index.is_cpu else _CHUNK_ON_DEVICE
         levels = max(1, chunk // max(1, len(index) * self.size))
@@ -248,51 +261,38 @@ class BrownianPath(Noise):
 
     def _visit(self, index: Index, u: Time, carry: Carry) -> Carry:
         """W(u) and its values at the ends of the eighth that holds u, drawn where the last visit did not have them."""
-        cell = (u * _PARTS).floor().clamp(max=_PARTS - 1)
-        ends = []
-        for end in (cell, cell + 1):
-            place = end - carry["cell"]
-            value = torch.where(expand_like(place == 0, carry["low"]), carry["low"], carry["high"])
-            missing = ((place != 0) & (place != 1)).nonzero().squeeze(1)
-            if len(missing):
-                value[missing] = self._sum(index[missing], *self._basis(end[missing] / _PARTS))
-            ends.append(value)
-        now, low, high = (self._variance(v) for v in (u, cell / _PARTS, (cell + 1) / _PARTS))
-        trunk = torch.lerp(ends[0], ends[1], expand_like((now - low) / (high - low), ends[0]))
-        # Without the root and the levels of cells larger than an eighth.
-        rest = self._sum(index, *(a[..., _PARTS.bit_length() :] for a in self._basis(u)))
-        return {"w": trunk + rest, "cell": cell, "low": ends[0], "high": ends[1]}
+        share, basis = self._basis(u)
+        trunk = _PARTS.bit_length()  # the root and the levels of cells larger than an eighth
+        cell, share = basis[1][:, trunk], share[:, trunk - 1]
+        low, high = carry["low"], carry["high"]
+        if not torch.equal(cell, carry["cell"]):
+            low, high = (self._end(index, end, carry) for end in (cell, cell + 1))
+        rest = self._sum(index, *(a[..., trunk:] for a in basis))
+        w = torch.lerp(low, high, expand_like(share, low)) + rest
+        return {"w": w, "at": self._variance(u), "cell": cell, "low": low, "high": high}
 
-    def _basis(self, u: Time) -> tuple[Tensor, Tensor, Tensor]:
-        """Weights (B, L), positions (B, L) and purposes (L,) of the normals that make up W(u)."""
-        level = torch.arange(self.depth + 1, device=u.device)
-        cells = 2.0**level
-        cell = torch.minimum((u[:, None] * cells).floor(), cells - 1)
-        now, low, middle, high = (
-            self._variance(v) for v in (u[:, None], cell / cells, (cell + 0.5) / cells, (cell + 1) / cells)
-        )
-        hat = torch.minimum((now - low) / (middle - low), (high - now) / (high - middle))
-        spread = ((high - middle) * (middle - low) / (high - low)).sqrt()
-        leaf = ((high - now) * (now - low) / (high - low))[:, -1].clamp(min=0).sqrt()
-        time_key = (u * 2.0**32).long().clamp(max=_WORD)
-        weight = torch.cat([now, (hat * spread)[:, :-1], leaf[:, None]], 1)
-        position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
-        first, last = (torch.full((1,), word, device=u.device) for word in (_ROOT, _LEAF))
-        purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
-        return weight * math.sqrt(self._scale), position, purpose
+    def _end(self, index: Index, end: Index, carry: Carry) -> State:
+        """W at the given end of an eighth of each sample."""
+        place = end - carry["cell"]
+        value = torch.where(expand_like(place == 0, carry["low"]), carry["low"], carry["high"])
+        missing = ((place != 0) & (place != 1)).nonzero().squeeze(1)
+        if len(missing):
+            value[missing] = self._sum(index[missing], *self._basis(end[missing].double() / _PARTS)[1])
+        return value
 
     def start(self, index: Index, t: Time) -> Carry:
         u = self._position(t)
         if not index.is_cpu:  # whose ends are missing is not known without waiting
-            return {"w": self._sum(index, *self._basis(u))}
+            return {"w": self._sum(index, *self._basis(u)[1]), "at": self._variance(u)}
         nothing = torch.zeros(len(index), *self.event_shape, dtype=self.dtype)
-        return self._visit(index, u, {"w": nothing, "cell": u - math.inf, "low": nothing, "high": nothing})
+        nowhere = torch.full((len(index),), -2)
+        return self._visit(index, u, {"cell": nowhere, "low": nothing, "high": nothing})
 
-    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Carry]:
+    def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         if s.is_cpu and torch.equal(t, s):  # a warm-up turn; a device would have to be waited for
-            return torch.zeros_like(carry["w"]), carry
+            return torch.zeros_like(carry["w"]), torch.zeros_like(carry["at"]), carry
         after = self._visit(index, self._position(s), carry) if index.is_cpu else self.start(index, s)
-        return carry["w"] - after["w"], after
+        return carry["w"] - after["w"], self._scale * (carry["at"] - after["at"]).abs(), after
 
 
 class StepNoise:
@@ -315,19 +315,19 @@ class StepNoise:
         self._t, self._s, self._before = t, s, carry
 
     @functools.cached_property
-    def _increment(self) -> tuple[State, Carry]:
+    def _increment(self) -> tuple[State, Coef, Carry]:
         return self._source.increment(self._index, self._attempt, self._t, self._s, self._before)
 
     @property
     def dw(self) -> State:
-        """Brownian increment over [s, t], with shape (B, *event) and variance t - s, or that of the solver's clock."""
+        """Brownian increment over [s, t], with shape (B, *event) and variance t - s, or as the solver's clock says."""
         return self._increment[0]
 
     @property
     def z(self) -> State:
         """The increment scaled to variance 1, with shape (B, *event); 0 where t = s."""
-        scale = self._source.variance(self._t, self._s).sqrt()
-        return self.dw / expand_like(torch.where(scale == 0, 1.0, scale), self.dw)
+        dw, variance, _ = self._increment
+        return dw / expand_like(variance.masked_fill(variance == 0, 1.0).sqrt(), dw)
 
     def normal(self, k: int = 0) -> State:
         """Standard normals number k of this step, with shape (B, *event).
@@ -343,4 +343,4 @@ class StepNoise:
     @property
     def carry(self) -> Carry:
         """What travels on with the rows if the step is accepted."""
-        return self._increment[1] if self._before else {}
+        return self._increment[2] if self._before else {}

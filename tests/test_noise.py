@@ -185,15 +185,15 @@ def test_increments_add_up_and_a_rejected_step_sees_the_path_again(index, a, b, 
     # Beside another sample, which goes the other way at the same time.
     w, i, attempt = path(5), torch.tensor([index, 3]), torch.zeros(2, dtype=torch.int64)
     end, t, s_mid, s_far = vector(T_MAX, T_MIN), vector(t, s_far), vector(s_mid, s_mid), vector(s_far, t)
-    top, carry = w.increment(i, attempt, end, t, w.start(i, end))
+    top, _, carry = w.increment(i, attempt, end, t, w.start(i, end))
     # A step to s_far is rejected: its carry is dropped. Two smaller steps over the same time see the same increment,
     # whatever the number of attempts.
     before = {key: value.clone() for key, value in carry.items()}
-    rejected, _ = w.increment(i, attempt, t, s_far, carry)
+    rejected, *_ = w.increment(i, attempt, t, s_far, carry)
     assert all(torch.equal(carry[key], before[key]) for key in before)
-    first, middle = w.increment(i, attempt + 1, t, s_mid, carry)
+    first, _, middle = w.increment(i, attempt + 1, t, s_mid, carry)
     assert torch.equal(middle["w"], w(i, s_mid))
-    second, last = w.increment(i, attempt + 2, s_mid, s_far, middle)
+    second, _, last = w.increment(i, attempt + 2, s_mid, s_far, middle)
     # Sums of values up to 10, rounded a few times.
     torch.testing.assert_close(first + second, rejected, rtol=0, atol=1e-14)
     torch.testing.assert_close(top + rejected + last["w"], w.start(i, end)["w"], rtol=0, atol=1e-14)
@@ -263,7 +263,8 @@ def test_path_in_the_clock_of_the_log_snr_has_its_covariance(power):
     tau = (times**-power - T_MAX**-power) / (T_MIN**-power - T_MAX**-power)
     start = torch.full((1,), T_MAX, dtype=torch.float64)
     for time, variance in zip(times, tau, strict=True):
-        torch.testing.assert_close(w.variance(start, time[None]), variance[None], rtol=1e-9, atol=0)
+        said = w.increment(rows(1), rows(1), start, time[None], w.start(rows(1), start))[1]
+        torch.testing.assert_close(said, variance[None], rtol=1e-9, atol=0)
     values = torch.stack([w(rows(n), time.expand(n)).flatten() for time in times], 1)
     # Independent increments, each scaled by its own deviation: they span eleven orders of magnitude for power 8.
     steps = torch.diff(values, dim=1, prepend=torch.zeros(len(values), 1, dtype=torch.float64))
@@ -276,7 +277,9 @@ def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals(
     carry = w.start(index, top)
     assert torch.equal(carry["w"], torch.zeros(3, *EVENT, dtype=torch.float64))
     noise = StepNoise(w, index, index, index, top, low, carry)
-    torch.testing.assert_close(noise.z, (0 - w(index, low)) / w.variance(top, low).sqrt()[:, None], rtol=1e-12, atol=0)
+    # In that clock the range has variance 1, as a share of which the log-SNR tells the rest.
+    variance = (low**-2 - T_MAX**-2) / (T_MIN**-2 - T_MAX**-2)
+    torch.testing.assert_close(noise.z, (0 - w(index, low)) / variance.sqrt()[:, None], rtol=1e-9, atol=0)
     assert torch.equal(
         StepNoise(w, index, index, index, top, top, carry).z, torch.zeros(3, *EVENT, dtype=torch.float64)
     )
@@ -304,7 +307,7 @@ def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatc
     nine, never = torch.tensor([9]), torch.zeros(1, dtype=torch.int64)
     walk = [w.start(nine, grid.times[:1])]
     for t, s in itertools.pairwise(grid.times):
-        walk.append(w.increment(nine, never, t[None], s[None], walk[-1])[1])
+        walk.append(w.increment(nine, never, t[None], s[None], walk[-1])[2])
     # Three levels are behind the ends of the trunk's cells, of which each end is drawn once: 25 normals for all nine.
     assert sum(drawn) <= steps * (1 + math.ceil(math.log2(steps))) + 25
 
@@ -314,7 +317,7 @@ def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatc
         s = torch.cat([grid.times[i + 1, None], sde.t_of_log_snr(sde.log_snr(t[1:]) + span / steps / math.pi)])
         carry = w.start(nine.repeat(2), t)
         assert torch.equal(carry["w"][:1], walk[i]["w"])
-        after = w.increment(nine.repeat(2), never.repeat(2), t, s, carry)[1]
+        after = w.increment(nine.repeat(2), never.repeat(2), t, s, carry)[2]
         assert torch.equal(after["w"][:1], walk[i + 1]["w"])
 
 
