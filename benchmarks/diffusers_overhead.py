@@ -3,14 +3,13 @@ r"""Our engine in the place of a pipeline's own loop: wall time at the same netw
 Four pipelines with random weights, each run by itself and by `sample_pipeline` with the same number of network calls,
 in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM), an unconditional one
 (DDIM), and that at the size of a published model. The forwards of both are counted by a hook and must agree. Pass mark:
-median ratio 1.0. Run it on a quiet machine; the spread column is the range over repetitions. The last column is what
-each loop spends beside its forwards (its own, then ours), decoding included; on a GPU, where forwards run beside it,
-there is none. There Stable Diffusion's pipeline at its own width joins, in half precision.
+median ratio 1.0, with its 95 % interval beside it. Run it on a quiet machine. The last column is what each loop spends
+beside its forwards (its own, then ours), decoding included; on a GPU, where forwards run beside it, there is none. There
+Stable Diffusion's pipeline at its own width joins, in half precision.
 """
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -18,7 +17,7 @@ from typing import Any, TypeAlias
 import click
 import diffusers
 import torch
-from common import save, table, timed
+from common import in_turn, save, table, timed
 
 import fastsde
 
@@ -110,7 +109,7 @@ def _four(kind: str) -> dict[str, Any]:
     return {"down_block_types": (f"Down{kind}Block2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
 
 
-def measure(build: Callable[..., Loops], batch: int, calls: int, repeats: int, device: str) -> dict[str, object]:
+def measure(build: Callable[..., Loops], batch: int, calls: int, seconds: float, device: str) -> dict[str, object]:
     """Both loops in turn, after one run of each that counts its forwards."""
     torch.manual_seed(0)
     pipe, theirs, ours = build(batch, calls, device)
@@ -137,25 +136,14 @@ def measure(build: Callable[..., Loops], batch: int, calls: int, repeats: int, d
         hook.remove()
     if counts[0] != counts[1]:
         raise RuntimeError(f"the two loops made {counts} (forwards, rows); they must agree.")
-    pairs = []
-    for k in range(repeats):
-        times = [0.0, 0.0]
-        for place in (0, 1) if k % 2 else (1, 0):  # each goes first as often as the other
-            times[place] = timed((theirs, ours)[place])
-        pairs.append(times)
-    ratios = [b / a for a, b in pairs]
     return {
         "pipeline": build.__name__.replace("_", " "),
         "scheduler": type(pipe.scheduler).__name__,
         "parameters": sum(p.numel() for p in network.parameters()),
         "batch": batch,
         "forwards": counts[0][0],
-        "theirs_seconds": statistics.median(a for a, _ in pairs),
-        "ours_seconds": statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
         "outside_ms_per_forward": outside if device == "cpu" else None,
-    }
+    } | in_turn(lambda: timed(ours), lambda: timed(theirs), seconds)
 
 
 BUILDS = (text_to_image, class_to_image, unconditional, full_size)
@@ -174,28 +162,39 @@ def stop_clock(clock: list[float]) -> None:
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
 @click.option("--batch", default=4, help="Images at a time.")
 @click.option("--calls", default=20, help="Evaluations of each image.")
-@click.option("--repeats", default=10, help="Timed pairs.")
+@click.option("--minutes", default=2.0, help="How long each pipeline is repeated.")
 @click.option("--threads", default=2, help="Threads of torch.")
 @click.option("--device", default="cpu", help="cpu or cuda.")
 @click.option("--only", multiple=True, help="Only these pipelines, by the names of the functions that build them.")
 @click.option("--keep/--discard", default=True, help="Whether to write results/diffusers_overhead.json, or _cuda.json.")
-def main(batch: int, calls: int, repeats: int, threads: int, device: str, only: tuple[str, ...], keep: bool) -> None:
+def main(batch: int, calls: int, minutes: float, threads: int, device: str, only: tuple[str, ...], keep: bool) -> None:
     """Prints the table and writes it."""
     settings = click.get_current_context().params
     torch.set_num_threads(threads)
     builds = BUILDS if device == "cpu" else (*BUILDS, stable_diffusion)
     builds = tuple(build for build in builds if not only or build.__name__ in only)
-    results = [measure(build, batch, calls, repeats, device) for build in builds]
+    results = [measure(build, batch, calls, 60 * minutes, device) for build in builds]
     table(
-        ("pipeline", "parameters", "its loop, s", "ours, s", "ratio", "spread", "pass mark", "outside, ms a forward"),
+        (
+            "pipeline",
+            "parameters",
+            "pairs",
+            "its loop, s",
+            "ours, s",
+            "ratio",
+            "95 %",
+            "pass mark",
+            "outside, ms a forward",
+        ),
         [
             (
                 r["pipeline"],
                 f"{r['parameters'] / 1e6:.1f} M",
+                r["pairs"],
                 f"{r['theirs_seconds']:.2f}",
                 f"{r['ours_seconds']:.2f}",
                 f"{r['ratio']:.3f}",
-                "{:.3f} .. {:.3f}".format(*r["ratio_range"]),
+                "{:.3f} .. {:.3f}".format(*r["ratio_interval"]),
                 "1.0 ok" if r["ratio"] <= 1.0 else "1.0 MISSED",
                 "{:.1f} / {:.1f}".format(*r["outside_ms_per_forward"]) if device == "cpu" else "-",
             )
