@@ -4,8 +4,8 @@ Four pipelines with random weights, each run by itself and by `sample_pipeline` 
 in turn: Stable Diffusion's (text, guidance, DPM-Solver++ 2M), DiT's (classes, guidance, DDIM), an unconditional one
 (DDIM), and that at the size of a published model. The forwards of both are counted by a hook and must agree. Pass mark:
 median ratio 1.0, with its 95 % interval beside it. Run it on a quiet machine. The last column is what each loop spends
-beside its forwards (its own, then ours), decoding included and without inference mode, since a hook looks on; on a GPU,
-where forwards run beside it, there is none. There Stable Diffusion's pipeline at its own width joins, in half precision.
+beside its forwards (its own, then ours), decoding included and without inference mode, since a hook looks on. On a GPU,
+where forwards run beside it, there is none; and Stable Diffusion's pipeline joins at its own width, in half precision.
 """
 
 from __future__ import annotations

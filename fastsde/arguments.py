@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
@@ -51,24 +52,34 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
     return model
 
 
+_FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
+"""Networks whose weights were finite, and which tensors in which version those were: reading them all takes time."""
+
+
 @torch.no_grad()
 def _check_weights(network: nn.Module) -> None:
-    """Refuses, with a ValueError that names the first, weights that hold NaN or infinity."""
+    """Refuses, with a ValueError that names the first, weights that hold NaN or infinity.
+
+    They are read again after a change that autograd would notice; writing through `.data` is none.
+    """
 
     def wide(p: Tensor) -> Tensor:
         return p.float() if torch.finfo(p.dtype).bits == 8 else p  # such floats have no arithmetic
 
     # Offloaded weights are elsewhere.
-    held = {k: p for k, p in network.named_parameters() if p.is_floating_point() and not p.is_meta}
+    held = [p for p in network.parameters() if p.is_floating_point() and not p.is_meta]
+    state = [(id(p), -1 if p.is_inference() else p._version) for p in held]
+    if _FINITE.get(network) == state and all(version >= 0 for _, version in state):
+        return
     # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
     sums: dict[torch.device, list[Tensor]] = {}
-    for p in held.values():
+    for p in held:
         sums.setdefault(p.device, []).append(wide(p).sum())
-    if all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
-        return
-    for name, p in held.items():
-        if not torch.isfinite(wide(p)).all():
-            raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+    if not all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
+        for name, p in network.named_parameters():
+            if p.is_floating_point() and not p.is_meta and not torch.isfinite(wide(p)).all():
+                raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+    _FINITE[network] = state
 
 
 def resolve_shape(

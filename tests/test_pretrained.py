@@ -147,6 +147,50 @@ def test_a_single_nan_is_found_in_any_dtype(dtype):
         fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
 
 
+def in_place(network):
+    with torch.no_grad():
+        network.weight[1] = torch.nan
+
+
+def by_an_optimizer(network):
+    network.weight.grad = torch.full((2,), torch.nan)
+    torch.optim.SGD([network.weight], lr=1.0).step()
+
+
+def replaced(network):
+    network.weight = torch.nn.Parameter(torch.tensor([1.0, torch.nan]))
+
+
+def one_more(network):
+    network.register_parameter("other", torch.nn.Parameter(torch.tensor([torch.nan])))
+
+
+def loaded(network):
+    network.load_state_dict({"weight": torch.tensor([torch.nan, 1.0])})
+
+
+def in_inference_mode(network):
+    with torch.inference_mode():
+        network.weight = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
+    with torch.inference_mode():
+        network.weight[0] = torch.nan  # which nobody counts
+
+
+@pytest.mark.parametrize("change", [in_place, by_an_optimizer, replaced, one_more, loaded, in_inference_mode])
+def test_weights_that_were_finite_once_are_read_again_after_a_change(change):
+    network = torch.nn.Module()
+    network.weight = torch.nn.Parameter(torch.ones(2))
+    network.forward = lambda x, t: torch.zeros_like(x)
+    for _ in range(2):
+        assert fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5).success.all()
+    change(network)
+    network.forward = never
+    for _ in range(2):
+        with pytest.raises(ValueError, match="weights are not finite"):
+            fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
+
+
 def test_nan_weights_are_refused_before_sampling(folder):
     weights = load_file(folder / WEIGHTS)
     weights["conv_in.bias"][0] = torch.nan
