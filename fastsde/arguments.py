@@ -52,7 +52,7 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
     return model
 
 
-_FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = weakref.WeakKeyDictionary()
+_FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, torch.dtype, int]]] = weakref.WeakKeyDictionary()
 """Networks whose weights were finite, and which tensors in which version those were: reading them all takes time."""
 
 
@@ -60,7 +60,7 @@ _FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, int]]] = weakref.W
 def _check_weights(network: nn.Module) -> None:
     """Refuses, with a ValueError that names the first, weights that hold NaN or infinity.
 
-    They are read again after a change that autograd would notice; writing through `.data` is none.
+    They are read again after a cast, or a change that autograd would notice; writing through `.data` is none.
     """
 
     def wide(p: Tensor) -> Tensor:
@@ -68,8 +68,8 @@ def _check_weights(network: nn.Module) -> None:
 
     # Offloaded weights are elsewhere.
     held = [p for p in network.parameters() if p.is_floating_point() and not p.is_meta]
-    state = [(id(p), -1 if p.is_inference() else p._version) for p in held]
-    if _FINITE.get(network) == state and all(version >= 0 for _, version in state):
+    state = [(id(p), p.dtype, -1 if p.is_inference() else p._version) for p in held]
+    if _FINITE.get(network) == state and all(version >= 0 for *_, version in state):
         return
     # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
     sums: dict[torch.device, list[Tensor]] = {}

@@ -169,6 +169,13 @@ def loaded(network):
     network.load_state_dict({"weight": torch.tensor([torch.nan, 1.0])})
 
 
+def cast(network):
+    with torch.no_grad():
+        network.weight.fill_(1e5)
+    fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
+    network.half()  # whose largest number is 65504
+
+
 def in_inference_mode(network):
     with torch.inference_mode():
         network.weight = torch.nn.Parameter(torch.ones(2), requires_grad=False)
@@ -177,7 +184,7 @@ def in_inference_mode(network):
         network.weight[0] = torch.nan  # which nobody counts
 
 
-@pytest.mark.parametrize("change", [in_place, by_an_optimizer, replaced, one_more, loaded, in_inference_mode])
+@pytest.mark.parametrize("change", [in_place, by_an_optimizer, replaced, one_more, loaded, cast, in_inference_mode])
 def test_weights_that_were_finite_once_are_read_again_after_a_change(change):
     network = torch.nn.Module()
     network.weight = torch.nn.Parameter(torch.ones(2))
