@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
+from fastsde.sde.base import Level
 from fastsde.solvers.adams import ExponentialAdams
 
 
@@ -35,8 +36,8 @@ class Alike(fastsde.ExponentialPC):
 class Leaning(fastsde.ExponentialPC):
     """Leans to the new value of the first correction as if there were never much noise left, and asks for no norm."""
 
-    def coefficients(self, sde: fastsde.SDE, t: Tensor, s: Tensor, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
-        c = ExponentialAdams.coefficients(self, sde, t, s, lams, count)
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
+        c = ExponentialAdams.coefficients(self, now, end, lams, count)
         moved = torch.where(count == 1, (c["a"] / 0.8).clamp(0, 1), 0.0) * c["weights"][:, 1, 0]
         c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
@@ -45,8 +46,8 @@ class Leaning(fastsde.ExponentialPC):
 class AsItIs(fastsde.ExponentialPC):
     """Reads the first value as it is, whatever its norm."""
 
-    def coefficients(self, sde: fastsde.SDE, t: Tensor, s: Tensor, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
-        return {k: v for k, v in super().coefficients(sde, t, s, lams, count).items() if k != "first"}
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Tensor) -> dict[str, Tensor]:
+        return {k: v for k, v in super().coefficients(now, end, lams, count).items() if k != "first"}
 
 
 CALLS = (8, 10, 12, 15, 20, 30)

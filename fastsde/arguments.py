@@ -66,11 +66,12 @@ def _check_weights(network: nn.Module) -> None:
     def wide(p: Tensor) -> Tensor:
         return p.float() if torch.finfo(p.dtype).bits == 8 else p  # such floats have no arithmetic
 
-    # Offloaded weights are elsewhere.
-    held = [p for p in network.parameters() if p.is_floating_point() and not p.is_meta]
-    state = [(id(p), p.dtype, -1 if p.is_inference() else p._version) for p in held]
+    weights = list(network.parameters())
+    state = [(id(p), p.dtype, -1 if p.is_inference() else p._version) for p in weights]
     if _FINITE.get(network) == state and all(version >= 0 for *_, version in state):
         return
+    # Offloaded weights are elsewhere.
+    held = [p for p in weights if p.is_floating_point() and not p.is_meta]
     # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
     sums: dict[torch.device, list[Tensor]] = {}
     for p in held:

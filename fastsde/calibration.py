@@ -18,7 +18,7 @@ from fastsde.checks import check_count
 from fastsde.control import Grid
 from fastsde.result import SampleResult
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
-from fastsde.sde.base import SDE
+from fastsde.sde.base import SDE, Level
 from fastsde.solvers import ExponentialPC
 from fastsde.types import Cond, ScoreFn, State, Time
 
@@ -76,7 +76,7 @@ class Schedule(Grid):
         """Draws the lengths of the steps in log-SNR, beside equal ones; needs matplotlib."""
         from matplotlib.figure import Figure
 
-        log_snr = sde.log_snr(self.times.cpu())
+        log_snr = sde.log_snr(self.times)
         figure = Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
         axes.stairs(log_snr.diff().numpy(), log_snr.numpy(), label=str(self.record["chosen"]))
@@ -204,8 +204,8 @@ class _Watched(Wrapper):
         super().__init__(model)
         self.seen = list[State]()
 
-    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
-        prediction = self.model(x_t, t, cond)
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
+        prediction = self.model(x_t, t, cond, level)
         self.seen.append(prediction.x_0)
         return prediction
 
@@ -260,7 +260,7 @@ class _Pilot:
 
     def _leaning(self, fine: Grid, x_0: Tensor, steps: int) -> Grid:
         """The tapered grid, warped part of the way to equal errors of its steps."""
-        ends = self.sde.log_snr(fine.times.cpu()) / 2
+        ends = self.sde.log_snr(fine.times) / 2
         slopes, lam = x_0.double().flatten(2).cpu(), ends
         for _ in range(3):  # divided differences, each between the places of the one before
             slopes, lam = slopes.diff(dim=0) / lam.diff()[:, None, None], (lam[1:] + lam[:-1]) / 2

@@ -134,15 +134,15 @@ class Engine:
         enough = self.turn * self.most_a_turn <= self.most_nfe  # calls for every row, whatever it spent
         x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
         moving = active & (position > 0) if job.solver.warm_up else active
-        s = torch.where(moving, job.controller.target(t, t_end, rows["control"]), t)
+        control = rows["control"] | {"position": position}
+        s = torch.where(moving, job.controller.target(t, t_end, control), t)
         if job.lag:
             self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active, row["nfe"])
-        place = job.controller.plan_row(position, rows["control"])
-        carry = rows["solver"] | select_rows(place, job.plan)
+        carry = rows["solver"] | select_rows(job.controller.plan_row(control), job.plan)
         step = job.solver.step(model, job.sde, x, t, s, noise, carry)
-        decision = job.controller.update(t, s, t_end, step.error, step.scale, rows["control"])
+        decision = job.controller.update(t, s, t_end, step.error, step.scale, control)
 
         finite = all_finite(step.x)
         accept = active & finite
@@ -165,8 +165,10 @@ class Engine:
             status = torch.where(moving & (decision.failure != Status.PENDING), decision.failure, status)
         if decision.restart is not None:
             status = status.masked_fill(moving & decision.restart & (status == Status.PENDING), _AGAIN)
-        status = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
-        row["status"] = status.masked_fill(active > finite, int(Status.NON_FINITE))
+        there = s <= t_end
+        if mask is not None:
+            there, status = there & accept, status.masked_fill(active > finite, int(Status.NON_FINITE))
+        row["status"] = status.masked_fill(there, int(Status.SUCCESS))
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
         done = row["status"] > Status.PENDING
@@ -176,24 +178,26 @@ class Engine:
         """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
         done = (self.rows["row"]["status"] > Status.PENDING).nonzero().flatten().tolist() if self.rows else []
         if done:
-            self._to_pool(done)
+            self._finish(done)
 
-    def _to_pool(self, done: list[int]) -> Tensor:
-        """Moves the given ended rows to the pool, leaving empty slots; returns the slots as a tensor."""
+    def _finish(self, done: list[int]) -> Tensor:
+        """Takes the given ended rows out, to the result or first to the pool; returns their slots, now empty."""
         ids = torch.tensor(done, dtype=torch.int64, device=self.device)
-        ended = {key: select_rows(ids, self.rows[key]) for key in ("row", "cond")}
-        row = ended["row"]
+        row = select_rows(ids, self.rows["row"])
         row["accepted"] = (row["position"] - 1).clamp(min=0)
         row["rejected"] = row["attempt"] - row["accepted"]
         if self.job.denoise and self.job.solver.keeps_x_0:
             row["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
-        self.pool.append(ended)
-        self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
         self.finished += len(done)
         self.nfe_finished += int(row["nfe"].sum())
         if self.denoising_call:
-            last_call = self.job.model.cost(row["t"], ended["cond"]) * (row["status"] != Status.NON_FINITE)
+            cond = select_rows(ids, self.rows["cond"])
+            last_call = self.job.model.cost(row["t"], cond) * (row["status"] != Status.NON_FINITE)
             self.nfe_finished += int(last_call.sum())
+            self.pool.append({"row": row, "cond": cond})
+        else:
+            self._put(row)
+        self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
         return ids
 
     def _start_again(self, again: list[int]) -> None:
@@ -220,7 +224,7 @@ class Engine:
         done = [i for i, value in enumerate(status) if value > Status.PENDING]
         if not done:
             return
-        ids = self._to_pool(done)
+        ids = self._finish(done)
         if sum(len(part["row"]["slot"]) for part in self.pool) >= self.job.batch_size:
             self._flush()
 
@@ -257,19 +261,22 @@ class Engine:
         self.pool = [{g: select_rows(part, pool[g]) for g in groups} for part in ids.split(self.job.batch_size)]
         while self.pool:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
-            lost = row["status"] == Status.NON_FINITE
-            if denoise and self.denoising_call:
-                model = BoundModel(self.job.model, cond, ~lost, row["nfe"])
+            if denoise:
+                model = BoundModel(self.job.model, cond, row["status"] != Status.NON_FINITE, row["nfe"])
                 row["x"] = model(row["x"], row["t"]).x_0
                 row["nfe"] = model.nfe
-            elif self.denoising_call:
+            else:
                 raw = row["status"] == Status.SUCCESS
                 row["status"] = row["status"].masked_fill(raw, int(Status.NOT_DENOISED))
-            lost |= ~all_finite(row["x"])
-            row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
-            row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
-            write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+            self._put(row)
             self.pool.pop(0)  # only now, so that a call that fails or is interrupted loses no finished sample
+
+    def _put(self, row: Carry) -> None:
+        """Writes final states to their places in the result."""
+        lost = (row["status"] == Status.NON_FINITE) | ~all_finite(row["x"])
+        row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
+        row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
+        write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
 
     def _state(self) -> EngineState:
         row = self.rows["row"]

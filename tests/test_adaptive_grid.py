@@ -35,15 +35,16 @@ def walk(errors, grids=3, **options):
     """The log-SNR tried at each turn by one row whose scaled errors are given, and what became of the step."""
     rule, tried = controller(grids, **options), []
     start = torch.tensor([CLOCK.t_max], dtype=torch.float64)
-    t, carry = start, rule.init(start, CLOCK.t_min)
+    t, carry, position = start, rule.init(start, CLOCK.t_min), torch.ones(1, dtype=torch.int64)
     for value in errors:
+        carry = carry | {"position": position}
         s = rule.target(t, CLOCK.t_min, carry)
         one = torch.ones(1, 2, dtype=torch.float64)
         decision = rule.update(t, s, CLOCK.t_min, 0.1 * value * one, one, carry)
         carry, again = decision.carry, bool(decision.restart)
         assert bool(decision.accept) != again
         tried.append((round(float(CLOCK.log_snr(s)), 9), "again" if again else "taken"))
-        t = start if again else s
+        t, position = (start, torch.ones_like(position)) if again else (s, position + 1)
     return tried
 
 
@@ -68,7 +69,7 @@ def test_on_the_finest_grid_every_step_is_taken():
 def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
     rule = controller()
     t = torch.full((2,), CLOCK.t_max, dtype=torch.float64)
-    carry = rule.init(t, CLOCK.t_min)
+    carry = rule.init(t, CLOCK.t_min) | {"position": torch.ones(2, dtype=torch.int64)}
     s = rule.target(t, CLOCK.t_min, carry)
     error = torch.tensor([[math.nan, 0.0], [0.0, 0.0]], dtype=torch.float64)
     decision = rule.update(t, s, CLOCK.t_min, error, torch.ones_like(error), carry)

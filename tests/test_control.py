@@ -205,14 +205,14 @@ def test_karras_grid_is_that_of_the_paper():
 
 def test_rows_of_a_grid_walk_it_each_at_its_own_place():
     grid = Grid([1.0, 0.7, 0.4, 0.1])
-    t = vector(1.0, 0.4)
-    carry = {"next": torch.tensor([1, 3])}
+    # The first row is at its warm-up turn, the last one has ended.
+    t = vector(1.0, 1.0, 0.4, 0.1)
+    carry = {"position": torch.tensor([0, 1, 3, 4])}
     s = grid.target(t, 0.1, carry)
-    assert s.tolist() == [0.7, 0.1]
+    assert s.tolist() == [1.0, 0.7, 0.1, 0.1]
     decision = grid.update(t, s, 0.1, None, None, carry)
     assert decision.accept is decision.failure is None  # every row takes it and goes on
-    assert decision.carry["next"].tolist() == [2, 4]
-    assert grid.init(t, 0.1)["next"].tolist() == [1, 1]
+    assert decision.carry == grid.init(t, 0.1) == {}  # the engine knows where a row is
 
 
 def test_a_step_of_few_units_shrinks_when_asked_to():

@@ -1,6 +1,7 @@
 """Networks read under a scheduler's configuration: what they are given, and what becomes of their answers."""
 
 import contextlib
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -524,6 +525,17 @@ def test_calls_are_counted_where_the_network_is_called():
     bound = BoundModel(model, {}, torch.tensor([True, False]))
     bound(torch.zeros(2, 1, 2, 2), vector(0.5, 0.6))
     assert bound.nfe.tolist() == [1, 0]
+
+
+def test_a_model_is_where_its_network_is_now():
+    network = tiny.unet()
+    model, _ = from_diffusers(network, DDPM)
+    network.to("meta")
+    assert model.device == torch.device("meta")
+    # Where group offloading (a hook of diffusers, for machines with an accelerator) brings weights for the time of use.
+    group = SimpleNamespace(config=SimpleNamespace(onload_device="cpu"))
+    network.mid_block._diffusers_hook = SimpleNamespace(get_hook={"group_offloading": group}.get)
+    assert model.device == torch.device("cpu")
 
 
 def test_offloaded_networks_compute_where_their_hook_says():

@@ -78,7 +78,7 @@ class AdaptiveGrid(Controller):
         """The grids, with the stops in them: in place of a time that is as good as the same."""
         walks = []
         for grid in self.grids:
-            times = grid.times.cpu()
+            times = grid.times
             gaps = times.diff().abs()
             room = 0.01 * torch.minimum(gaps[:-1], gaps[1:])
             apart = (times[1:-1, None] - torch.tensor(self.stops, dtype=torch.float64)).abs() > room[:, None]
@@ -90,7 +90,8 @@ class AdaptiveGrid(Controller):
     def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
         """By device: the times of all walks, one after another, which steps to them are judged, where each begins."""
         counts = torch.tensor([walk.steps + 1 for walk in self.walks])
-        times = torch.cat([walk.times.cpu() for walk in self.walks])
+        # The last one twice, for rows that have ended.
+        times = torch.cat([*(walk.times for walk in self.walks), self.walks[-1].times[-1:]])
         stop = torch.isin(times, torch.tensor(self.stops, dtype=torch.float64))
         # The steps to a stop and from it, and the one after, which extrapolates from those.
         near = stop | stop.roll(1) | stop.roll(2)
@@ -103,14 +104,13 @@ class AdaptiveGrid(Controller):
 
     def init(self, t: Time, t_end: float) -> Carry:
         zero = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
-        return {"grid": zero, "first": zero, "next": zero + 1}
+        return {"grid": zero, "first": zero}
 
-    def plan_row(self, position: Index, carry: Carry) -> Index:
-        return carry["first"] + position
+    def plan_row(self, carry: Carry) -> Index:
+        return carry["first"] + carry["position"]
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        times = self._on(t.device)[0]
-        return times.take(carry["next"].clamp(max=len(times) - 1))
+        return self._on(t.device)[0].take(self.plan_row(carry))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
@@ -120,10 +120,9 @@ class AdaptiveGrid(Controller):
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
         finite = torch.isfinite(scaled)
         _, judged, first = self._on(t.device)
-        asked = judged.take(carry["next"].clamp(max=len(judged) - 1))
+        asked = judged.take(self.plan_row(carry))
         restart = (scaled > self.limit) & finite & asked & (carry["grid"] < len(self.grids) - 1)
         grid = carry["grid"] + restart
-        begin = first.take(grid)
-        after = {"grid": grid, "first": begin, "next": torch.where(restart, begin, carry["next"]) + 1}
+        after = {"grid": grid, "first": first.take(grid)}
         failure = torch.full(t.shape, int(Status.NON_FINITE), device=t.device).masked_fill(finite, int(Status.PENDING))
         return Decision(finite & ~restart, after, failure, restart)

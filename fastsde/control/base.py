@@ -46,6 +46,9 @@ class Clock(Protocol):
 class Controller(ABC):
     """Chooses target times, accepts or rejects steps, or has samples start again, row by row. Knows no solver, no SDE.
 
+    The `carry` it is given is its memory and "position": the number of the step among the accepted, from 1, or 0 for
+    the warm-up turn, with shape (B,).
+
     Attributes:
         adaptive: whether it needs the solver's error estimate.
     """
@@ -64,14 +67,9 @@ class Controller(ABC):
         """The same on the clock u = -t, for a walk from t_min up to t_max."""
         return self
 
-    def plan_row(self, position: Index, carry: Carry) -> Index:
-        """Which row of the solver's plan, if there is one, the next step reads, with shape (B,).
-
-        Args:
-            position: number of that step, from 1, or 0 for the warm-up turn, with shape (B,).
-            carry: the controller's memory.
-        """
-        return position
+    def plan_row(self, carry: Carry) -> Index:
+        """Which row of the solver's plan, if there is one, the step reads, with shape (B,)."""
+        return carry["position"]
 
     @abstractmethod
     def init(self, t: Time, t_end: float) -> Carry:
@@ -93,5 +91,5 @@ class Controller(ABC):
             t_end: where sampling stops.
             error: the solver's elementwise error estimate, with shape (B, *event), or None.
             scale: the magnitude that a relative tolerance refers to, with shape (B, *event), or None.
-            carry: the memory from `init` or the last decision.
+            carry: the memory from `init` or the last decision, and the position.
         """

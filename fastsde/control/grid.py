@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Protocol, runtime_checkable
 
@@ -151,28 +152,29 @@ class Grid(Controller):
 
     def through(self, times: list[float]) -> Grid:
         """The same grid with further times, which lie within it."""
-        return Grid(torch.cat([self.times.cpu(), torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
+        return Grid(torch.cat([self.times, torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
 
     def reversed(self) -> Grid:
         """The same times from the last to the first, on the clock u = -t."""
         return Grid(-self.times.flip(0))
 
     def init(self, t: Time, t_end: float) -> Carry:
-        return {"next": torch.ones(t.shape, dtype=torch.int64, device=t.device)}
+        return {}
 
-    def times_on(self, device: torch.device) -> Tensor:
-        """The times, on the device, where they then stay."""
-        if self.times.device != device:
-            self.times = self.times.to(device)
-        return self.times
+    @functools.cached_property
+    def _targets(self) -> dict[torch.device, Tensor]:
+        """By device: the times, the last one twice, for rows that have ended."""
+        return {torch.device("cpu"): torch.cat([self.times, self.times[-1:]])}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        return self.times_on(t.device).take(carry["next"].clamp(max=self.steps))
+        if t.device not in self._targets:
+            self._targets[t.device] = self._targets[torch.device("cpu")].to(t.device)
+        return self._targets[t.device].take(carry["position"])
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
-        return Decision(None, {"next": carry["next"] + 1})
+        return Decision(None, {})
 
     def __repr__(self) -> str:
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"

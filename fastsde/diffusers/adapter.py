@@ -102,16 +102,13 @@ def unguided(
     if scheduler is None and pipe is not None:
         scheduler = pipe.scheduler
     latent = pipe is not None and autoencoder(pipe) is not None
-    model = DiffusersModel(
+    return DiffusersModel(
         network,
         read_schedule(scheduler_config(scheduler)),
         event_shape=event_shape or (None if pipe is None else latent_shape(pipe)),
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
-    if pipe is not None:
-        model.device = pipe._execution_device
-    return model
 
 
 def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:

@@ -90,17 +90,12 @@ class DiffusersModel(ScoreModel):
         self.classes = _classes(config, self.arguments)
         # DiT's last label is "none".
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
-        self._device: torch.device | None = None
         self._dtype: torch.dtype | None = None
         self._plain = False
 
     @property
     def device(self) -> torch.device:
-        return (offloaded_to(self.network) or super().device) if self._device is None else self._device
-
-    @device.setter
-    def device(self, device: torch.device) -> None:
-        self._device = device
+        return offloaded_to(self.network) or super().device
 
     @property
     def compute_dtype(self) -> torch.dtype | None:
@@ -110,7 +105,8 @@ class DiffusersModel(ScoreModel):
     def sampling(self) -> Iterator[None]:
         # Modules are looked at once and not at every call.
         before = self._plain, self._dtype
-        self._plain, self._dtype = _keeps_nothing(self.network), self.compute_dtype
+        self._plain = _keeps_nothing(self.network)
+        self._dtype = super().compute_dtype if self._plain else self.compute_dtype
         try:
             with super().sampling():
                 yield
@@ -238,12 +234,16 @@ def config_of(thing: object) -> Config:
 
 
 def offloaded_to(module: object) -> torch.device | None:
-    """Where accelerate's hooks let a module compute, which with offloading is not where its weights are."""
+    """Where the hooks of accelerate or diffusers let a module compute: with offloading not where its weights are."""
     for part in module.modules() if isinstance(module, nn.Module) else []:
-        hook = vars(part).get("_hf_hook")  # many times faster than asking for an attribute
+        own = vars(part)  # many times faster than asking for an attribute
+        hook, registry = own.get("_hf_hook"), own.get("_diffusers_hook")
         for one in getattr(hook, "hooks", [hook]):
             if getattr(one, "execution_device", None) is not None:
                 return torch.device(one.execution_device)
+        group = None if registry is None else registry.get_hook("group_offloading")
+        if group is not None:
+            return torch.device(group.config.onload_device)
     return None
 
 
@@ -264,15 +264,14 @@ def _keeps_nothing(network: object) -> bool:
     """
     if not isinstance(network, nn.Module) or type(network).__name__ not in _STATELESS:
         return False
+    kinds = set()
     for part in network.modules():
         own = vars(part)
-        theirs = all(
-            type(k).__module__.startswith(("torch.", "diffusers.")) for k in (part, own.get("processor", part))
-        )
+        kinds |= {type(part), type(own.get("processor", part))}
         hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own
-        if not theirs or hooked or "forward" in own:
+        if hooked or "forward" in own:
             return False
-    return True
+    return all(kind.__module__.startswith(("torch.", "diffusers.")) for kind in kinds)
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -21,6 +21,7 @@ from fastsde.diffusers.networks import DiffusersModel, clipped
 from fastsde.diffusers.schedules import filled, read_schedule
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction, ScoreModel
+from fastsde.sde.base import Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, Step
@@ -308,14 +309,14 @@ class _Given(BoundModel):
         super().__init__(model, {}, torch.ones(len(x), dtype=torch.bool, device=x.device))
         self.x = x
 
-    def __call__(self, x_t: State, t: Time) -> Prediction:
-        return self.model(self.x, t)
+    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
+        return self.model(self.x, t, level=level)
 
 
 class _Ahead(_Given):
     """Keeps the state that the solver wants evaluated next, which is what a scheduler returns."""
 
-    def __call__(self, x_t: State, t: Time) -> Prediction:
+    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
         self.x = x_t
         one = torch.ones_like(t)
         return Prediction("sample", torch.zeros_like(x_t), x_t, one, one)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
-from fastsde.sde.base import SDE
+from fastsde.sde.base import SDE, Level
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
 _Reading = Callable[[Tensor, Tensor], tuple[Any, Any]]
@@ -29,7 +29,7 @@ _Reading = Callable[[Tensor, Tensor], tuple[Any, Any]]
 # (a, b) of x_0 = a x_t + b out and (c, d) of eps = c x_t + d out, as functions of (alpha, sigma).
 _READ: dict[str, tuple[_Reading, _Reading]] = {
     "score": (lambda a, s: (1 / a, s**2 / a), lambda a, s: (0.0, -s)),
-    "epsilon": (lambda a, s: (1 / a, -s / a), lambda a, s: (0.0, 1.0)),
+    "epsilon": (lambda a, s: (a.reciprocal(), -s / a), lambda a, s: (0.0, 1.0)),
     "sample": (lambda a, s: (0.0, 1.0), lambda a, s: (1 / s, -a / s)),
     "v_prediction": (
         lambda a, s: (a / (a**2 + s**2), -s / (a**2 + s**2)),
@@ -56,12 +56,10 @@ class Prediction:
 
     def _linear(self, of_x_t: Coef | float, of_out: Coef | float) -> State:
         """of_x_t x_t + of_out out, never `out` itself: a compiled network may write its next output there."""
-        terms = [
-            (c if isinstance(c, float) else expand_like(c, x)) * x
-            for c, x in ((of_x_t, self.x_t), (of_out, self.out))
-            if not (isinstance(c, float) and c == 0)
-        ]
-        return terms[0] if len(terms) == 1 else terms[0] + terms[1]
+        a, b = (c if isinstance(c, float) else expand_like(c, self.x_t) for c in (of_x_t, of_out))
+        if isinstance(a, float) and a == 0:
+            return b * self.out
+        return torch.addcmul(a * self.x_t, b, self.out)  # type: ignore[arg-type] # both are tensors
 
     def _combine(self, of_x_0: Coef | float, of_eps: Coef | float) -> State:
         (a, b), (c, d) = self._x_0(self.alpha, self.sigma), self._epsilon(self.alpha, self.sigma)
@@ -195,19 +193,20 @@ class ScoreModel:
         out = self.call(x_t.to(dtype, copy=True), time, {key: v.clone() for key, v in (cond or {}).items()})
         return _check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
-    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
         """Evaluates the network once on every row.
 
         Args:
             x_t: with shape (B, *event).
             t: the SDE's time, with shape (B,).
             cond: keyword arguments of the network, each with leading axis B.
+            level: `sde.level(t)`, where the caller has it.
 
         Raises:
             ValueError: if the network returns another shape or device than it was given.
             TypeError: if it returns no floating-point tensor.
         """
-        level = self.sde.level(t)
+        level = level or self.sde.level(t)
         return Prediction(self.prediction, self.output(x_t, t, cond), x_t, level.alpha, level.sigma)
 
 
@@ -313,12 +312,17 @@ class BoundModel:
         self.model, self.cond, self.active = model, cond, active
         self.nfe = torch.zeros_like(active, dtype=torch.int64) if nfe is None else nfe
 
-    def __call__(self, x_t: State, t: Time) -> Prediction:
-        """The prediction for every row, adding the calls it cost to `nfe`."""
-        self.nfe = self.nfe + self.model.cost(t, self.cond) * self.active
-        return self.model(x_t, t, self.cond)
+    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
+        """The prediction for every row, adding the calls it cost to `nfe`; `level` as for a score model."""
+        self._count(t)
+        return self.model(x_t, t, self.cond, level)
 
     def output(self, x_t: State, t: Time) -> State:
         """What the network itself returns for every row, adding the calls it cost to `nfe`."""
-        self.nfe = self.nfe + self.model.cost(t, self.cond) * self.active
+        self._count(t)
         return self.model.output(x_t, t, self.cond)
+
+    def _count(self, t: Time) -> None:
+        cost = self.model.cost(t, self.cond)
+        alike = isinstance(cost, int)
+        self.nfe = torch.add(self.nfe, self.active, alpha=cost) if alike else self.nfe + cost * self.active

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastsde.batching import expand_like, write_rows
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
+from fastsde.sde.base import Level
 from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
@@ -190,8 +191,8 @@ class Clipped(Wrapper):
         super().__init__(model, "sample")
         self.limit, self.ratio = limit, ratio
 
-    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
-        inside = self.model(x_t, t, cond)
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
+        inside = self.model(x_t, t, cond, level)
         return Prediction(self.prediction, self._clipped(inside.x_0), x_t, inside.alpha, inside.sigma)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:

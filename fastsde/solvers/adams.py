@@ -12,9 +12,9 @@ from fastsde.batching import expand_like
 from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
-from fastsde.sde.base import SDE
+from fastsde.sde.base import SDE, Level
 from fastsde.solvers.adams_coefficients import AdamsCoefficients
-from fastsde.solvers.adams_weights import add_weighted, revised
+from fastsde.solvers.adams_weights import add_weighted, columns, revised
 from fastsde.solvers.base import Step
 from fastsde.types import Carry, Coef, State, Time
 
@@ -79,34 +79,36 @@ class ExponentialAdams(AdamsCoefficients):
     def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
         count = torch.arange(len(times), device=times.device)
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
-        lams = sde.log_snr(times)[before] / 2
-        planned = self.coefficients(sde, times[before[:, 0]], times, lams, count)
+        end, start = sde.level(times), before[:, 0]
+        now = Level(end.alpha[start], end.sigma[start])
+        planned = self.coefficients(now, end, end.log_snr[before] / 2, count)
         unneeded = {"a"} | ({"std"} if self.deterministic else set()) | (set() if errors else _FOR_ERRORS)
         return {key: value for key, value in planned.items() if key not in unneeded}
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, count = carry["lam"], carry["count"]
         past = [carry[f"past_{i}"] for i in range(lam.shape[1])]
-        c = carry if "keep" in carry else self.coefficients(sde, t, s, lam, count)
+        c = carry if "keep" in carry else self.coefficients(sde.level(t), sde.level(s), lam, count)
         base = expand_like(c["keep"], x_t) * x_t
         if not self.deterministic:
             base = base + expand_like(c["std"], x_t) * noise.z
-        x_s = predicted = add_weighted(base, c["weights"][:, 0], past)
-        prediction = model(x_s, s)
+        weights = columns(c["weights"], x_t)
+        x_s = predicted = add_weighted(base, weights[: len(past)], past)
+        prediction = model(x_s, s, Level(*c["level"].unbind(1)))
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         if self.values[1]:
             before = revised(past[0], new, c.get("first"))  # rows at a first step, of solvers that doubt its value
-            x_s = add_weighted(base, c["weights"][:, 1], [before, new, *past[1:-1]])
+            x_s = add_weighted(base, weights[len(past) :], [before, new, *past[1:-1]])
         kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
         if not c.keys() >= _FOR_ERRORS:
             return Step(x_s, kept)  # a plan for a grid, where nobody asks for the error
         if c is not carry:  # a plan knows the times
             kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
-        difference = (x_s - predicted) / expand_like(c["alpha_s"], x_t)
+        difference = (x_s - predicted) / expand_like(c["level"][:, 0], x_t)
         return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))
 
 
-_FOR_ERRORS = {"h", "alpha_s", "lam_s"}
+_FOR_ERRORS = {"h", "lam_s"}
 
 
 def _past(values: Sequence[Tensor]) -> Carry:

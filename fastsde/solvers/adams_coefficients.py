@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from fastsde.sde.base import SDE
+from fastsde.sde.base import Level
 from fastsde.solvers.adams_weights import stage_weights
 from fastsde.solvers.base import Solver
-from fastsde.types import Carry, Coef, Index, Time
+from fastsde.types import Carry, Coef, Index
 
 
 class AdamsCoefficients(Solver):
@@ -38,16 +38,14 @@ class AdamsCoefficients(Solver):
         """
         return None
 
-    def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
-        """What steps from t to s need beside states, each with leading axis B.
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> Carry:
+        """What steps need beside states, each with leading axis B.
 
         Args:
-            sde: the process.
-            t, s: now and the target, with shape (B,).
+            now, end: of the process, where the steps start and where they end.
             lams: where the last predictions were made, the newest first, with shape (B, values kept).
             count: how many of them there are, with shape (B,).
         """
-        now, end = sde.level(t), sde.level(s)
         lam, lam_s = now.log_snr / 2, end.log_snr / 2
         h = lam_s - lam
         eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta, dtype=h.dtype)
@@ -57,4 +55,5 @@ class AdamsCoefficients(Solver):
         std = end.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
         nodes = (lams[:, 1:] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
         weights = gain[:, None, None] * stage_weights(a, nodes, count, self.values, self.combine_moments, self.share(a))
-        return {"keep": keep, "std": std, "weights": weights, "a": a, "h": h, "alpha_s": end.alpha, "lam_s": lam_s}
+        level = torch.stack([end.alpha, end.sigma], 1)
+        return {"keep": keep, "std": std, "weights": weights, "a": a, "h": h, "level": level, "lam_s": lam_s}

@@ -107,10 +107,14 @@ def revised(before: State, after: State, rows: Mask | None) -> State:
     return torch.lerp(before, after, expand_like(share, before))
 
 
-def add_weighted(base: State, weights: Tensor, values: Sequence[State]) -> State:
-    """base + sum_i w_i v_i with shape (B, *event), for weights (B, q) and q values (B, *event)."""
-    weights = weights.to(base.dtype).reshape(*weights.shape, *(1,) * (base.ndim - 1))
+def columns(weights: Tensor, x: State) -> tuple[Tensor, ...]:
+    """Weights with shape (B, ..), one after another, each in the dtype of `x` and broadcasting against it."""
+    return weights.to(x.dtype).reshape(len(x), -1, *(1,) * (x.ndim - 1)).unbind(1)
+
+
+def add_weighted(base: State, weights: Sequence[Tensor], values: Sequence[State]) -> State:
+    """base + sum_i w_i v_i with shape (B, *event), for the `columns` w_i and as many values (B, *event)."""
     # Not as a matrix product, whose rounding depends on the batch and which autocast and TF32 would lower.
-    for weight, value in zip(weights.unbind(1), values, strict=True):
+    for weight, value in zip(weights, values, strict=True):
         base = torch.addcmul(base, weight, value)
     return base

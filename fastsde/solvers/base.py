@@ -115,5 +115,5 @@ class Solver(ABC):
             sde: the forward process.
             x_t, t, s: the state with shape (B, *event), now, and the target, at most t; times with shape (B,).
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
-            carry: the memory of the last accepted step; on a grid also a row of the plan, its floats in x_t's dtype.
+            carry: memory of the last accepted step; on a grid also a row of the plan, but for `level` in x_t's dtype.
         """

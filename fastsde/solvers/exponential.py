@@ -11,9 +11,9 @@ from torch import Tensor
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
 from fastsde.noise import ALL_NOISE
-from fastsde.sde.base import SDE
+from fastsde.sde.base import Level
 from fastsde.solvers.adams import ExponentialAdams
-from fastsde.types import Carry, Coef, Index, State, Time
+from fastsde.types import Carry, Coef, Index, State
 
 _LONG, _POWER = 0.8, 3.2
 """Where c h is 0.8, the third order has half its share, and the first correction leans as far as it may."""
@@ -97,8 +97,8 @@ class ExponentialPC(ExponentialAdams):
     def share(self, a: Coef) -> Coef:
         return 1 / (1 + (a.abs() / _LONG) ** _POWER)  # a < 0 on the way back to noise
 
-    def coefficients(self, sde: SDE, t: Time, s: Time, lams: Tensor, count: Index) -> Carry:
-        c = super().coefficients(sde, t, s, lams, count)
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> Carry:
+        c = super().coefficients(now, end, lams, count)
         if self.order > 1:
             c["first"] = (count == 1) & (c["a"] > 0)  # not on the way back to noise, where the first value is the best
             lean = (c["a"] / _LONG).clamp(max=1) * (ALL_NOISE * c["lam_s"].exp()).clamp(max=1) ** 2
