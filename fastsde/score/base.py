@@ -324,5 +324,5 @@ class BoundModel:
 
     def _count(self, t: Time) -> None:
         cost = self.model.cost(t, self.cond)
-        alike = isinstance(cost, int)
-        self.nfe = torch.add(self.nfe, self.active, alpha=cost) if alike else self.nfe + cost * self.active
+        each = cost * self.active if isinstance(cost, Tensor) else self.active
+        self.nfe = torch.add(self.nfe, each, alpha=1 if isinstance(cost, Tensor) else cost)
