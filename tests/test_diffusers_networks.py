@@ -276,6 +276,13 @@ def test_calls_in_inference_mode_leave_nothing_behind(name, seen):
     # Flux keeps lengths of sequences between calls, with some of its backends.
     assert seen == {name != "flux"}
     fastsde.sample(Scaled(model), n=2, nfe=4, cond=cond)
+    with torch.no_grad(), model.sampling():  # where they get no copies
+        x, given = torch.randn(2, *shape, generator=GENERATOR), {key: value.clone() for key, value in cond.items()}
+        before = x.clone()
+        assert model.writes_inputs == (name == "flux")
+        model(x, vector(0.3, 0.71), given)
+        assert torch.equal(x, before)
+        assert all(torch.equal(given[key], value) for key, value in cond.items())
     assert not any(x.is_inference() for x in (r.samples, *outs, *network.parameters(), *network.buffers()))
     # Gradients after it and through the same model, by hand and while samples are drawn; not by hand alone.
     x = torch.randn(2, *shape, generator=GENERATOR).requires_grad_()
@@ -320,6 +327,7 @@ HOOKS = {
     "replaced": lambda network: setattr(network.conv_in, "forward", network.conv_in.forward),
     "processor": lambda network: network.mid_block.attentions[0].set_processor(Storing()),
     "network": lambda network: setattr(network, "__class__", Other),
+    "compiled": lambda network: network.conv_in.compile(backend="eager"),
 }
 
 

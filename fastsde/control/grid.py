@@ -167,9 +167,10 @@ class Grid(Controller):
         return {torch.device("cpu"): torch.cat([self.times, self.times[-1:]])}
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        if t.device not in self._targets:
-            self._targets[t.device] = self._targets[torch.device("cpu")].to(t.device)
-        return self._targets[t.device].take(carry["position"])
+        device = t.device
+        if device not in self._targets:
+            self._targets[device] = self._targets[torch.device("cpu")].to(device)
+        return self._targets[device].index_select(0, carry["position"])
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry

@@ -25,7 +25,9 @@ _ALWAYS = ("encoder_hidden_states", "pooled_projections")
 _DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a-z])dmd|distill", re.IGNORECASE)
 _STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
               "SD3Transformer2DModel")  # fmt: skip
-"""Networks of diffusers that keep no tensor of a call, as others do positions and lengths."""
+"""Networks of diffusers that keep no tensor of a call, as others do positions and lengths, and write into none."""
+_REPLACED = ("forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
+"""Attributes of a module that is called in another way than its class says."""
 LATENT_RANGE = (-2.0, 2.0)
 """Two standard deviations of scaled latents, whose variance is about 1; images in [-1, 1] have about 0.5."""
 
@@ -100,6 +102,10 @@ class DiffusersModel(ScoreModel):
     @property
     def compute_dtype(self) -> torch.dtype | None:
         return self._dtype or _cast_to(self.network) or super().compute_dtype
+
+    @property
+    def writes_inputs(self) -> bool:  # type: ignore[override]
+        return not self._plain
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -190,7 +196,7 @@ class DiffusersModel(ScoreModel):
     def _forward(self, *args: Tensor, **given: Any) -> object:
         """The network's output; without autograd's bookkeeping where nobody can want a derivative or find a trace."""
         wanted = torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
-        if not self._plain or wanted or torch.is_autocast_enabled(args[0].device.type):
+        if not self._plain or wanted or torch.is_autocast_enabled("cpu" if args[0].is_cpu else args[0].device.type):
             return tensor_of(self.network(*args, **given))
         with torch.inference_mode():
             out = tensor_of(self.network(*args, **given))
@@ -258,7 +264,7 @@ def _cast_to(network: object) -> torch.dtype | None:
 
 
 def _keeps_nothing(network: object) -> bool:
-    """Whether a call leaves no tensor behind.
+    """Whether a call leaves no tensor behind, and those it is given as they were.
 
     What is kept of a call in inference mode, as weights are that a hook moves or casts, is lost to training.
     """
@@ -268,8 +274,7 @@ def _keeps_nothing(network: object) -> bool:
     for part in network.modules():
         own = vars(part)
         kinds |= {type(part), type(own.get("processor", part))}
-        hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "_hf_hook" in own or "_diffusers_hook" in own
-        if hooked or "forward" in own:
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.keys().isdisjoint(_REPLACED):
             return False
     return all(kind.__module__.startswith(("torch.", "diffusers.")) for kind in kinds)
 

@@ -118,6 +118,8 @@ class ScoreModel:
     """The most network calls that an evaluation costs a row; guidance that doubles the batch says 2."""
     role = "the score function"
     """What the network is called in messages."""
+    writes_inputs = True
+    """Whether the network may work in place on what it is given, so that it gets copies."""
 
     def __init__(
         self,
@@ -188,9 +190,10 @@ class ScoreModel:
         """What the network itself returns; arguments and errors as for a call."""
         dtype = self.compute_dtype or x_t.dtype
         time = t if self.timestep is None else self.timestep(t)
-        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=True)
-        # Copies, because a network may work in place on what it is given.
-        out = self.call(x_t.to(dtype, copy=True), time, {key: v.clone() for key, v in (cond or {}).items()})
+        copy = self.writes_inputs
+        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=copy)
+        given = {key: value.clone() if copy else value for key, value in (cond or {}).items()}
+        out = self.call(x_t.to(dtype, copy=copy), time, given)
         return _check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:

@@ -100,7 +100,7 @@ def revised(before: State, after: State, rows: Mask | None) -> State:
 
     All states have shape (B, *event).
     """
-    if rows is None or (rows.is_cpu and not bool(rows.any())):  # a device would have to be waited for
+    if rows is None or (rows.is_cpu and not any(rows.tolist())):  # a device would have to be waited for
         return before
     was, now = row_norm(before), row_norm(after)
     share = ((was / now.clamp(min=1e-15)).square() - 1).clamp(0, 1) * rows
