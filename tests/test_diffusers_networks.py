@@ -554,4 +554,6 @@ def test_offloaded_networks_compute_where_their_hook_says():
     assert all(p.is_meta for p in network.parameters())
     model, sde = from_diffusers(network, DDPM)
     assert (model.device, model.parameter.dtype) == (torch.device("cpu"), torch.float32)
-    assert torch.equal(fastsde.sample(model, sde, n=2, nfe=4).samples, expected)
+    samples = fastsde.sample(model, sde, n=2, nfe=4).samples
+    # Without hooks, convolutions work in another layout: roundings.
+    torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
