@@ -94,6 +94,7 @@ class DiffusersModel(ScoreModel):
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._dtype: torch.dtype | None = None
         self._plain = False
+        self._convolutional = type(network).__name__.startswith("UNet2D")
 
     @property
     def device(self) -> torch.device:
@@ -198,7 +199,7 @@ class DiffusersModel(ScoreModel):
         wanted = torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
         if not self._plain or wanted or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
             return tensor_of(self.network(x, *rest, **given))
-        if x.is_cpu and x.ndim == 4:  # where a UNet is a few per cent faster so (benchmarks/diffusers_overhead.py)
+        if self._convolutional and x.is_cpu:  # a few per cent faster so (benchmarks/diffusers_overhead.py)
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
             out = tensor_of(self.network(x, *rest, **given))
