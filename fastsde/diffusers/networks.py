@@ -94,7 +94,6 @@ class DiffusersModel(ScoreModel):
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._dtype: torch.dtype | None = None
         self._plain = False
-        self._convolutional = type(network).__name__.startswith("UNet2D")
 
     @property
     def device(self) -> torch.device:
@@ -189,22 +188,21 @@ class DiffusersModel(ScoreModel):
         if self.packed:
             return self._call_packed(x, time, given)
         by_name = "timestep" in self.arguments
-        out = self._forward(x, **given, timestep=time) if by_name else self._forward(x, time, **given)
-        if isinstance(out, Tensor) and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
-            return out[:, : x.shape[1]]
-        return out
+        return self._forward(x, **given, timestep=time) if by_name else self._forward(x, time, **given)
 
     def _forward(self, x: Tensor, *rest: Tensor, **given: Any) -> object:
         """The network's output; without autograd's bookkeeping where nobody can want a derivative or find a trace."""
         wanted = torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
-        if not self._plain or wanted or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type):
-            return tensor_of(self.network(x, *rest, **given))
-        if self._convolutional and x.is_cpu:  # a few per cent faster so (benchmarks/diffusers_overhead.py)
+        plain = self._plain and not wanted and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        if plain and x.is_cpu and x.ndim == 4:  # most are faster so (benchmarks/diffusers_overhead.py)
             x = x.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode():
+        with torch.inference_mode() if plain else contextlib.nullcontext():
             out = tensor_of(self.network(x, *rest, **given))
-        # An ordinary tensor again.
-        return out.clone(memory_format=torch.contiguous_format) if isinstance(out, Tensor) else out
+        if not isinstance(out, Tensor):
+            return out
+        if out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+            out = out[:, : x.shape[1]]
+        return out.clone(memory_format=torch.contiguous_format) if plain else out  # an ordinary tensor again
 
     def _call_packed(self, x: State, time: Tensor, given: dict[str, Any]) -> object:
         """Tokens of 2 x 2 latents in, tokens out; positions are (0, row, column) for latents and 0 for text."""
