@@ -301,7 +301,7 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
         return {}
     with torch.no_grad():
         # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
-        plans = [solver.plan(sde, grid.times, errors=controller.adaptive) for grid in controller.walks]
+        plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in controller.walks]
     # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
     plan = {key: torch.cat([*(plan[key] for plan in plans), plans[-1][key][-1:]]) for key in plans[0]}
     # Rounded here, because it is used beside states, rather than once a step; but for what a prediction is read with.

@@ -76,7 +76,7 @@ class Schedule(Grid):
         """Draws the lengths of the steps in log-SNR, beside equal ones; needs matplotlib."""
         from matplotlib.figure import Figure
 
-        log_snr = sde.log_snr(self.times)
+        log_snr = sde.log_snr(self.times.cpu())
         figure = Figure(figsize=(6, 3), layout="constrained")
         axes = figure.subplots()
         axes.stairs(log_snr.diff().numpy(), log_snr.numpy(), label=str(self.record["chosen"]))
@@ -260,7 +260,7 @@ class _Pilot:
 
     def _leaning(self, fine: Grid, x_0: Tensor, steps: int) -> Grid:
         """The tapered grid, warped part of the way to equal errors of its steps."""
-        ends = self.sde.log_snr(fine.times) / 2
+        ends = self.sde.log_snr(fine.times.cpu()) / 2
         slopes, lam = x_0.double().flatten(2).cpu(), ends
         for _ in range(3):  # divided differences, each between the places of the one before
             slopes, lam = slopes.diff(dim=0) / lam.diff()[:, None, None], (lam[1:] + lam[:-1]) / 2

@@ -190,16 +190,16 @@ class Engine:
         row["rejected"] = row["attempt"] - row["accepted"]
         if self.job.denoise and self.job.solver.keeps_x_0:
             row["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
-        self.finished += len(done)
-        self.nfe_finished += int(row["nfe"].sum())
         if self.denoising_call:
-            cond = select_rows(ids, self.rows["cond"])
-            last_call = self.job.model.cost(row["t"], cond) * (row["status"] != Status.NON_FINITE)
-            self.nfe_finished += int(last_call.sum())
-            self.pool.append({"row": row, "cond": cond})
+            self.pool.append({"row": row, "cond": select_rows(ids, self.rows["cond"])})
         else:
             self._put(row)
         self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
+        self.finished += len(done)
+        self.nfe_finished += int(row["nfe"].sum())
+        if self.denoising_call:
+            last_call = self.job.model.cost(row["t"], self.pool[-1]["cond"]) * (row["status"] != Status.NON_FINITE)
+            self.nfe_finished += int(last_call.sum())
         return ids
 
     def _start_again(self, again: list[int]) -> None:

@@ -327,6 +327,7 @@ HOOKS = {
     "replaced": lambda network: setattr(network.conv_in, "forward", network.conv_in.forward),
     "processor": lambda network: network.mid_block.attentions[0].set_processor(Storing()),
     "network": lambda network: setattr(network, "__class__", Other),
+    "in place": lambda network: setattr(network, "conv_act", torch.nn.SiLU(inplace=True)),
     "compiled": lambda network: network.conv_in.compile(backend="eager"),
 }
 

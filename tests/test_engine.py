@@ -244,6 +244,20 @@ def test_a_row_that_is_not_finite_harms_no_other():
     assert same(clean, result, [0, 2, 3])
 
 
+def test_samples_are_not_lost_where_the_cost_of_their_last_call_cannot_be_told():
+    class Costly(ScoreModel):
+        def cost(self, t, cond):
+            if bool((t == CLOCK.t_min).all()):
+                raise RuntimeError("cost")
+            return 1
+
+    model = Costly(lambda x, t: 0 * x, CLOCK)
+    job = {"solver": EulerMaruyama(), "controller": fastsde.Grid.uniform(CLOCK, 3), "shape": (4, 2), "batch_size": 2}
+    with pytest.raises(SamplingError, match="cost") as caught:
+        fastsde.sample(model, **job)
+    assert caught.value.result.counts() == {"NOT_DENOISED": 2, "PENDING": 2}
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_network_that_fails_for_one_row_at_the_denoising_call(bad):
     def answer(x, t, label):

@@ -78,7 +78,7 @@ class AdaptiveGrid(Controller):
         """The grids, with the stops in them: in place of a time that is as good as the same."""
         walks = []
         for grid in self.grids:
-            times = grid.times
+            times = grid.times.cpu()
             gaps = times.diff().abs()
             room = 0.01 * torch.minimum(gaps[:-1], gaps[1:])
             apart = (times[1:-1, None] - torch.tensor(self.stops, dtype=torch.float64)).abs() > room[:, None]
@@ -91,7 +91,7 @@ class AdaptiveGrid(Controller):
         """By device: the times of all walks, one after another, which steps to them are judged, where each begins."""
         counts = torch.tensor([walk.steps + 1 for walk in self.walks])
         # The last one twice, for rows that have ended.
-        times = torch.cat([*(walk.times for walk in self.walks), self.walks[-1].times[-1:]])
+        times = torch.cat([*(walk.times.cpu() for walk in self.walks), self.walks[-1].times[-1:].cpu()])
         stop = torch.isin(times, torch.tensor(self.stops, dtype=torch.float64))
         # The steps to a stop and from it, and the one after, which extrapolates from those.
         near = stop | stop.roll(1) | stop.roll(2)

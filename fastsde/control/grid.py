@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Protocol, runtime_checkable
 
@@ -152,7 +151,7 @@ class Grid(Controller):
 
     def through(self, times: list[float]) -> Grid:
         """The same grid with further times, which lie within it."""
-        return Grid(torch.cat([self.times, torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
+        return Grid(torch.cat([self.times.cpu(), torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
 
     def reversed(self) -> Grid:
         """The same times from the last to the first, on the clock u = -t."""
@@ -161,16 +160,15 @@ class Grid(Controller):
     def init(self, t: Time, t_end: float) -> Carry:
         return {}
 
-    @functools.cached_property
-    def _targets(self) -> dict[torch.device, Tensor]:
-        """By device: the times, the last one twice, for rows that have ended."""
-        return {torch.device("cpu"): torch.cat([self.times, self.times[-1:]])}
+    def times_on(self, device: torch.device) -> Tensor:
+        """The times, on the device, where they then stay."""
+        if self.times.device != device:
+            self.times = self.times.to(device)
+        return self.times
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        device = t.device
-        if device not in self._targets:
-            self._targets[device] = self._targets[torch.device("cpu")].to(device)
-        return self._targets[device].index_select(0, carry["position"])
+        # Positions go one further where a row has ended.
+        return self.times_on(t.device).index_select(0, carry["position"].clamp(max=self.steps))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry

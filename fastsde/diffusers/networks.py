@@ -200,7 +200,7 @@ class DiffusersModel(ScoreModel):
             out = tensor_of(self.network(x, *rest, **given))
         if not isinstance(out, Tensor):
             return out
-        if out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+        if not self.packed and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
             out = out[:, : x.shape[1]]
         return out.clone(memory_format=torch.contiguous_format) if plain else out  # an ordinary tensor again
 
@@ -276,7 +276,8 @@ def _keeps_nothing(network: object) -> bool:
     for part in network.modules():
         own = vars(part)
         kinds |= {type(part), type(own.get("processor", part))}
-        if own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.keys().isdisjoint(_REPLACED):
+        changed = own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.keys().isdisjoint(_REPLACED)
+        if changed or own.get("inplace"):
             return False
     return all(kind.__module__.startswith(("torch.", "diffusers.")) for kind in kinds)
 
