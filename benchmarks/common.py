@@ -107,7 +107,7 @@ def timed(work: Callable[[], object]) -> float:
 def keep_memory() -> None:
     """Has glibc keep freed memory, which is otherwise given back by where the heap happens to end.
 
-    To get it again is a sixth of a forward on a CPU, and of two loops that are compared one may pay and one not.
+    To get it again was a seventh of a forward on a CPU, and of two loops that are compared one may pay and one not.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

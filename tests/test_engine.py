@@ -244,6 +244,15 @@ def test_a_row_that_is_not_finite_harms_no_other():
     assert same(clean, result, [0, 2, 3])
 
 
+def test_large_samples_are_no_failures():
+    """Their sum, which tells the host that all are finite, is not."""
+    x = torch.full((3, 2), 3e38)
+    x[1, 0] = -1e38
+    result = fastsde.sample(lambda x, t: 0 * x, CLOCK, x_init=x, solver=EulerMaruyama(steps=3))
+    assert result.success.all()
+    torch.testing.assert_close(result.samples, x)
+
+
 def test_samples_are_not_lost_where_the_cost_of_their_last_call_cannot_be_told():
     class Costly(ScoreModel):
         def cost(self, t, cond):

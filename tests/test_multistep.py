@@ -424,7 +424,7 @@ def test_few_operations_beside_a_call():
     with Counted():
         fastsde.sample(model, n=4, nfe=12)
     between = [after - before for before, after in itertools.pairwise(at_call)]
-    # The first step also revises the first value. 42; 73 where each turn works alpha and sigma out anew.
+    # The first step also revises the first value. 42; 55 if it worked alpha and sigma out anew.
     assert between[1] <= 57
     assert max(between[:1] + between[2:]) <= 42
 
