@@ -1,6 +1,7 @@
 """Configurations of schedulers, read as processes."""
 
 import math
+import pickle
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from oracles import vector
 
 from fastsde import EDM, VESDE, DiscreteVPSDE, RectifiedFlow
 from fastsde.diffusers import alphas_cumprod, read_schedule
+from fastsde.diffusers.adapter import scheduler_config
 from fastsde.diffusers.schedules import filled
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
@@ -142,11 +144,65 @@ def test_flow_matching(config, shift):
     assert reading.unshifted == (shift == 1.0)
 
 
-def test_zero_terminal_snr_starts_where_the_data_are_2_to_the_minus_24():
-    reading = read_schedule(diffusers.DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").config)
+@pytest.mark.parametrize("zero_snr", [{"rescale_betas_zero_snr": True}, {"beta_schedule": "squaredcos_cap_v2"}])
+def test_tables_that_go_on_to_more_noise_start_where_it_is_160_times_the_signal(zero_snr):
+    reading = read_schedule(diffusers.DDIMScheduler(prediction_type="v_prediction", **zero_snr).config)
     t = vector(reading.sde.t_max)
-    assert float(reading.sde.log_snr(t)) == pytest.approx(-24 * math.log(2), rel=1e-9)
+    assert float(reading.sde.log_snr(t)) == pytest.approx(-2 * math.log(160), rel=1e-9)
+
+
+def test_epsilon_with_zero_terminal_snr_is_refused():
     refused("predicting it says nothing", beta_schedule="linear", rescale_betas_zero_snr=True)
+
+
+SCHEDULERS = sorted(name for name in dir(diffusers) if name.endswith("Scheduler"))
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_every_scheduler_of_diffusers_is_read_right_or_refused(name):
+    """From the object and from its bare configuration, which in memory carries no name of a class."""
+    try:
+        scheduler = getattr(diffusers, name)()
+    except (TypeError, ImportError):  # needs arguments, or another package
+        pytest.skip("cannot be made without arguments")
+    for config in (scheduler_config(scheduler), scheduler.config):
+        if name in ("FlowMapEulerDiscreteScheduler", "MiniMaxH3Scheduler") and config is scheduler.config:
+            continue  # no key but those of a plain flow: only the object can be known
+        try:
+            reading = read_schedule(config)
+        except ValueError:
+            continue
+        if isinstance(reading.sde, DiscreteVPSDE):
+            k = torch.arange(reading.levels, dtype=torch.float64)
+            theirs = scheduler.alphas_cumprod.double()  # products in float32
+            # DDIM's inverse and some others move the last level of a table with zero terminal SNR.
+            torch.testing.assert_close(reading.sde.alpha(reading.time(k)) ** 2, theirs, rtol=3e-5, atol=0)
+        elif isinstance(reading.sde, RectifiedFlow):
+            times = scheduler.timesteps.double()
+            torch.testing.assert_close(reading.time(times), times / 1000, rtol=1e-12, atol=0)
+        else:
+            assert (reading.sde.t_max, reading.sigma_data) in [(80.0, 0.5), (1.0, None)]  # EDM, variance exploding
+
+
+def test_the_snr_of_cogvideox_is_shifted():
+    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    plain, shifted = (alphas_cumprod({**config, "snr_shift_scale": c}) for c in (1.0, 3.0))
+    difference = (plain / (1 - plain)).log() - (shifted / (1 - shifted)).log()
+    torch.testing.assert_close(difference, torch.full_like(difference, math.log(3)), rtol=1e-10, atol=0)
+
+
+def test_a_flow_with_one_level_has_time_from_0_to_1():
+    reading = read_schedule({"shift": 1.0, "num_train_timesteps": 1})
+    assert float(reading.timestep(vector(0.3))) == 0.3
+    assert (reading.sde.t_min, reading.sde.t_max) == (0.001, 0.999)
+
+
+def test_readings_can_be_pickled():
+    for config in (diffusers.DDPMScheduler().config, {"shift": 3.0}, diffusers.EDMEulerScheduler().config):
+        reading = read_schedule(config)
+        copy, t = pickle.loads(pickle.dumps(reading)), vector(0.4)
+        assert torch.equal(copy.timestep(t), reading.timestep(t))
+        assert torch.equal(copy.time(reading.timestep(t)), reading.time(reading.timestep(t)))
 
 
 def test_clipping_is_read():
@@ -182,3 +238,9 @@ def test_what_cannot_be_read_is_refused():
     refused("predicts the velocity", use_flow_sigmas=True, prediction_type="epsilon", beta_schedule="linear")
     refused("EDM's preconditioning", sigma_data=0.5, sigma_min=0.1, sigma_max=1.0, prediction_type="sample")
     refused("not among", _class_name="CosineDPMSolverMultistepScheduler", sigma_data=1.0, sigma_min=0.3, sigma_max=500)
+    refused("keys of CosineDPMSolverMultistep", sigma_data=1.0, sigma_min=0.3, sigma_max=500, solver_order=2)
+    refused("has gamma_shift in its configuration, which", beta_schedule="linear", gamma_shift=2.0)
+    refused("has noise_law in its configuration", shift=3.0, noise_law="uniform")
+    refused("which of them is meant", beta_schedule="linear", shift=3.0)
+    refused("snr_shift_scale must be positive", beta_schedule="linear", snr_shift_scale=0.0)
+    refused("scale_factors, upscale_mode", shift=1.0, upscale_mode="bicubic")

@@ -15,7 +15,7 @@ from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_te
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, clipped, config_of
-from fastsde.diffusers.schedules import Config, read_schedule
+from fastsde.diffusers.schedules import CLASSES, Config, read_schedule
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import ClassifierFreeGuidance
 from fastsde.sde.base import SDE
@@ -159,7 +159,9 @@ def scheduler_config(scheduler: Any) -> Config:
     config = config_of(scheduler)
     if not config:
         raise TypeError(f"scheduler must be a diffusers scheduler or its configuration; got {scheduler!r}.")
-    return config
+    # Somebody's own scheduler is of the class that it is made from.
+    bases = [kind.__name__ for kind in type(scheduler).__mro__]
+    return {**config, "_class_name": next((name for name in bases if name in CLASSES), bases[0])}
 
 
 def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, Reading
-from fastsde.score.base import ScoreModel, tensor_of
+from fastsde.score.base import ScoreModel, tensor_of, unwrap
 from fastsde.score.guidance import Clipped
 from fastsde.types import Cond, State, Time
 
@@ -26,6 +27,9 @@ _DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a
 _STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
               "SD3Transformer2DModel")  # fmt: skip
 """Networks of diffusers that keep no tensor of a call, as others do positions and lengths, and write into none."""
+_KNOWN = ("UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "DiTTransformer2DModel",
+          "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")  # fmt: skip
+"""Networks of diffusers that take the scheduler's timestep (Flux: its share) and predict what the scheduler says."""
 _REPLACED = ("forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 """Attributes of a module that is called in another way than its class says."""
 LATENT_RANGE = (-2.0, 2.0)
@@ -72,8 +76,10 @@ class DiffusersModel(ScoreModel):
         self.config = config = config_of(network)
         self.arguments = _arguments(network)
         self.packed = "img_ids" in self.arguments
-        # Text UNets of that name have no logarithm of the time and do not divide by it.
-        fourier = config.get("time_embedding_type") == "fourier" and "encoder_hidden_states" not in self.arguments
+        _check_known(network)
+        # Networks of that name for text or for one dimension have no logarithm of the time and do not divide by it.
+        other = "encoder_hidden_states" in self.arguments or "UNet1DModel" in _class_names(network)
+        fourier = config.get("time_embedding_type") == "fourier" and not other
         _check_pair(network, config, reading, self.arguments, fourier=fourier)
         if not allow_distilled:
             _check_distilled(config, reading, self.arguments)
@@ -81,7 +87,7 @@ class DiffusersModel(ScoreModel):
             network,
             reading.sde,
             reading.prediction if reading.sigma_data is None else "sample",
-            event_shape=event_shape or _event_shape(config, packed=self.packed),
+            event_shape=event_shape or _event_shape(network, config, packed=self.packed),
             data_range=data_range or ((0.0, 1.0) if fourier or config.get("center_input_sample") else (-1.0, 1.0)),
             # Flux scales its time itself.
             timestep=(lambda t: reading.timestep(t) / reading.levels) if self.packed else reading.timestep,
@@ -235,10 +241,34 @@ def clipped(model: ScoreModel, reading: Reading) -> ScoreModel:
 
 def config_of(thing: object) -> Config:
     """The configuration of a diffusers object, with its class name, or nothing for other callables."""
+    thing = unwrap(thing)
     config = getattr(thing, "config", None)
     if not isinstance(config, Mapping):
         return {}
     return {"_class_name": type(thing).__name__, **config}
+
+
+def _class_names(network: object) -> list[str]:
+    """Names of the network's class and its bases, inside of wrappers."""
+    return [kind.__name__ for kind in type(unwrap(network)).__mro__]
+
+
+def _check_known(network: object) -> None:
+    """Refuses, with a ValueError, a network of diffusers whose time and sign are not known."""
+    names = [name for name in _class_names(network) if not name.endswith("Mixin")]
+    if not any(name in _KNOWN for name in names) and names[0] in _diffusers_names():
+        raise ValueError(
+            f"fastsde does not know how {names[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
+            "output noise minus data or the reverse. Run its pipeline in its own loop, with pipe.scheduler = "
+            "fastsde.diffusers.FastSDEScheduler.from_config(pipe.scheduler.config); or say how it is called, with "
+            "fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check that with "
+            "fastsde.diagnose."
+        )
+
+
+def _diffusers_names() -> list[str]:
+    """What diffusers exports; nothing if it was not imported, and then no network is of it."""
+    return dir(sys.modules["diffusers"]) if "diffusers" in sys.modules else []
 
 
 def offloaded_to(module: object) -> torch.device | None:
@@ -284,14 +314,21 @@ def _keeps_nothing(network: object) -> bool:
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     """The arguments of the network after its first, x."""
-    function = network.forward if isinstance(network, nn.Module) else network
+    inside = unwrap(network)
+    function = inside.forward if isinstance(inside, nn.Module) else inside
     parameters = list(inspect.signature(function).parameters.values())
-    if len(parameters) < 2:
-        raise ValueError(f"the network must take x and a time, network(x, timestep, ...); it takes {parameters}.")
     rest = {p.name: p for p in parameters[1:]}
-    if "timestep" not in rest:
-        rest.pop(parameters[1].name)  # a time by another name, given by position
+    if "timestep" not in rest:  # a time by another name, given by position
+        places = [p for p in parameters if p.kind in _BY_POSITION]
+        if len(places) < 2 and not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            takes = ", ".join(map(str, parameters))
+            raise ValueError(f"the network must take x and a time, network(x, timestep, ...); it takes ({takes}).")
+        if len(places) > 1:
+            rest.pop(places[1].name)
     return rest
+
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _required(config: Config, arguments: Mapping[str, inspect.Parameter]) -> list[str]:
@@ -343,10 +380,14 @@ def _null_label(config: Config, arguments: Mapping[str, inspect.Parameter]) -> d
     return {"class_labels": torch.tensor(config["num_embeds_ada_norm"])} if _is_dit(config, arguments) else None
 
 
-def _event_shape(config: Config, *, packed: bool) -> tuple[int, ...] | None:
+def _event_shape(network: object, config: Config, *, packed: bool) -> tuple[int, ...] | None:
+    """What the configuration says; of video, nothing of the number of frames."""
     size, channels = config.get("sample_size"), config.get("in_channels")
-    if size is None or channels is None or packed:
+    names = _class_names(network)
+    if size is None or channels is None or packed or "UNet3DConditionModel" in names:
         return None
+    if "UNet1DModel" in names:
+        return (int(channels), int(size))
     height, width = (size, size) if isinstance(size, int) else size
     return (int(channels), int(height), int(width))
 
@@ -355,7 +396,7 @@ def _check_pair(
     network: object, config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter], *, fourier: bool
 ) -> None:
     """Refuses networks, and pairs of network and schedule, that cannot work."""
-    name, flow = type(network).__name__, reading.prediction == "flow_prediction"
+    name, flow = type(unwrap(network)).__name__, reading.prediction == "flow_prediction"
     c_in, c_out = config.get("in_channels"), config.get("out_channels")
     if c_in is not None and c_out is not None and c_out not in (c_in, 2 * c_in):
         raise ValueError(

@@ -1,12 +1,14 @@
 """A scheduler's configuration, read as a process: the noise levels, the network's time and its prediction.
 
-Only keys of the configuration are read, never the scheduler's class, because users exchange classes and the keys go
-along. How a scheduler spaces its steps is not read: the path is the same, and steps are this library's business.
+The process is read from keys of the configuration, because users exchange classes and the keys go along. What is not
+known is refused: a key that may change the process, a class whose keys may mean something else. How a scheduler spaces
+its steps is not read: the path is the same, and steps are this library's business.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -25,8 +27,33 @@ from fastsde.types import Coef, Time
 Config = Mapping[str, Any]
 
 _PREDICTIONS = ("epsilon", "sample", "v_prediction", "flow_prediction")
-_OTHER_PROCESSES = ("Cosine", "VQDiffusion", "Amused", "UnCLIP", "Wuerstchen", "ConsistencyDecoder")
-"""Schedulers whose keys are those of another process: refusing them by name is the one use of a class name."""
+CLASSES = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("CogVideoXDDIM", "CogVideoXDPM", "DDIM", "DDIMInverse", "DDIMParallel", "DDPM", "DDPMParallel"),
+        *("DEISMultistep", "DPMSolverMultistep", "DPMSolverMultistepInverse", "DPMSolverSDE", "DPMSolverSinglestep"),
+        *("EDMDPMSolverMultistep", "EDMEuler", "EulerAncestralDiscrete", "EulerDiscrete", "FastSDE"),
+        *("FlowMatchEulerDiscrete", "FlowMatchHeunDiscrete", "HeunDiscrete", "KDPM2AncestralDiscrete", "KDPM2Discrete"),
+        *("LMSDiscrete", "PNDM", "RePaint", "SASolver", "ScoreSdeVe", "UnCLIP", "UniPCMultistep"),
+    )
+)
+"""Schedulers whose keys say what their process is. Others have the same keys and mean something else by them."""
+_PROCESS_KEYS = """
+    num_train_timesteps beta_start beta_end beta_schedule trained_betas prediction_type rescale_betas_zero_snr
+    snr_shift_scale clip_sample clip_sample_range thresholding dynamic_thresholding_ratio sample_max_value timestep_type
+    sigma_min sigma_max sigma_data snr sampling_eps shift flow_shift use_flow_sigmas use_dynamic_shifting base_shift
+    invert_sigmas original_inference_steps clip_denoised
+"""
+_STEP_KEYS = """
+    algorithm_type args base_image_seq_len correct_steps corrector_order disable_corrector eta euler_at_final
+    exponential_eta exponential_order final_sigmas_type interpolation_type kwargs lambda_min_clipped lower_order_final
+    max_image_seq_len max_shift noise_sampler_seed predict_x0 predictor_order rho set_alpha_to_one shift_terminal
+    sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset stochastic_sampling tau_func
+    tensor_format time_shift_type timestep_spacing timestep_values use_beta_sigmas use_exponential_sigmas
+    use_karras_sigmas use_lu_lambdas variance_type
+"""
+_KEYS = frozenset((_PROCESS_KEYS + _STEP_KEYS).split())
+"""What is read, and what says how a scheduler spaces and takes its steps, which is this library's business."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +107,14 @@ def read_schedule(config: Config) -> Reading:
             object's configuration where defaults of its class matter, such as `clip_sample`.
 
     Raises:
-        ValueError: for a configuration that describes no process we know, or one that has no score, with the reason.
+        ValueError: for a configuration that describes no process we know, or one that has no score, with the reason;
+            for keys that are not known and a class that is not known, naming them.
     """
     config = {key: value for key, value in config.items() if value is not None}
     name = str(config.get("_class_name", "the scheduler"))
     if "original_inference_steps" in config or "clip_denoised" in config:
-        raise ValueError(
-            f"{name} is for distilled few-step models (LCM, TCD, consistency), whose output is no score: no SDE or ODE "
-            "leads through it. Give the scheduler of the model it was distilled from, with that model's weights."
-        )
-    if any(other in name for other in _OTHER_PROCESSES):
-        raise ValueError(f"{name} belongs to a process that is not among fastsde's SDEs.")
+        raise ValueError(_DISTILLED.format(name))
+    _check_known(config)
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in _PREDICTIONS:
         raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}; {name} has {prediction!r}.")
@@ -103,7 +127,7 @@ def read_schedule(config: Config) -> Reading:
     elif "snr" in config and "sigma_max" in config and not betas:
         low, high = _number(config, "sigma_min", 0.01), _number(config, "sigma_max", 1348.0)
         sde = VESDE(low, high, t_min=_number(config, "sampling_eps", 1e-5))
-        reading = Reading(sde, sde.sigma, lambda k: sde.t_of_log_snr(-2 * k.log()), "score", levels=_levels(config))
+        reading = Reading(sde, sde.sigma, functools.partial(_time_of_sigma, sde), "score", levels=_levels(config))
     elif not betas:
         raise ValueError(f"{name} describes no process that fastsde can read; its keys are {sorted(config)}.")
     elif config.get("timestep_type") == "continuous" and prediction == "v_prediction":
@@ -116,6 +140,37 @@ def read_schedule(config: Config) -> Reading:
     if config.get("clip_sample"):
         return dataclasses.replace(reading, limit=_number(config, "clip_sample_range", 1.0))
     return reading
+
+
+_DISTILLED = (
+    "{} is for distilled few-step models (LCM, TCD, consistency), whose output is no score: no SDE or ODE leads "
+    "through it. Give the scheduler of the model it was distilled from, with that model's weights."
+)
+
+
+def _check_known(config: Config) -> None:
+    """Refuses, with a ValueError, a configuration of which something that may change the process would not be read."""
+    name = config.get("_class_name")
+    if name is not None and "LCM" in str(name):
+        raise ValueError(_DISTILLED.format(name))
+    if name is not None and name not in CLASSES:
+        raise ValueError(
+            f"{name} is not among the schedulers whose process fastsde knows: {', '.join(sorted(CLASSES))}. If its "
+            "noise levels are those of one of them, give that one, or a dict of its keys, as scheduler=."
+        )
+    if "upscale_mode" in config or "scale_factors" in config:
+        raise ValueError(_DISTILLED.format("FlowMatchLCMScheduler (scale_factors, upscale_mode)"))
+    unknown = sorted(k for k in config if not k.startswith("_") and k not in _KEYS)
+    if unknown:
+        raise ValueError(
+            f"{name or 'the scheduler'} has {', '.join(unknown)} in its configuration, which fastsde does not read and "
+            "which may change the process. If not, leave them out of the configuration."
+        )
+    if "sigma_data" in config and "solver_order" in config and "algorithm_type" not in config:
+        raise ValueError(
+            "these are the keys of CosineDPMSolverMultistepScheduler (Stable Audio), whose network takes "
+            "2 / pi arctan(sigma) as its time, which is not read. Run its pipeline with its own scheduler."
+        )
 
 
 def filled(config: Config) -> Config:
@@ -141,10 +196,10 @@ def _number(config: Config, key: str, default: float) -> float:
     return float(value)
 
 
-def _levels(config: Config) -> int:
+def _levels(config: Config, least: int = 2) -> int:
     levels = config.get("num_train_timesteps", 1000)
-    if not isinstance(levels, int) or levels < 2:
-        raise ValueError(f"num_train_timesteps must be an integer of at least 2; got {levels!r}.")
+    if not isinstance(levels, int) or isinstance(levels, bool) or levels < least:
+        raise ValueError(f"num_train_timesteps must be an integer of at least {least}; got {levels!r}.")
     return levels
 
 
@@ -157,15 +212,18 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
             f"{name} has use_flow_sigmas=True with prediction_type={config['prediction_type']!r}; a flow's network "
             'predicts the velocity, "flow_prediction".'
         )
-    n = _levels(config)
+    n = _levels(config, least=1)
     shift = _number(config, "shift" if "shift" in config else "flow_shift", 1.0)
     if config.get("use_dynamic_shifting"):
         shift = math.exp(_number(config, "base_shift", 0.0))
     if not shift > 0:
         raise ValueError(f"shift must be positive; got {shift}.")
-    # Its end t = 1 is singular: the start is one level below, where the data's share is 1 / n.
-    sde = RectifiedFlow(t_min=shift / n / (1 + (shift - 1) / n), t_max=1 - 1 / n)
-    return Reading(sde, lambda t: n * t, lambda k: k / n, "flow_prediction", levels=n, unshifted=shift == 1.0)
+    # Its end t = 1 is singular: the start is one level below, where the data's share is 1 / n. A single level is no
+    # table at all: the network's time is then t itself.
+    first = 1 / (n if n > 1 else 1000)
+    sde = RectifiedFlow(t_min=shift * first / (1 + (shift - 1) * first), t_max=1 - first)
+    timestep, time = functools.partial(torch.mul, n), functools.partial(_share, n)
+    return Reading(sde, timestep, time, "flow_prediction", levels=n, unshifted=shift == 1.0)
 
 
 def _edm(config: Config, sigma_data: float) -> Reading:
@@ -175,9 +233,34 @@ def _edm(config: Config, sigma_data: float) -> Reading:
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
         raise ValueError(f"EDM's preconditioning is known for epsilon and v_prediction; got {prediction!r}.")
-    return Reading(
-        sde, lambda t: 0.25 * t.log(), lambda k: (4 * k).exp(), prediction, sigma_data, levels=_levels(config)
-    )
+    return Reading(sde, _quarter_log, _sigma_of_quarter_log, prediction, sigma_data, levels=_levels(config))
+
+
+# The network's times as functions of a module, so that readings can be pickled.
+
+
+def _level(n: int, t: Time) -> Time:
+    return (n * t - 1).clamp(min=0.0)
+
+
+def _time_of_level(n: int, k: Time) -> Time:
+    return (k + 1) / n
+
+
+def _share(n: int, k: Time) -> Time:
+    return k / n
+
+
+def _time_of_sigma(sde: SDE, sigma: Time) -> Time:
+    return sde.t_of_log_snr(-2 * sigma.log())
+
+
+def _quarter_log(sigma: Time) -> Time:
+    return 0.25 * sigma.log()
+
+
+def _sigma_of_quarter_log(k: Time) -> Time:
+    return (4 * k).exp()
 
 
 def _with_range(config: Config) -> dict[str, Any]:
@@ -188,20 +271,21 @@ def _with_range(config: Config) -> dict[str, Any]:
 
 
 def _table(config: Config, name: str) -> Reading:
+    if config.get("shift", 1.0) != 1.0:
+        raise ValueError(
+            f"{name} has a table of betas and shift={config['shift']!r}, the key of a flow: which of them is meant? "
+            'A flow has prediction_type="flow_prediction".'
+        )
     bars = alphas_cumprod(config)
     prediction = config.get("prediction_type", "epsilon")
+    if config.get("rescale_betas_zero_snr") and prediction == "epsilon":
+        raise ValueError(
+            f"{name} has zero terminal SNR (rescale_betas_zero_snr) with prediction_type='epsilon': where there is "
+            "only noise, predicting it says nothing of the data. Such models predict v or the sample."
+        )
     sde = DiscreteVPSDE(alphas_cumprod=bars)
-    if config.get("rescale_betas_zero_snr"):
-        if prediction == "epsilon":
-            raise ValueError(
-                f"{name} has zero terminal SNR (rescale_betas_zero_snr) with prediction_type='epsilon': where there is "
-                "only noise, predicting it says nothing of the data. Such models predict v or the sample."
-            )
-        # Below the share of data that diffusers starts from, 2^-24, steps of the log-SNR would go to nothing at all.
-        start = torch.tensor([-24 * math.log(2)], dtype=torch.float64)
-        sde = DiscreteVPSDE(alphas_cumprod=bars, t_max=min(1.0, float(sde.t_of_log_snr(start))))
     n = sde.levels
-    return Reading(sde, lambda t: (n * t - 1).clamp(min=0.0), lambda k: (k + 1) / n, prediction, levels=n)
+    return Reading(sde, functools.partial(_level, n), functools.partial(_time_of_level, n), prediction, levels=n)
 
 
 def alphas_cumprod(config: Config) -> Tensor:
@@ -210,9 +294,10 @@ def alphas_cumprod(config: Config) -> Tensor:
     `linear`, `scaled_linear` (linear in sqrt beta), `squaredcos_cap_v2` (beta_k = min(1 - f((k + 1) / N) / f(k / N),
     0.999), f = cos^2(pi / 2 (t + 0.008) / 1.008); Nichol and Dhariwal, https://arxiv.org/abs/2102.09672, eq. 17),
     `laplace` (the same with sqrt(SNR / (1 + SNR)) of a Laplace density of the log-SNR), `sigmoid` (betas on a sigmoid
-    from -6 to 6), or `trained_betas`. With `rescale_betas_zero_snr`, sqrt(alpha_bar) is shifted and scaled so that its
-    last value is 0 and its first stays (Lin et al., https://arxiv.org/abs/2305.08891, alg. 1); for the 0 we put half of
-    the value before it.
+    from -6 to 6), or `trained_betas`. With `snr_shift_scale` c the SNR is divided by c, so that alpha_bar becomes
+    alpha_bar / (c + (1 - c) alpha_bar) (CogVideoX, https://arxiv.org/abs/2408.06072). With `rescale_betas_zero_snr`,
+    sqrt(alpha_bar) is shifted and scaled so that its last value is 0 and its first stays (Lin et al.,
+    https://arxiv.org/abs/2305.08891, alg. 1); for the 0 we put half of the value before it.
 
     Raises:
         ValueError: for a beta schedule that is unknown, or betas outside of (0, 1).
@@ -228,6 +313,10 @@ def alphas_cumprod(config: Config) -> Tensor:
     if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas must be a list of numbers in (0, 1).")
     bars = torch.log1p(-betas).cumsum(0).exp()
+    scale = _number(config, "snr_shift_scale", 1.0)
+    if not scale > 0:
+        raise ValueError(f"snr_shift_scale must be positive; got {scale}.")
+    bars = bars / (scale + (1 - scale) * bars)
     if config.get("rescale_betas_zero_snr"):
         roots = bars.sqrt()
         roots = (roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])

@@ -282,6 +282,24 @@ def evaluation_mode(network: ScoreFn) -> Iterator[None]:
             module.training = True
 
 
+def unwrap(network: object) -> Any:
+    """The network inside torch.compile, data parallelism, sharding or averaging: for whatever is read from it.
+
+    What is called stays the outer object.
+    """
+    while True:
+        inside = getattr(network, "_orig_mod", None)  # torch.compile
+        if inside is None and isinstance(network, nn.Module) and type(network).__name__ in _WRAPPERS:
+            inside = getattr(network, "module", None)
+        if inside is None:
+            return network
+        network = inside
+
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "DeepSpeedEngine")
+"""Modules that call the one in their `module`."""
+
+
 def tensor_of(out: object) -> object:
     """The tensor in what a network returned: it, its `.sample`, or the first of a tuple (diffusers' conventions)."""
     return out[0] if isinstance(out, tuple) and out else out if isinstance(out, Tensor) else getattr(out, "sample", out)

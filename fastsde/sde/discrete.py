@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 from fastsde.sde.base import check_range
 from fastsde.sde.vp import VariancePreserving
 from fastsde.types import Coef, Time
+
+_MOST_NOISE = 160.0
+"""sigma / alpha of the default start: a little above that of DDPM's linear table, 157."""
 
 
 class DiscreteVPSDE(VariancePreserving):
@@ -26,7 +30,9 @@ class DiscreteVPSDE(VariancePreserving):
         betas: the N betas, each in (0, 1). Give these or `alphas_cumprod`.
         alphas_cumprod: the N cumulative products of 1 - beta, strictly decreasing inside (0, 1).
         t_min: end of sampling; level k = 0, that is 1 / N, by default.
-        t_max: start of sampling, at most 1.
+        t_max: start of sampling, at most 1; by default 1, or where sigma / alpha is 160 in tables that go on to more
+            noise (cosine tables reach 20,000, zero terminal SNR infinity): all that a network could say there is the
+            mean of the data, and an error of its epsilon is multiplied by sigma / alpha.
 
     Raises:
         ValueError: if not exactly one table is given, or it is not as said.
@@ -38,7 +44,7 @@ class DiscreteVPSDE(VariancePreserving):
         *,
         alphas_cumprod: Sequence[float] | Tensor | None = None,
         t_min: float | None = None,
-        t_max: float = 1.0,
+        t_max: float | None = None,
     ) -> None:
         if (betas is None) == (alphas_cumprod is None):
             raise ValueError("DiscreteVPSDE needs exactly one of betas and alphas_cumprod.")
@@ -56,10 +62,13 @@ class DiscreteVPSDE(VariancePreserving):
                 )
             log_alpha_bar = bars.log()
         self.levels = len(log_alpha_bar)
-        self.t_min, self.t_max = 1 / self.levels if t_min is None else t_min, t_max
-        check_range("DiscreteVPSDE", self.t_min, self.t_max, upper=1.0)
         table = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * log_alpha_bar])
         self._tables = {torch.device("cpu"): table}
+        if t_max is None:
+            all_noise = torch.tensor([-2 * math.log(_MOST_NOISE)], dtype=torch.float64)
+            t_max = min(1.0, float(self.t_of_log_snr(all_noise)))
+        self.t_min, self.t_max = 1 / self.levels if t_min is None else t_min, t_max
+        check_range("DiscreteVPSDE", self.t_min, self.t_max, upper=1.0)
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._tables:
