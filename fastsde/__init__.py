@@ -4,13 +4,22 @@ from fastsde import score
 from fastsde.api import encode, sample
 from fastsde.calibration import Schedule, calibrate
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
+from fastsde.diagnosis import Diagnosis, diagnose
 from fastsde.diffusers import from_diffusers, sample_pipeline
 from fastsde.integrate import integrate
 from fastsde.job import EngineState
 from fastsde.likelihood import Likelihood, log_likelihood
 from fastsde.ode import ProbabilityFlowODE
 from fastsde.pretrained import pretrained
-from fastsde.result import SampleResult, SamplingError, Status, Trajectory
+from fastsde.result import (
+    DataRangeWarning,
+    Interrupted,
+    RepeatedSeedWarning,
+    SampleResult,
+    SamplingError,
+    Status,
+    Trajectory,
+)
 from fastsde.score.base import Prediction, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
@@ -67,6 +76,8 @@ __all__ = [
     "ConsistentAnnealed",
     "Controller",
     "DPMSolverPP",
+    "DataRangeWarning",
+    "Diagnosis",
     "DiscreteVPSDE",
     "EngineState",
     "EulerMaruyama",
@@ -74,6 +85,7 @@ __all__ = [
     "ExtrapolatedEM",
     "Grid",
     "Heun",
+    "Interrupted",
     "Langevin",
     "Likelihood",
     "Prediction",
@@ -81,6 +93,7 @@ __all__ = [
     "ProbabilityFlow",
     "ProbabilityFlowODE",
     "RectifiedFlow",
+    "RepeatedSeedWarning",
     "Resampling",
     "ReverseDiffusion",
     "SASolver",
@@ -95,6 +108,7 @@ __all__ = [
     "Trajectory",
     "UniPC",
     "calibrate",
+    "diagnose",
     "encode",
     "from_diffusers",
     "integrate",

@@ -11,19 +11,22 @@ from torch import Tensor
 
 from fastsde.arguments import (
     as_model,
+    check_start,
     fewest_calls,
     resolve_cond,
     resolve_controller,
     resolve_device,
     resolve_dtype,
     resolve_shape,
+    started,
+    warn,
 )
-from fastsde.checks import check_count, check_flags, check_kind, check_tensor
+from fastsde.checks import check_count, check_flags, check_states
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job
 from fastsde.noise import BrownianPath, FreshNoise, Noise
-from fastsde.result import SampleResult
+from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, ProbabilityFlow, Solver
@@ -43,12 +46,14 @@ def sample(
     nfe: int | None = None,
     solver: Solver | None = None,
     controller: Controller | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     index: Sequence[int] | Tensor | None = None,
     batch_size: int | None = None,
     cond: Cond | None = None,
     x_init: Tensor | None = None,
     x_data: Tensor | None = None,
+    strength: float | None = None,
+    t_start: float | None = None,
     denoise: bool = True,
     max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
@@ -57,7 +62,7 @@ def sample(
     progress: bool = False,
     callback: Callable[[EngineState], None] | None = None,
 ) -> SampleResult:
-    r"""Draws samples by solving the reverse-time SDE from `sde.t_max` to `sde.t_min` (or along a `Grid` in between).
+    r"""Draws samples by solving the reverse-time SDE from `sde.t_max`, or a start below it, to `sde.t_min`.
 
     By default `ExponentialPC` chooses the steps of each sample from `rtol` and `atol`, along the probability flow; with
     `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE; `solver=ExtrapolatedEM()` is Algorithm 6 of "Gotta Go
@@ -77,17 +82,21 @@ def sample(
         nfe: budget: network calls that no sample exceeds, in place of rtol and atol. The solver walks its own grid.
         solver: the stepping method, `ExponentialPC()` by default.
         controller: overrides what rtol, atol and the solver's `steps` say: a `Grid`, an `AdaptiveGrid` or `Adaptive`.
-        seed: in [0, 2^64).
+        seed: in [0, 2^64); 0 by default, so that a program gives the same samples again. A loop must say another seed
+            or other numbers in each turn: without it the same samples come again, and a warning.
         index: draw these sample numbers of the seed, rather than 0 .. n - 1.
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n; they travel with their sample.
-        x_init: start states with shape (n, *event), rather than draws from the prior.
-        x_data: data with shape (n, *event), which sampling starts from after adding each sample's own noise up to the
-            start: alpha x_data + sigma z. With a `Grid` that starts below t_max, an edit of the data.
+        x_init: start states with shape (n, *event), rather than draws from the prior; no gradient goes to them.
+        x_data: data with shape (n, *event), to be edited: sampling starts at alpha x_data + sigma z, with each sample's
+            own noise z, at the time that `strength`, `t_start` or a `Grid` says.
+        strength: in (0, 1], with x_data or x_init: starts at the time t_min + strength (t_max - t_min), as a share of
+            the network's time as in diffusers. 1 forgets the data. Not for `EDM`, whose time is the noise.
+        t_start: the time to start at, in its place; in (t_min, t_max].
         denoise: whether to return the denoised sample rather than the state at `t_min`.
         max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`, and none starts again on a grid which
-            they do not pay for; 10,000, or what grids need.
-        dtype: floating dtype of the state; that of `x_init`, or float32.
+            they do not pay for; 10,000, or what grids need. One call of a batch of b rows counts for each of them.
+        dtype: floating dtype of the state; float32 by default, float64 for start states in float64.
         device: that of `x_init` or of the network by default.
         trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result; or the times to
             keep, which adaptive solvers then step on exactly and a grid must contain.
@@ -96,14 +105,21 @@ def sample(
 
     Returns:
         A `SampleResult` with samples of shape (n, *event) and the cost of each. A failure of single samples is data:
-        their `status` says so and the others finish. Ctrl-C returns what is finished.
+        their `status` says so and the others finish.
 
     Raises:
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished; the finished ones are in `.result`.
+        Interrupted: at Ctrl-C, a `KeyboardInterrupt`; what is finished is in `.result`.
+
+    Warns:
+        DataRangeWarning: if samples leave the range of the data (`.outside` of the result), which as a rule means that
+            the network is read in a wrong way.
+        RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
-    check_kind("x_init", x_init, Tensor, "a tensor")
-    check_kind("x_data", x_data, Tensor, "a tensor")
+    for given, name in ((x_init, "x_init"), (x_data, "x_data")):
+        if given is not None:
+            check_states(name, given)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
     if x_init is not None and x_data is not None:
@@ -115,15 +131,21 @@ def sample(
     dtype = resolve_dtype(dtype, given)
     solver = ExponentialPC() if solver is None else solver
     check_flags(denoise=denoise)
+    process = started(process, given, strength, t_start, controller)
     controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
-    t_start, t_end = controller.span(process.t_min, process.t_max)
-    return run(
+    first, last = controller.span(process.t_min, process.t_max)
+    if given is None:
+        check_start(process, first)
+    if seed is None:
+        seed = 0
+        _warn_of_repetition(model, event, numbers, solver, controller, x_init)
+    result = run(
         model,
         process,
         solver,
         controller,
-        t_start=t_start,
-        t_end=t_end,
+        t_start=first,
+        t_end=last,
         event=event,
         index=numbers,
         x_init=x_init,
@@ -139,6 +161,44 @@ def sample(
         progress=progress,
         callback=callback,
     )
+    return _with_range(result, model.data_range) if denoise else result
+
+
+def _with_range(result: SampleResult, data_range: tuple[float, float]) -> SampleResult:
+    """The result with who left the range of the data, and a warning if anybody did."""
+    low, high = data_range
+    far = ((result.samples - (low + high) / 2).abs() > high - low).flatten(1)
+    outside = far.sum(1) > 0.01 * far.shape[1]  # NaN is not far
+    if outside.any():
+        warn(
+            f"{int(outside.sum())} of {len(outside)} samples left the range of the data: values beyond "
+            f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range={low:g} .. {high:g}. "
+            "Either the model's data_range is not that of the data; or the network is read in a wrong way (prediction, "
+            "timestep=, sign), which fastsde.diagnose(model) tells; or its predictions need clipping, "
+            "fastsde.score.Clipped(model), noise, ExponentialPC(eta=1.0), or a start at less noise, t_max of the SDE.",
+            DataRangeWarning,
+        )
+    return dataclasses.replace(result, outside=outside)
+
+
+_last_draw: tuple[object, ...] = ()
+"""What the last call without a seed drew."""
+
+
+def _warn_of_repetition(
+    model: ScoreModel, event: tuple[int, ...], index: Tensor, solver: Solver, controller: Controller, x_init: object
+) -> None:
+    """Warns if the last call without a seed drew the same samples: a loop that forgot its seed."""
+    global _last_draw
+    numbers = tuple(index.tolist()) if len(index) < 1000 else len(index)
+    draw = (id(model.network), event, numbers, repr(solver), repr(controller), id(x_init))
+    repeated, _last_draw = draw == _last_draw, draw
+    if repeated:
+        warn(
+            "no seed was given, so this call has the start states and the noise of the last one (seed 0). Give seed=, "
+            "or index= with other sample numbers, in each turn of a loop.",
+            RepeatedSeedWarning,
+        )
 
 
 def encode(
@@ -175,7 +235,7 @@ def encode(
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n.
         max_nfe: as for `sample`.
-        dtype: floating dtype of the state; that of `x` by default.
+        dtype: floating dtype of the state; float32 by default, float64 for x in float64.
         device: that of `x` by default.
         trajectory: as for `sample`.
         progress: show a bar.
@@ -185,9 +245,9 @@ def encode(
 
     Raises:
         ValueError, TypeError: before the first network call; also if the solver uses noise.
-        SamplingError: if the network fails after the first sample was finished.
+        SamplingError, Interrupted: as `sample`.
     """
-    check_tensor("x", x)
+    check_states("x", x)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     _, event, numbers = resolve_shape(model, None, None, x, None, "x")

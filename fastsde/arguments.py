@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 import math
 import os
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
@@ -12,10 +15,13 @@ from numbers import Integral
 import torch
 from torch import Tensor, nn
 
-from fastsde.checks import check_count, check_kind
+from fastsde.checks import check_count, check_kind, check_number, check_positive, check_tensor
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
-from fastsde.score.base import ScoreModel
+from fastsde.noise import ALL_NOISE
+from fastsde.score.base import ScoreModel, Wrapper
 from fastsde.sde.base import SDE
+from fastsde.sde.discrete import DiscreteVPSDE
+from fastsde.sde.edm import EDM
 from fastsde.solvers import Solver
 from fastsde.types import Cond, ScoreFn
 
@@ -23,6 +29,8 @@ DEFAULT_RTOL = 0.05
 """Relative tolerance when nothing is said: the thesis's setting for fast results."""
 _GRIDS = 3
 """Grids of an adaptive sample, each with twice the steps of the one before."""
+_MOST_STEPS = 4096
+"""Steps of the first of them, beyond which a tolerance is refused: single precision cannot tell such steps apart."""
 
 
 def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
@@ -49,7 +57,32 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
         model = ScoreModel(score_fn, sde)
     if isinstance(model.network, nn.Module):
         _check_weights(model.network)
+    _check_time(model)
     return model
+
+
+def _check_time(model: ScoreModel) -> None:
+    """Warns of a network that reads a table of levels and would get times from 0 to 1."""
+    inside = model
+    while isinstance(inside, Wrapper):
+        inside = inside.model
+    if type(inside) is not ScoreModel or inside.timestep is not None or inside.prediction == "score":
+        return
+    if isinstance(inside.sde, DiscreteVPSDE):
+        n = inside.sde.levels
+        warn(
+            f"the network gets the time of {inside.sde}, from 0 to 1. One that was trained on levels 0 .. {n - 1} "
+            f"needs ScoreModel(..., timestep=lambda t: {n} * t - 1); timestep=lambda t: t says that this one does not.",
+            UserWarning,
+        )
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns, naming the line that called this package."""
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("fastsde"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level + 1)
 
 
 _FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, torch.dtype, int]]] = weakref.WeakKeyDictionary()
@@ -131,21 +164,34 @@ def resolve_shape(
         )
     if x_init is not None and tuple(x_init.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x_init.shape)}.")
-    if x_init is not None and not torch.isfinite(x_init).all():
-        raise ValueError(f"{name} holds NaN or infinity.")
+    gigabytes, most = 8 * math.prod(shape) / 1e9, _memory() / 1e9
+    if gigabytes > most:
+        raise ValueError(
+            f"shape={shape} is {gigabytes:.3g} GB of numbers, and this machine has {most:.3g} GB. Draw the samples in "
+            "parts: index=range(k, k + 1000) draws these numbers of the same seed."
+        )
     return shape[0], shape[1:], torch.arange(shape[0]) if numbers is None else numbers.long()
 
 
 def resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dtype:
-    """The dtype of the state: the one given, that of the start states, or float32.
+    """The dtype of the state: the one given, float64 for start states in float64, else float32.
 
     Raises:
         TypeError: if it is not real floating point.
     """
-    dtype = dtype or (torch.float32 if x_init is None else x_init.dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"the state must be real floating point (dtype=torch.float32 or float64); got {dtype}.")
+    if dtype is None:  # differences of neighbouring states are lost in half precision
+        return torch.float64 if x_init is not None and x_init.dtype == torch.float64 else torch.float32
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
+        raise TypeError(f"dtype must be real floating point of 16 bits or more, such as torch.float32; got {dtype!r}.")
     return dtype
+
+
+def _memory() -> float:
+    """Bytes of main memory; infinity where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, ValueError, OSError):
+        return math.inf
 
 
 def resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
@@ -168,6 +214,43 @@ def usable_device(device: torch.device | str) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one this torch can use, such as 'cpu'; got {device!r} ({reason}).") from error
     return probe.device
+
+
+def started(
+    sde: SDE, given: Tensor | None, strength: float | None, t_start: float | None, controller: Controller | None
+) -> SDE:
+    """The process from where sampling starts: a copy with another t_max, if `strength` or `t_start` say so.
+
+    Raises:
+        ValueError: naming the argument and what is allowed.
+    """
+    said = {k: v for k, v in (("strength", strength), ("t_start", t_start)) if v is not None}
+    if not said:
+        return sde
+    if len(said) == 2 or controller is not None:
+        others = "strength and t_start" if len(said) == 2 else f"{next(iter(said))} and controller"
+        raise ValueError(f"give either one or the other of {others}: both say where to start.")
+    if given is None:
+        raise ValueError(f"{next(iter(said))} starts in the middle: give x_data=, the data to edit, or x_init=.")
+    if strength is not None:
+        check_number("strength", strength, 0.0, 1.0, ends="(]")
+        if isinstance(sde, EDM):
+            raise ValueError("strength is a share of the time, which for EDM is the noise: give t_start=, its sigma.")
+        t_start = sde.t_min + strength * (sde.t_max - sde.t_min)
+    cut = copy.copy(sde)
+    cut.t_max = check_number("t_start", t_start, sde.t_min, sde.t_max, ends="(]")
+    return cut
+
+
+def check_start(sde: SDE, t: float) -> None:
+    """Refuses, with a ValueError, to draw the start from the prior where data are seen already."""
+    noise = math.exp(-0.5 * float(sde.log_snr(torch.tensor([t], dtype=torch.float64))))
+    if t < sde.t_max and noise < ALL_NOISE:
+        raise ValueError(
+            f"the grid starts at t = {t:g}, below t_max = {sde.t_max:g}, where sigma / alpha is {noise:.3g}: noise "
+            "alone is not the law there. Give x_data=, the data to edit, or x_init=, states of that time; or let it "
+            "start at t_max."
+        )
 
 
 def resolve_controller(
@@ -218,6 +301,7 @@ def resolve_controller(
 
 def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
     """The controller of an adaptive solver: a grid with finer ones behind it, or steps from errors alone."""
+    rtol, atol = check_positive("rtol", rtol), check_positive("atol", atol)
     rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
     step = solver.base_step(rtol)
     if step is not None:
@@ -225,6 +309,12 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
         # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first shortens the rest.
         steps = max(3, round((last - first) / 2 / step + 0.45))
         counts = [steps << k for k in range(_GRIDS)]
+        if steps > _MOST_STEPS:
+            least = rtol * (steps / _MOST_STEPS) ** 2
+            raise ValueError(
+                f"rtol must be at least {least:.1g} for {type(solver).__name__}: {rtol} asks for {steps} steps, and "
+                f"{sum(counts)} of a sample that starts again. ProbabilityFlow() is of higher order."
+            )
         if solver.keep_path and counts[-1] > 1 / solver.resolution:
             least = rtol * (counts[-1] * solver.resolution) ** 2
             raise ValueError(
@@ -283,6 +373,10 @@ def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.dev
     check_kind("cond", cond, Mapping, "a dict of tensors")
     default = {k: v.expand(n, *v.shape) for k, v in (model.default_cond or {}).items()}
     for key, value in (cond or {}).items():
+        if not isinstance(key, str) or key == "self":
+            raise ValueError(f"cond has the key {key!r}; keys are names of arguments of the network.")
+        if isinstance(value, Tensor):
+            check_tensor(f"cond[{key!r}]", value)
         if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != n:
             came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(f"cond[{key!r}] must be a tensor with leading axis n={n}; got {came}.")

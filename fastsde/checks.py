@@ -6,6 +6,7 @@ import math
 from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -23,6 +24,13 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf, *,
         if not (outside or (ends[0] == "(" and number == least) or (ends[1] == ")" and number == most)):
             return number
     raise ValueError(f"{name} must be in {ends[0]}{least:g}, {most:g}{ends[1]}; got {value!r}.")
+
+
+def check_positive(name: str, value: Any) -> float:
+    """A positive, finite number, or else a ValueError."""
+    if isinstance(value, Real) and not isinstance(value, bool) and value < 1 << 1023 and float(value) > 0:
+        return float(value)
+    raise ValueError(f"{name} must be a positive, finite number; got {str(value)[:80]}.")
 
 
 def check_order(name: str, value: object, allowed: tuple[int, ...]) -> None:
@@ -46,9 +54,29 @@ def check_kind(name: str, value: object, kind: Any, what: str) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuses, with a TypeError, a value that is no tensor."""
+    """Refuses, with a TypeError, a value that is no tensor of numbers in memory, one beside another."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
+    if value.layout != torch.strided or value.is_meta or value.is_quantized:
+        kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{name} must be an ordinary dense tensor; got one of kind {kind}.")
+
+
+def check_states(name: str, value: object) -> None:
+    """Refuses, with a TypeError or ValueError, what cannot be states with shape (n, *event)."""
+    check_tensor(name, value)
+    assert isinstance(value, Tensor)  # for the types
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be real floating point; got {value.dtype}.")
+    if value.ndim == 0 or value.numel() == 0:
+        raise ValueError(f"{name} must have shape (n, *event) with n of at least 1; got {tuple(value.shape)}.")
+    wide = value.float() if value.itemsize == 1 else value  # such floats have no arithmetic
+    if not torch.isfinite(wide).all():
+        raise ValueError(f"{name} holds NaN or infinity.")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name} requires a gradient, but none goes through sampling; give {name}.detach(), or call under no_grad."
+        )
 
 
 def check_count(name: str, value: Any, least: int) -> int:

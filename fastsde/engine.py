@@ -19,7 +19,7 @@ from fastsde.batching import all_finite, expand_like, select_rows, where_rows, w
 from fastsde.flags import LateFlags
 from fastsde.job import EngineState, Job
 from fastsde.noise import StepNoise
-from fastsde.result import SampleResult, SamplingError, Status
+from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import BoundModel
 from fastsde.types import Carry
 
@@ -57,21 +57,20 @@ class Engine:
         self.finished = 0
 
     def run(self) -> SampleResult:
-        """Samples until the queue is empty, and returns what is finished if interrupted by the keyboard.
+        """Samples until the queue is empty.
 
         Raises:
+            Interrupted: at Ctrl-C; it carries what is finished.
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
         start = time.perf_counter()
         bar = tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=not self.job.progress)
         try:
-            try:
-                self._loop(bar)
-            except KeyboardInterrupt:
-                self._pool_ended()
+            self._loop(bar)
             self._flush()
         except KeyboardInterrupt:
-            self._flush(denoise=False)
+            self._interrupted()
+            raise Interrupted(self._result(start)) from None
         except Exception as error:
             self._pool_ended()
             if not self.finished:
@@ -86,6 +85,14 @@ class Engine:
         finally:
             bar.close()
         return self._result(start)
+
+    def _interrupted(self) -> None:
+        """Brings what is finished to the result; the second Ctrl-C ends the denoising, too."""
+        try:
+            self._pool_ended()
+            self._flush()
+        except KeyboardInterrupt:
+            self._flush(denoise=False)
 
     def _loop(self, bar: tqdm) -> None:
         """Turns until every sample has ended."""

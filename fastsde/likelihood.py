@@ -18,7 +18,7 @@ from fastsde.arguments import (
     resolve_shape,
 )
 from fastsde.batching import expand_like
-from fastsde.checks import check_count, check_flags, check_tensor
+from fastsde.checks import check_count, check_flags, check_states
 from fastsde.control import Controller
 from fastsde.noise import FreshNoise, StepNoise
 from fastsde.result import Status
@@ -115,7 +115,7 @@ def log_likelihood(
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished.
     """
-    check_tensor("x", x)
+    check_states("x", x)
     check_flags(exact=exact, gaussian=gaussian)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde

@@ -75,7 +75,7 @@ def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: 
     words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
     # Single precision for every dtype, so that a float64 run sees the same noise as a float32 run.
     u0, u1, u2, u3 = (w.float().add_(0.5).mul_(2.0**-32) for w in words)
-    out = torch.empty(*u0.shape[:2], 4, u0.shape[2], device=index.device)
+    out = torch.empty(*u0.shape[:2], 4, u0.shape[2], dtype=torch.float32, device=index.device)
     for k, (radial, angular) in enumerate(((u0, u1), (u2, u3))):
         radius, angle = radial.log_().mul_(-2).sqrt_(), angular.mul_(2 * math.pi)
         torch.cos(angle, out=out[:, :, 2 * k]).mul_(radius)
@@ -229,7 +229,7 @@ class BrownianPath(Noise):
         They have weights (B, L), positions (B, L) and purposes (L,).
         """
         level = torch.arange(self.depth + 1, device=u.device)
-        cells = 2.0**level
+        cells = 2.0 ** level.double()
         cell = torch.minimum((u[:, None] * cells).floor(), cells - 1)
         places = torch.stack([cell, cell + 0.5, cell + 1, u[:, None] * cells]) / cells
         low, middle, high, now = self._variance(places)

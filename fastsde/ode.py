@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastsde.arguments import as_model
-from fastsde.score.base import BoundModel, ScoreModel, evaluation_mode
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.score.network import evaluation_mode
 from fastsde.sde.base import SDE
 from fastsde.sde.reverse import probability_flow_drift
 from fastsde.types import Cond, ScoreFn

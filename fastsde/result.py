@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +54,9 @@ class SampleResult:
         seed: the seed; (seed, index) determines the sample.
         seconds: wall time of the whole run.
         trajectory: the states on the way, for each sample, if they were asked for.
+        outside: which samples left the range of the data: more than 1 % of their elements, or one of less than 100, are
+            farther from the middle of the model's `data_range` than its width; with shape (n,). None where the samples
+            are no data.
     """
 
     samples: Tensor
@@ -63,6 +68,7 @@ class SampleResult:
     seed: int
     seconds: float
     trajectory: list[Trajectory] | None = None
+    outside: Tensor | None = None
 
     @property
     def success(self) -> Tensor:
@@ -76,10 +82,36 @@ class SampleResult:
     def __repr__(self) -> str:
         nfe = self.nfe[self.status != Status.PENDING].double()
         spread = f"{nfe.mean():.1f} (max {int(nfe.max())})" if len(nfe) else "none"
+        left = 0 if self.outside is None else int(self.outside.sum())
         return (
             f"SampleResult(samples={tuple(self.samples.shape)}, nfe={spread}, rejected={int(self.rejected.sum())} of "
-            f"{int(self.accepted.sum() + self.rejected.sum())} steps, status={self.counts()}, {self.seconds:.1f} s)"
+            f"{int(self.accepted.sum() + self.rejected.sum())} steps, status={self.counts()}, "
+            f"{f'{left} outside of the data range, ' if left else ''}seed={self.seed}, {self.seconds:.1f} s)"
         )
+
+
+# So that torch.load, which opens nothing it does not know, opens a result that torch.save has written.
+torch.serialization.add_safe_globals([SampleResult, Status, Trajectory])
+
+
+class DataRangeWarning(UserWarning):
+    """Samples left the range of the data, so that the network is probably read in a wrong way."""
+
+
+class RepeatedSeedWarning(UserWarning):
+    """The same samples are drawn again, because no seed was given."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during sampling: a `KeyboardInterrupt`, so that loops around it end.
+
+    Attributes:
+        result: everything finished before it, with the type that the interrupted function returns.
+    """
+
+    def __init__(self, result: Any) -> None:
+        super().__init__("interrupted; what is finished is in .result of this exception.")
+        self.result = result
 
 
 class SamplingError(RuntimeError):

@@ -23,7 +23,7 @@ from fastsde.cli.output import dump_json, prepare_folder, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver, check_request
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
-from fastsde.result import SampleResult, SamplingError, Status
+from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 
 
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
@@ -160,6 +160,8 @@ def sample(
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
         result, failed = error.result, True
+    except Interrupted as interruption:
+        result = interruption.result
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
     record = _record(result, labels) | settings

@@ -21,6 +21,9 @@ class Levels(Protocol):
     levels: int
 
 
+_ROUNDING = 1e-6
+
+
 class Grid(Controller):
     """Walks the given times, the same for every sample, and accepts every step.
 
@@ -35,7 +38,10 @@ class Grid(Controller):
     adaptive = False
 
     def __init__(self, times: Tensor | list[float]) -> None:
-        self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+        try:
+            self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
+        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+            raise ValueError(f"times must be a vector of at least 2 numbers; got {str(times)[:80]}.") from error
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(f"times must be a vector of at least 2 numbers; got shape {tuple(self.times.shape)}.")
         if not torch.isfinite(self.times).all() or not (self.times.diff() < 0).all():
@@ -143,7 +149,8 @@ class Grid(Controller):
 
     def span(self, t_min: float, t_max: float) -> tuple[float, float]:
         first, last = self.ends
-        if not t_min <= last < first <= t_max:
+        # Times in single precision may be a rounding outside.
+        if not t_min - _ROUNDING * abs(t_min) <= last < first <= t_max + _ROUNDING * abs(t_max):
             raise ValueError(
                 f"the grid must lie within t_min={t_min} .. t_max={t_max}; it goes from {first} to {last}."
             )

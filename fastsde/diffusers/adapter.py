@@ -201,5 +201,5 @@ def _defaults(pipe: Any, model: DiffusersModel, scale: float | None) -> dict[str
         encoded = text_cond(pipe, [""], None, image_size(pipe, model.event_shape or latent_shape(pipe)))
         cond |= {key: value[0] for key, value in encoded.items()}
     if embedded_guidance(pipe):
-        cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale))
+        cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale), dtype=torch.float32)
     return cond or None

@@ -15,8 +15,9 @@ from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, Reading
-from fastsde.score.base import ScoreModel, tensor_of, unwrap
+from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import Clipped
+from fastsde.score.network import tensor_of, unwrap
 from fastsde.types import Cond, State, Time
 
 _ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio")

@@ -331,7 +331,7 @@ def finish(pipe: Any, x: Tensor, output_type: str, data_range: tuple[float, floa
         decoded, low, high = decode_latents(vae, x[whole], batch_size=batch_size), -1.0, 1.0
     else:
         decoded = x[whole].float().cpu()
-    images = torch.full((len(x), *decoded.shape[1:]), torch.nan)
+    images = torch.full((len(x), *decoded.shape[1:]), torch.nan, dtype=torch.float32)
     images[whole.cpu()] = ((decoded - low) / (high - low)).clamp(0, 1)
     if output_type == "pt":
         return images

@@ -11,16 +11,19 @@ https://arxiv.org/abs/2202.00512, for v; Lipman et al., https://arxiv.org/abs/22
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+import inspect
+import math
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
+from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, unwrap
 from fastsde.sde.base import SDE, Level
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
@@ -106,11 +109,13 @@ class ScoreModel:
         prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
         event_shape: shape of one sample, for callers that say only `n=`.
         data_range: (low, high) of the data; one 8-bit level of it is the default absolute tolerance.
-        timestep: maps the SDE's time to the network's, both with shape (B,); the identity by default.
+        timestep: maps the SDE's time, float64 with shape (B,), to the network's, with shape (B,); the identity by
+            default. Another dtype than float64, integers for an embedding, is what the network gets. For networks of
+            levels 0 .. N - 1: `timestep=lambda t: N * t - 1`.
         default_cond: conditioning of one row when the caller gives none: a dict of tensors without batch axis.
 
     Raises:
-        ValueError: for an unknown `prediction` or an empty `data_range`.
+        ValueError: naming the argument that is unknown or out of range.
         TypeError: if `network` cannot be called or `sde` is no SDE.
     """
 
@@ -130,19 +135,19 @@ class ScoreModel:
         event_shape: tuple[int, ...] | None = None,
         data_range: tuple[float, float] = (-1.0, 1.0),
         timestep: Callable[[Time], Time] | None = None,
-        default_cond: dict[str, Tensor] | None = None,
+        default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         if not callable(network):
             raise TypeError(f"network must be callable as network(x, t); got {type(network).__name__}.")
         if not isinstance(sde, SDE):
             raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
-        if prediction not in _READ:
+        if not isinstance(prediction, str) or prediction not in _READ:
             raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
-        if not data_range[0] < data_range[1]:
-            raise ValueError(f"data_range must be (low, high) with low < high; got {data_range}.")
+        if timestep is not None and not callable(timestep):
+            raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
         self.network, self.sde, self.prediction = network, sde, prediction
-        self.event_shape, self.data_range = event_shape, data_range
-        self.timestep, self.default_cond = timestep, default_cond
+        self.event_shape, self.data_range = _checked_shape(event_shape), _checked_range(data_range)
+        self.timestep, self.default_cond = timestep, _checked_default(default_cond)
 
     def __repr__(self) -> str:
         name = getattr(self.network, "__name__", type(self.network).__name__)
@@ -176,11 +181,23 @@ class ScoreModel:
         return self.calls
 
     def check_cond(self, cond: Cond) -> None:
-        """Refuses, with a ValueError, conditioning that the network cannot take; a plain network takes any.
+        """Refuses, with a ValueError, conditioning that the network cannot take.
 
         Args:
             cond: as for a call, defaults included, for all samples.
         """
+        inside = unwrap(self.network)
+        try:
+            signature = inspect.signature(inside.forward if isinstance(inside, nn.Module) else inside)
+        except (TypeError, ValueError):  # some callables have none
+            return
+        try:
+            signature.bind(None, None, **cond)
+        except TypeError as error:
+            raise ValueError(
+                f"cond has {', '.join(cond) or 'nothing'}, but {self.role} is called as network(x, t, **cond) with the "
+                f"signature {signature}: {error}."
+            ) from error
 
     def call(self, x: State, time: Tensor, cond: Cond) -> object:
         """Calls the network on inputs in its own dtype: the one place that knows its signature."""
@@ -190,11 +207,22 @@ class ScoreModel:
         """What the network itself returns; arguments and errors as for a call."""
         dtype = self.compute_dtype or x_t.dtype
         time = t if self.timestep is None else self.timestep(t)
+        if not isinstance(time, Tensor) or time.shape != t.shape:
+            came = tuple(time.shape) if isinstance(time, Tensor) else type(time).__name__
+            raise ValueError(f"timestep must map times with shape (B,) to a tensor of that shape; it returned {came}.")
         copy = self.writes_inputs
-        time = time.to(torch.float64 if dtype == torch.float64 else torch.float32, copy=copy)
+        # Another dtype is the caller's wish.
+        wanted = time.dtype if time.dtype != torch.float64 or dtype == torch.float64 else torch.float32
+        time = time.to(wanted, copy=copy)
         given = {key: value.clone() if copy else value for key, value in (cond or {}).items()}
-        out = self.call(x_t.to(dtype, copy=copy), time, given)
-        return _check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
+        try:
+            out = self.call(x_t.to(dtype, copy=copy), time, given)
+        except (RuntimeError, IndexError) as error:
+            hint = hint_at(error, len(t), dtype, time.dtype)
+            if hint is None:
+                raise
+            raise type(error)(f"{self.role} failed: {error}. {hint}") from error
+        return check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
         """Evaluates the network once on every row.
@@ -229,7 +257,11 @@ class Wrapper(ScoreModel):
     """Keys of the conditioning that the model inside does not see."""
 
     def __init__(
-        self, model: ScoreModel, prediction: str | None = None, *, default_cond: dict[str, Tensor] | None = None
+        self,
+        model: ScoreModel,
+        prediction: str | None = None,
+        *,
+        default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         if not isinstance(model, ScoreModel):
             raise TypeError(f"model must be a fastsde.ScoreModel; got {type(model).__name__}.")
@@ -269,54 +301,35 @@ class Wrapper(ScoreModel):
         self.model.check_cond(self.inner_cond(cond))
 
 
-@contextlib.contextmanager
-def evaluation_mode(network: ScoreFn) -> Iterator[None]:
-    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back."""
-    training = [module for module in network.modules() if module.training] if isinstance(network, nn.Module) else []
-    if isinstance(network, nn.Module) and training:
-        network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+def _checked_shape(shape: object) -> tuple[int, ...] | None:
+    if shape is None:
+        return None
+    sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
+    if not sizes or not all(isinstance(k, Integral) and not isinstance(k, bool) and int(k) > 0 for k in sizes):
+        raise ValueError(f"event_shape must be the shape of one sample, such as (3, 32, 32); got {shape!r}.")
+    return tuple(int(k) for k in sizes)
 
 
-def unwrap(network: object) -> Any:
-    """The network inside torch.compile, data parallelism, sharding or averaging: for whatever is read from it.
-
-    What is called stays the outer object.
-    """
-    while True:
-        inside = getattr(network, "_orig_mod", None)  # torch.compile
-        if inside is None and isinstance(network, nn.Module) and type(network).__name__ in _WRAPPERS:
-            inside = getattr(network, "module", None)
-        if inside is None:
-            return network
-        network = inside
+def _checked_range(given: object) -> tuple[float, float]:
+    low, high = given if isinstance(given, (tuple, list)) and len(given) == 2 else (None, None)
+    numbers = all(isinstance(v, Real) and not isinstance(v, bool) and math.isfinite(v) for v in (low, high))
+    if not numbers or not low < high:  # type: ignore[operator] # both are numbers
+        raise ValueError(f"data_range must be (low, high), finite, with low < high; got {given!r}.")
+    return float(low), float(high)  # type: ignore[arg-type]
 
 
-_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "DeepSpeedEngine")
-"""Modules that call the one in their `module`."""
-
-
-def tensor_of(out: object) -> object:
-    """The tensor in what a network returned: it, its `.sample`, or the first of a tuple (diffusers' conventions)."""
-    return out[0] if isinstance(out, tuple) and out else out if isinstance(out, Tensor) else getattr(out, "sample", out)
-
-
-def _check_output(out: object, x_t: Tensor, role: str) -> Tensor:
-    if not isinstance(out, Tensor) or not out.is_floating_point():
-        kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
-        raise TypeError(f"{role} must return a floating-point tensor; it returned {kind}.")
-    if out.shape != x_t.shape:
-        raise ValueError(
-            f"{role} was given x with shape {tuple(x_t.shape)} and must return the same shape; "
-            f"it returned {tuple(out.shape)}."
-        )
-    if out.device != x_t.device:
-        raise ValueError(f"{role} was given x on {x_t.device} and returned a tensor on {out.device}.")
-    return out
+def _checked_default(cond: object) -> dict[str, Tensor] | None:
+    if cond is None:
+        return None
+    if not isinstance(cond, Mapping):
+        raise TypeError(f"default_cond must be a dict of tensors without batch axis; got {type(cond).__name__}.")
+    values = {k: torch.tensor(v) if isinstance(v, (bool, int, float)) else v for k, v in cond.items()}
+    for key, value in values.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"the conditioning of one row, {key}, must be a tensor without batch axis; got {type(value).__name__}."
+            )
+    return values
 
 
 class BoundModel:

@@ -2,12 +2,14 @@ r"""Guidance: score models that pull another one's prediction towards a conditio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, write_rows
+from fastsde.checks import check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.sde.base import Level
 from fastsde.types import Cond, Index, Mask, State, Time
@@ -34,8 +36,8 @@ class ClassifierFreeGuidance(Wrapper):
     Args:
         model: the conditional score model.
         scale: w; 1 is no guidance.
-        negative: conditioning of one row of the negative half, without batch axis (the "no label" class, the embedding
-            of an empty prompt), for what the caller does not give.
+        negative: conditioning of one row of the negative half, without batch axis (the "no label" class, a number or a
+            tensor; the embedding of an empty prompt), for what the caller does not give.
         rescale: phi, from 0 to 1.
         interval: the (low, high) noise levels sigma / alpha between which guidance acts; everywhere by default.
 
@@ -50,16 +52,16 @@ class ClassifierFreeGuidance(Wrapper):
         model: ScoreModel,
         scale: float = 7.5,
         *,
-        negative: dict[str, Tensor] | None = None,
+        negative: Mapping[str, Tensor | float] | None = None,
         rescale: float = 0.0,
         interval: tuple[float, float] | None = None,
     ) -> None:
-        if not 0 <= rescale <= 1:
-            raise ValueError(f"rescale must be from 0 to 1; got {rescale}.")
+        check_number("scale", scale, -math.inf, ends="()")
+        check_number("rescale", rescale, 0.0, 1.0)
         if interval is not None and not 0 <= interval[0] < interval[1]:
             raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high; got {interval}.")
         own = {NEGATIVE + key: value for key, value in (negative or {}).items()}
-        super().__init__(model, default_cond={"guidance_scale": torch.tensor(float(scale)), **own})
+        super().__init__(model, default_cond={"guidance_scale": torch.tensor(float(scale), dtype=torch.float32), **own})
         self.calls = 2 * model.calls
         self.rescale, self.interval = rescale, interval
 
@@ -80,9 +82,15 @@ class ClassifierFreeGuidance(Wrapper):
                 f"guidance needs the other half: negative= at construction, or cond with names that begin with "
                 f"{NEGATIVE!r} (such as {NEGATIVE}class_labels); got {sorted(cond)}."
             )
-        lost = [k for k in given if k.removeprefix(NEGATIVE) not in cond]
-        if lost:
-            raise ValueError(f"cond has {', '.join(lost)} but not the conditional half of the same name.")
+        for key in given:
+            wanted = cond.get(key.removeprefix(NEGATIVE))
+            if wanted is None:
+                raise ValueError(f"cond has {key} but not the conditional half of the same name.")
+            if wanted.shape[1:] != cond[key].shape[1:]:
+                raise ValueError(
+                    f"{key} has shape {tuple(cond[key].shape)} and the conditional half {tuple(wanted.shape)}: both go "
+                    "through the network as one batch. Pad the shorter prompt to the length of the other."
+                )
         self.model.check_cond(self.inner_cond(cond))
         self.model.check_cond(self.negative_cond(cond))
 
@@ -168,7 +176,7 @@ class ClassifierGuidance(Wrapper):
 class Clipped(Wrapper):
     r"""A model whose denoised prediction is clipped to the data's range, as many pixel models' schedulers do.
 
-        x_0 <- clip(x_0, -limit, limit)
+        x_0 <- clip(x_0, low, high)    (`data_range` of the model), or clip(x_0, -limit, limit)
 
     or, with `ratio`, dynamic thresholding: x_0 <- clip(x_0, -s, s) / s with s the quantile `ratio` of |x_0| over the
     elements of one sample, but at least 1 and at most `limit`. The score is then not smooth, and not that of any
@@ -176,20 +184,18 @@ class Clipped(Wrapper):
 
     Args:
         model: the score model.
-        limit: largest magnitude of the data, positive.
+        limit: largest magnitude of the data, positive; by default the model's `data_range`, and with `ratio` its larger
+            end.
         ratio: quantile for dynamic thresholding, in (0, 1); None for plain clipping.
 
     Raises:
         ValueError: naming the argument that is out of range.
     """
 
-    def __init__(self, model: ScoreModel, limit: float = 1.0, *, ratio: float | None = None) -> None:
-        if not limit > 0:
-            raise ValueError(f"limit must be positive; got {limit}.")
-        if ratio is not None and not 0 < ratio < 1:
-            raise ValueError(f"ratio must be in (0, 1); got {ratio}.")
+    def __init__(self, model: ScoreModel, limit: float | None = None, *, ratio: float | None = None) -> None:
         super().__init__(model, "sample")
-        self.limit, self.ratio = limit, ratio
+        self.limit = None if limit is None else check_number("limit", limit, 0.0, ends="()")
+        self.ratio = None if ratio is None else check_number("ratio", ratio, 0.0, 1.0, ends="()")
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
         inside = self.model(x_t, t, cond, level)
@@ -199,9 +205,11 @@ class Clipped(Wrapper):
         return self(x_t, t, cond).out
 
     def _clipped(self, x_0: State) -> State:
+        low, high = self.data_range if self.limit is None else (-self.limit, self.limit)
         if self.ratio is None:
-            return x_0.clamp(-self.limit, self.limit)
-        # At most `limit` wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
-        s = x_0.flatten(1).abs().quantile(self.ratio, dim=1).clamp(min=1.0).clamp(max=self.limit)
+            return x_0.clamp(low, high)
+        # At most the limit wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
+        # Quantiles need single precision.
+        s = x_0.flatten(1).abs().float().quantile(self.ratio, dim=1).clamp(min=1.0).clamp(max=max(-low, high))
         s = expand_like(s, x_0)
         return x_0.clamp(-s, s) / s

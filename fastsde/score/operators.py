@@ -54,7 +54,9 @@ class LinearOperator(ABC):
             event: shape of one sample.
         """
         generator = torch.Generator().manual_seed(0)
-        x, v = (torch.randn(1, *shape, generator=generator).to(y) for shape in (event, y.shape[1:]))
+        x, v = (
+            torch.randn(1, *shape, generator=generator, dtype=torch.float64).to(y) for shape in (event, y.shape[1:])
+        )
         self.residual(v, x)
         made, back = self(x), self.adjoint(v)
         if back.shape != x.shape:
@@ -68,13 +70,15 @@ class Mask(LinearOperator):
     """Inpainting: the known elements. A measurement has the shape of a sample, and is not read where nothing is known.
 
     Args:
-        mask: 1 or True where x is known, with shape event, or one that broadcasts to it: (1, height, width) for images.
+        mask: 1 or True where x is known, with shape event, or one that broadcasts to it: (1, height, width) for images;
+            a tensor or an array. It holds for all samples of a call.
 
     Raises:
         ValueError: if the mask holds anything but 0 and 1, or knows nothing.
     """
 
     def __init__(self, mask: Tensor) -> None:
+        mask = torch.as_tensor(mask)
         self.known = mask.bool()
         if not (mask == self.known).all() or not self.known.any():
             raise ValueError("mask must hold 0 (unknown) and 1 (known), at least one of them known.")
@@ -85,7 +89,10 @@ class Mask(LinearOperator):
             m in (1, e) for m, e in zip(known.shape, event[len(event) - known.ndim :], strict=True)
         )
         if not fits:
-            raise ValueError(f"mask must broadcast to the shape of one sample, {event}; got {tuple(known.shape)}.")
+            raise ValueError(
+                f"mask must broadcast to the shape of one sample, {event}; got {tuple(known.shape)}. It holds for all "
+                "samples: masks of their own need calls of their own (with index=, for the same noise)."
+            )
         return torch.where(known, x, torch.zeros_like(x))
 
     def __call__(self, x: State) -> Tensor:

@@ -48,13 +48,18 @@ class DiscreteVPSDE(VariancePreserving):
     ) -> None:
         if (betas is None) == (alphas_cumprod is None):
             raise ValueError("DiscreteVPSDE needs exactly one of betas and alphas_cumprod.")
+        name, given = ("betas", betas) if betas is not None else ("alphas_cumprod", alphas_cumprod)
+        try:
+            table = torch.as_tensor(given, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} must be a vector of numbers; got {str(given)[:80]}.") from error
         if betas is not None:
-            rates = torch.as_tensor(betas, dtype=torch.float64)
+            rates = table
             if rates.ndim != 1 or not len(rates) or not ((rates > 0) & (rates < 1)).all():
                 raise ValueError("betas must be one-dimensional with every value in (0, 1).")
             log_alpha_bar = torch.log1p(-rates).cumsum(0)
         else:
-            bars = torch.as_tensor(alphas_cumprod, dtype=torch.float64)
+            bars = table
             if bars.ndim != 1 or not len(bars) or not ((bars > 0) & (bars < 1)).all() or not (bars.diff() < 0).all():
                 raise ValueError(
                     "alphas_cumprod must be one-dimensional and strictly decreasing inside (0, 1); a last value of 0 "

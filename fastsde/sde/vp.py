@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from fastsde.checks import check_number
 from fastsde.sde.base import SDE, Level, check_range
 from fastsde.types import Coef, Time
 
@@ -20,6 +21,8 @@ class LinearBeta(SDE):
         self, beta_min: float = 0.1, beta_max: float = 20.0, *, t_min: float = 1e-3, t_max: float = 1.0
     ) -> None:
         name = type(self).__name__
+        for key, value in (("beta_min", beta_min), ("beta_max", beta_max)):
+            check_number(f"{key} of {name}", value, -math.inf)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"{name} needs 0 < beta_min <= beta_max; got {beta_min} and {beta_max}.")
         check_range(name, t_min, t_max)

@@ -1,0 +1,108 @@
+"""A network as it comes: what is inside of its wrappers, its mode, what it returns, and what its failures mean."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.types import ScoreFn
+
+
+def hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype) -> str | None:
+    """What a failure of the network as a rule means; None if its own message must do."""
+    text = str(error)
+    if type(error) is IndexError:
+        return "Labels in cond, or the times that timestep= returns, are out of the network's range."
+    if type(error) is not RuntimeError:
+        return None
+    if "must match the size" in text or "Sizes of tensors must match" in text:
+        return f"It was called on {rows} rows. {_PER_SAMPLE}"
+    if "dtype" in text or "scalar type" in text:
+        return (
+            f"x came in {dtype} and the time in {time}: what timestep= returns in another dtype stays so, such as "
+            "timestep=lambda t: t.to(torch.bfloat16)."
+        )
+    return None
+
+
+_PER_SAMPLE = (
+    "What belongs to single samples goes into cond=, with leading axis n, not into the function: rows leave the batch "
+    "and enter it."
+)
+
+_USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_USERS_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def evaluation_mode(network: ScoreFn) -> Iterator[None]:
+    """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back.
+
+    Threads may share a network: its modules go back to training when the last of them is done.
+    """
+    used: list[nn.Module] = []
+    if isinstance(network, nn.Module):
+        with _USERS_LOCK:
+            used = [module for module in network.modules() if module.training or module in _USERS]
+            for module in used:
+                _USERS[module] = _USERS.get(module, 0) + 1
+            if any(module.training for module in used):
+                network.eval()
+    try:
+        yield
+    finally:
+        with _USERS_LOCK:
+            for module in used:
+                _USERS[module] -= 1
+                if not _USERS[module]:
+                    del _USERS[module]
+                    module.training = True
+
+
+def unwrap(network: object) -> Any:
+    """The network inside torch.compile, data parallelism, sharding or averaging: for whatever is read from it.
+
+    What is called stays the outer object.
+    """
+    while True:
+        inside = getattr(network, "_orig_mod", None)  # torch.compile
+        if inside is None and isinstance(network, nn.Module) and type(network).__name__ in _WRAPPERS:
+            inside = getattr(network, "module", None)
+        if inside is None:
+            return network
+        network = inside
+
+
+_WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel", "DeepSpeedEngine")
+"""Modules that call the one in their `module`."""
+
+
+def tensor_of(out: object) -> object:
+    """The tensor in what a network returned: it, its `.sample`, or the first of a tuple (diffusers' conventions)."""
+    return out[0] if isinstance(out, tuple) and out else out if isinstance(out, Tensor) else getattr(out, "sample", out)
+
+
+def check_output(out: object, x_t: Tensor, role: str) -> Tensor:
+    """What a network returned, if it is a tensor like the state it was given.
+
+    Raises:
+        TypeError: if it is no floating-point tensor.
+        ValueError: if it has another shape or is on another device.
+    """
+    if not isinstance(out, Tensor) or not out.is_floating_point():
+        kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__
+        raise TypeError(f"{role} must return a floating-point tensor; it returned {kind}.")
+    if out.shape != x_t.shape:
+        raise ValueError(
+            f"{role} was given x with shape {tuple(x_t.shape)} and must return the same shape; "
+            f"it returned {tuple(out.shape)}." + (f" {_PER_SAMPLE}" if out.shape[1:] == x_t.shape[1:] else "")
+        )
+    if out.device != x_t.device:
+        raise ValueError(f"{role} was given x on {x_t.device} and returned a tensor on {out.device}.")
+    return out
