@@ -8,6 +8,7 @@ Annealed Langevin and consistent annealed sampling run on this VP network throug
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def main(seed: int, threads: int, out: Path) -> None:
         axis.set_axis_off()
         calls = f"{result.nfe.double().mean():.0f} calls"
         name = label(options)
-        shown = "\n".join([*textwrap.wrap(name, 38), calls])
+        # A solver inside another may start a line.
+        lines = textwrap.wrap(re.sub("=(?=[A-Z])", "= ", name), 36)
+        shown = "\n".join([*lines, calls]).replace("= ", "=")
         axis.text(-6, 14, shown, ha="right", va="center", fontsize=7)
         print(f"{name:90} {calls:>10}  {result.counts()}")
     figure.subplots_adjust(left=0.27, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
