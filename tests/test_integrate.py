@@ -71,16 +71,16 @@ def test_adaptive_steps_follow_the_tolerance_in_both_senses(ito):
 @pytest.mark.parametrize("ito", [True, False])
 def test_adaptive_steps_of_geometric_brownian_motion_are_not_biased(ito):
     """E (x - exact) on the same paths, whose fluctuation is small; beside it that of as many equal steps."""
-    n = 2000
+    n = 800
     exact = geometric(ito, brownian(n, 1, 0.0, 1.0, torch.ones(n, dtype=torch.float64)), 1.0)
     x0 = torch.ones(n, 1, dtype=torch.float64)
     adaptive = fastsde.integrate(drift, diffusion, x0, 0.0, 1.0, ito=ito, rtol=0.05, atol=0.01, batch_size=n)
     equal = fastsde.integrate(drift, diffusion, x0, 0.0, 1.0, ito=ito, steps=11, batch_size=n)
     (bias, spread), (usual, _) = (mean_and_spread(r.samples - exact) for r in (adaptive, equal))
     # That steps vary costs half as much again as equal ones have, 0.043 (Stratonovich) or nothing to speak of (Ito).
-    # Four standard errors of 0.0016 (Ito). Rejecting Ito steps by their error costs 0.03 here.
+    # Four standard errors of 0.0025 (Ito). Rejecting Ito steps by their error costs 0.03 here.
     assert abs(bias) < 1.5 * abs(usual) + 4 * spread
-    assert spread < (0.002 if ito else 0.006)
+    assert spread < (0.004 if ito else 0.01)
 
 
 def mean_and_spread(error):
