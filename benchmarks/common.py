@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import dataclasses
 import json
 import math
 import os
@@ -54,6 +55,18 @@ def save(name: str, settings: dict[str, object], results: object) -> None:
     record = provenance(settings) | {"results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten: results/{name}.json")
+
+
+def described(part: object) -> str:
+    """A solver, or another dataclass, by its class and the arguments that are not the defaults: what was run says so.
+
+    What is no dataclass is given by its repr; a number by up to six digits.
+    """
+    if not dataclasses.is_dataclass(part):
+        return f"{part:g}" if isinstance(part, float) else repr(part)
+    own = {field.name: (getattr(part, field.name), field.default) for field in dataclasses.fields(part)}
+    changed = [f"{name}={described(value)}" for name, (value, default) in own.items() if value != default]
+    return f"{type(part).__name__}({', '.join(changed)})"
 
 
 def packaged_model(*, untrained: bool, device: str = "cpu") -> fastsde.ScoreModel:

@@ -8,11 +8,14 @@ Annealed Langevin and consistent annealed sampling run on this VP network throug
 
 from __future__ import annotations
 
+import re
+import textwrap
 from pathlib import Path
 
 import click
 import matplotlib as mpl
 import torch
+from common import described
 
 import fastsde
 
@@ -20,29 +23,39 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 
-def settings(sde: fastsde.SDE) -> list[tuple[str, dict[str, object]]]:
-    """A label and the arguments of `sample` for each row."""
-    corrected = fastsde.PredictorCorrector(fastsde.ReverseDiffusion(100), fastsde.Langevin(0.01))
-    karras = {"solver": fastsde.Heun(), "controller": fastsde.Grid.karras(sde, 17)}
-    return [
-        ("ExtrapolatedEM, rtol 0.05", {"rtol": 0.05}),
-        ("ExponentialPC, eta 0", {"solver": fastsde.ExponentialPC(11)}),
-        ("ExponentialPC, eta 1", {"solver": fastsde.ExponentialPC(19, eta=1.0)}),
-        ("DDIM", {"solver": fastsde.DDIM(20)}),
-        ("DPMSolverPP 2M", {"solver": fastsde.DPMSolverPP(11)}),
-        ("DPMSolverPP 2M, SDE", {"solver": fastsde.DPMSolverPP(19, eta=1.0)}),
-        ("UniPC-3", {"solver": fastsde.UniPC(11, order=3)}),
-        ("DEIS-3", {"solver": fastsde.DEIS(11)}),
-        ("SASolver", {"solver": fastsde.SASolver(19)}),
-        ("ProbabilityFlow 5(4), rtol 0.05", {"solver": fastsde.ProbabilityFlow(), "rtol": 0.05}),
-        ("Heun, Karras grid", karras),
-        ("EulerMaruyama", {"solver": fastsde.EulerMaruyama(200)}),
-        ("ReverseDiffusion", {"solver": fastsde.ReverseDiffusion(200)}),
-        ("Ancestral", {"solver": fastsde.Ancestral(200)}),
-        ("ReverseDiffusion + Langevin", {"solver": corrected}),
-        ("AnnealedLangevin (ALS)", {"solver": fastsde.AnnealedLangevin(200)}),
-        ("ConsistentAnnealed (CAS)", {"solver": fastsde.ConsistentAnnealed(100)}),
+def settings(sde: fastsde.SDE) -> list[dict[str, object]]:
+    """The arguments of `sample` for each row, the solver always among them: the label is that of what ran."""
+    solvers = [
+        fastsde.ExponentialPC(11),
+        fastsde.ExponentialPC(19, eta=1.0),
+        fastsde.DDIM(20),
+        fastsde.DPMSolverPP(11),
+        fastsde.DPMSolverPP(19, eta=1.0),
+        fastsde.UniPC(11, order=3),
+        fastsde.DEIS(11),
+        fastsde.SASolver(19),
+        fastsde.EulerMaruyama(200),
+        fastsde.ReverseDiffusion(200),
+        fastsde.Ancestral(200),
+        fastsde.PredictorCorrector(fastsde.ReverseDiffusion(100), fastsde.Langevin(0.01)),
+        fastsde.AnnealedLangevin(200),
+        fastsde.ConsistentAnnealed(100),
     ]
+    return [
+        {"solver": fastsde.ExponentialPC(), "rtol": 0.05},
+        {"solver": fastsde.ExtrapolatedEM(), "rtol": 0.05},
+        {"solver": fastsde.ProbabilityFlow(), "rtol": 0.05},
+        {"solver": fastsde.Heun(), "controller": fastsde.Grid.karras(sde, 17)},
+        *({"solver": solver} for solver in solvers),
+    ]
+
+
+def label(options: dict[str, object]) -> str:
+    """What a row was drawn with: its solver, and what else `sample` was given."""
+    solver, *rest = (
+        described(value) if key != "rtol" else f"rtol {described(value)}" for key, value in options.items()
+    )
+    return ", ".join([solver, *rest])
 
 
 @click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
@@ -56,14 +69,18 @@ def main(seed: int, threads: int, out: Path) -> None:
     rows = settings(sde)
     figure, axes = plt.subplots(len(rows), 1, figsize=(7.8, 0.62 * len(rows)))
     cond = {"class_labels": torch.arange(10)}
-    for axis, (label, options) in zip(axes, rows, strict=True):
+    for axis, options in zip(axes, rows, strict=True):
         result = fastsde.sample(model, n=10, seed=seed, cond=cond, **options)
         images = result.samples[:, 0].clamp(-1, 1)
         axis.imshow(torch.cat(list(images), 1), cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_axis_off()
         calls = f"{result.nfe.double().mean():.0f} calls"
-        axis.text(-6, 14, f"{label}\n{calls}", ha="right", va="center", fontsize=8)
-        print(f"{label:34} {calls:>10}  {result.counts()}")
+        name = label(options)
+        # A solver inside another may start a line.
+        lines = textwrap.wrap(re.sub("=(?=[A-Z])", "= ", name), 36)
+        shown = "\n".join([*lines, calls]).replace("= ", "=")
+        axis.text(-6, 14, shown, ha="right", va="center", fontsize=7)
+        print(f"{name:90} {calls:>10}  {result.counts()}")
     figure.subplots_adjust(left=0.27, right=0.995, top=0.995, bottom=0.005, hspace=0.06)
     figure.savefig(out, dpi=110)
     print(f"written: {out}")

@@ -15,7 +15,7 @@ import statistics
 
 import click
 import torch
-from common import in_turn, packaged_model, recorded, replay, save, table, timed
+from common import described, in_turn, packaged_model, recorded, replay, save, table, timed
 
 import fastsde
 from fastsde.noise import BrownianPath, FreshNoise, Noise
@@ -107,14 +107,15 @@ def main(
         increments(label, noise, model, batch, noise_repeats, k, device) | {"mark": mark}
         for label, noise, k, mark in noises
     ]
-    stochastic = fastsde.ExponentialPC(eta=1.0)
+    fixed = fastsde.EulerMaruyama(steps=steps)
     runs = [
         whole_runs(label, model, batch, 60 * minutes, device=device, **options)
         for label, options in (
-            (f"Algorithm 6, rtol {rtol:g}, path kept", {"rtol": rtol, "solver": fastsde.ExtrapolatedEM()}),
-            (f"ExponentialPC, rtol {rtol:g}", {"rtol": rtol}),
-            ("ExponentialPC, eta 1, rtol 0.05", {"rtol": 0.05, "solver": stochastic}),
-            (f"Euler-Maruyama, {steps} steps", {"solver": fastsde.EulerMaruyama(steps=steps)}),
+            *(
+                (f"{described(solver)}, rtol {rtol:g}", {"rtol": rtol, "solver": solver})
+                for solver in (fastsde.ExtrapolatedEM(), fastsde.ExponentialPC(), fastsde.ExponentialPC(eta=1.0))
+            ),
+            (described(fixed), {"solver": fixed}),
         )
     ]
     table(

@@ -65,8 +65,9 @@ def sample(
     r"""Draws samples by solving the reverse-time SDE from `sde.t_max`, or a start below it, to `sde.t_min`.
 
     By default `ExponentialPC` chooses the steps of each sample from `rtol` and `atol`, along the probability flow; with
-    `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE; `solver=ExtrapolatedEM()` is Algorithm 6 of "Gotta Go
-    Fast", as published. Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its neighbours.
+    `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE; `solver=ExtrapolatedEM()` is Algorithm 1 of "Gotta Go
+    Fast", nearly (docs/sources.md). Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its
+    neighbours.
     The result is denoised, E[x_0 | x_t] = (x_t + sigma^2 score) / alpha at `t_min`, with one more call where the solver
     does not end with it.
 

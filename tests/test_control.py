@@ -121,8 +121,10 @@ def test_failures_are_told_per_row():
     # Accepted; rejected; asks for 0.9 * 0.1 * 1e5^-0.9 = 3e-6, a fifth of a unit; NaN; infinite. The tolerance is 0.1.
     decision = judge(Adaptive(0.1, 0.01), [[0.05], [0.2], [1e4], [math.nan], [math.inf]], [[1.0]] * 5)
     assert decision.accept.tolist() == [True, False, False, False, False]
-    expected = [Status.PENDING, Status.PENDING, Status.MIN_STEP, Status.NON_FINITE, Status.NON_FINITE]
+    # The smallest step is tried before a row gives up.
+    expected = [Status.PENDING, Status.PENDING, Status.PENDING, Status.NON_FINITE, Status.NON_FINITE]
     assert decision.failure.tolist() == [int(status) for status in expected]
+    assert float(decision.carry["h"][2]) == UNIT
 
 
 def test_error_zero_takes_the_whole_range_and_nan_scale_fails():
@@ -134,15 +136,22 @@ def test_error_zero_takes_the_whole_range_and_nan_scale_fails():
     assert decision.failure.tolist() == [int(Status.NON_FINITE)]
 
 
-def test_last_step_may_be_followed_by_too_small_a_step():
-    control = Adaptive(0.1, 0.01, safety=0.2)
-    # A step of two units with E = 1 asks for 0.4 units next. At the end it is accepted and nobody needs the next one;
-    # elsewhere the row has failed, although the step is accepted.
-    at_end = judge(control, [[0.1]], [[1.0]], t=T_END + 2 * UNIT, h=2 * UNIT + 1e-18)
-    elsewhere = judge(control, [[0.1]], [[1.0]], t=0.5, h=2 * UNIT)
-    assert at_end.accept.tolist() == elsewhere.accept.tolist() == [True]
-    assert at_end.failure.tolist() == [int(Status.PENDING)]
-    assert elsewhere.failure.tolist() == [int(Status.MIN_STEP)]
+@pytest.mark.parametrize("units", [1.0, 1.3, 1.9])
+def test_a_row_gives_up_when_the_next_try_would_be_the_same(units):
+    # Below two units from the end no shorter step can be tried: a remainder below one unit is taken along.
+    control, h = Adaptive(0.1, 0.01), units * UNIT
+    assert judge(control, [[0.2]], [[1.0]], t=T_END + h, h=h).failure.tolist() == [int(Status.MIN_STEP)]
+    # The same step, accepted, is no failure, whatever it would have next; nor is one that can be halved.
+    assert judge(control, [[0.1]], [[1.0]], t=0.5, h=UNIT).failure.tolist() == [int(Status.PENDING)]
+    assert judge(control, [[0.2]], [[1.0]], t=T_END + 2 * UNIT, h=2 * UNIT).failure.tolist() == [int(Status.PENDING)]
+
+
+def test_a_limit_above_one_rejects_only_what_is_above_it():
+    # E = 1, 3, 30 and 31; the next step follows from E as ever.
+    decision = judge(Adaptive(0.1, 0.01, limit=30.0), [[0.1], [0.3], [2.9999], [3.1]], [[1.0]] * 4)
+    assert decision.accept.tolist() == [True, True, True, False]
+    for h, e in zip(decision.carry["h"].tolist(), (1, 3, 29.999, 31), strict=True):
+        assert_rounded(h, 0.09 * e**-0.9, UNIT, down=e > 30)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +166,7 @@ def test_last_step_may_be_followed_by_too_small_a_step():
         (lambda: Adaptive(0.1, 0.1, r=2.5), "r must be a positive, finite number and at most 2; got 2.5"),
         (lambda: Adaptive(0.1, 0.1, safety=1.1), "safety must be a positive, finite number and at most 1; got 1.1"),
         (lambda: Adaptive(0.1, 0.1, h_init=-1.0), "h_init must be a positive, finite number.*got -1.0"),
+        (lambda: Adaptive(0.1, 0.1, limit=0.5), "limit must be at least 1; got 0.5"),
         (lambda: Adaptive(0.1, 0.1, norm=1.0), "norm must be 2 or math.inf; got 1.0"),
         (lambda: Adaptive(0.1, 0.1).update(vector(1.0), vector(0.9), 0.1, None, None, {}), "no error estimate"),
         (lambda: Grid([1.0]), r"at least 2 numbers; got shape \(1,\)"),

@@ -30,16 +30,19 @@ def natural(n=40, size=28, slope=1.5):
     seed=st.integers(0, 9),
 )
 @settings(max_examples=15, deadline=None)
-def test_every_pixel_is_masked_with_the_share_asked_for(space, patch, height, width, seed):
+def test_every_pixel_and_every_image_is_masked_with_the_share_asked_for(space, patch, height, width, seed):
     n = 4000
-    seen = Masking(space=space, patch=patch).visible(torch.zeros(n, 1, height, width), seeded(seed))
-    masked = 1 - seen.mean(0)
+    masked = 1 - Masking(space=space, patch=patch).visible(torch.zeros(n, 1, height, width), seeded(seed))
+    # The ratio of an image is fixed, to a pixel.
+    assert (masked.sum((1, 2, 3)) == round(space * height * width)).all()
+    share = round(space * height * width) / (height * width)
     # 5.5 standard errors of a share of n, for up to 289 pixels in 15 examples.
-    assert (masked - space).abs().max() <= 5.5 * math.sqrt(space * (1 - space) / n) + 1e-6
+    assert (masked.mean(0) - share).abs().max() <= 5.5 * math.sqrt(share * (1 - share) / n) + 1e-6
 
 
 def test_masked_places_are_whole_patches_on_a_shifted_grid():
-    seen = Masking(space=0.4, patch=4).visible(torch.zeros(50, 1, 16, 16), seeded())
+    # 6 of 16 patches, so that none is masked in part.
+    seen = Masking(space=0.375, patch=4).visible(torch.zeros(50, 1, 16, 16), seeded())
     offsets = set()
     for image in seen[:, 0]:
         rows = {int(k) % 4 for k in (image[1:] != image[:-1]).any(1).nonzero() + 1}
@@ -100,7 +103,7 @@ def test_masking_scales_the_gradient_of_a_linear_pooling_discriminator():
     x = natural(n=1).expand(20_000, -1, -1, -1).clone().requires_grad_()
     weight = torch.tensor(0.7)
     (weight * Masking(space=0.3, spectrum=0.0, patch=6)(x, x, seeded())).mean((1, 2, 3)).sum().backward()
-    expected = 0.7 / 784 * (1 - 0.3)
+    expected = 0.7 / 784 * (1 - 235 / 784)  # 0.3 of 784 pixels, rounded
     # Five standard errors, sqrt(0.3 / 0.7 / 20000) each, for 784 pixels.
     torch.testing.assert_close(
         x.grad.mean(0), torch.full((1, 28, 28), expected), rtol=5 * math.sqrt(0.3 / 0.7 / 20_000), atol=0

@@ -110,7 +110,7 @@ def sample(
     Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
       fastsde sample --nfe 12
-      fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 6 of "Gotta Go Fast"
+      fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 1 of "Gotta Go Fast", nearly
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
       fastsde sample --model DIR --prompt "a lighthouse in fog" -n 4 --dtype float16

@@ -18,7 +18,7 @@ from fastsde.types import Carry, Coef, Mask, State, Time
 class Adaptive(Controller):
     r"""Accepts a step if its scaled error is at most 1, and chooses the next step size from that error.
 
-        E = || error / max(atol, rtol scale) ||_q / d^(1/q),    accept if E <= 1,    h <- safety h E^-r
+        E = || error / max(atol, rtol scale) ||_q / d^(1/q),    accept if E <= limit,    h <- safety h E^-r
 
     The rule and its constants are those of thesis sec. 10.4.1 and Algorithm 6. (The prose of sec. 10.4.2 names q =
     infinity as default; the algorithm, the released code and Table D.2 use q = 2, and so does this class.)
@@ -30,6 +30,9 @@ class Adaptive(Controller):
     tenfold from one step to the next: in few dimensions an error can be tiny by accident, and the step after it would
     leave the data.
 
+    A sample whose next step would be below the smallest one takes the smallest. It ends with `Status.MIN_STEP` when a
+    step is rejected and the next try would be the same one.
+
     Args:
         rtol: relative tolerance, positive.
         atol: absolute tolerance in units of the data, positive.
@@ -38,6 +41,8 @@ class Adaptive(Controller):
         h_init: first step, in units of time (or of the clock), positive; cut to the time range.
         norm: 2 or `math.inf`.
         growth: largest ratio of a step to the one before, above 1.
+        limit: largest E that is accepted, at least 1; `math.inf` to reject nothing. Above 1, a rejection is for steps
+            that blow up, and the errors before a step decide its size.
         resolution: smallest step, as a share of the time range; by default that of a Brownian path.
         stops: times that every sample steps on exactly, in any order.
         clock: an SDE, to plan steps in its log-SNR rather than in t: h is then a difference of log-SNR. Right for a
@@ -57,6 +62,7 @@ class Adaptive(Controller):
     h_init: float = 0.01
     norm: float = 2.0
     growth: float = 10.0
+    limit: float = 1.0
     resolution: float = RESOLUTION
     stops: tuple[float, ...] = ()
     clock: Clock | None = None
@@ -73,6 +79,8 @@ class Adaptive(Controller):
             raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
         if not isinstance(self.growth, (int, float)) or not self.growth > 1:
             raise ValueError(f"growth must be above 1; got {self.growth}.")
+        if not isinstance(self.limit, (int, float)) or not self.limit >= 1:
+            raise ValueError(f"limit must be at least 1; got {self.limit!r}.")
         if not 0 < self.resolution < 1:
             raise ValueError(f"resolution must be in (0, 1); got {self.resolution}.")
         if not isinstance(self.stops, tuple) or not all(isinstance(t, float) and math.isfinite(t) for t in self.stops):
@@ -120,17 +128,20 @@ class Adaptive(Controller):
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         h_min = carry["h_min"]
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
-        accept = scaled <= 1
+        accept = scaled <= self.limit
         tried = self._position(t) - self._position(s)
         h = self._round(tried * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)
         if self.stops:
             # A step cut short to meet a stop says nothing against the length it was meant to have.
             h = torch.where(accept & (tried < carry["h"]), h.maximum(carry["h"]), h)
+        carry = {"h": h.maximum(h_min), "h_min": h_min}
+        # On a kept path the same step would be rejected for ever.
+        stuck = ~accept & (self.target(t, t_end, carry) <= s)
         # masked_fill rather than indexing: a boolean index would wait for the device.
         failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
-        failure = failure.masked_fill((h < h_min) & ~(accept & (s <= t_end)), int(Status.MIN_STEP))
+        failure = failure.masked_fill(stuck, int(Status.MIN_STEP))
         failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
-        return Decision(accept, {"h": h, "h_min": h_min}, failure)
+        return Decision(accept, carry, failure)
 
     def _round(self, h: Coef, unit: Coef, down: Mask) -> Coef:
         """h to six significant bits of a whole number of units, at most the whole range, with shape (B,).

@@ -1,4 +1,4 @@
-"""Algorithm 6 of "Gotta Go Fast": the adaptive extrapolating SDE solver."""
+"""Algorithm 1 of "Gotta Go Fast" (6 of the thesis): the adaptive extrapolating SDE solver."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ class ExtrapolatedEM(Solver):
     weak order 2 (1 with `lamba` or without `extrapolate`), and 2 where the noise vanishes. Source: Jolicoeur-Martineau
     et al., "Gotta Go Fast When Generating Data with Score-Based Models", https://arxiv.org/abs/2105.14080, algorithm 1
     (thesis: algorithm 6); Roberts, https://arxiv.org/abs/1210.0933, for x''. Its step sizes come from
-    `fastsde.Adaptive`.
+    `fastsde.Adaptive`. The published rule is `ExtrapolatedEM(keep_path=False)` with `Adaptive(rtol, atol,
+    growth=math.inf)`, but for the rounding of steps: by default the path is kept and growth is capped.
 
     Args:
         extrapolate: return x'' (published), or x' with x'' as error estimate only.
@@ -39,8 +40,9 @@ class ExtrapolatedEM(Solver):
             alone, g(t) dW in both halves, so that the noise does not enter the error.
         reference: what besides |x'| the relative tolerance refers to: "previous", |x'| of the last accepted step
             (eq. 10.5); "current", |x_t|, which is what the released code computed; "proposal", nothing else (eq. 10.4).
-        keep_path: a rejected step sees the same Brownian path again (default), so that rejection cannot favour some
-            noise over other. False draws the noise anew, as published.
+        keep_path: a rejected step sees the same Brownian path again (default), so that no noise is thrown away. False
+            draws the noise anew, as published. In few dimensions a rejection by the error still chooses steps by their
+            noise, either way (docs/sources.md).
 
     Raises:
         ValueError: for an unknown `reference`.

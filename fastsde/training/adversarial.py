@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastsde.checks import check_count, check_number
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import check_betas
-from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, plain
+from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, paired, plain
 from fastsde.training.masking import Masking
 from fastsde.types import Cond, State, Time
 
@@ -48,7 +48,10 @@ class Adversary:
 
     H = E[x_0 | x_t] being the expected denoised sample. The last norm is a sum over elements. Source:
     Jolicoeur-Martineau et al., https://arxiv.org/abs/2009.05475, sec. 5; thesis, eqs. 8.4 (which prints max for min) to
-    8.6.
+    8.6. The plain generator's part of real data, g_1, has no gradient and is left out, as in eq. 8.5.
+
+    A relativistic comparison wants independent pairs (eqs. 4.7 to 4.12), and H(x_t) is made of its x_0: so the sample
+    of a row is compared with the denoised one of the row before, as it is for the points of the gradient penalty.
 
     Attributes:
         discriminator: from (B, *event), in the range of the data, to (B,).
@@ -112,7 +115,7 @@ class Adversary:
         `generator` draws masks and the points of the gradient penalty, and is needed with those only.
         """
         with torch.no_grad():
-            denoised = model(model.sde.marginal(x_0, t, noise), t, cond).x_0
+            denoised = self._of_others(model(model.sde.marginal(x_0, t, noise), t, cond).x_0)
         real, fake = self._seen(x_0, x_0, generator), self._seen(denoised, x_0, generator)
         loss = self.loss.discriminator(self._judged(real), self._judged(fake))
         if self.penalty == 0:
@@ -136,13 +139,21 @@ class Adversary:
         for p in moving:
             p.requires_grad_(False)
         try:
-            fake = self._judged(self._seen(prediction.x_0, x_0, generator))
-            compared = self.loss.compare is not plain
-            real = self._judged(self._seen(x_0, x_0, generator)) if compared else torch.zeros_like(fake)
-            return self.loss.generator(real, fake) + 0.5 * self.weight * matching
+            fake = self._judged(self._seen(self._of_others(prediction.x_0), x_0, generator))
+            if self.loss.compare is plain:
+                adversarial = self.loss.g_2(fake).mean()
+            else:
+                adversarial = self.loss.generator(self._judged(self._seen(x_0, x_0, generator)), fake)
+            return adversarial + 0.5 * self.weight * matching
         finally:
             for p in moving:
                 p.requires_grad_(True)
+
+    def _of_others(self, denoised: State) -> State:
+        """The denoised sample of another row, whose data is an independent draw."""
+        if len(denoised) == 1 and self.loss.compare is paired:
+            raise ValueError("a paired comparison needs a batch of at least 2 on each process; got 1.")
+        return denoised.roll(1, 0)
 
     def _judged(self, x: State) -> Tensor:
         value: Tensor = self.discriminator(x)

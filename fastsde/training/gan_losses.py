@@ -26,7 +26,7 @@ def plain(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def paired(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
-    """Relativistic: u_r = C(x_r) - C(x_f), u_f = -u_r, in pairs (eqs. 4.11, 4.12).
+    """Relativistic: u_r = C(x_r) - C(x_f), u_f = -u_r, in pairs of independent x_r and x_f (eqs. 4.11, 4.12).
 
     Where f_2(-u) = f_1(u), as for SGAN, both terms are the same: the loss is twice that of eqs. 4.7 and 4.8.
     """

@@ -18,9 +18,10 @@ CAP = 0.5
 class Masking:
     r"""Shifted spatial masking and balanced spectral masking of images, real and fake alike.
 
-    Space: each image is cut into patches by a grid with a random offset, and a share `space` of them becomes 0, the
-    middle of the data range. The number of patches is rounded up or down at random, so that every pixel is masked with
-    the probability `space` exactly.
+    Space: each image is cut into patches by a grid with a random offset, which wraps around its edges, and patches
+    become 0, the middle of the data range, one after another in random order until round(space H W) pixels are, the
+    last patch in part. So every image loses the same share, and every pixel is masked with that probability: cutout
+    has one or the other, but not both (section H of the paper's supplement).
 
     Spectrum: the frequencies are cut into concentric bands, and band b is dropped with probability
 
@@ -32,7 +33,7 @@ class Masking:
     "Masked generative adversarial networks are data-efficient generation learners", NeurIPS 2022.
 
     Attributes:
-        space: share of the pixels masked, in [0, 1).
+        space: share of the pixels of each image masked, in [0, 1).
         patch: side of a patch in pixels.
         spectrum: mean share of the bands dropped, in [0, 0.5].
         bands: number of bands; those without a frequency, in small images, do not count.
@@ -90,14 +91,15 @@ class Masking:
     def visible(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """1 where a pixel is seen and 0 where it is masked, with shape (B, 1, H, W)."""
         n, _, height, width = x.shape
-        rows, columns = (-(-side // self.patch) + 1 for side in (height, width))
-        count = rows * columns
-        masked = (self.space * count + torch.rand(n, generator=generator)).floor()
-        rank = torch.rand(n, count, generator=generator).argsort(1).argsort(1)
-        seen = (rank >= masked[:, None]).reshape(n, rows, columns)
-        shift = torch.randint(self.patch, (2, n, 1), generator=generator)
-        row = (torch.arange(height) + shift[0]) // self.patch
-        column = (torch.arange(width) + shift[1]) // self.patch
+        i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        patch = i // self.patch * -(-width // self.patch) + j // self.patch
+        sizes = patch.flatten().bincount()
+        order = torch.rand(n, len(sizes), generator=generator).argsort(1)
+        before = torch.zeros_like(order).scatter(1, order, sizes[order].cumsum(1) - sizes[order])
+        inside = i % self.patch * (width - j // self.patch * self.patch).clamp(max=self.patch) + j % self.patch
+        seen = before[:, patch] + inside >= round(self.space * height * width)
+        row = (torch.arange(height) + torch.randint(height, (n, 1), generator=generator)) % height
+        column = (torch.arange(width) + torch.randint(width, (n, 1), generator=generator)) % width
         picked = seen[torch.arange(n)[:, None, None], row[:, :, None], column[:, None, :]]
         return picked[:, None].to(x)
 
