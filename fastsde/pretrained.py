@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.vp import VPSDE
@@ -63,7 +62,7 @@ def read_card(name: str | Path) -> dict[str, Any]:
 
 def weight_hash(name: str | Path) -> str:
     """SHA-256 of the weight file, in hexadecimal."""
-    return hashlib.sha256((find_checkpoint(name) / WEIGHTS).read_bytes()).hexdigest()
+    return sha256((find_checkpoint(name) / WEIGHTS).read_bytes())
 
 
 def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple[ScoreModel, SDE]:
@@ -112,17 +111,6 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     return model, sde
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else would reach code that takes strings for names on a hub."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(value).__name__}.")
-    return value
-
-
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:
     """The score model around a network described by a card, before or after training."""
     levels, classes, size = card["timestep_levels"], card["classes"], card["event_shape"]
@@ -154,14 +142,8 @@ def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any
             "the weights are not finite in half precision: training diverged, with too high a learning_rate."
         )
     content = save(weights, {"format": "pt"})
-    card["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    card["weights_sha256"] = sha256(content)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
-    _replace(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
-    _replace(folder / WEIGHTS, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_whole(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
+    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    write_whole(folder / WEIGHTS, content)

@@ -153,10 +153,10 @@ def with_missing_samples(folder):
         (lambda folder: None, "neither a file nor a folder"),
         (lambda folder: np.savez(folder, arr_0=np.full((2, 4, 4, 1), np.nan)), "float64.*not finite"),
         (lambda folder: np.savez(folder, other=1), "has no arr_0; it has other"),
-        (lambda folder: folder.with_suffix(".npz").write_bytes(b"no"), "no whole"),
+        (lambda folder: folder.with_suffix(".npz").write_bytes(b"no"), r"no \.npz file of plain arrays"),
         (with_deep_pixels, r"deep\.png cannot be read as an image: it is not 8 bits"),
         (with_holes, r"holes\.png cannot be read as an image: it is transparent"),
-        (with_a_copied_shard, "holds other samples than shard 1"),
+        (with_a_copied_shard, "not shard 1 of this job: it holds other samples than 3 to 5"),
         (with_damaged_pixels, "is damaged"),
         (with_missing_samples, "1 of 4 samples are not finite or missing"),
     ],
@@ -318,7 +318,9 @@ def test_files_of_other_tools_are_read_and_ours_has_their_names(tmp_path):
         ({"mu": np.zeros(3)}, "no mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
-        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "no whole file"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "mu must hold real numbers"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "record": np.array("[" * 9999)}, "a record that is not JSON"),
         ({"mu": np.zeros(()), "sigma": np.eye(1)}, "do not fit"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma is no covariance"),
@@ -348,7 +350,7 @@ def test_a_reference_must_keep_enough_or_none(tmp_path):
     with pytest.raises(ValueError, match="keeps 3 features, more than 5 are needed"):
         few.check(flat(), (1, 2, 2))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="no whole file"):
+    with pytest.raises(ValueError, match=r"no \.npz file of plain arrays"):
         Reference.load(tmp_path / "array.npy")
 
 

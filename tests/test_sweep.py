@@ -151,6 +151,28 @@ def test_more_cells_may_join_but_other_settings_may_not(finished, tmp_path):
             sweep(tmp_path / "x", **options)
 
 
+def test_a_shard_or_a_figure_of_another_cell_is_found_before_the_first_call(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "x")
+
+    def network(x, t):
+        raise AssertionError("called")
+
+    work = sweep(tmp_path / "x", problem=problem(fastsde.ScoreModel(network, fastsde.VPSDE(), event_shape=SHAPE)))
+    first, other = (work.folder / "cells" / cell.name for cell in (work.cells[0], work.cells[-1]))
+    for name, message in (
+        ("samples-00001.npz", "not shard 1 of this job: it is of a job with other settings"),
+        ("result.json", "of other settings than this sweep"),
+    ):
+        kept = (other / name).read_bytes()
+        shutil.copy(first / name, other / name)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(other / name))} is {message}.*Delete it and run the"):
+            list(work.run())
+        (other / name).write_bytes(kept)
+    (other / "result.json").write_text("[" * 9999)
+    with pytest.raises(ValueError, match=r"result\.json is not JSON"):
+        list(work.run())
+
+
 def test_samples_that_are_lost_are_told_and_cost_the_others_nothing(tmp_path):
     sde = fastsde.VPSDE()
     exact = GaussianScore(sde, MEAN, STD)

@@ -21,9 +21,10 @@ from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
 from fastsde.evaluation.features import open_features
-from fastsde.evaluation.jobs import processes, write_whole
+from fastsde.evaluation.jobs import processes
 from fastsde.evaluation.report import page, plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
+from fastsde.files import write_whole
 from fastsde.score.base import ScoreModel
 
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"

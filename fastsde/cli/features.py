@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import click
 
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.evaluation.classifier import WEIGHTS, accuracy, load_classifier, save_classifier, train_classifier
+from fastsde.files import sha256
 from fastsde.training.batches import check_data
 from fastsde.training.data import load_images, load_test_images
 
@@ -61,7 +61,7 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
             "train_accuracy": round(accuracy(network, images[:10_000], labels[:10_000]), 4),
             "test_images": len(test_images),
         }
-        card["weights_sha256"] = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
+        card["weights_sha256"] = sha256((out / WEIGHTS).read_bytes())
         save_classifier(out, network, card)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error

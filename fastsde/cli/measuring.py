@@ -10,10 +10,10 @@ import click
 from fastsde.cli.output import dump_json, prepare_folder, versions
 from fastsde.evaluation.features import open_features, packaged_features
 from fastsde.evaluation.images import open_images
-from fastsde.evaluation.jobs import write_whole
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference, packaged_reference
 from fastsde.evaluation.statistics import fewest
+from fastsde.files import write_whole
 
 FEATURES = '"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.'
 

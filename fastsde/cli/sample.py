@@ -153,6 +153,9 @@ def sample(
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
             check_request(opened.model, solver, controller, rtol, atol, nfe)
             settings |= {"seed": seed, "label": label}
+            if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
+                channels, *size = opened.model.event_shape
+                settings["image_shape"] = [*size, channels]
             job = ShardedJob.begin(out, n, shard_size, settings)
             run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
             return

@@ -22,7 +22,8 @@ from fastsde.cli.models import own_device
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
-from fastsde.evaluation.jobs import processes, write_whole
+from fastsde.evaluation.jobs import processes
+from fastsde.files import write_whole
 from fastsde.pretrained import save_checkpoint_folder, score_model
 from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE

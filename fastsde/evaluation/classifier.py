@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from fastsde.evaluation.jobs import write_whole
+from fastsde.files import read_json, sha256, write_whole
 from fastsde.training.batches import data_hash
 from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.data import to_unit_range
@@ -190,11 +189,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no feature network: {file} is missing.")
     try:
-        card = json.loads((folder / CARD).read_text())
+        card = read_json(folder / CARD)
         network = Classifier(card["image_shape"][0], len(card["classes"]))
         weights = load_file(folder / WEIGHTS)
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        digest = sha256((folder / WEIGHTS).read_bytes())
         if card.get("weights_sha256", digest) != digest:
             raise ValueError(f"{WEIGHTS} is not the file that {CARD} describes")
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:
