@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastsde.checks import check_count, check_number
 from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
@@ -57,7 +59,24 @@ def read_card(name: str | Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in card]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    try:
+        for side in _listed(card, "event_shape"):
+            check_count("event_shape", side, 1)
+        low, high = (check_number("data_range", end, -math.inf) for end in _listed(card, "data_range", 2))
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"data_range must be two numbers, the lower first; got {card['data_range']!r}.")
+        check_number("timestep_levels", card["timestep_levels"], 0.0, ends="()")
+        _listed(card, "classes")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return card
+
+
+def _listed(card: dict[str, Any], key: str, length: int | None = None) -> list[Any]:
+    value = card[key]
+    if not isinstance(value, list) or len(value) != (length or len(value)):
+        raise ValueError(f"{key} must be a list{'' if length is None else f' of {length}'}; got {value!r}.")
+    return value
 
 
 def weight_hash(name: str | Path) -> str:
@@ -95,8 +114,8 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     try:
         network = UNet2DModel.from_config(config)
         sde = VPSDE(**card["sde"])
-        model = score_model(network.eval(), sde, card)
-    except (TypeError, ValueError, KeyError) as error:
+        model = score_model(network.float().eval(), sde, card)
+    except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
     stated = card.get("weights_sha256")  # older cards have none
     if stated is not None and stated != weight_hash(folder):

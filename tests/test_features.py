@@ -13,6 +13,7 @@ from PIL import Image
 from test_cli import run
 from test_training import write_idx
 
+import fastsde
 from fastsde.evaluation.classifier import WEIGHTS, Classifier, accuracy, load_classifier, train_classifier
 from fastsde.evaluation.features import PACKAGED, Features, inception_features, open_features
 from fastsde.evaluation.images import open_images, to_uint8
@@ -166,6 +167,34 @@ def test_what_is_no_set_of_images_is_refused_by_name(make, message, tmp_path):
     path = tmp_path / "x.npz" if (tmp_path / "x.npz").exists() else tmp_path / "x"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(open_images(path).batches())
+
+
+def test_the_default_dtype_of_the_process_changes_nothing(tmp_path):
+    """From pictures to every figure, through a feature network that is opened, trained or resizes: the same bits."""
+    source, other = (in_npz(pictures(140, 28, seed=k), tmp_path / f"{k}") for k in (0, 1))
+    images, labels = torch.from_numpy(pictures(160, 8).transpose(0, 3, 1, 2)), torch.arange(160) % 3
+
+    def everything():
+        features = open_features("fashion-mnist")
+        reference = Reference.build(open_images(source), features)
+        figures = measure(*features.of(open_images(other)), reference, draws=3)
+        small, _ = Features(lambda x: x.flatten(1), "small", 1, size=5)(open_images(other).read(0, 3))
+        trained = train_classifier(images, labels, epochs=1, bf16=False).head.weight
+        model, _ = fastsde.pretrained("fashion-mnist")
+        weights = torch.cat([p.flatten() for p in model.network.parameters()])
+        return figures, reference.mean, reference.feats, small, trained, weights
+
+    expected = everything()
+    for dtype in (torch.float64, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found[0] == expected[0]
+        for a, b in zip(found[1:], expected[1:], strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
 
 
 def test_hidden_folders_do_not_count_and_opaque_colour_stays(tmp_path):

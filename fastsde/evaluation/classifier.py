@@ -35,7 +35,8 @@ class Classifier(nn.Module):
         super().__init__()
 
         def block(inside: int, out: int) -> list[nn.Module]:
-            return [nn.Conv2d(inside, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            convolution = nn.Conv2d(inside, out, 3, padding=1, bias=False, dtype=torch.float32)
+            return [convolution, nn.BatchNorm2d(out, dtype=torch.float32), nn.ReLU()]
 
         self.body = nn.Sequential(
             *block(channels, width),
@@ -48,7 +49,7 @@ class Classifier(nn.Module):
             *block(4 * width, 4 * width),
             *block(4 * width, dim),
         )
-        self.head = nn.Linear(dim, classes)
+        self.head = nn.Linear(dim, classes, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features with shape (B, dim), non-negative, and logits with shape (B, classes), of x in [-1, 1]."""
@@ -146,7 +147,8 @@ def train_classifier(
 
 def _moves(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which images are mirrored, with shape (n,), and where they start, with shape (2, n)."""
-    return torch.rand(n, generator=generator) < 0.5, torch.randint(0, 5, (2, n), generator=generator)
+    flip = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
+    return flip, torch.randint(0, 5, (2, n), generator=generator)
 
 
 def _augment(x: Tensor, flip: Tensor, start: Tensor) -> Tensor:

@@ -102,21 +102,21 @@ def open_images(source: str | Path, *, split: str = "train") -> Images:
         ImportError: if a data set needs Hugging Face's `datasets` and it is not installed.
     """
     path = Path(source)
-    if path.is_file():
-        return _from_npz(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder.")
-    if (path / MANIFEST).is_file():
-        return _from_job(path)
-    if (path / "samples.npz").is_file():
-        return _from_sample(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is neither a file nor a folder; no data set comes with fastsde.")
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _from_datasets(path, split)
-    if list(path.glob("*-ubyte*")) or list(path.glob("raw/*-ubyte*")):
+    if any(list(path.glob(f"{below}*-ubyte*")) for below in ("", "raw/", "*/raw/")):
         images, _ = load_images(path, train=split == "train")
         return _in_memory(str(path), f"idx {split}", images)
     if split != "train":
         raise ValueError(f"{path} has no splits; leave {split!r} out.")
+    if not path.is_dir():
+        return _from_npz(path)
+    if (path / MANIFEST).is_file():
+        return _from_job(path)
+    if (path / "samples.npz").is_file():
+        return _from_sample(path)
     return _from_folder(path)
 
 
