@@ -197,6 +197,27 @@ def test_the_default_dtype_of_the_process_changes_nothing(tmp_path):
             assert torch.equal(a, b)
 
 
+def test_a_folder_of_several_data_sets_is_refused_and_of_one_is_read(tmp_path):
+    """As torchvision makes them, ROOT/NAME/raw: which one is meant?"""
+    images = pictures(10)
+    for name in ("MNIST", "FashionMNIST"):
+        (tmp_path / name).mkdir()
+        in_idx(images, tmp_path / name / "raw")
+        if name == "MNIST":
+            assert open_images(tmp_path).n == 10
+    assert open_images(tmp_path / "MNIST").n == 10
+    with pytest.raises(ValueError, match=r"several data sets: .*FashionMNIST.* and .*MNIST.*\. Choose one"):
+        open_images(tmp_path)
+
+
+def test_a_split_where_there_is_none_is_refused(tmp_path):
+    for source in (in_npz(pictures(3), tmp_path / "a"), in_folder(pictures(3), tmp_path / "b"), tmp_path / "c"):
+        if not source.exists():
+            in_job(pictures(3), source)
+        with pytest.raises(ValueError, match="has no splits; leave 'test' out"):
+            open_images(source, split="test")
+
+
 def test_hidden_folders_do_not_count_and_opaque_colour_stays(tmp_path):
     images = pictures(3, channels=3)
     folder = in_folder(images, tmp_path / "x")

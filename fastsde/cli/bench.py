@@ -92,7 +92,7 @@ def build_cells(
 @click.option("--nfe", default="", help="Budgets of network calls, as in 10,20.", show_default="none")
 @click.option("--rtol", default="", help="Tolerances, for adaptive solvers.", show_default="none")
 @click.option("-n", "--number", "n", default=10_000, type=click.IntRange(1, 1 << 32), help="Samples of each cell.")
-@click.option("--seeds", default=1, type=click.IntRange(1), help="Seeds 0 .. SEEDS - 1.")
+@click.option("--seeds", default=1, type=click.IntRange(1, 10_000), help="Seeds 0 .. SEEDS - 1.")
 @click.option("--features", default="fashion-mnist", help=FEATURES)
 @click.option("--weights", type=PATH, help="For the features inception: a local file.")
 @click.option("--reference", help="A file of `fastsde stats`; by default the one packaged with the features.")
@@ -100,8 +100,10 @@ def build_cells(
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
-@click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
-@click.option("--shard-size", default=512, type=click.IntRange(1), help="Samples in a file; what a kill can cost.")
+@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
+@click.option(
+    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="Samples in a file: a kill can cost that."
+)
 @click.option("--rank", type=int, help="Which process this is; from RANK by default.")
 @click.option("--world-size", type=int, help="How many share the work; from WORLD_SIZE by default.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")

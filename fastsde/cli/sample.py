@@ -62,9 +62,11 @@ from fastsde.result import SampleResult, SamplingError, Status
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
-@click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
+@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--shard-size", default=512, type=click.IntRange(1), help="More samples than that make a job of shards.")
+@click.option(
+    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="More samples than that make a job of shards."
+)
 @click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
 @click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
 @click.option("--out", default="samples", type=PATH, help="Folder; its three files are replaced.")
