@@ -1,7 +1,8 @@
 r"""Does a sweep survive SIGKILL, and do two processes do twice the work of one? With the packaged network.
 
 First, one sweep of 6 solvers x 4 budgets runs to its end; the same sweep, in another folder, is killed with SIGKILL at
-random moments, again and again, and then runs to its end. The tables must be the same bytes. Second, one sampling job
+random moments, again and again; then a shard of another cell is copied in, which the next run must name and leave as it
+is; deleted, the sweep runs to its end. The tables must be the same bytes. Second, one sampling job
 is drawn by one single-threaded process and by two, with --rank and --world-size. The files must be the same bytes; the
 time is that of the whole commands and of the sampling alone, which begins when the manifest is there.
 """
@@ -40,7 +41,7 @@ def finish(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def survives(folder: Path, n: int, kills: int) -> dict[str, object]:
-    """The same sweep left alone and killed: whether the tables are the same bytes."""
+    """The same sweep left alone and killed: whether a foreign shard is found, and the tables are the same bytes."""
     sweep = ["bench", "--nfe", "5,6,8,10", "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
     begun = time.perf_counter()
     finish([start(*sweep, folder / "alone")])
@@ -54,12 +55,32 @@ def survives(folder: Path, n: int, kills: int) -> dict[str, object]:
         process.send_signal(signal.SIGKILL)
         process.wait()
         hits.append(round(wait, 2))
+    found = finds_a_foreign_shard(folder, sweep)
     finish([start(*sweep, folder / "killed")])
     same = {name: (folder / "alone" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in TABLES}
     shards = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.npz"))
     same["shards"] = all((folder / "alone" / p).read_bytes() == (folder / "killed" / p).read_bytes() for p in shards)
     left = [str(path) for path in (folder / "killed").rglob("*.tmp*")]
-    return {"seconds_alone": alone, "kills_after_seconds": hits, "same_bytes": same, "left_over": left}
+    return {
+        "seconds_alone": alone,
+        "kills_after_seconds": hits,
+        "foreign_shard_found": found,
+        "same_bytes": same,
+        "left_over": left,
+    }
+
+
+def finds_a_foreign_shard(folder: Path, sweep: Sequence[object]) -> bool:
+    """Copies a shard of the first cell to the place of one of the last; whether the sweep names it and keeps it."""
+    first, *_, last = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.npz"))
+    place = folder / "killed" / last.parent / first.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "alone" / first, place)
+    command = [sys.executable, "-m", "fastsde", *map(str, sweep), str(folder / "killed")]
+    done = subprocess.run(command, env=SINGLE, capture_output=True, text=True, check=False)
+    kept = place.read_bytes() == (folder / "alone" / first).read_bytes()
+    place.unlink()
+    return done.returncode == 1 and str(place) in done.stderr and kept
 
 
 def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
@@ -102,6 +123,7 @@ def main(samples: int, kills: int, job: int, pairs: int, keep: bool) -> None:
         ("what", "found"),
         [
             ("kills", len(killed["kills_after_seconds"])),
+            ("a foreign shard is found", killed["foreign_shard_found"]),
             *((f"same bytes: {name}", same) for name, same in killed["same_bytes"].items()),
             ("files left over", len(killed["left_over"])),
             ("two processes over one, sampling", " ".join(f"{x:.2f}" for x in two["sampling"])),

@@ -16,6 +16,7 @@ from fastsde.api import sample
 from fastsde.arguments import as_model
 from fastsde.checks import check_count
 from fastsde.control import Grid
+from fastsde.files import read_json, write_whole
 from fastsde.result import SampleResult
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.sde.base import SDE, Level
@@ -53,10 +54,8 @@ class Schedule(Grid):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes times and record as JSON, atomically."""
-        path = Path(path)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"times": self.times.tolist()} | self.record, indent=2) + "\n")
-        os.replace(temporary, path)
+        text = json.dumps({"times": self.times.tolist()} | self.record, indent=2) + "\n"
+        write_whole(Path(path), text.encode())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Schedule:
@@ -67,7 +66,7 @@ class Schedule(Grid):
             FileNotFoundError: if it is not there.
         """
         try:
-            record = json.loads(Path(path).read_text())
+            record = read_json(Path(path))
             return cls(record.pop("times"), record | {"nfe": int(record["nfe"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a schedule written by Schedule.save: {error!r}") from error

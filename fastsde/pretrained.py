@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
+import math
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
+from fastsde.checks import check_count, check_number
+from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.vp import VPSDE
@@ -58,12 +59,29 @@ def read_card(name: str | Path) -> dict[str, Any]:
     missing = [key for key in needed if key not in card]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}.")
+    try:
+        for side in _listed(card, "event_shape"):
+            check_count("event_shape", side, 1)
+        low, high = (check_number("data_range", end, -math.inf) for end in _listed(card, "data_range", 2))
+        if not -math.inf < low < high < math.inf:
+            raise ValueError(f"data_range must be two numbers, the lower first; got {card['data_range']!r}.")
+        check_number("timestep_levels", card["timestep_levels"], 0.0, ends="()")
+        _listed(card, "classes")
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
     return card
+
+
+def _listed(card: dict[str, Any], key: str, length: int | None = None) -> list[Any]:
+    value = card[key]
+    if not isinstance(value, list) or len(value) != (length or len(value)):
+        raise ValueError(f"{key} must be a list{'' if length is None else f' of {length}'}; got {value!r}.")
+    return value
 
 
 def weight_hash(name: str | Path) -> str:
     """SHA-256 of the weight file, in hexadecimal."""
-    return hashlib.sha256((find_checkpoint(name) / WEIGHTS).read_bytes()).hexdigest()
+    return sha256((find_checkpoint(name) / WEIGHTS).read_bytes())
 
 
 def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple[ScoreModel, SDE]:
@@ -96,8 +114,8 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     try:
         network = UNet2DModel.from_config(config)
         sde = VPSDE(**card["sde"])
-        model = score_model(network.eval(), sde, card)
-    except (TypeError, ValueError, KeyError) as error:
+        model = score_model(network.float().eval(), sde, card)
+    except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
     stated = card.get("weights_sha256")  # older cards have none
     if stated is not None and stated != weight_hash(folder):
@@ -110,17 +128,6 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
     network.to(device)
     return model, sde
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; anything else would reach code that takes strings for names on a hub."""
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object; it holds a {type(value).__name__}.")
-    return value
 
 
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:
@@ -154,14 +161,8 @@ def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any
             "the weights are not finite in half precision: training diverged, with too high a learning_rate."
         )
     content = save(weights, {"format": "pt"})
-    card["weights_sha256"] = hashlib.sha256(content).hexdigest()
+    card["weights_sha256"] = sha256(content)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
-    _replace(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
-    _replace(folder / WEIGHTS, content)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    write_whole(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
+    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    write_whole(folder / WEIGHTS, content)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastsde.cli.main import main
 from fastsde.cli.sample import sample as sample_command
 from fastsde.cli.solver_options import SOLVER_NAMES, build_controller, build_solver
 from fastsde.evaluation.images import image_grid, to_uint8
+from fastsde.pretrained import ASSETS
 from fastsde.score import GaussianScore
 
 
@@ -246,6 +248,99 @@ def test_train_then_sample(tmp_path):
     missing = run("train", "--data", tmp_path / "nothing", "--out", out / "x")
     assert missing.exit_code == 1
     assert "neither a file nor a folder" in missing.output
+
+
+CARD = json.loads((ASSETS / "fashion-mnist" / "card.json").read_text())
+DAMAGED = {
+    "deep": ("card.json", "[" * 9999, "is not JSON"),
+    "a list": ("card.json", "[1]", "must hold a JSON object"),
+    "negative shape": (
+        "card.json",
+        CARD | {"event_shape": [1, -28, 28]},
+        "event_shape must be an integer of at least 1",
+    ),
+    "shape of words": ("card.json", CARD | {"event_shape": ["a"]}, "event_shape must be"),
+    "no range": ("card.json", CARD | {"data_range": [1]}, "data_range must be a list of 2; got [1]"),
+    "range of words": ("card.json", CARD | {"data_range": ["a", "b"]}, "data_range must be in"),
+    "empty range": ("card.json", CARD | {"data_range": [1, 1]}, "data_range must be two numbers, the lower first"),
+    "levels": ("card.json", CARD | {"timestep_levels": "many"}, "timestep_levels must be in"),
+    "classes": ("card.json", CARD | {"classes": 5}, "classes must be a list"),
+    "process": ("card.json", CARD | {"sde": 3}, "does not describe a network"),
+    "deep network": ("config.json", "[" * 9999, "is not JSON"),
+    "width": ("config.json", {"block_out_channels": [10**30] * 4}, "does not describe a network"),
+    "other network": ("config.json", {"block_out_channels": [32] * 4}, "does not fit"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), DAMAGED.values(), ids=DAMAGED.keys())
+def test_a_damaged_model_is_one_line_that_names_the_file(name, content, message, tmp_path):
+    shutil.copytree(ASSETS / "fashion-mnist", tmp_path / "m")
+    (tmp_path / "m" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    result = run("sample", "-n", 1, "--nfe", 3, "--model", tmp_path / "m", "--out", tmp_path / "out")
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert len(result.output.splitlines()) == 1
+    assert message in result.output
+    assert name in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_nobody_expected_is_one_line_too(monkeypatch):
+    """A model of others, or a damaged file, may raise anything."""
+
+    def fail(*args):
+        raise AttributeError("no such\n\tthing" + 9999 * " and more")
+
+    monkeypatch.setattr("fastsde.cli.sample.open_model", fail)
+    result = run("sample")
+    assert isinstance(result.exception, SystemExit)
+    assert result.exit_code == 1
+    assert result.output.startswith("Error: AttributeError: no such thing and more and")
+    assert len(result.output) <= 1010
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--out"],
+        ["sample", "--schedule"],
+        ["bench", "--nfe", "5", "--out"],
+        ["stats", "--data", "x", "--out"],
+        ["stats", "--out", "x", "--data"],
+        ["evaluate"],
+        ["calibrate", "--nfe", "5", "--out"],
+        ["train", "--out"],
+        ["train-features", "--data", "x", "--out"],
+    ],
+)
+def test_an_empty_path_is_not_this_folder(command):
+    result = run(*command, "")
+    assert result.exit_code == 2
+    assert "an empty path; write . for this folder" in result.output
+
+
+@pytest.mark.usefixtures("network")
+def test_folders_made_above_out_are_told_and_out_itself_is_not(tmp_path):
+    options = ["sample", "-n", 1, "--nfe", 3, "--json", "--out"]
+    result = run(*options, tmp_path / "a" / "b" / "c")
+    assert f"{tmp_path / 'a'} was not there and is made" in result.stderr
+    json.loads(result.stdout)
+    assert "was not there" not in run(*options, tmp_path / "d").stderr
+
+
+def test_files_that_could_not_be_written_are_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    for command in (["calibrate", "--nfe", 5], ["stats", "--data", tmp_path / "none"], ["evaluate", tmp_path / "none"]):
+        assert "is a folder; name a file" in run(*command, "--out", tmp_path).output
+        assert "cannot be written to: Not a directory" in run(*command, "--out", tmp_path / "file" / "x" / "y").output
+    assert "--plot" in run("calibrate", "--nfe", 5, "--out", tmp_path / "c.json", "--plot", tmp_path).output
+
+
+def test_no_data_set_comes_with_the_package_and_the_message_says_so(tmp_path):
+    for command in (["stats"], ["train"], ["train-features"]):
+        result = run(*command, "--data", tmp_path / "fashion-mnist", "--out", tmp_path / "x")
+        assert result.exit_code == 1
+        assert "o data set comes with fastsde" in result.output
 
 
 # ---- solvers by name ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from PIL import Image
 from test_cli import run
 from test_training import write_idx
 
+import fastsde
 from fastsde.evaluation.classifier import WEIGHTS, Classifier, accuracy, load_classifier, train_classifier
 from fastsde.evaluation.features import PACKAGED, Features, inception_features, open_features
 from fastsde.evaluation.images import open_images, to_uint8
@@ -153,10 +154,10 @@ def with_missing_samples(folder):
         (lambda folder: None, "neither a file nor a folder"),
         (lambda folder: np.savez(folder, arr_0=np.full((2, 4, 4, 1), np.nan)), "float64.*not finite"),
         (lambda folder: np.savez(folder, other=1), "has no arr_0; it has other"),
-        (lambda folder: folder.with_suffix(".npz").write_bytes(b"no"), "no whole"),
+        (lambda folder: folder.with_suffix(".npz").write_bytes(b"no"), r"no \.npz file of plain arrays"),
         (with_deep_pixels, r"deep\.png cannot be read as an image: it is not 8 bits"),
         (with_holes, r"holes\.png cannot be read as an image: it is transparent"),
-        (with_a_copied_shard, "holds other samples than shard 1"),
+        (with_a_copied_shard, "not shard 1 of this job: it holds other samples than 3 to 5"),
         (with_damaged_pixels, "is damaged"),
         (with_missing_samples, "1 of 4 samples are not finite or missing"),
     ],
@@ -166,6 +167,55 @@ def test_what_is_no_set_of_images_is_refused_by_name(make, message, tmp_path):
     path = tmp_path / "x.npz" if (tmp_path / "x.npz").exists() else tmp_path / "x"
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         list(open_images(path).batches())
+
+
+def test_the_default_dtype_of_the_process_changes_nothing(tmp_path):
+    """From pictures to every figure, through a feature network that is opened, trained or resizes: the same bits."""
+    source, other = (in_npz(pictures(140, 28, seed=k), tmp_path / f"{k}") for k in (0, 1))
+    images, labels = torch.from_numpy(pictures(160, 8).transpose(0, 3, 1, 2)), torch.arange(160) % 3
+
+    def everything():
+        features = open_features("fashion-mnist")
+        reference = Reference.build(open_images(source), features)
+        figures = measure(*features.of(open_images(other)), reference, draws=3)
+        small, _ = Features(lambda x: x.flatten(1), "small", 1, size=5)(open_images(other).read(0, 3))
+        trained = train_classifier(images, labels, epochs=1, bf16=False).head.weight
+        model, _ = fastsde.pretrained("fashion-mnist")
+        weights = torch.cat([p.flatten() for p in model.network.parameters()])
+        return figures, reference.mean, reference.feats, small, trained, weights
+
+    expected = everything()
+    for dtype in (torch.float64, torch.float16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = everything()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert found[0] == expected[0]
+        for a, b in zip(found[1:], expected[1:], strict=True):
+            assert a.dtype == b.dtype
+            assert torch.equal(a, b)
+
+
+def test_a_folder_of_several_data_sets_is_refused_and_of_one_is_read(tmp_path):
+    """As torchvision makes them, ROOT/NAME/raw: which one is meant?"""
+    images = pictures(10)
+    for name in ("MNIST", "FashionMNIST"):
+        (tmp_path / name).mkdir()
+        in_idx(images, tmp_path / name / "raw")
+        if name == "MNIST":
+            assert open_images(tmp_path).n == 10
+    assert open_images(tmp_path / "MNIST").n == 10
+    with pytest.raises(ValueError, match=r"several data sets: .*FashionMNIST.* and .*MNIST.*\. Choose one"):
+        open_images(tmp_path)
+
+
+def test_a_split_where_there_is_none_is_refused(tmp_path):
+    for source in (in_npz(pictures(3), tmp_path / "a"), in_folder(pictures(3), tmp_path / "b"), tmp_path / "c"):
+        if not source.exists():
+            in_job(pictures(3), source)
+        with pytest.raises(ValueError, match="has no splits; leave 'test' out"):
+            open_images(source, split="test")
 
 
 def test_hidden_folders_do_not_count_and_opaque_colour_stays(tmp_path):
@@ -318,7 +368,9 @@ def test_files_of_other_tools_are_read_and_ours_has_their_names(tmp_path):
         ({"mu": np.zeros(3)}, "no mu and sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
-        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "no whole file"),
+        ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "mu must hold real numbers"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
+        ({"mu": np.zeros(1), "sigma": np.eye(1), "record": np.array("[" * 9999)}, "a record that is not JSON"),
         ({"mu": np.zeros(()), "sigma": np.eye(1)}, "do not fit"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma is no covariance"),
@@ -348,7 +400,7 @@ def test_a_reference_must_keep_enough_or_none(tmp_path):
     with pytest.raises(ValueError, match="keeps 3 features, more than 5 are needed"):
         few.check(flat(), (1, 2, 2))
     np.save(tmp_path / "array.npy", np.zeros(3))
-    with pytest.raises(ValueError, match="no whole file"):
+    with pytest.raises(ValueError, match=r"no \.npz file of plain arrays"):
         Reference.load(tmp_path / "array.npy")
 
 

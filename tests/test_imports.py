@@ -12,6 +12,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LEVELS = {
     "types": 0,
     "checks": 0,
+    "files": 0,
     "batching": 1,
     "flags": 1,
     "result": 1,

@@ -2,20 +2,25 @@
 
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from test_cli import network, run
 
+from fastsde.evaluation.images import open_images
 from fastsde.evaluation.jobs import ShardedJob, claim, processes, shard_arrays
+from fastsde.files import ArrayFile
 from fastsde.result import SampleResult, Status
 
 __all__ = ["network"]
 
 
 def squares(indices):
-    return {"arr_0": np.array([k * k for k in indices]), "index": np.array(indices)}
+    """Of each sample an image of four equal pixels, k * k, and that number."""
+    values = np.array([k * k for k in indices])
+    return {"arr_0": values[:, None, None, None].astype(np.uint8).repeat(4, 1), "nfe": values}
 
 
 def begin(folder, n=10, size=4, **settings):
@@ -26,6 +31,7 @@ def test_shards_hold_every_sample_once(tmp_path):
     job = begin(tmp_path / "x")
     assert list(job.run(squares)) == [4, 4, 2]
     assert job.column("index").tolist() == list(range(10))
+    assert job.first(10)[:, 3, 0, 0].tolist() == job.column("nfe").tolist() == [k * k for k in range(10)]
     assert job.pending() == []
 
 
@@ -50,7 +56,7 @@ def test_a_failure_leaves_no_half_shard(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)  # after the bytes went to the temporary file
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*samples-00000\.npz"):
         list(job.run(squares))
     assert [p.name for p in job.folder.iterdir()] == ["manifest.json"]
 
@@ -65,6 +71,137 @@ def test_left_overs_of_killed_processes_go_when_the_job_is_complete(tmp_path):
         "samples-00001.npz",
         "samples-00002.npz",
     ]
+
+
+def changed(**arrays):
+    """A shard 1 of the job with other arrays; None takes one out."""
+
+    def write(folder):
+        path = begin(folder, seed=0).path(1)
+        with np.load(path) as file:
+            kept = {**file, **arrays}
+        np.savez(path, **{name: array for name, array in kept.items() if array is not None})
+
+    return write
+
+
+def of_another(**settings):
+    """Shard 1 of a job with other settings, copied in."""
+
+    def write(folder):
+        other = begin(folder.with_name("other"), **{"seed": 0, **settings})
+        list(other.run(squares))
+        shutil.copy(other.path(1), folder)
+
+    return write
+
+
+def cut_short(folder):
+    path = folder / "samples-00001.npz"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+FOREIGN = {
+    "seed": (of_another(seed=1), "a job with other settings"),
+    "dtype of the network": (of_another(dtype="float16"), "a job with other settings"),
+    "fewer shards": (of_another(n=9), "a job with other settings"),
+    "smaller shards": (of_another(size=2), "a job with other settings"),
+    "before there were hashes": (changed(manifest_sha256=None), "an earlier version wrote it"),
+    "other samples": (changed(index=np.arange(4)), "it holds other samples than 4 to 7"),
+    "fewer rows": (changed(index=np.arange(4, 7)), r"its index is int64 with shape \(3,\)"),
+    "fewer images": (changed(arr_0=np.zeros((3, 4, 1, 1), np.uint8)), "its arr_0 has 3 rows, not one for each of 4"),
+    "fewer labels": (changed(arr_1=np.zeros(3, np.int64)), "its arr_1 has 3 rows, not one for each of 4"),
+    "lost samples": (changed(status=np.array([1, 4, 1, 4])), "its arr_0 has 4 rows, not one for each of 2"),
+    "no images": (changed(arr_0=None), "it has no images or no index"),
+    "floats": (changed(arr_0=np.zeros((4, 4, 1, 1), np.float32)), "its images are float32"),
+    "larger images": (changed(arr_0=np.zeros((4, 5, 1, 1), np.uint8)), r"shape \(5, 1, 1\), not uint8 with shape \(4"),
+    "flat images": (changed(arr_0=np.zeros((4, 4), np.uint8)), "its images are uint8"),
+    "costs as floats": (changed(nfe=np.zeros(4)), "its nfe is float64"),
+    "cut short": (cut_short, "damaged"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), FOREIGN.values(), ids=FOREIGN.keys())
+def test_a_shard_that_is_not_the_jobs_is_found_and_left_alone(make, message, tmp_path):
+    """When the job goes on, when its images are opened, and when the shard appears after the job was begun."""
+    folder, path = tmp_path / "x", tmp_path / "x" / "samples-00001.npz"
+    job = begin(folder, seed=0)
+    list(job.run(squares))
+    make(folder)
+    before, wanted = path.read_bytes(), rf"samples-00001\.npz is .*{message}.* Delete it and run the job again\."
+    for attempt in (
+        lambda: begin(folder, seed=0),
+        lambda: ShardedJob.load(folder),
+        lambda: open_images(folder),
+        job.check,
+    ):
+        with pytest.raises(ValueError, match=wanted):
+            attempt()
+    assert path.read_bytes() == before
+    path.unlink()
+    list(begin(folder, seed=0).run(squares))
+    assert job.first(10)[:, 0, 0, 0].tolist() == [k * k for k in range(10)]
+
+
+def test_a_shard_beyond_the_last_is_found(tmp_path):
+    job = begin(tmp_path / "x")
+    list(job.run(squares))
+    shutil.copy(job.path(2), job.path(3))
+    with pytest.raises(
+        ValueError, match=r"samples-00003\.npz is not shard 3 of this job: the job has 3 shards, 0 to 2"
+    ):
+        begin(tmp_path / "x")
+
+
+def test_the_image_shape_of_the_settings_counts_for_the_first_shard_too(tmp_path):
+    job = begin(tmp_path / "x", image_shape=[5, 1, 1])
+    list(job.run(squares))
+    with pytest.raises(ValueError, match=r"samples-00000\.npz .* not uint8 with shape \(5, 1, 1\)"):
+        begin(tmp_path / "x", image_shape=[5, 1, 1])
+
+
+def test_checking_reads_no_images(tmp_path, monkeypatch):
+    job, read = begin(tmp_path / "x"), []
+    list(job.run(squares))
+    plain = ArrayFile.read
+    monkeypatch.setattr(ArrayFile, "read", lambda file, name: (read.append(name), plain(file, name))[1])
+    begin(tmp_path / "x")
+    assert set(read) == {"index", "manifest_sha256"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ('{"n": ' + "[" * 100_000, "is not JSON"),
+        ("[1]", "must hold a JSON object; it holds a list"),
+        ("", "is not JSON"),
+        ("\0", "is not JSON"),
+        ('{"n": 10}', "shard_size must be an integer of at least 1; got None"),
+        ('{"n": -10, "shard_size": 4}', "n must be an integer of at least 1; got -10"),
+        ('{"n": 10, "shard_size": 0}', "shard_size must be an integer of at least 1; got 0"),
+        ('{"n": "10", "shard_size": 4}', "n must be an integer of at least 1; got '10'"),
+        ('{"n": 10.5, "shard_size": 4}', "n must be an integer"),
+        ('{"n": true, "shard_size": 4}', "n must be an integer"),
+        ('{"n": 1e400, "shard_size": 4}', "n must be an integer"),
+        ('{"n": null, "shard_size": null}', "n must be an integer"),
+    ],
+)
+def test_a_damaged_manifest_is_named(text, message, tmp_path):
+    (tmp_path / "manifest.json").write_text(text)
+    for attempt in (ShardedJob.load, open_images):
+        with pytest.raises(ValueError, match=rf"manifest\.json .*{message}"):
+            attempt(tmp_path)
+    with pytest.raises(ValueError, match=r"manifest\.json|other settings"):
+        begin(tmp_path)
+
+
+def test_a_manifest_may_promise_more_shards_than_can_be_counted(tmp_path):
+    """10^12 shards: the answer does not wait for a list of them."""
+    (tmp_path / "manifest.json").write_text('{"n": 1000000000000, "shard_size": 1}')
+    with pytest.raises(FileNotFoundError, match="1000000000000 of 1000000000000 shards are missing, the first 0"):
+        open_images(tmp_path)
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 5])

@@ -21,7 +21,7 @@ from tiny_sweep import MEAN, SHAPE, STD, finish, problem, sweep
 
 import fastsde
 from fastsde.cli.bench import build_cells
-from fastsde.evaluation.report import page, plot
+from fastsde.evaluation.report import draw, page, plot
 from fastsde.evaluation.sweep import pareto, summarise
 from fastsde.score import GaussianScore
 
@@ -151,6 +151,28 @@ def test_more_cells_may_join_but_other_settings_may_not(finished, tmp_path):
             sweep(tmp_path / "x", **options)
 
 
+def test_a_shard_or_a_figure_of_another_cell_is_found_before_the_first_call(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "x")
+
+    def network(x, t):
+        raise AssertionError("called")
+
+    work = sweep(tmp_path / "x", problem=problem(fastsde.ScoreModel(network, fastsde.VPSDE(), event_shape=SHAPE)))
+    first, other = (work.folder / "cells" / cell.name for cell in (work.cells[0], work.cells[-1]))
+    for name, message in (
+        ("samples-00001.npz", "not shard 1 of this job: it is of a job with other settings"),
+        ("result.json", "of other settings than this sweep"),
+    ):
+        kept = (other / name).read_bytes()
+        shutil.copy(first / name, other / name)
+        with pytest.raises(ValueError, match=rf"{re.escape(str(other / name))} is {message}.*Delete it and run the"):
+            list(work.run())
+        (other / name).write_bytes(kept)
+    (other / "result.json").write_text("[" * 9999)
+    with pytest.raises(ValueError, match=r"result\.json is not JSON"):
+        list(work.run())
+
+
 def test_samples_that_are_lost_are_told_and_cost_the_others_nothing(tmp_path):
     sde = fastsde.VPSDE()
     exact = GaussianScore(sde, MEAN, STD)
@@ -205,6 +227,32 @@ def test_the_plot_has_the_points_and_the_page_needs_no_other_file(finished):
         assert (np.abs(picture.astype(int) - colour).max(1) < 12).sum() > 100
 
 
+@pytest.mark.parametrize("spread", [1.2, 8.0, 40.0, 5000.0])
+def test_the_axes_have_plain_numbers(spread):
+    """Over less than a decade and over several: at least two ticks on each axis, labelled as they are."""
+    rows = [row("a", 0.01 * spread**k, 1e-4, f"nfe {n}", n) for k, n in enumerate((8, 9, 30))]
+    figure = draw(summarise(rows))
+    figure.draw_without_rendering()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        low, high = axis.get_view_interval()
+        inside = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        labels = [float(tick.label1.get_text()) for tick in inside]
+        assert len(labels) >= 2
+        assert labels == pytest.approx([tick.get_loc() for tick in inside])
+        assert not [tick for tick in axis.get_minor_ticks() if tick.label1.get_text()]
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_the_pareto_front_is_drawn_as_the_page_says(count):
+    """Also where it is a single setting: at each number of calls the least FID of as many or fewer."""
+    rows = [row("a", 3.0, calls=5.0), row("b", 2.0, calls=9.0), row("c", 2.5, calls=10.0), row("d", 1.0, calls=12.0)]
+    line = next(line for line in draw(summarise(rows[:count])).axes[0].lines if line.get_drawstyle() == "steps-post")
+    expected = [(5.0, 3.0), (9.0, 2.0), (12.0, 1.0), (12.0, 1.0)] if count == 4 else [(5.0, 3.0), (5.0, 3.0)]
+    assert list(zip(*line.get_data(), strict=True)) == expected
+    assert line.get_linewidth() > 0.5
+    assert line.get_color() == "black"
+
+
 def test_names_cannot_break_the_page():
     summary = summarise([row("<script>alert(1)</script>", 1.0)])
     html = page(summary, plot(summary), [("nfe 1", "<b>", np.zeros((1, 4, 4, 1), np.uint8))], {"x": "</pre>"}, "<i>")
@@ -218,17 +266,19 @@ BROWSER = next(
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium")
-def test_a_browser_shows_the_page(finished, tmp_path):
-    """All images are decoded and no table runs out of the window; then the picture has what a reader sees."""
+@pytest.mark.parametrize("width", [1200, 600])
+def test_a_browser_shows_the_page(finished, tmp_path, width):
+    """All images are decoded, nothing runs out of the window, and the table needs no scrolling on a wide one."""
     script = """<script>onload = () => document.title = JSON.stringify({
-      images: [...document.images].map(i => i.naturalWidth), wide: document.body.scrollWidth - innerWidth})</script>"""
+      images: [...document.images].map(i => i.naturalWidth), wide: document.body.scrollWidth - innerWidth,
+      table: document.querySelector("table").offsetWidth - document.body.clientWidth})</script>"""
     copy = tmp_path / "page.html"
     copy.write_text((finished.folder / "report.html").read_text().replace("</body>", script + "</body>"))
     options = [
         "--headless=new",
         "--no-sandbox",
         "--disable-gpu",
-        "--window-size=1400,2000",
+        f"--window-size={width},2000",
         f"--user-data-dir={tmp_path}",
     ]
     dom = subprocess.run(
@@ -242,6 +292,7 @@ def test_a_browser_shows_the_page(finished, tmp_path):
     assert len(seen["images"]) == 6
     assert min(seen["images"]) > 100
     assert seen["wide"] <= 0
+    assert seen["table"] <= 0 or width < 1200
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,13 @@ from fastsde.arguments import affordable
 from fastsde.checks import check_count
 from fastsde.cli.measuring import FEATURES, reference_of
 from fastsde.cli.models import open_model, own_device
-from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.output import PATH, prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
 from fastsde.evaluation.features import open_features
-from fastsde.evaluation.jobs import processes, write_whole
+from fastsde.evaluation.jobs import processes
 from fastsde.evaluation.report import page, plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
+from fastsde.files import write_whole
 from fastsde.score.base import ScoreModel
 
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
@@ -90,21 +91,23 @@ def build_cells(
 )
 @click.option("--nfe", default="", help="Budgets of network calls, as in 10,20.", show_default="none")
 @click.option("--rtol", default="", help="Tolerances, for adaptive solvers.", show_default="none")
-@click.option("-n", "--number", "n", default=10_000, type=click.IntRange(1), help="Samples of each cell.")
-@click.option("--seeds", default=1, type=click.IntRange(1), help="Seeds 0 .. SEEDS - 1.")
+@click.option("-n", "--number", "n", default=10_000, type=click.IntRange(1, 1 << 32), help="Samples of each cell.")
+@click.option("--seeds", default=1, type=click.IntRange(1, 10_000), help="Seeds 0 .. SEEDS - 1.")
 @click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=click.Path(path_type=Path), help="For the features inception: a local file.")
+@click.option("--weights", type=PATH, help="For the features inception: a local file.")
 @click.option("--reference", help="A file of `fastsde stats`; by default the one packaged with the features.")
-@click.option("--bootstrap", default=50, type=click.IntRange(2), help="Replicates for the error of FID.")
+@click.option("--bootstrap", default=50, type=click.IntRange(2, 100_000), help="Replicates for the error of FID.")
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
-@click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
-@click.option("--shard-size", default=512, type=click.IntRange(1), help="Samples in a file; what a kill can cost.")
+@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
+@click.option(
+    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="Samples in a file: a kill can cost that."
+)
 @click.option("--rank", type=int, help="Which process this is; from RANK by default.")
 @click.option("--world-size", type=int, help="How many share the work; from WORLD_SIZE by default.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder; the same command goes on in it.")
+@click.option("--out", required=True, type=PATH, help="Folder; the same command goes on in it.")
 def bench(
     model: str,
     solvers: str,

@@ -11,6 +11,7 @@ import torch
 from fastsde.arguments import usable_device
 from fastsde.calibration import PILOT
 from fastsde.calibration import calibrate as run
+from fastsde.cli.output import PATH, check_writable
 from fastsde.pretrained import pretrained
 
 
@@ -21,8 +22,8 @@ from fastsde.pretrained import pretrained
 @click.option("--pilot", default=PILOT, type=click.IntRange(3), help="Pilot samples.")
 @click.option("--seed", default=0, help="Seed of the pilot samples.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--out", default="schedule.json", type=click.Path(path_type=Path), help="The file to write.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Also draw the steps, as PNG; needs matplotlib.")
+@click.option("--out", default="schedule.json", type=PATH, help="The file to write.")
+@click.option("--plot", type=PATH, help="Also draw the steps, as PNG; needs matplotlib.")
 @click.option("--json", "as_json", is_flag=True, help="Print the file rather than the summary.")
 def calibrate(
     model: str,
@@ -46,6 +47,9 @@ def calibrate(
       fastsde sample --schedule twelve.json
     """
     try:
+        check_writable(out)
+        if plot is not None:
+            check_writable(plot, "--plot")
         score_model, sde = pretrained(model, device=usable_device(device))
         schedule = run(score_model, nfe=nfe, rtol=rtol, pilot=pilot, seed=seed, cache=out)
         if plot is not None:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 import click
 
-from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.output import PATH, prepare_folder, versions
 from fastsde.evaluation.classifier import WEIGHTS, accuracy, load_classifier, save_classifier, train_classifier
+from fastsde.files import sha256
 from fastsde.training.batches import check_data
 from fastsde.training.data import load_images, load_test_images
 
 
 @click.command("train-features", short_help="Train the classifier whose features measure images.")
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder of the four IDX files.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for weights and card.")
+@click.option(
+    "--data", required=True, type=PATH, help="Yours: a folder of the four IDX files, as torchvision downloads MNIST."
+)
+@click.option("--out", required=True, type=PATH, help="Folder for weights and card.")
 @click.option("--epochs", default=10, type=click.IntRange(1), help="Passes over the training images.")
 @click.option("--seed", default=0, type=click.IntRange(0, 1 << 31), help="Weights, order and augmentation.")
 @click.option("--classes", default="", help="Class names, comma-separated; numbers by default.")
@@ -29,7 +31,7 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
 
     \b
     Example:
-      fastsde train-features --data fashion-mnist --out runs/features
+      fastsde train-features --data data/FashionMNIST --out runs/features
     """
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
@@ -61,7 +63,7 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
             "train_accuracy": round(accuracy(network, images[:10_000], labels[:10_000]), 4),
             "test_images": len(test_images),
         }
-        card["weights_sha256"] = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()
+        card["weights_sha256"] = sha256((out / WEIGHTS).read_bytes())
         save_classifier(out, network, card)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error

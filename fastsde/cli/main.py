@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 import fastsde
@@ -14,7 +16,28 @@ from fastsde.cli.sample import sample
 from fastsde.cli.train import train
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+class _Commands(click.Group):
+    """Commands of which none ends in a traceback: what goes wrong is one line, and exit status 1 or 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.exceptions.Exit, click.Abort):
+            raise
+        except click.UsageError:
+            raise
+        except click.ClickException as error:
+            raise click.ClickException(_one_line(error.message)) from error
+        except Exception as error:  # whatever a damaged file or a model of others may raise
+            raise click.ClickException(_one_line(f"{type(error).__name__}: {error}")) from error
+
+
+def _one_line(text: str, most: int = 1000) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 3] + "..."
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
 @click.version_option(fastsde.__version__, prog_name="fastsde")
 def main() -> None:
     """Samples from pretrained diffusion models, with no schedule to tune.

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import click
 
-from fastsde.cli.output import dump_json, prepare_folder, versions
+from fastsde.cli.output import PATH, check_writable, dump_json, versions
 from fastsde.evaluation.features import open_features, packaged_features
 from fastsde.evaluation.images import open_images
-from fastsde.evaluation.jobs import write_whole
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference, packaged_reference
 from fastsde.evaluation.statistics import fewest
+from fastsde.files import write_whole
 
 FEATURES = '"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.'
 
@@ -32,31 +32,20 @@ def reference_of(reference: str | None, features: str) -> Reference:
     return packaged_reference(features)
 
 
-def _check_writable(path: Path) -> None:
-    """Refuses a file that could not be written after all the work.
-
-    Raises:
-        ValueError: if it is a folder.
-        click.ClickException: if its folder cannot be written to.
-    """
-    if path.is_dir():
-        raise ValueError(f"--out {path} is a folder; name a file.")
-    prepare_folder(path.parent, needed=1 << 20)
-
-
 @click.command(short_help="Reference statistics of a data set.")
 @click.option(
     "--data",
     required=True,
-    type=click.Path(path_type=Path),
-    help="A folder of pictures, an .npz with arr_0, IDX files, a data set of Hugging Face, or a job of `sample`.",
+    type=PATH,
+    help="Yours: a folder of pictures, an .npz with arr_0, a folder of IDX files (as torchvision downloads MNIST), a "
+    "data set of Hugging Face, or a job of `sample`.",
 )
 @click.option("--split", default="train", type=click.Choice(["train", "test"]), help="Of IDX files and data sets.")
 @click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=click.Path(path_type=Path), help="For inception: a local file.")
+@click.option("--weights", type=PATH, help="For inception: a local file.")
 @click.option("--keep", default=10_000, type=click.IntRange(0), help="Features kept for KID, precision and recall.")
 @click.option("--half", is_flag=True, help="Keep those in half precision.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The .npz to write.")
+@click.option("--out", required=True, type=PATH, help="The .npz to write.")
 @click.option("--device", default="cpu", help="Where the feature network runs.")
 def stats(
     data: Path, split: str, features: str, weights: Path | None, keep: int, half: bool, out: Path, device: str
@@ -68,12 +57,12 @@ def stats(
 
     \b
     Example:
-      fastsde stats --data fashion-mnist --features fashion-mnist --out reference.npz
+      fastsde stats --data data/FashionMNIST --out reference.npz
     """
     try:
+        check_writable(out)
         network = open_features(features, weights, device=device)
         images = open_images(data, split=split)
-        _check_writable(out)
         reference = Reference.build(images, network, keep=keep, progress=True)
         reference.record["versions"] = versions()
         reference.save(out, half=half)
@@ -84,12 +73,12 @@ def stats(
 
 
 @click.command(short_help="FID, KID and others of a set of images.")
-@click.argument("samples", type=click.Path(path_type=Path))
+@click.argument("samples", type=PATH)
 @click.option("--reference", help="A file of `fastsde stats`, pytorch-fid, clean-fid or ADM; or a packaged name.")
 @click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=click.Path(path_type=Path), help="For inception: a local file.")
-@click.option("--bootstrap", default=50, type=click.IntRange(2), help="Replicates for the error of FID.")
-@click.option("--out", type=click.Path(path_type=Path), help="Also write the figures to this JSON file.")
+@click.option("--weights", type=PATH, help="For inception: a local file.")
+@click.option("--bootstrap", default=50, type=click.IntRange(2, 100_000), help="Replicates for the error of FID.")
+@click.option("--out", type=PATH, help="Also write the figures to this JSON file.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option("--device", default="cpu", help="Where the feature network runs.")
 def evaluate(
@@ -110,6 +99,8 @@ def evaluate(
       fastsde evaluate pictures --features inception --weights inception.pth --reference reference.npz
     """
     try:
+        if out is not None:
+            check_writable(out)
         network = open_features(features, weights, device=device)
         images = open_images(samples)
         wanted = reference_of(reference, features)
@@ -119,8 +110,6 @@ def evaluate(
             raise ValueError(
                 f"{images.n} images are too few for {len(wanted.mean)} features: at least {least} are needed."
             )
-        if out is not None:
-            _check_writable(out)
         figures = measure(*network.of(images, progress=True), wanted, draws=bootstrap)
         record = {
             "n": images.n,

@@ -15,17 +15,35 @@ import numpy as np
 import torch
 
 import fastsde
+from fastsde.files import naming
+
+
+class _Path(click.Path):
+    """A path; the empty one, as from a variable that is not set, would mean the folder where the command runs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty path; write . for this folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
     """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes.
+
+    If the folders above it have to be made too, standard error says so: the path may be mistyped, or a disk missing.
 
     Raises:
         click.ClickException: saying what stands in the way.
     """
     probe = folder / f".fastsde.{os.getpid()}.tmp"
     try:
+        missing = [part for part in (folder, *folder.parents) if not part.exists()]
         folder.mkdir(parents=True, exist_ok=True)
+        if len(missing) > 1:
+            click.echo(f"--out {folder}: {missing[-1]} was not there and is made, with what is below it.", err=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
@@ -33,6 +51,18 @@ def prepare_folder(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise click.ClickException(f"--out {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
+
+
+def check_writable(path: Path, option: str = "--out") -> None:
+    """Refuses a file that could not be written after all the work.
+
+    Raises:
+        ValueError: if it is a folder.
+        click.ClickException: if its folder cannot be written to.
+    """
+    if path.is_dir():
+        raise ValueError(f"{option} {path} is a folder; name a file.")
+    prepare_folder(path.parent, needed=1 << 20)
 
 
 def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> list[Path]:
@@ -50,14 +80,14 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
     """
     pairs = [(folder / f".{Path(name).stem}.{os.getpid()}.tmp{Path(name).suffix}", folder / name) for name in writers]
     try:
-        for (temporary, _), write in zip(pairs, writers.values(), strict=True):
-            write(temporary)
+        for (temporary, path), write in zip(pairs, writers.values(), strict=True):
+            with naming(path):
+                write(temporary)
         for temporary, path in pairs:
             os.replace(temporary, path)
     except OSError as error:
-        raise click.ClickException(
-            f"{folder} was not written: {error.strerror or error}. The same command gives the same samples again."
-        ) from error
+        what = f"{error.filename or folder} was not written: {error.strerror or error}."
+        raise click.ClickException(f"{what} The same command gives the same samples again.") from error
     finally:
         for temporary, _ in pairs:
             temporary.unlink(missing_ok=True)

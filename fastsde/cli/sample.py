@@ -19,7 +19,7 @@ from fastsde.arguments import DEFAULT_RTOL
 from fastsde.calibration import Schedule
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
-from fastsde.cli.output import dump_json, prepare_folder, versions, write_atomic
+from fastsde.cli.output import PATH, dump_json, prepare_folder, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver, check_request
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
@@ -32,7 +32,7 @@ from fastsde.result import Interrupted, SampleResult, SamplingError, Status
     default="fashion-mnist",
     help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
 )
-@click.option("-n", "--number", "n", default=64, type=click.IntRange(1), help="Number of samples.")
+@click.option("-n", "--number", "n", default=64, type=click.IntRange(1, 1 << 32), help="Number of samples.")
 @click.option(
     "--solver",
     "solver_name",
@@ -46,7 +46,7 @@ from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 )
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
 @click.option("--nfe", type=click.IntRange(1), help="Network calls that no sample exceeds, rather than tolerances.")
-@click.option("--schedule", type=click.Path(path_type=Path), help="A grid that `fastsde calibrate` wrote.")
+@click.option("--schedule", type=PATH, help="A grid that `fastsde calibrate` wrote.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of a grid, for every sample the same.")
 @click.option("--grid", type=click.Choice(list(GRIDS)), show_default="the solver's own", help="How steps are spaced.")
 @click.option(
@@ -62,12 +62,14 @@ from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
-@click.option("--batch-size", default=64, type=click.IntRange(1), help="Rows evaluated at a time.")
+@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--shard-size", default=512, type=click.IntRange(1), help="More samples than that make a job of shards.")
+@click.option(
+    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="More samples than that make a job of shards."
+)
 @click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
 @click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
-@click.option("--out", default="samples", type=click.Path(path_type=Path), help="Folder; its three files are replaced.")
+@click.option("--out", default="samples", type=PATH, help="Folder; its three files are replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON record instead of the summary.")
 def sample(
     model: str,
@@ -128,7 +130,7 @@ def sample(
             controller = Schedule.load(schedule)
         adaptive = solver.adaptive and nfe is None and controller is None
         labels_of = partial(_labels, label, opened.classes)
-        labels = labels_of(torch.arange(n))
+        labels_of(torch.arange(1))  # refuses a label before the folder is made
         prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
         text = {"prompt": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
         chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
@@ -153,9 +155,13 @@ def sample(
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
             check_request(opened.model, solver, controller, rtol, atol, nfe)
             settings |= {"seed": seed, "label": label}
+            if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
+                channels, *size = opened.model.event_shape
+                settings["image_shape"] = [*size, channels]
             job = ShardedJob.begin(out, n, shard_size, settings)
             run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
             return
+        labels = labels_of(torch.arange(n))
         result = draw(torch.arange(n), labels, progress=True)
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -108,7 +109,7 @@ def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
         value = _replaced(fields[path[0]], path[1:], value)
     now = fields[path[0]]
     if isinstance(now, float) and type(value) is int:
-        value = float(value)
+        value = float(value) if abs(value) < 1 << 1023 else math.inf
     if not _fits(now, value):
         raise ValueError(
             f"--option {path[0]} of {type(obj).__name__} is {now!r} by default; {str(value)[:80]!r} is of another kind."

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from fastsde import api
 from fastsde.cli.models import own_device
-from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.output import PATH, prepare_folder, versions
 from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
-from fastsde.evaluation.jobs import processes, write_whole
+from fastsde.evaluation.jobs import processes
+from fastsde.files import write_whole
 from fastsde.pretrained import save_checkpoint_folder, score_model
 from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE
@@ -42,14 +43,14 @@ def _flag(name: str, kind: Any, default: object, text: str) -> Any:
 
 
 @click.command(short_help="Train a small score network on images, adversarial or not.")
-@click.option("--config", type=click.Path(path_type=Path), help="A TOML file of settings; see docs/training.md.")
+@click.option("--config", type=PATH, help="A TOML file of settings; see docs/training.md.")
 @click.option("--set", "assignments", multiple=True, help="One setting, as in --set training.steps=100; may repeat.")
 @click.option(
     "--data",
-    help="Folder with train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz] and, for a test, t10k-*; or images "
-    "without labels: a folder, an .npz, a data set saved to disk.",
+    help="Yours: a folder with train-images-idx3-ubyte[.gz], train-labels-idx1-ubyte[.gz] and, for a test, t10k-*, "
+    "as torchvision downloads MNIST; or images without labels: a folder, an .npz, a data set saved to disk.",
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for checkpoint and model.")
+@click.option("--out", required=True, type=PATH, help="Folder for checkpoint and model.")
 @_flag("--steps", click.IntRange(1), _DEFAULT.steps, "Optimiser steps in all.")
 @_flag("--batch-size", click.IntRange(1), _DEFAULT.batch_size, "Images a step.")
 @_flag("--learning-rate", float, _DEFAULT.learning_rate, "Peak learning rate of Adam.")
@@ -83,7 +84,7 @@ def train(
 
     \b
     Examples:
-      fastsde train --data fashion-mnist --out runs/fashion --steps 6000
+      fastsde train --data data/FashionMNIST --out runs/fashion --steps 6000
       fastsde train --config run.toml --set adversary.weight=2 --out runs/adversarial
       torchrun --nproc-per-node 2 -m fastsde train --data photos/ --out runs/photos
     """

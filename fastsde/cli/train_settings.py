@@ -130,7 +130,7 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
     if config is not None:
         try:
             found = tomllib.loads(config.read_text())
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{config} is no TOML file: {error}") from error
     for text in assignments:
         key, equals, value = text.partition("=")

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastsde.diffusers.conditions import Prompt
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.sampling import sample_pipeline
+from fastsde.files import read_json
 from fastsde.job import EngineState
-from fastsde.pretrained import read_json
 
 _SETTINGS = "fastsde.json"
 

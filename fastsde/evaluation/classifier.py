@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from fastsde.evaluation.jobs import write_whole
+from fastsde.files import read_json, sha256, write_whole
 from fastsde.training.batches import data_hash
 from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.data import to_unit_range
@@ -36,7 +35,8 @@ class Classifier(nn.Module):
         super().__init__()
 
         def block(inside: int, out: int) -> list[nn.Module]:
-            return [nn.Conv2d(inside, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+            convolution = nn.Conv2d(inside, out, 3, padding=1, bias=False, dtype=torch.float32)
+            return [convolution, nn.BatchNorm2d(out, dtype=torch.float32), nn.ReLU()]
 
         self.body = nn.Sequential(
             *block(channels, width),
@@ -49,7 +49,7 @@ class Classifier(nn.Module):
             *block(4 * width, 4 * width),
             *block(4 * width, dim),
         )
-        self.head = nn.Linear(dim, classes)
+        self.head = nn.Linear(dim, classes, dtype=torch.float32)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Features with shape (B, dim), non-negative, and logits with shape (B, classes), of x in [-1, 1]."""
@@ -147,7 +147,8 @@ def train_classifier(
 
 def _moves(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Which images are mirrored, with shape (n,), and where they start, with shape (2, n)."""
-    return torch.rand(n, generator=generator) < 0.5, torch.randint(0, 5, (2, n), generator=generator)
+    flip = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
+    return flip, torch.randint(0, 5, (2, n), generator=generator)
 
 
 def _augment(x: Tensor, flip: Tensor, start: Tensor) -> Tensor:
@@ -190,11 +191,11 @@ def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:
         if not (folder / file).is_file():
             raise FileNotFoundError(f"{folder} holds no feature network: {file} is missing.")
     try:
-        card = json.loads((folder / CARD).read_text())
+        card = read_json(folder / CARD)
         network = Classifier(card["image_shape"][0], len(card["classes"]))
         weights = load_file(folder / WEIGHTS)
         network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in weights.items()})
-        digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+        digest = sha256((folder / WEIGHTS).read_bytes())
         if card.get("weights_sha256", digest) != digest:
             raise ValueError(f"{WEIGHTS} is not the file that {CARD} describes")
     except (SafetensorError, RuntimeError, LookupError, TypeError, ValueError) as error:

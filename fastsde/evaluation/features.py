@@ -69,7 +69,7 @@ class Features:
             x = x.expand(-1, 3, -1, -1)
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
-        mean, std = (torch.tensor(v).view(-1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
         device = _device(self.network)
         out = self.network(((x - mean) / std).to(device))
         features, logits = out if isinstance(out, tuple) else (out, None)
@@ -214,7 +214,9 @@ def inception_features(weights: Path | None = None, *, device: str = "cpu") -> F
             except RuntimeError as error:
                 raise ValueError(f"{weights} does not fit the Inception of FID: {error}") from error
     inside = "299, bilinear as TensorFlow 1"
-    return Features(_Inception(network).to(device).eval(), "inception", 3, (0.0,), (1.0,), resize_inside=inside)
+    return Features(
+        _Inception(network).to(device, torch.float32).eval(), "inception", 3, (0.0,), (1.0,), resize_inside=inside
+    )
 
 
 class _Pooled(nn.Module):
@@ -253,9 +255,9 @@ def transformers_features(name: str | Path, *, device: str = "cpu") -> Features:
         network = kinds[config.model_type].from_pretrained(name, **options)
         path = transformers.utils.cached_file(name, "preprocessor_config.json", local_files_only=True)
         settings = json.loads(Path(str(path)).read_text())
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"the features {str(name)!r} cannot be read: {error}") from error
     size = settings.get("crop_size") or settings["size"]
     side = size if isinstance(size, int) else size.get("height", size.get("shortest_edge"))
-    pooled = _Pooled(network, config.model_type != "dinov2").to(device).eval()
+    pooled = _Pooled(network, config.model_type != "dinov2").to(device, torch.float32).eval()
     return Features(pooled, str(name), 3, tuple(settings["image_mean"]), tuple(settings["image_std"]), size=int(side))

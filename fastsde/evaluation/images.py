@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from fastsde.evaluation.jobs import MANIFEST, UNREADABLE, ShardedJob
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob
+from fastsde.files import ArrayFile, read_json
 from fastsde.result import Status
 from fastsde.training.data import load_images
 
@@ -102,21 +102,21 @@ def open_images(source: str | Path, *, split: str = "train") -> Images:
         ImportError: if a data set needs Hugging Face's `datasets` and it is not installed.
     """
     path = Path(source)
-    if path.is_file():
-        return _from_npz(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is neither a file nor a folder.")
-    if (path / MANIFEST).is_file():
-        return _from_job(path)
-    if (path / "samples.npz").is_file():
-        return _from_sample(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is neither a file nor a folder; no data set comes with fastsde.")
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _from_datasets(path, split)
-    if list(path.glob("*-ubyte*")) or list(path.glob("raw/*-ubyte*")):
+    if any(list(path.glob(f"{below}*-ubyte*")) for below in ("", "raw/", "*/raw/")):
         images, _ = load_images(path, train=split == "train")
         return _in_memory(str(path), f"idx {split}", images)
     if split != "train":
         raise ValueError(f"{path} has no splits; leave {split!r} out.")
+    if not path.is_dir():
+        return _from_npz(path)
+    if (path / MANIFEST).is_file():
+        return _from_job(path)
+    if (path / "samples.npz").is_file():
+        return _from_sample(path)
     return _from_folder(path)
 
 
@@ -130,14 +130,10 @@ def _channels_first(images: np.ndarray) -> Tensor:
 
 
 def _from_npz(path: Path) -> Images:
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            names = file.files
-            images = file["arr_0"] if "arr_0" in names else None
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is no whole .npz file of plain arrays: {error}") from error
-    if images is None:
-        raise ValueError(f"{path} has no arr_0; it has {', '.join(names) or 'nothing'}.")
+    with ArrayFile(path) as file:
+        if "arr_0" not in file.headers:
+            raise ValueError(f"{path} has no arr_0; it has {', '.join(file.headers) or 'nothing'}.")
+        images = file.read("arr_0")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         extra = ""
         if images.dtype.kind == "f" and not np.isfinite(images).all():
@@ -153,7 +149,9 @@ def _from_sample(folder: Path) -> Images:
     """What `fastsde sample` wrote at once: all of it, or nothing is measured."""
     images, record = _from_npz(folder / "samples.npz"), folder / "samples.json"
     if record.is_file():
-        n = json.loads(record.read_text()).get("n", images.n)
+        n = read_json(record).get("n", images.n)
+        if not isinstance(n, int):
+            raise ValueError(f"{record} is damaged: n must be a whole number; got {n!r}.")
         if images.n < n:
             raise ValueError(f"{folder}: {n - images.n} of {n} samples are not finite or missing, and so not there.")
     return images
@@ -161,10 +159,11 @@ def _from_sample(folder: Path) -> Images:
 
 def _from_job(folder: Path) -> Images:
     job = ShardedJob.load(folder)
-    missing = job.pending()
-    if missing:
+    there = job.there()
+    if len(there) < job.shards:
+        missing, first = job.shards - len(there), next(k for k in range(job.shards) if k not in there)
         raise FileNotFoundError(
-            f"{folder} is not finished: {len(missing)} of {job.shards} shards are missing, the first {missing[0]}. "
+            f"{folder} is not finished: {missing} of {job.shards} shards are missing, the first {first}. "
             "Run the command that began it again."
         )
     status = job.column("status")

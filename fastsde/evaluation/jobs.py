@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import os
-import zipfile
-import zlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_count
 from fastsde.control import AdaptiveGrid, Controller, Grid
-from fastsde.pretrained import read_json
+from fastsde.files import ArrayFile, json_hash, read_json, write_whole
 from fastsde.result import SampleResult, Status
 
 MANIFEST = "manifest.json"
-UNREADABLE = (zipfile.BadZipFile, zlib.error, ValueError, KeyError, TypeError, AttributeError, OSError, EOFError)
-"""What numpy raises for files that are no whole .npz of plain arrays."""
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file that appears under its name only when it is whole and on the disk.
-
-    Processes that write the same file have temporary names of their own.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        if not path.is_file():  # see `clear`
-            raise
-    finally:
-        temporary.unlink(missing_ok=True)
+HASH = "manifest_sha256"
+"""The array of a shard that says which job it is of."""
 
 
 def clear(folder: Path) -> None:
@@ -103,13 +85,14 @@ class ShardedJob:
     """n samples in shards: shard k holds the samples k s .. min((k + 1) s, n) - 1 of the seed's stream.
 
     A shard is one .npz, which exists whole or not at all, and depends on nothing but the settings: so it does not
-    matter who draws it, when, or how often the job was killed.
+    matter who draws it, when, or how often the job was killed. It carries the hash of the manifest, by which a shard of
+    another job is known.
 
     Attributes:
         folder: where the shards are.
         n: samples in all.
         shard_size: samples in a shard, s.
-        settings: everything that determines the samples, as JSON values.
+        settings: everything that determines the samples, as JSON values; `image_shape`, (H, W, C), may be among them.
     """
 
     folder: Path
@@ -119,26 +102,34 @@ class ShardedJob:
 
     @classmethod
     def begin(cls, folder: Path, n: int, shard_size: int, settings: Mapping[str, Any]) -> ShardedJob:
-        """Begins a job, or goes on with the one in the folder.
+        """Begins a job, or goes on with the one in the folder, after checking the shards that are there.
 
         Raises:
-            ValueError: if the folder holds a job with other settings, naming them, or files of something else.
+            ValueError: if the folder holds a job with other settings, naming them, files of something else, or a shard
+                that is not this job's, naming it.
         """
+        check_count("n", n, 1)
+        check_count("shard_size", shard_size, 1)
         job = cls(folder, n, shard_size, json.loads(json.dumps(dict(settings))))
         claim(folder, MANIFEST, job._manifest())
+        job.check()
         return job
 
     @classmethod
     def load(cls, folder: Path) -> ShardedJob:
-        """The job of a folder.
+        """The job of a folder, after checking the shards that are there.
 
         Raises:
-            ValueError: if the manifest is damaged.
+            ValueError: if the manifest is damaged, or a shard is not this job's.
         """
         stored = read_json(folder / MANIFEST)
-        if not (isinstance(stored.get("n"), int) and isinstance(stored.get("shard_size"), int)):
-            raise ValueError(f"{folder / MANIFEST} is damaged: n and shard_size must be whole numbers.")
-        return cls(folder, stored.pop("n"), stored.pop("shard_size"), stored)
+        try:
+            n, shard_size = (check_count(name, stored.pop(name, None), 1) for name in ("n", "shard_size"))
+        except ValueError as error:
+            raise ValueError(f"{folder / MANIFEST} is damaged: {error}") from error
+        job = cls(folder, n, shard_size, stored)
+        job.check()
+        return job
 
     def _manifest(self) -> dict[str, Any]:
         return {"n": self.n, "shard_size": self.shard_size, **self.settings}
@@ -158,7 +149,8 @@ class ShardedJob:
 
     def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
         """Shards still to draw, of those that fall to a process: every `world_size`-th from `rank` on."""
-        return [k for k in range(rank, self.shards, world_size) if not self.path(k).is_file()]
+        there = self.there()
+        return [k for k in range(rank, self.shards, world_size) if k not in there]
 
     def run(
         self, draw: Callable[[range], Mapping[str, np.ndarray]], *, rank: int = 0, world_size: int = 1
@@ -166,12 +158,14 @@ class ShardedJob:
         """Draws what is pending; yields the number of samples of each shard once it is on the disk.
 
         Args:
-            draw: the arrays of a shard, from its sample numbers: `arr_0` with the images that are there, and others.
+            draw: the arrays of a shard, from its sample numbers, as `shard_arrays` makes them: `arr_0`, uint8 with the
+                images that are there, and others with a whole number for each sample.
             rank: which process this is.
             world_size: how many share the job. None waits for another.
         """
+        digest = np.array(json_hash(self._manifest()))
         for k in self.pending(rank, world_size):
-            arrays = draw(self.indices(k))
+            arrays = {**draw(self.indices(k)), "index": np.array(self.indices(k)), HASH: digest}
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
             write_whole(self.path(k), buffer.getvalue())
@@ -179,21 +173,74 @@ class ShardedJob:
         if not self.pending():
             clear(self.folder)
 
+    def check(self) -> None:
+        """Compares the shards that are there with the job, by their headers and small arrays: no image is read.
+
+        Raises:
+            ValueError: naming the first file that is not this job's, and what is wrong with it.
+        """
+        digest, event = json_hash(self._manifest()), self.settings.get("image_shape")
+        for k in sorted(self.there()):
+            with self._opened(k) as file:
+                event = self._check(k, file, digest, event)
+
+    def there(self) -> set[int]:
+        """The numbers of the shards in the folder."""
+        matches = (re.fullmatch(r"samples-(\d{5,})\.npz", name) for name in os.listdir(self.folder))
+        return {int(match[1]) for match in matches if match}
+
+    @contextlib.contextmanager
+    def _opened(self, k: int) -> Iterator[ArrayFile]:
+        try:
+            with ArrayFile(self.path(k)) as file:
+                yield file
+        except ValueError as error:
+            raise ValueError(f"{error} Delete it and run the job again.") from error
+
+    def _check(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> list[int]:
+        """The image shape (H, W, C) of shard k, or a ValueError if the file is not that shard of this job."""
+        wrong = self._fault(k, file, digest)
+        shape, kind = file.headers.get("arr_0", ((), None))
+        if wrong is None and (kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:]))):
+            wanted = f"{tuple(event)}" if event else "(H, W, C)"
+            wrong = f"its images are {kind} with shape {shape[1:]}, not uint8 with shape {wanted}"
+        if wrong is not None:
+            raise ValueError(f"{file.path} is not shard {k} of this job: {wrong}.")
+        return list(shape[1:])
+
+    def _fault(self, k: int, file: ArrayFile, digest: str) -> str | None:
+        """What is wrong with a file as shard k, or None; its images are looked at by nobody but `_check`."""
+        numbers = self.indices(k)
+        if not numbers:
+            return f"the job has {self.shards} shards, 0 to {self.shards - 1}"
+        if HASH not in file.headers:
+            return "it does not say of which job it is, so an earlier version wrote it, or something else"
+        if str(file.read(HASH)) != digest:
+            return f"it is of a job with other settings than {MANIFEST} has"
+        rows = {name: shape[0] if shape else None for name, (shape, _) in file.headers.items() if name != HASH}
+        if not {"arr_0", "index"} <= rows.keys():
+            return "it has no images or no index"
+        whole = {name: file.headers[name] for name in rows if name not in ("arr_0", "arr_1")}
+        for name, (shape, kind) in whole.items():
+            if shape != (len(numbers),) or kind.kind not in "iu":
+                return f"its {name} is {kind} with shape {shape}, not whole numbers with shape ({len(numbers)},)"
+        if file.read("index").tolist() != list(numbers):
+            return f"it holds other samples than {numbers[0]} to {numbers[-1]}"
+        lost = int((file.read("status") == Status.NON_FINITE).sum()) if "status" in whole else 0
+        for name in rows.keys() - whole.keys():
+            if rows[name] != len(numbers) - lost:
+                return f"its {name} has {rows[name]} rows, not one for each of {len(numbers) - lost} finite samples"
+        return None
+
     def read(self, k: int, *names: str) -> dict[str, np.ndarray]:
         """The arrays of shard k, or those of them that are named.
 
         Raises:
-            ValueError: if the file is damaged; deleting it makes the job draw it again.
+            ValueError: if the file is damaged or not this job's; deleting it makes the job draw it again.
         """
-        try:
-            with np.load(self.path(k), allow_pickle=False) as file:
-                arrays = {name: file[name] for name in names or file.files}
-                index = file["index"] if "index" in file.files else None
-        except UNREADABLE as error:
-            raise ValueError(f"{self.path(k)} is damaged: {error}. Delete it and run the job again.") from error
-        if index is not None and index.tolist() != list(self.indices(k)):
-            raise ValueError(f"{self.path(k)} holds other samples than shard {k}. Delete it and run the job again.")
-        return arrays
+        with self._opened(k) as file:
+            self._check(k, file, json_hash(self._manifest()), self.settings.get("image_shape"))
+            return {name: file.read(name) for name in names or file.headers}
 
     def first(self, count: int) -> np.ndarray:
         """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C)."""

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from fastsde.evaluation.features import PACKAGED, Features
 from fastsde.evaluation.images import Images
-from fastsde.evaluation.jobs import UNREADABLE, write_whole
 from fastsde.evaluation.statistics import NEIGHBOUR, Moments
+from fastsde.files import ArrayFile, write_whole
 
 REFERENCE = "reference.npz"
 
@@ -100,19 +100,24 @@ class Reference:
         """
         if not path.is_file():
             raise FileNotFoundError(f"no reference at {path}; `fastsde stats` writes one.")
+        with ArrayFile(path) as file:
+            if not {"mu", "sigma"} <= file.headers.keys():
+                raise ValueError(f"{path} has no mu and sigma, but {', '.join(file.headers) or 'nothing'}.")
+            for name, (shape, kind) in file.headers.items():
+                if name in ("mu", "sigma", "feats") and kind.kind not in "fiu":
+                    raise ValueError(f"{path}: {name} must hold real numbers; it is {kind} with shape {shape}.")
+            mean, covariance = (torch.from_numpy(file.read(key).astype(np.float64)) for key in ("mu", "sigma"))
+            feats = torch.from_numpy(file.read("feats").astype(np.float32)) if "feats" in file.headers else None
+            text = str(file.read("record")) if "record" in file.headers else "{}"
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if not {"mu", "sigma"} <= set(file.files):
-                    raise ValueError(f"it has no mu and sigma, but {', '.join(file.files) or 'nothing'}")
-                mean, covariance = (torch.from_numpy(file[key].astype(np.float64)) for key in ("mu", "sigma"))
-                feats = torch.from_numpy(file["feats"].astype(np.float32)) if "feats" in file else None
-                record = json.loads(str(file["record"])) if "record" in file else {}
-        except UNREADABLE as error:
-            raise ValueError(f"{path} is no whole file of reference statistics: {error}") from error
-        if record and not (isinstance(record, dict) and {"features", "image_shape"} <= record.keys()):
+            record = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} has a record that is not JSON: {error}") from error
+        known = isinstance(record, dict) and isinstance(record.get("features"), dict)
+        if record != {} and not (known and isinstance(record.get("image_shape"), list)):
             raise ValueError(f"{path} has a record that is none of `fastsde stats`.")
         d = len(mean) if mean.ndim else 0
-        if mean.ndim != 1 or covariance.shape != (d, d) or (feats is not None and feats.shape[1:] != (d,)):
+        if not d or mean.ndim != 1 or covariance.shape != (d, d) or (feats is not None and feats.shape[1:] != (d,)):
             raise ValueError(f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not fit.")
         if not (torch.isfinite(mean).all() and torch.isfinite(covariance).all()):
             raise ValueError(f"{path}: mu and sigma must be finite.")

@@ -7,33 +7,47 @@ import html
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.sweep import pareto
 
+if TYPE_CHECKING:
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
 
 def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
-    """NFE on a logarithmic axis against FID, a line for each solver, bars of two standard errors, the Pareto front.
+    """The picture of `draw` as a PNG file.
 
-    Returns:
-        A PNG file.
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    buffer = io.BytesIO()
+    draw(summary).savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def draw(summary: Sequence[Mapping[str, Any]]) -> Figure:
+    """NFE against FID on logarithmic axes: a line for each solver, bars of two standard errors, the Pareto front.
+
+    The front is a staircase: at each number of calls the least FID that so many or fewer reach.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     try:
-        import matplotlib as mpl
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plots are drawn by matplotlib: pip install 'fastsde[bench]'.") from error
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import NullLocator, ScalarFormatter
-
-    figure, axes = plt.subplots(figsize=(8, 5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.set(xlabel="network calls per sample (mean)", ylabel="FID")
     there = [row for row in summary if row["fid"] is not None]
+    if not there:
+        return figure
     for k, solver in enumerate(dict.fromkeys(row["solver"] for row in there)):
         for kind, style in (("nfe", "-"), ("rtol", ":")):
             own = sorted(
@@ -54,23 +68,33 @@ def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
                     linewidth=1,
                 )
     front = pareto(summary)
-    axes.plot([row["mean_nfe"] for row in front], [row["fid"] for row in front], color="0.8", linewidth=6, zorder=0)
-    if there:
-        axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="network calls per sample (mean)", ylabel="FID")
-    ticks = sorted({round(row["mean_nfe"]) for row in there})
-    if 0 < len(ticks) <= 12:
-        axes.set_xticks(ticks)
-        axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.xaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.grid(alpha=0.3, which="both")
-    if there:
-        axes.legend(fontsize=8, title="grey: Pareto front", title_fontsize=8)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+    calls, best = [row["mean_nfe"] for row in front], [row["fid"] for row in front]
+    axes.plot(calls, best, "o", color="black", markersize=11, fillstyle="none", label="on the Pareto front")
+    most = max(row["mean_nfe"] for row in there)
+    axes.step([*calls, most], [*best, best[-1]], where="post", color="black", linewidth=1, linestyle=(0, (4, 3)))
+    axes.set(xscale="log", yscale="log")
+    budgets_first = sorted(there, key=lambda row: row["setting"].startswith("rtol"))
+    _plain_ticks(axes.xaxis, [float(round(row["mean_nfe"])) for row in budgets_first])
+    _plain_ticks(axes.yaxis)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _plain_ticks(axis: Axis, wanted: Sequence[float] = ()) -> None:
+    """Ticks of a logarithmic axis as plain numbers: those wanted, the first ones first if they crowd, or round ones."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    kept: list[float] = []
+    for tick in wanted:
+        room = (high / low) ** 0.04  # for 25 labels at most
+        if tick > 0 and all(max(tick / other, other / tick) > room for other in kept):
+            kept.append(tick)
+    round_ones = MaxNLocator(6) if high < 10 * low else LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,))
+    axis.set_major_locator(FixedLocator(kept) if kept else round_ones)
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 _HEADINGS = {
@@ -93,11 +117,14 @@ _HEADINGS = {
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1280px; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 13px }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
+table { border-collapse: separate; border-spacing: 0; font-variant-numeric: tabular-nums; font-size: 13px }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid #ddd; vertical-align: bottom }
+td { white-space: nowrap }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left }
+th:first-child, td:first-child { position: sticky; left: 0; background: #fff }
 .front td:first-child { font-weight: 600 }
-.scroll { overflow-x: auto } img { max-width: 100% }
+.scroll { overflow-x: auto } img { max-width: 100% } .plot img { min-width: 640px }
+.narrow { display: none; color: #555; font-size: 13px } @media (max-width: 1100px) { .narrow { display: block } }
 figure { margin: 1rem 0 } figcaption { color: #555; font-size: 13px }
 pre { background: #f5f5f5; padding: 1rem; font-size: 12px; white-space: pre-wrap; overflow-wrap: anywhere }
 """.strip()
@@ -145,8 +172,10 @@ def page(
 <style>{_STYLE}</style></head>
 <body>
 <h1>{html.escape(title)}</h1>
-<figure><img alt="calls against FID" src="{_embedded(picture)}">
-<figcaption>Means over seeds; bars are two standard errors of sampling.</figcaption></figure>
+<p class="narrow">What is wider than this window scrolls sideways.</p>
+<figure><div class="scroll plot"><img alt="calls against FID" src="{_embedded(picture)}"></div>
+<figcaption>Means over seeds; bars are two standard errors of sampling. The dashed line is the Pareto front: the least
+FID that so many calls or fewer reach. Circles are the settings on it.</figcaption></figure>
 <h2>Figures</h2>
 <div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>
 {body}

@@ -154,7 +154,7 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor, *, draws: int = 50, spl
     for _ in range(draws):
         chosen = torch.randint(n, (n,), generator=generator)
         replicates.append(distance(torch.bincount(chosen, minlength=n).double()))
-    error = float(torch.tensor(replicates).std()) if draws > 1 else float("nan")
+    error = float(torch.tensor(replicates, dtype=torch.float64).std()) if draws > 1 else float("nan")
     return Frechet(value, error, 2 * value - float(torch.tensor(halves, dtype=torch.float64).mean()))
 
 

@@ -21,10 +21,11 @@ from fastsde import api
 from fastsde.control import Controller
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
-from fastsde.evaluation.jobs import ShardedJob, claim, clear, controller_record, shard_arrays, write_whole
+from fastsde.evaluation.jobs import HASH, ShardedJob, claim, clear, controller_record, shard_arrays
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.statistics import fewest
+from fastsde.files import json_hash, read_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
 from fastsde.solvers import Solver
@@ -146,24 +147,28 @@ class Sweep:
             world_size: how many there are.
             progress: called with numbers of samples as they are drawn.
         """
-        for cell in self.cells:
-            job = self._job(cell)
-            progress(sum(len(job.indices(k)) for k in range(job.shards) if job.path(k).is_file()))
+        jobs = [self._job(cell) for cell in self.cells]  # all are checked before the first call
+        for cell, job in zip(self.cells, jobs, strict=True):
+            progress(sum(len(job.indices(k)) for k in job.there()))
             for drawn in job.run(partial(self._draw, cell), rank=rank, world_size=world_size):
                 progress(drawn)
             if self._measured(cell, job):
                 yield cell
-        for cell in self.cells:  # what other processes finished in between
-            self._measured(cell, self._job(cell))
+        for cell, job in zip(self.cells, jobs, strict=True):  # what other processes finished in between
+            self._measured(cell, job)
 
-    def _job(self, cell: Cell) -> ShardedJob:
-        settings = {
-            **self.settings,
+    def _cell_settings(self, cell: Cell) -> dict[str, Any]:
+        return {
             "solver": repr(cell.solver),
             "setting": cell.setting,
             **controller_record(cell.controller),
             "seed": cell.seed,
         }
+
+    def _job(self, cell: Cell) -> ShardedJob:
+        channels, height, width = self.problem.model.event_shape or ()
+        shape = {"image_shape": [height, width, channels]}
+        settings = {**self.settings, **self._cell_settings(cell), **shape}
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
         return ShardedJob.begin(self.folder / "cells" / cell.name, self.n, self.shard_size, settings)
 
@@ -188,6 +193,7 @@ class Sweep:
         """Whether the cell's figures are there, after measuring it if all samples are."""
         path = job.folder / RESULT
         if path.is_file():
+            self.row(cell)
             return True
         if job.pending():
             return False
@@ -208,12 +214,23 @@ class Sweep:
         else:
             features, logits = self.problem.features.of(open_images(job.folder))
             row |= measure(features, logits, self.problem.reference, draws=self.draws)
-        write_whole(path, (json.dumps(row) + "\n").encode())
+        write_whole(path, (json.dumps(row | {HASH: self._hash(cell)}) + "\n").encode())
         return True
 
+    def _hash(self, cell: Cell) -> str:
+        """Of all that determines the figures of a cell."""
+        return json_hash({**self.settings, **self._cell_settings(cell)})
+
     def row(self, cell: Cell) -> dict[str, Any]:
-        """The figures of a cell that has them."""
-        found: dict[str, Any] = json.loads((self.folder / "cells" / cell.name / RESULT).read_text())
+        """The figures of a cell that has them.
+
+        Raises:
+            ValueError: if the file is damaged or of other settings, naming it.
+        """
+        path = self.folder / "cells" / cell.name / RESULT
+        found = read_json(path)
+        if found.pop(HASH, None) != self._hash(cell):
+            raise ValueError(f"{path} is of other settings than this sweep. Delete it and run the command again.")
         return found
 
     def rows(self) -> list[dict[str, Any]]:

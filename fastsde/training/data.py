@@ -47,7 +47,7 @@ def load_images(folder: str | Path, *, train: bool = True) -> tuple[Tensor, Tens
 
     Raises:
         FileNotFoundError: naming the file looked for.
-        ValueError: if images and labels do not match.
+        ValueError: if images and labels do not match, or there are several data sets.
     """
     split = "train" if train else "t10k"
     images, labels = (
@@ -75,11 +75,15 @@ def load_test_images(folder: str | Path, images: Tensor, labels: Tensor) -> tupl
 
 
 def _find(folder: Path, stem: str) -> Path:
-    for place in (folder, folder / "raw", *sorted(folder.glob("*/raw"))):
-        for name in (f"{stem}.gz", stem):
-            if (place / name).is_file():
-                return place / name
-    raise FileNotFoundError(f"{folder / stem}[.gz] not found; the folder must hold the four IDX files.")
+    for places in ([folder], [folder / "raw"], sorted(folder.glob("*/raw"))):
+        there = [place / name for place in places for name in (f"{stem}.gz", stem) if (place / name).is_file()]
+        if len({path.parent for path in there}) > 1:
+            raise ValueError(f"{folder} holds several data sets: {there[0].parent} and {there[-1].parent}. Choose one.")
+        if there:
+            return there[0]
+    raise FileNotFoundError(
+        f"{folder / stem}[.gz] not found: give the folder of the four IDX files. No data set comes with fastsde."
+    )
 
 
 def to_unit_range(images: Tensor) -> Tensor:
