@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
 from collections.abc import Mapping
@@ -139,14 +140,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         """The process."""
         return self.reading.sde
 
-    def __getstate__(self) -> dict[str, Any]:
-        # A reading holds functions, which cannot be pickled; it comes from the configuration.
-        return {key: value for key, value in vars(self).items() if key != "reading"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._read()
-
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the start: 1 for a flow, whose pipelines start from the noise itself."""
@@ -226,7 +219,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         if self.config.get("use_exponential_sigmas") or self.config.get("use_lu_lambdas"):
             ends = self.sde.log_snr(torch.tensor([self.sde.t_max, self.sde.t_min]).double())
             return float(self.sde.t_of_log_snr(torch.lerp(ends[:1], ends[1:], share)))
-        return self.sde.t_max * (1 - share)
+        return min(self.sde.t_max, 1 - share)
 
     def set_timesteps(
         self,
@@ -259,7 +252,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
                 "give num_inference_steps of at least 1, timesteps or sigmas (or both), of the same length; got "
                 f"num_inference_steps={n!r} and lists of {sorted(lengths)}."
             )
-        self._mu = mu
+        self._mu, self._paired = mu, timesteps is not None and sigmas is not None
         if sigmas is not None:
             times = self._times_of(torch.as_tensor(sigmas, dtype=torch.float64), mu)
         elif timesteps is not None:
@@ -429,6 +422,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _time(self, timestep: Tensor | float | int, rows: int) -> Time:
         k = torch.as_tensor(timestep).double().reshape(-1)
+        if self._paired:
+            return self.times[[self.index_for_timestep(one) for one in k]].expand(rows)
         t = self.reading.time(k).clamp(self.sde.t_min, 1.0 if self._is_flow else self.sde.t_max)
         return t.expand(rows) if len(t) == 1 else t
 
@@ -470,20 +465,23 @@ class _Timesteps(Tensor):
 
 
 def _reading(config: Config) -> Reading:
-    """`read_schedule`, and two dresses of a flow that only matter to who calls the network, which is the pipeline.
+    """`read_schedule`, and `invert_sigmas` (Mochi): times n (1 - t), and a velocity that runs with them.
 
-    One training timestep means times in [0, 1] (ACE-Step). `invert_sigmas` means times n (1 - t) (Mochi).
+    Only who calls the network has to know of it, and that is the pipeline.
     """
-    table = config.get("beta_schedule") is not None or config.get("trained_betas") is not None
-    backwards, whole = bool(config.get("invert_sigmas")), config.get("num_train_timesteps") == 1 and not table
-    changed = {"invert_sigmas": None} if backwards else {}
-    reading = read_schedule({**config, **changed, **({"num_train_timesteps": 1000} if whole else {})})
-    n = 1 if whole else reading.levels
-    if reading.prediction != "flow_prediction" or not (backwards or whole):
-        return reading
-    if backwards:
-        return dataclasses.replace(reading, timestep=lambda t: n * (1 - t), time=lambda k: 1 - k / n, levels=n)
-    return dataclasses.replace(reading, timestep=lambda t: n * t, time=lambda k: k / n, levels=n)
+    if not config.get("invert_sigmas"):
+        return read_schedule(config)
+    reading = read_schedule({**config, "invert_sigmas": None})
+    n = reading.levels
+    return dataclasses.replace(reading, timestep=functools.partial(_rising, n), time=functools.partial(_falling, n))
+
+
+def _rising(n: int, t: Time) -> Time:
+    return n * (1 - t)
+
+
+def _falling(n: int, k: Time) -> Time:
+    return 1 - k / n
 
 
 def _class_of(config: Config) -> Any:
