@@ -151,6 +151,17 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return self._index
 
     @property
+    def _step_index(self) -> int | None:
+        return self._index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        raise ValueError(
+            "this pipeline sets the number of the step back, to take each step twice (Cosmos does); FastSDEScheduler takes "
+            "a step once. Run the pipeline with its own scheduler."
+        )
+
+    @property
     def _is_flow(self) -> bool:
         return isinstance(self.sde, RectifiedFlow)
 
@@ -321,18 +332,29 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Tensor | float | int,
         sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The state at the next timestep; after the last one, the denoised sample.
 
         Args:
             model_output: what the network returned, with shape (B, *event).
             timestep: the element of `timesteps` it was called with.
             sample: the state it was called on.
+            eta: DDIM's, which its pipelines hand over; 0, since noise is `exponential_eta`.
+            use_clipped_model_output: as in the configuration, which it overrides; None for that.
             generator: for the noise of `exponential_eta`; one, or one for each sample.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple, of the state and the denoised sample as predicted here.
+
+        Raises:
+            ValueError: for states of another shape, steps out of order, and an `eta` that would have no effect.
         """
+        if eta:
+            raise ValueError(
+                f"eta must be 0; got {eta}. Noise is FastSDEScheduler.from_config(.., exponential_eta=1.0)."
+            )
         wide = model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]  # with a learned variance
         wrong = (model_output[:, : sample.shape[1]] if wide else model_output).shape != sample.shape
         if wrong or (self._index is not None and self._returned.shape != sample.shape):
@@ -353,7 +375,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             self._check_timestep(timestep, k)
         c = self._coefficients(k, x)
         level = Level(*c["level"].unbind(1))
-        prediction, edit = self._prediction(model_output.to(x.dtype), x, level)
+        prediction, edit = self._prediction(model_output.to(x.dtype), x, level, use_clipped_model_output)
         state, self._carry = self.solver.correct(self._ahead, prediction, c, self._carry)
         if not start:
             state = state + (x - self._returned)
@@ -370,7 +392,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self._index = k + 1
         out = out.to(sample.dtype)
         self._returned = out.to(x.dtype, copy=True)  # the caller may edit his in place
-        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return SchedulerOutput(prev_sample=out) if return_dict else (out, prediction.x_0.to(sample.dtype))
 
     def _begin(self, x: State, k: int) -> None:
         """Plans the steps from timestep k on."""
@@ -389,7 +411,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         j = k - self._first
         return {key: v[j : j + 1].to(x.device).expand(len(x), *v.shape[1:]) for key, v in self._plan.items()}
 
-    def _prediction(self, out: Tensor, x: State, level: Level) -> tuple[Prediction, State | None]:
+    def _prediction(self, out: Tensor, x: State, level: Level, whole: bool | None) -> tuple[Prediction, State | None]:
         """What the network said of the state it was called on, and how clipping moves the state, if it does."""
         reading, kind = self.reading, self.reading.prediction
         out = out[:, : x.shape[1]]  # a learned variance is dropped
@@ -404,7 +426,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             return prediction, None
         x_0 = clip(prediction.x_0, -reading.limit, reading.limit, reading.ratio)
         clipped = Prediction("sample", x_0, x, level.alpha, level.sigma)
-        if self.config["use_clipped_model_output"]:
+        if self.config["use_clipped_model_output"] if whole is None else whole:
             return clipped, None
         # The noise as it was and the clipped sample make up another state: the one DDIM goes on from.
         return clipped, expand_like(level.alpha, x) * (x_0 - prediction.x_0)
