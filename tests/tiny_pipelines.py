@@ -10,6 +10,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 
+import fastsde
+from fastsde.diffusers import FastSDEScheduler, decode_latents
+
 IMAGE = Image.fromarray((np.indices((16, 16)).sum(0)[..., None] * [8, 6, 4]).astype(np.uint8))
 SMALL = {"height": 16, "width": 16}
 TEXT = {"prompt": "a red cat"}
@@ -517,7 +520,8 @@ def stable_audio():
         channel_multiples=[2, 4],
         sampling_rate=4,
     )
-    return diffusers.StableAudioPipeline(autoencoder, None, None, None, transformer, scheduler), None
+    pipe = diffusers.StableAudioPipeline(autoencoder, None, None, None, transformer, scheduler)
+    return pipe, {}  # needs embeddings of its own projection; its scheduler is refused before
 
 
 def cosmos():
@@ -550,7 +554,7 @@ def cosmos():
         temporal_compression_ratio=4,
     )
     scheduler = diffusers.EDMEulerScheduler(
-        sigma_min=0.002, sigma_max=80, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
+        sigma_min=0.002, sigma_max=80.0, sigma_data=0.5, sigma_schedule="karras", final_sigmas_type="sigma_min"
     )
 
     class Checker(torch.nn.Module):
@@ -567,7 +571,9 @@ def cosmos():
 
 
 def ddim():
-    return diffusers.DDIMPipeline(tiny.unet(), diffusers.DDIMScheduler()), {"batch_size": 1, "output_type": "np"}
+    # With clipping, DDIM's own loop has no limit that 200 steps come near to; test_diffusers_scheduler.py has a case.
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    return diffusers.DDIMPipeline(tiny.unet(), scheduler), {"batch_size": 1, "output_type": "np"}
 
 
 def img2img(kind, base, **more):
@@ -632,6 +638,30 @@ PIPELINES = {
 }
 
 
+READ = {
+    "StableDiffusionPipeline": {"prompt": "", "guidance_scale": 1.0},
+    "StableDiffusionXLPipeline": {"prompt": "", "guidance_scale": 1.0},
+    "StableDiffusion3Pipeline": {"prompt": "", "guidance_scale": 1.0, "max_sequence_length": 256},
+    "FluxPipeline": {"prompt": "", "guidance_scale": 3.5, "max_sequence_length": 512},
+    "PixArtAlphaPipeline": {"prompt": "", "guidance_scale": 1.0, "max_sequence_length": 120},
+    "DiTPipeline": {"class_labels": [1000], "guidance_scale": 1.0},
+    "DDPMPipeline": {},
+    "DDIMPipeline": {},
+    "IFPipeline": {"guidance_scale": 1.0},
+}
+"""What a pipeline is to be asked for to do what `from_diffusers` reads: the empty prompt, or no class, unguided."""
+AS_TEXT = ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3Img2ImgPipeline",
+           "FluxImg2ImgPipeline")  # fmt: skip
+"""Pipelines whose network is read as that of the text-to-image pipeline of the same parts."""
+
+
+def limit_scheduler(scheduler):
+    """One whose steps lead to the flow of a pipeline's own, where that adds noise."""
+    if isinstance(scheduler, diffusers.DDPMScheduler):
+        return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
+    return scheduler
+
+
 def last_state(pipe, arguments, steps, seed=0):
     """What the pipeline's own loop ends in, from the noise of a seed."""
     pipe.set_progress_bar_config(disable=True)
@@ -642,3 +672,51 @@ def last_state(pipe, arguments, steps, seed=0):
     while isinstance(out, (list, tuple)):
         out = out[0]
     return torch.as_tensor(np.asarray(out)).float()
+
+
+def read_state(pipe, steps, seed=0):
+    """The same from `from_diffusers` and `sample`.
+
+    Raises:
+        ValueError, TypeError: where the pipeline is refused.
+    """
+    flux = isinstance(pipe, diffusers.FluxPipeline)
+    model, sde = fastsde.from_diffusers(pipe, **({"event_shape": (4, 8, 8)} if flux else {}))
+    noise = torch.randn((1, *model.event_shape), generator=torch.Generator().manual_seed(seed))
+    start = noise * model.sde.prior_std if isinstance(sde, fastsde.RectifiedFlow) else noise
+    cond = {"encoder_hidden_states": normal(1, 5, 32)} if isinstance(pipe, diffusers.IFPipeline) else None
+    x = fastsde.sample(model, sde, x_init=start, nfe=steps, dtype=torch.float32, cond=cond).samples
+    if flux:
+        x = pipe._pack_latents(x, 1, 4, 8, 8)
+    if isinstance(pipe, diffusers.DiTPipeline):
+        x = decode_latents(pipe.vae, x)
+    return x if hasattr(pipe, "text_encoder") else (x / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+
+
+def distance(a, b):
+    """|| a - b || / || b ||."""
+    return float((a - b).norm() / b.norm())
+
+
+def drop_in(name, steps, more_steps=None):
+    """Distance of the drop-in's last state to the own loop's, and of that with half as many steps.
+
+    Raises:
+        ValueError: where the drop-in refuses.
+    """
+    pipe, arguments = PIPELINES[name]()
+    own, ours = pipe.scheduler, FastSDEScheduler.from_config(pipe.scheduler.config)
+    if name != "CosmosTextToWorldPipeline":
+        pipe.scheduler = limit_scheduler(own)
+        half, whole = (last_state(pipe, arguments, n) for n in (steps // 2, steps))
+    pipe.scheduler = ours
+    return distance(last_state(pipe, arguments, more_steps or steps), whole), distance(half, whole)
+
+
+def read(name, steps):
+    """The same for `from_diffusers`; errors as `read_state`."""
+    pipe, arguments = PIPELINES[name]()
+    ours = read_state(pipe, min(steps, 100))
+    pipe.scheduler = limit_scheduler(pipe.scheduler)
+    half, whole = (last_state(pipe, {**arguments, **READ[name]}, n) for n in (steps // 2, steps))
+    return distance(ours, whole), distance(half, whole)

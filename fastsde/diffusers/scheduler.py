@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -157,8 +158,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     @_step_index.setter
     def _step_index(self, value: int | None) -> None:
         raise ValueError(
-            "this pipeline sets the number of the step back, to take each step twice (Cosmos does); FastSDEScheduler takes "
-            "a step once. Run the pipeline with its own scheduler."
+            "this pipeline sets the number of the step back, to take each step twice (Cosmos does); FastSDEScheduler "
+            "takes a step once. Run the pipeline with its own scheduler."
         )
 
     @property
@@ -236,8 +237,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
-        timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
+        timesteps: Sequence[float] | np.ndarray | Tensor | None = None,
+        sigmas: Sequence[float] | np.ndarray | Tensor | None = None,
         mu: float | None = None,
     ) -> None:
         """Chooses the grid and forgets the last run.
