@@ -1,8 +1,9 @@
 """Which pipeline classes of diffusers does the drop-in lead right, and which does `from_diffusers` read?
 
-Tiny pipelines with random weights (tests/tiny_pipelines.py), each with its own scheduler and with `FastSDEScheduler`, from
-the same noise. The number is the relative distance of the two last states; beside it, that of the own loop from itself
-with half as many steps. Schedulers that add noise are followed along their flow, by DPM-Solver++. Writes docs/pipelines.md.
+Tiny pipelines with random weights (tests/tiny_pipelines.py), each with its own scheduler and with `FastSDEScheduler`,
+from the same noise. The number is the relative distance of the two last states; beside it, that of the own loop from
+itself with half as many steps. Schedulers that add noise are followed along their flow, by DPM-Solver++. Writes
+docs/pipelines.md.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ HEAD = """# Pipeline classes
 Written by `benchmarks/pipelines.py`: tiny pipelines of diffusers {version} with random weights, {steps} steps.
 
 "Right" means that the last state goes where the pipeline's own loop goes, from the same noise. The first number is
-|| ours - own || / || own ||, the second that distance of the own loop from itself with half as many steps: own loops are of
-first order, so theirs to the limit is about as large. Schedulers that add noise are followed along their flow, by
-DPM-Solver++. `from_diffusers` is compared unguided, with the empty prompt.
+|| ours - own || / || own ||, the second that distance of the own loop from itself with half as many steps: own loops
+are of first order, so theirs to the limit is about as large. Schedulers that add noise are followed along their flow,
+by DPM-Solver++. `from_diffusers` is compared unguided, with the empty prompt.
 
 | class | drop-in `FastSDEScheduler` | `from_diffusers` |
 |---|---|---|
@@ -64,6 +65,7 @@ def reading(name: str, steps: int) -> str:
 @click.option("--only", multiple=True, help="Classes to run; all by default, which writes the page.")
 @click.option("--discard", is_flag=True, help="Write nothing.")
 def main(steps: int, only: tuple[str, ...], discard: bool) -> None:
+    """Runs the classes, prints a table and writes the page."""
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
