@@ -18,22 +18,21 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
     [
         "FluxImg2ImgPipeline",  # says mu to a scheduler that does not shift by it
         "CogView4Pipeline",  # times and levels
-        "LTXPipeline",  # ends at a level of noise
         "MochiPipeline",  # time runs the other way
         "CogVideoXPipeline",  # the shifted SNR
         "KandinskyV22Img2ImgPipeline",  # cuts the list itself
     ],
 )
 def test_the_drop_in_leads_where_the_own_loop_leads(name):
-    ours, own = drop_in(name, 20)
-    # Own loops are of first order and as far from their limit as 20 steps are from 10; both may err, on either side. A
+    ours, own = drop_in(name, 12)
+    # Own loops are of first order and as far from their limit as 12 steps are from 6; both may err, on either side. A
     # wrong sign, time or start is 0.2 or more.
     assert ours < 2.5 * own + 0.01
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "DDIMPipeline", "IFPipeline"])
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "DDIMPipeline"])
 def test_from_diffusers_leads_where_the_own_loop_leads(name):
-    ours, own = read(name, 20)
+    ours, own = read(name, 12)
     assert ours < 2.5 * own + 0.01
 
 
