@@ -211,7 +211,8 @@ def clip(x_0: State, low: float, high: float, ratio: float | None = None) -> Sta
     if ratio is None:
         return x_0.clamp(low, high)
     # At most the limit wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
-    # Quantiles need single precision.
-    s = x_0.flatten(1).abs().float().quantile(ratio, dim=1).clamp(min=1.0).clamp(max=max(-low, high))
+    size = x_0.flatten(1).abs()
+    size = size.to(torch.promote_types(size.dtype, torch.float32))  # quantiles know no half precision
+    s = size.quantile(ratio, dim=1).clamp(min=1.0).clamp(max=max(-low, high))
     s = expand_like(s, x_0)
     return x_0.clamp(-s, s) / s
