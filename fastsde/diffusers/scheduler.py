@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
 from diffusers.configuration_utils import register_to_config
@@ -17,15 +23,15 @@ from torch import Tensor
 from fastsde.arguments import own_grid
 from fastsde.batching import expand_like
 from fastsde.control import Grid
-from fastsde.diffusers.networks import DiffusersModel, clipped
-from fastsde.diffusers.schedules import filled, read_schedule
-from fastsde.noise import StepNoise
-from fastsde.score.base import BoundModel, Prediction, ScoreModel
-from fastsde.sde.base import Level
+from fastsde.diffusers.schedules import Config, Reading, filled, read_schedule
+from fastsde.score.base import Prediction
+from fastsde.score.guidance import clip
+from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
-from fastsde.solvers import ExponentialPC, Step
-from fastsde.types import State, Time
+from fastsde.solvers import ExponentialPC
+from fastsde.solvers.adams import Predicted
+from fastsde.types import Carry, State, Time
 
 
 class FastSDEScheduler(SchedulerMixin, ConfigMixin):
@@ -37,9 +43,15 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     `sample_pipeline`, because a pipeline's loop takes no rejection). Half-precision states are kept in float32 between
     steps; an edit of the state between two steps, as inpainting pipelines do, carries over.
 
+    A flow's loop starts from noise z of variance 1, the state at t = 1, as pipelines of flows do (`init_noise_sigma` is
+    1). The first call gives its D, and steps begin from alpha D + sigma z at t_max.
+
     Args:
         num_train_timesteps, beta_start, .., base_shift: the schedule, in the terms of diffusers' schedulers, as
-            `read_schedule` understands them. With none of them, DDPM's: 1000 linear betas from 1e-4 to 0.02.
+            `read_schedule` understands them. With none of them, DDPM's: 1000 linear betas from 1e-4 to 0.02. A flow
+            with one training timestep has times in [0, 1]; with `invert_sigmas`, times and velocities run backwards.
+        use_clipped_model_output: whether clipping changes the predicted noise too, so that it and the denoised sample
+            still make up the state; else it moves the state, as `DDIMScheduler` does. `from_config` takes care of it.
         exponential_order: order of `ExponentialPC`, 1 to 3.
         exponential_eta: its noise: 0 for the probability flow, 1 for the reverse-time SDE.
 
@@ -49,6 +61,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     _compatibles = [e.name for e in KarrasDiffusionSchedulers] + ["FlowMatchEulerDiscreteScheduler"]
     order = 1
+
+    begin_index: int | None
+    _index: int | None
+    _ahead: Predicted
 
     @register_to_config
     def __init__(
@@ -79,20 +95,18 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         max_shift: float = 1.15,
         base_image_seq_len: int = 256,
         max_image_seq_len: int = 4096,
+        time_shift_type: str | None = None,
+        shift_terminal: float | None = None,
         invert_sigmas: bool | None = None,
+        use_clipped_model_output: bool = True,
         exponential_order: int = 3,
         exponential_eta: float = 0.0,
     ) -> None:
         config = {key: value for key, value in self.config.items() if value is not None}
         if not config.keys() & {"beta_schedule", "trained_betas", "sigma_data", "snr", "shift", "flow_shift"}:
-            config["beta_schedule"] = "linear"
             self.register_to_config(beta_schedule="linear")
-        self.reading = read_schedule(config)
-        self.sde = self.reading.sde
         self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
-        self._given: Tensor | None = None
-        self.model = clipped(DiffusersModel(lambda x, timestep: self._given, self.reading), self.reading)
-        self.begin_index: int | None = None
+        self._read()
         self.set_timesteps(num_train_timesteps)
 
     @classmethod
@@ -105,48 +119,126 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             kwargs: further arguments, such as `exponential_eta=1.0`.
         """
         if isinstance(config, Mapping):
-            kept = dict(filled(config))
+            kept = {key: value for key, value in filled(config).items() if key not in _unread(config)}
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
             if kept.get("shift") is not None and kept.get("beta_schedule") is None:
                 kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            read_schedule(kept)  # what cannot work is refused before keys of no use here are dropped
+            if _keeps_noise(config):
+                kept["use_clipped_model_output"] = False
+            _reading(kept)  # what cannot work is refused before keys of no use here are dropped
             config = kept
-        return super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
+        scheduler = made[0] if return_unused_kwargs else made
+        scheduler._read()  # with keys that are no arguments here, which diffusers keeps in the configuration
+        scheduler.set_timesteps(scheduler.num_inference_steps)
+        return made
+
+    def _read(self) -> None:
+        self.reading = _reading(self.config)
+
+    @property
+    def sde(self) -> SDE:
+        """The process."""
+        return self.reading.sde
 
     @property
     def init_noise_sigma(self) -> float:
-        """Standard deviation of the start."""
-        return self.reading.start_std
+        """Standard deviation of the start: 1 for a flow, whose pipelines start from the noise itself."""
+        return 1.0 if self._is_flow else self.reading.start_std
 
     @property
     def step_index(self) -> int | None:
         """Number of the next step; None before the first."""
         return self._index
 
+    @property
+    def _step_index(self) -> int | None:
+        return self._index
+
+    @_step_index.setter
+    def _step_index(self, value: int | None) -> None:
+        raise ValueError(
+            "this pipeline sets the number of the step back, to take each step twice (Cosmos does); FastSDEScheduler "
+            "takes a step once. Run the pipeline with its own scheduler."
+        )
+
+    @property
+    def _is_flow(self) -> bool:
+        return isinstance(self.sde, RectifiedFlow)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The network's times to visit, with shape (N,); a slice from k on, before the run, is a start at k."""
+        timesteps = self._timesteps.as_subclass(_Timesteps)
+        timesteps.scheduler = self
+        return timesteps
+
+    @property
+    def sigmas(self) -> Tensor:
+        """Levels of the timesteps and of the end: t of a flow, sigma / alpha of other processes; with shape (N + 1,).
+
+        With `invert_sigmas` 1 - t, as the scheduler with that key has it. On the CPU, in float32.
+        """
+        level = self.times if self._is_flow else (-0.5 * self.sde.log_snr(self.times)).exp()
+        level = torch.cat([level, level.new_zeros(1)])
+        return (1 - level if self.config.get("invert_sigmas") else level).float()
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """The table of alpha^2, with shape (num_train_timesteps,), in float32.
+
+        Raises:
+            AttributeError: for a process without a table.
+        """
+        if not isinstance(self.sde, DiscreteVPSDE):
+            raise AttributeError(f"{self.sde} has no table of alphas.")
+        return self.sde.alpha(torch.arange(1, self.sde.levels + 1).double() / self.sde.levels).square().float()
+
+    @property
+    def betas(self) -> Tensor:
+        """1 - alpha_k^2 / alpha_(k-1)^2 of that table; shape and errors as of `alphas_cumprod`."""
+        bars = self.alphas_cumprod.double()
+        return (1 - bars / torch.cat([bars.new_ones(1), bars[:-1]])).float()
+
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says at which timestep the loop starts, for pipelines that start from an image.
 
-        They take a share of the list, meaning a share of the network's time; a grid that crowds at the data's end would
-        give them hardly any noise. So the remaining steps of a table of betas or of a flow are planned anew, in place,
-        from that share of the time on. Levels that were given stay.
+        They take a share of the list, meaning that share of the way of the list that their own scheduler would have
+        made; a grid that crowds at the data's end would give them hardly any noise. So the remaining steps of a table
+        of betas or of a flow are planned anew, in place, from there on. Levels that were given or looked at stay.
         """
         self.begin_index = begin_index
         replan = self._own_grid and isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow))
         if not replan or not 0 < begin_index < len(self.times):
             return
-        clock = copy.copy(self.sde)
-        clock.t_max = max(self.sde.t_max * (1 - begin_index / len(self.times)), 2 * self.sde.t_min)
+        clock = self._clock()
+        clock.t_max = max(self._start_of(begin_index / len(self.times)), 2 * clock.t_min)
         left = len(self.times) - begin_index
         tail = Grid.tapered(clock, left - 1).times if left > 1 else torch.tensor([clock.t_max], dtype=torch.float64)
         self.times[begin_index:] = tail
-        self.timesteps[begin_index:] = self.reading.timestep(tail).to(self.timesteps)
+        self._timesteps[begin_index:] = self.reading.timestep(tail).to(self._timesteps)
+
+    def _start_of(self, share: float) -> float:
+        """The time after a share of the way, in the spacing that the configuration asks for."""
+        if self._is_flow:
+            return float(self._shifted(torch.tensor(1 - share, dtype=torch.float64), self._mu))
+        if self.config.get("use_karras_sigmas"):
+            low, high = (
+                (-0.5 * self.sde.log_snr(torch.tensor([t]).double())).exp() for t in (self.sde.t_min, self.sde.t_max)
+            )
+            rho = (high ** (1 / 7) + share * (low ** (1 / 7) - high ** (1 / 7))) ** 7
+            return float(self.sde.t_of_log_snr(-2 * rho.log()))
+        if self.config.get("use_exponential_sigmas") or self.config.get("use_lu_lambdas"):
+            ends = self.sde.log_snr(torch.tensor([self.sde.t_max, self.sde.t_min]).double())
+            return float(self.sde.t_of_log_snr(torch.lerp(ends[:1], ends[1:], share)))
+        return min(self.sde.t_max, 1 - share)
 
     def set_timesteps(
         self,
         num_inference_steps: int | None = None,
         device: torch.device | str | None = None,
-        timesteps: list[float] | None = None,
-        sigmas: list[float] | None = None,
+        timesteps: Sequence[float] | np.ndarray | Tensor | None = None,
+        sigmas: Sequence[float] | np.ndarray | Tensor | None = None,
         mu: float | None = None,
     ) -> None:
         """Chooses the grid and forgets the last run.
@@ -154,46 +246,77 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             num_inference_steps: the number of network calls, at least 1.
             device: where `timesteps` goes.
-            timesteps: the network's times to visit instead, decreasing.
-            sigmas: levels to visit instead: t of a flow, before `mu`; sigma / alpha of other processes.
-            mu: a flow's shift of given sigmas, as exp(mu); without them, it has no effect: shifts space steps, and the
-                spacing is ours.
+            timesteps: the network's times to visit instead, in the order of falling noise.
+            sigmas: levels to visit instead, decreasing: t of a flow, before the shift; sigma / alpha of other
+                processes. With `timesteps` too, the network is told those at these levels.
+            mu: a flow's shift of given sigmas where `use_dynamic_shifting`, exp(mu), or mu if `time_shift_type` is
+                "linear"; else `shift` is. Without sigmas a shift only says where a loop starts from an image: it spaces
+                steps, and the spacing is ours.
 
         Raises:
-            ValueError: if not exactly one of the three says which steps.
+            ValueError: if neither a number nor lists of that length say which steps, or they cannot be walked.
         """
-        given = [v for v in (timesteps, sigmas) if v is not None]
         n = num_inference_steps
-        if len(given) > 1 or (not given and (not isinstance(n, Integral) or isinstance(n, bool) or n < 1)):
-            raise ValueError(f"give num_inference_steps of at least 1, timesteps or sigmas; got {n!r}.")
-        if timesteps is not None:
-            times = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
-        elif sigmas is not None:
-            times = self._times_of(torch.as_tensor(sigmas, dtype=torch.float64), mu)
-        elif num_inference_steps == 1:
-            times = torch.tensor([self.sde.t_max], dtype=torch.float64)
-        else:
-            times = own_grid(self.sde, self.solver, int(num_inference_steps or 0) - 1).times
-        if len(times) == 0 or not torch.isfinite(times).all() or not (times.diff() < 0).all():
+        lengths = {len(v) for v in (timesteps, sigmas) if v is not None}
+        counted = isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+        if len(lengths) > 1 or not (n in lengths or (counted and not lengths) or (n is None and lengths)):
             raise ValueError(
-                f"timesteps and sigmas must be finite and decrease; got {sigmas if timesteps is None else timesteps}."
+                "give num_inference_steps of at least 1, timesteps or sigmas (or both), of the same length; got "
+                f"num_inference_steps={n!r} and lists of {sorted(lengths)}."
             )
+        self._mu, self._paired = mu, timesteps is not None and sigmas is not None
+        if sigmas is not None:
+            times = self._times_of(torch.as_tensor(sigmas, dtype=torch.float64), mu)
+        elif timesteps is not None:
+            times = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
+        else:
+            steps = int(n or 0) - 1
+            times = (
+                own_grid(self._clock(), self.solver, steps).times if steps else torch.tensor([self.sde.t_max]).double()
+            )
+        times = self._checked(times, timesteps if sigmas is None else sigmas)
+        self._given_at = 1.0 if self._is_flow and not lengths else float(times[0])
+        if times[0] > self.sde.t_max:  # the end itself cannot be stepped from
+            times[0] = max(self.sde.t_max, float(times[:2].mean()) if len(times) > 1 else 0.0)
+        self.times = times
+        self.num_inference_steps, self._own_grid = len(times), not lengths
+        network = self.reading.timestep(self.times) if timesteps is None else torch.as_tensor(timesteps)
+        self._timesteps = network.float().to(device or "cpu")
+        self.begin_index = None
+        self._index = None
+        self._carry: Carry = {}
+        self._returned = torch.empty(0)
+
+    def _clock(self) -> SDE:
+        """The process, ended where `shift_terminal` ends it."""
+        clock = copy.copy(self.sde)
+        if self._is_flow and self.config.get("shift_terminal"):
+            clock.t_min = float(self.config["shift_terminal"])
+        return clock
+
+    def _checked(self, times: Time, given: object) -> Time:
+        """The times, if steps can go through them; within the process but for a flow's ends, which have no level."""
+        if len(times) == 0 or not torch.isfinite(times).all() or not (times.diff() < 0).all():
+            raise ValueError(f"timesteps and sigmas must be finite, and their noise must fall; got {given}.")
         slack = 0.01 * (self.sde.t_max - self.sde.t_min)  # pipelines' lists end a level or so outside
         if times[0] > self.sde.t_max + slack or times[-1] < self.sde.t_min - slack:
             first, last = (float(self.reading.timestep(torch.tensor([t]))) for t in (self.sde.t_max, self.sde.t_min))
-            raise ValueError(f"timesteps must be from {first:g} to {last:g}; got {timesteps or sigmas}.")
-        self.times = times.clamp(self.sde.t_min, self.sde.t_max)
-        self.num_inference_steps, self._own_grid = len(times), not given
-        self.timesteps = self.reading.timestep(self.times).float().to(device or "cpu")
-        self._index: int | None = None
-        self._carry: dict[str, Tensor] = {}
-        self._returned = torch.empty(0)
+            raise ValueError(f"timesteps must be from {first:g} to {last:g}; got {given}.")
+        return times.clamp(_LEAST, 1.0) if self._is_flow else times.clamp(self.sde.t_min, self.sde.t_max)
 
     def _times_of(self, sigmas: Tensor, mu: float | None) -> Time:
-        if self.reading.prediction != "flow_prediction":
+        if not self._is_flow:
             return self.sde.t_of_log_snr(-2 * sigmas.log())
-        shift = torch.tensor(float(self.config.get("shift") or 1.0)) if mu is None else torch.tensor(float(mu)).exp()
-        return shift * sigmas / (1 + (shift - 1) * sigmas)
+        times, terminal = self._shifted(sigmas, mu), self.config.get("shift_terminal")
+        return 1 - (1 - times) * (1 - terminal) / (1 - times[-1]) if terminal else times
+
+    def _shifted(self, sigma: Tensor, mu: float | None) -> Tensor:
+        """sigma shifted: s sigma / (1 + (s - 1) sigma), with s from `mu` where the configuration asks for it."""
+        shift = float(self.config.get("shift") or self.config.get("flow_shift") or 1.0)
+        if self.config.get("use_dynamic_shifting"):
+            mu = float(self.config.get("base_shift") or 0.0) if mu is None else mu
+            shift = float(mu) if self.config.get("time_shift_type") == "linear" else math.exp(mu)
+        return shift * sigma / (1 + (shift - 1) * sigma)
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | int | None = None) -> Tensor:
         """EDM's networks want c_in x; all others x itself."""
@@ -210,19 +333,31 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         model_output: Tensor,
         timestep: Tensor | float | int,
         sample: Tensor,
+        eta: float = 0.0,
+        use_clipped_model_output: bool | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
+    ) -> SchedulerOutput | tuple[Tensor, Tensor]:
         """The state at the next timestep; after the last one, the denoised sample.
 
         Args:
             model_output: what the network returned, with shape (B, *event).
             timestep: the element of `timesteps` it was called with.
             sample: the state it was called on.
+            eta: DDIM's, which its pipelines hand over; 0, since noise is `exponential_eta`.
+            use_clipped_model_output: as in the configuration, which it overrides; None for that.
             generator: for the noise of `exponential_eta`; one, or one for each sample.
-            return_dict: False for a tuple.
+            return_dict: False for a tuple, of the state and the denoised sample as predicted here.
+
+        Raises:
+            ValueError: for states of another shape, steps out of order, and an `eta` that would have no effect.
         """
-        wrong = model_output.shape[:1] != sample.shape[:1] or model_output.shape[2:] != sample.shape[2:]
+        if eta:
+            raise ValueError(
+                f"eta must be 0; got {eta}. Noise is FastSDEScheduler.from_config(.., exponential_eta=1.0)."
+            )
+        wide = model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]  # with a learned variance
+        wrong = (model_output[:, : sample.shape[1]] if wide else model_output).shape != sample.shape
         if wrong or (self._index is not None and self._returned.shape != sample.shape):
             raise ValueError(
                 f"model_output and sample must have the shape of the state, and keep it; got "
@@ -231,32 +366,71 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         if self._index is not None and self._index >= len(self.times):
             raise ValueError(f"all {len(self.times)} steps are taken; call set_timesteps before the next run.")
         x = sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
-        first = self._index is None
+        start = self._index is None
         if self._index is None:
-            self._index = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-            self._carry, self._x, self._z = self.solver.init(x), x, torch.zeros_like(x)
-            edit = torch.zeros_like(x)
+            k = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
+            self._check_timestep(timestep, k)
+            self._begin(x, k)
         else:
-            edit = x - self._returned
-        k = self._index
-        self._check_timestep(timestep, k)
-        t, before = self._rows(k, x), self._rows(max(k - 1, 0), x)
-        self._given = model_output.to(x.dtype)
-        now = self._advance(_Given(self.model, x), t if first else before, t)
-        self._carry, self._x = now.carry, (x if first else now.x + edit)
-        if k + 1 >= len(self.times):
-            out = self._carry["x_0"]
-        else:
+            k = self._index
+            self._check_timestep(timestep, k)
+        c = self._coefficients(k, x)
+        level = Level(*c["level"].unbind(1))
+        prediction, edit = self._prediction(model_output.to(x.dtype), x, level, use_clipped_model_output)
+        state, self._carry = self.solver.correct(self._ahead, prediction, c, self._carry)
+        if not start:
+            state = state + (x - self._returned)
+        elif k == 0 and self._given_at > float(self.times[0]):
+            state = self._moved(x, prediction.x_0, level)
+        state = state if edit is None else state + edit
+        out = prediction.x_0
+        if k + 1 < len(self.times):
+            z = None
             if self.solver.eta:
-                z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32)
-                self._z = z.to(x.dtype)
-            ahead = _Ahead(self.model, x)
-            self._advance(ahead, t, self._rows(k + 1, x))
-            out = ahead.x
+                z = randn_tensor(x.shape, generator=generator, device=x.device, dtype=torch.float32).to(x.dtype)
+            self._ahead = self.solver.predict(state, self._coefficients(k + 1, x), self._carry, z)
+            out = self._ahead.x
         self._index = k + 1
         out = out.to(sample.dtype)
         self._returned = out.to(x.dtype, copy=True)  # the caller may edit his in place
-        return SchedulerOutput(prev_sample=out) if return_dict else (out,)
+        return SchedulerOutput(prev_sample=out) if return_dict else (out, prediction.x_0.to(sample.dtype))
+
+    def _begin(self, x: State, k: int) -> None:
+        """Plans the steps from timestep k on."""
+        self._first, self._plan = k, self.solver.plan(self.sde, self.times[k:])
+        self._carry = self.solver.init(x)
+        self._ahead = self.solver.predict(x, self._coefficients(k, x), self._carry, None)
+
+    def _moved(self, x: State, x_0: State, level: Level) -> State:
+        """The state at the first level, from one that was given at a higher one, along the first prediction."""
+        given = self.sde.level(torch.tensor([self._given_at], dtype=torch.float64, device=x.device))
+        keep = level.sigma / given.sigma
+        return expand_like(keep, x) * x + expand_like(level.alpha - keep * given.alpha, x) * x_0
+
+    def _coefficients(self, k: int, x: State) -> Carry:
+        """Those of the step to timestep k, a row for each state."""
+        j = k - self._first
+        return {key: v[j : j + 1].to(x.device).expand(len(x), *v.shape[1:]) for key, v in self._plan.items()}
+
+    def _prediction(self, out: Tensor, x: State, level: Level, whole: bool | None) -> tuple[Prediction, State | None]:
+        """What the network said of the state it was called on, and how clipping moves the state, if it does."""
+        reading, kind = self.reading, self.reading.prediction
+        out = out[:, : x.shape[1]]  # a learned variance is dropped
+        if self.config.get("invert_sigmas"):
+            out = -out
+        if reading.sigma_data is not None:
+            s, c_in = reading.sigma_data, (level.sigma**2 + reading.sigma_data**2) ** -0.5
+            c_out = c_in * level.sigma * (-s if kind == "v_prediction" else s)
+            kind, out = "sample", expand_like((s * c_in) ** 2, x) * x + expand_like(c_out, x) * out
+        prediction = Prediction(kind, out, x, level.alpha, level.sigma)
+        if reading.limit is None:
+            return prediction, None
+        x_0 = clip(prediction.x_0, -reading.limit, reading.limit, reading.ratio)
+        clipped = Prediction("sample", x_0, x, level.alpha, level.sigma)
+        if self.config["use_clipped_model_output"] if whole is None else whole:
+            return clipped, None
+        # The noise as it was and the clipped sample make up another state: the one DDIM goes on from.
+        return clipped, expand_like(level.alpha, x) * (x_0 - prediction.x_0)
 
     def _check_timestep(self, timestep: Tensor | float | int, k: int) -> None:
         """Refuses a timestep that is not the one of the next step; not on a GPU, where looking would wait for it."""
@@ -269,15 +443,11 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
                 f"which is number {found}. Steps go in order; call set_timesteps before the next run."
             )
 
-    def _advance(self, model: BoundModel, t: Time, s: Time) -> Step:
-        return self.solver.step(model, self.sde, self._x, t, s, _Drawn(self._z), self._carry)
-
-    def _rows(self, k: int, x: State) -> Time:
-        return self.times[k].to(x.device).expand(len(x))
-
     def _time(self, timestep: Tensor | float | int, rows: int) -> Time:
         k = torch.as_tensor(timestep).double().reshape(-1)
-        t = self.reading.time(k).clamp(self.sde.t_min, self.sde.t_max)
+        if self._paired:
+            return self.times[[self.index_for_timestep(one) for one in k]].expand(rows)
+        t = self.reading.time(k).clamp(self.sde.t_min, 1.0 if self._is_flow else self.sde.t_max)
         return t.expand(rows) if len(t) == 1 else t
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -293,30 +463,70 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return int(self.config["num_train_timesteps"])
 
 
-class _Drawn(StepNoise):
-    """The step's noise, drawn before."""
-
-    z: State = None  # type: ignore[assignment]
-
-    def __init__(self, z: State) -> None:
-        self.z = z
+_LEAST = 1e-5
+"""The least time of a flow: at 0 there is no noise left to step from."""
 
 
-class _Given(BoundModel):
-    """The network's output at the state it was called on: the point asked for, but for rounding and edits."""
+class _Timesteps(Tensor):
+    """Timesteps that note how a pipeline chooses where to start; what is made of them are plain tensors."""
 
-    def __init__(self, model: ScoreModel, x: State) -> None:
-        super().__init__(model, {}, torch.ones(len(x), dtype=torch.bool, device=x.device))
-        self.x = x
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    scheduler: FastSDEScheduler
 
-    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
-        return self.model(self.x, t, level=level)
+    def __getitem__(self, key: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        if isinstance(key, slice) and key.stop is None and key.step in (None, 1) and self.scheduler.step_index is None:
+            begin = key.indices(len(plain))[0]
+            if 0 < begin < len(plain):
+                self.scheduler.set_begin_index(begin)
+        return plain[key]
+
+    def __lt__(self, other: Any) -> Tensor:
+        # Whoever compares levels starts at one of them.
+        self.scheduler._own_grid = False
+        return self.as_subclass(Tensor) < other
 
 
-class _Ahead(_Given):
-    """Keeps the state that the solver wants evaluated next, which is what a scheduler returns."""
+def _reading(config: Config) -> Reading:
+    """`read_schedule`, and `invert_sigmas` (Mochi): times n (1 - t), and a velocity that runs with them.
 
-    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
-        self.x = x_t
-        one = torch.ones_like(t)
-        return Prediction("sample", torch.zeros_like(x_t), x_t, one, one)
+    Only who calls the network has to know of it, and that is the pipeline.
+    """
+    if not config.get("invert_sigmas"):
+        return read_schedule(config)
+    reading = read_schedule({**config, "invert_sigmas": None})
+    n = reading.levels
+    return dataclasses.replace(reading, timestep=functools.partial(_rising, n), time=functools.partial(_falling, n))
+
+
+def _rising(n: int, t: Time) -> Time:
+    return n * (1 - t)
+
+
+def _falling(n: int, k: Time) -> Time:
+    return 1 - k / n
+
+
+def _class_of(config: Config) -> Any:
+    """The scheduler's class: the one that is named, or whose arguments are all there, as in one built in Python."""
+    if config.get("_class_name") is not None:
+        return getattr(diffusers, str(config["_class_name"]), None)
+    found = {e.name: _parameters(getattr(diffusers, e.name)) for e in KarrasDiffusionSchedulers}
+    fitting = [name for name, parameters in found.items() if parameters <= config.keys()]
+    return getattr(diffusers, max(fitting, key=lambda name: len(found[name]))) if fitting else None
+
+
+def _parameters(scheduler: type) -> set[str]:
+    return set(inspect.signature(scheduler).parameters) - {"kwargs"}
+
+
+def _unread(config: Config) -> set[str]:
+    """Keys of clipping that the scheduler's class does not read: left over from another, they have no effect."""
+    scheduler = _class_of(config)
+    return set() if scheduler is None else {"clip_sample", "thresholding"} - _parameters(scheduler)
+
+
+def _keeps_noise(config: Config) -> bool:
+    """Whether the scheduler clips the denoised sample and leaves the predicted noise: DDIM's."""
+    scheduler = _class_of(config)
+    return scheduler is not None and "use_clipped_model_output" in inspect.signature(scheduler.step).parameters

@@ -50,7 +50,7 @@ _STEP_KEYS = """
     max_image_seq_len max_shift noise_sampler_seed predict_x0 predictor_order rho set_alpha_to_one shift_terminal
     sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset stochastic_sampling tau_func
     tensor_format time_shift_type timestep_spacing timestep_values use_beta_sigmas use_exponential_sigmas
-    use_karras_sigmas use_lu_lambdas variance_type
+    use_clipped_model_output use_karras_sigmas use_lu_lambdas variance_type
 """
 _KEYS = frozenset((_PROCESS_KEYS + _STEP_KEYS).split())
 """What is read, and what says how a scheduler spaces and takes its steps, which is this library's business."""

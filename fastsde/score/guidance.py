@@ -199,17 +199,20 @@ class Clipped(Wrapper):
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
         inside = self.model(x_t, t, cond, level)
-        return Prediction(self.prediction, self._clipped(inside.x_0), x_t, inside.alpha, inside.sigma)
+        low, high = self.data_range if self.limit is None else (-self.limit, self.limit)
+        return Prediction(self.prediction, clip(inside.x_0, low, high, self.ratio), x_t, inside.alpha, inside.sigma)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         return self(x_t, t, cond).out
 
-    def _clipped(self, x_0: State) -> State:
-        low, high = self.data_range if self.limit is None else (-self.limit, self.limit)
-        if self.ratio is None:
-            return x_0.clamp(low, high)
-        # At most the limit wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
-        # Quantiles need single precision.
-        s = x_0.flatten(1).abs().float().quantile(self.ratio, dim=1).clamp(min=1.0).clamp(max=max(-low, high))
-        s = expand_like(s, x_0)
-        return x_0.clamp(-s, s) / s
+
+def clip(x_0: State, low: float, high: float, ratio: float | None = None) -> State:
+    """`x_0`, with shape (B, *event), clipped as `Clipped` does it."""
+    if ratio is None:
+        return x_0.clamp(low, high)
+    # At most the limit wins over at least 1, as in diffusers, whose default limit of 1 makes this plain clipping.
+    size = x_0.flatten(1).abs()
+    size = size.to(torch.promote_types(size.dtype, torch.float32))  # quantiles know no half precision
+    s = size.quantile(ratio, dim=1).clamp(min=1.0).clamp(max=max(-low, high))
+    s = expand_like(s, x_0)
+    return x_0.clamp(-s, s) / s

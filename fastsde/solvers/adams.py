@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,12 +12,26 @@ from torch import Tensor
 from fastsde.batching import expand_like
 from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
-from fastsde.score.base import BoundModel
+from fastsde.score.base import BoundModel, Prediction
 from fastsde.sde.base import SDE, Level
 from fastsde.solvers.adams_coefficients import AdamsCoefficients
 from fastsde.solvers.adams_weights import add_weighted, columns, revised
 from fastsde.solvers.base import Step
 from fastsde.types import Carry, Coef, State, Time
+
+
+class Predicted(NamedTuple):
+    """A step before its network call.
+
+    Attributes:
+        base: the exact linear part and the noise, with shape (B, *event).
+        x: the predicted state, where the network is called, with shape (B, *event).
+        weights: of the correction, each broadcasting against the state; none without a corrector.
+    """
+
+    base: State
+    x: State
+    weights: tuple[Tensor, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,27 +100,52 @@ class ExponentialAdams(AdamsCoefficients):
         unneeded = {"a"} | ({"std"} if self.deterministic else set()) | (set() if errors else _FOR_ERRORS)
         return {key: value for key, value in planned.items() if key not in unneeded}
 
-    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        lam, count = carry["lam"], carry["count"]
-        past = [carry[f"past_{i}"] for i in range(lam.shape[1])]
-        c = carry if "keep" in carry else self.coefficients(sde.level(t), sde.level(s), lam, count)
+    def predict(self, x_t: State, c: Carry, carry: Carry, z: State | None = None) -> Predicted:
+        """The first half of a step, up to the network call.
+
+        Args:
+            x_t: the state, with shape (B, *event).
+            c: the `coefficients` of the step, or a row of a `plan` for each state; each with leading axis B.
+            carry: the memory.
+            z: noise of variance 1 with shape (B, *event), for eta > 0; None adds none.
+        """
         base = expand_like(c["keep"], x_t) * x_t
-        if not self.deterministic:
-            base = base + expand_like(c["std"], x_t) * noise.z
-        weights = columns(c["weights"], x_t)
-        x_s = predicted = add_weighted(base, weights[: len(past)], past)
-        prediction = model(x_s, s, Level(*c["level"].unbind(1)))
+        if z is not None:
+            base = base + expand_like(c["std"], x_t) * z
+        weights, past = columns(c["weights"], x_t), self._past(carry)
+        return Predicted(base, add_weighted(base, weights[: len(past)], past), weights[len(past) :])
+
+    def correct(self, ahead: Predicted, prediction: Prediction, c: Carry, carry: Carry) -> tuple[State, Carry]:
+        """The second half: the state at the end of the step, with shape (B, *event), and the memory there.
+
+        Args:
+            ahead: what `predict` gave, for the same `c` and `carry`.
+            prediction: the network's, at `ahead.x` and the end of the step.
+            c, carry: as for `predict`.
+        """
+        past = self._past(carry)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
+        x_s = ahead.x
         if self.values[1]:
             before = revised(past[0], new, c.get("first"))  # rows at a first step, of solvers that doubt its value
-            x_s = add_weighted(base, weights[len(past) :], [before, new, *past[1:-1]])
-        kept = {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
+            x_s = add_weighted(ahead.base, ahead.weights, [before, new, *past[1:-1]])
+        return x_s, {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        lam, count = carry["lam"], carry["count"]
+        c = carry if "keep" in carry else self.coefficients(sde.level(t), sde.level(s), lam, count)
+        ahead = self.predict(x_t, c, carry, None if self.deterministic else noise.z)
+        prediction = model(ahead.x, s, Level(*c["level"].unbind(1)))
+        x_s, kept = self.correct(ahead, prediction, c, carry)
         if not c.keys() >= _FOR_ERRORS:
             return Step(x_s, kept)  # a plan for a grid, where nobody asks for the error
         if c is not carry:  # a plan knows the times
             kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
-        difference = (x_s - predicted) / expand_like(c["level"][:, 0], x_t)
+        difference = (x_s - ahead.x) / expand_like(c["level"][:, 0], x_t)
         return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))
+
+    def _past(self, carry: Carry) -> list[Tensor]:
+        return [carry[f"past_{i}"] for i in range(max(*self.values, 1))]
 
 
 _FOR_ERRORS = {"h", "lam_s"}
