@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsde.api import run
 from fastsde.arguments import resolve_shape
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags, check_kind, check_steps
+from fastsde.checks import check_flags, check_states, check_steps
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.noise import StepNoise
 from fastsde.result import SampleResult
@@ -98,14 +98,10 @@ def integrate(
         ValueError, TypeError: before the first evaluation, naming the argument, what came and what is allowed.
         SamplingError: if drift or diffusion fails after the first sample was finished.
     """
-    check_kind("x0", x0, Tensor, "a tensor")
     for name, value in (("drift", drift), ("diffusion", diffusion)):
         if not callable(value) and (name, value) != ("diffusion", None):
             raise TypeError(f"{name} must be callable as {name}(x, t); got {type(value).__name__}.")
-    if x0 is None or x0.ndim == 0 or x0.numel() == 0:
-        raise ValueError(f"x0 must be (n, *event) with n >= 1; got {None if x0 is None else tuple(x0.shape)}.")
-    if not x0.is_floating_point():
-        raise TypeError(f"x0 must be floating point; got {x0.dtype}.")
+    check_states("x0", x0)
     if not all(isinstance(t, (int, float)) for t in (t0, t1)) or not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 and t1 must be finite with t0 < t1; got {t0} and {t1}.")
     size = max(abs(t0), abs(t1)) / (t1 - t0)

@@ -219,7 +219,7 @@ def test_encoding_runs_the_same_flow_backwards(solver):
 
 
 def test_steps_below_the_resolution_of_the_path_are_refused():
-    with pytest.raises(ValueError, match=r"rtol must be at least .* with noise"):
+    with pytest.raises(ValueError, match=r"rtol must be at least"):
         fastsde.sample(mixture(VP), n=2, solver=ExponentialPC(eta=1.0), rtol=1e-7)
 
 

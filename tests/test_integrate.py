@@ -235,7 +235,7 @@ def test_a_sample_that_blows_up_is_retired_alone():
     [
         ({"t1": 0.0}, "finite with t0 < t1; got 0.0 and 0.0"),
         ({"t1": math.inf}, "finite with t0 < t1"),
-        ({"x0": torch.ones(3, 1, dtype=torch.int64)}, "x0 must be floating point; got torch.int64"),
+        ({"x0": torch.ones(3, 1, dtype=torch.int64)}, "x0 must be real floating point; got torch.int64"),
         ({"x0": torch.full((3, 1), math.nan)}, "x0 holds NaN"),
         ({"x0": [1.0]}, "x0 must be a tensor; got list"),
         ({"drift": 1.0}, "drift must be callable"),
