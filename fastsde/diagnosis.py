@@ -197,6 +197,28 @@ class _Trial:
         return self.inside and bool((self.error <= _FITS).all())
 
 
+@dataclasses.dataclass
+class _Noised:
+    """Data at each level: states and times, and the squared error of the best linear prediction."""
+
+    data: Tensor
+    level: Tensor
+    x: list[State] = dataclasses.field(default_factory=list)
+    t: list[Time] = dataclasses.field(default_factory=list)
+    least: list[float] = dataclasses.field(default_factory=list)
+
+
+def _judged(model: ScoreModel, reading: Reading, noised: _Noised, outputs: list[State]) -> _Trial:
+    """Errors of a reading, from the network's outputs on noised data."""
+    errors, sizes = [], []
+    for out, x_t, t, least in zip(outputs, noised.x, noised.t, noised.least, strict=True):
+        x_0 = Prediction(model.prediction, out, x_t, model.sde.alpha(t), model.sde.sigma(t)).x_0.double()
+        errors.append(float((x_0 - noised.data).square().mean()) / least)
+        sizes.append(float(x_0.square().mean().sqrt()))
+    error = torch.tensor(errors, dtype=torch.float64).nan_to_num(math.inf)
+    return _Trial(reading, model, noised.level, error, torch.tensor(sizes, dtype=torch.float64), noised.data)
+
+
 class _Bench:
     """Tries readings of one network."""
 
@@ -310,9 +332,12 @@ class _Bench:
 
     def _others(self, inside: ScoreModel, data: Tensor | None, progress: bool) -> Iterator[_Trial]:
         """All readings but the given one; without data, those whose prediction at high noise has the size of data."""
+        noised: dict[tuple[float, float], _Noised | None] = {inside.data_range: None}
+        if data is not None:
+            ranges = (inside.data_range, *(r for r in _RANGES if r != inside.data_range))
+            noised = {r: self._noised(inside.sde, _framed(data, inside.data_range, r)) for r in ranges}
         for name, time in tqdm(_times(inside), desc="readings", unit="time", disable=not progress):
-            for data_range in _ranges(inside.data_range) if data is not None else (inside.data_range,):
-                framed = None if data is None else _framed(data, inside.data_range, data_range)
+            for data_range, framed in noised.items():
                 yield from self._tried_all(inside, name, time, data_range, framed)
 
     def _tried_all(
@@ -321,16 +346,16 @@ class _Bench:
         name: str,
         time: Callable[[Time], Time] | None,
         data_range: tuple[float, float],
-        data: Tensor | None,
+        noised: _Noised | None,
     ) -> Iterator[_Trial]:
         """All predictions and signs of a network with this time, from the same calls where data are given."""
         readings = [Reading(p, sign, name, data_range) for p in _PREDICTIONS for sign in (1, -1)]
         models = [self._read(inside, reading, time) for reading in readings]
         try:
-            if data is not None:
-                outputs = [self._output(models[0], x_t, t) for x_t, t, _ in self._noised(models[0].sde, data)]
+            if noised is not None:
+                outputs = [self._output(models[0], x_t, t) for x_t, t in zip(noised.x, noised.t, strict=True)]
                 for model, reading in zip(models, readings, strict=True):
-                    yield self._judged(model, reading, data, [reading.sign * out for out in outputs])
+                    yield _judged(model, reading, noised, [reading.sign * out for out in outputs])
                 return
             for model, reading in zip(models, readings, strict=True):
                 if self._starts_inside(model):
@@ -340,7 +365,7 @@ class _Bench:
 
     def _read(self, inside: ScoreModel, reading: Reading, time: Callable[[Time], Time] | None) -> ScoreModel:
         model = copy.copy(inside)
-        model.prediction, model.data_range = reading.prediction, reading.data_range
+        model.prediction, model.data_range, model.knows_range = reading.prediction, reading.data_range, True
         if reading.time != "as given":
             model.timestep = time
         return model if reading.sign == 1 else _Negative(model)
@@ -361,41 +386,32 @@ class _Bench:
             low, high = model.data_range
             # Samples that are all the same are none, however well they are denoised.
             inside = inside and float(data.std(0).mean()) > 0.01 * (high - low)
-        outputs = [self._output(model, x_t, t) for x_t, t, _ in self._noised(model.sde, data)]
-        trial = self._judged(model, reading, data, outputs)
-        return dataclasses.replace(trial, inside=inside)
+        noised = self._noised(model.sde, data)
+        outputs = [self._output(model, x_t, t) for x_t, t in zip(noised.x, noised.t, strict=True)]
+        return dataclasses.replace(_judged(model, reading, noised, outputs), inside=inside)
 
-    def _judged(self, model: ScoreModel, reading: Reading, data: Tensor, outputs: list[State]) -> _Trial:
-        """Errors of a reading, from the network's outputs on noised data."""
-        levels, errors, sizes = [], [], []
-        mean = data.mean(0, keepdim=True)
-        variance = float((data - mean).square().mean()) * len(data) / max(len(data) - 1, 1)
-        for out, (x_t, t, rho) in zip(outputs, self._noised(model.sde, data), strict=True):
-            alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
-            x_0 = Prediction(model.prediction, out, x_t, alpha, sigma).x_0
-            shrink = alpha * variance / (alpha**2 * variance + sigma**2)
-            linear = mean + expand_like(shrink, x_t) * (x_t - expand_like(alpha, x_t) * mean)
-            error, least = (((guess - data).double() ** 2).mean() for guess in (x_0, linear))
-            levels.append(rho)
-            errors.append(float(error / least.clamp(min=1e-30)))
-            sizes.append(float(x_0.double().square().mean().sqrt()))
-        finite = torch.tensor(errors, dtype=torch.float64).nan_to_num(math.inf)
-        return _Trial(reading, model, torch.tensor(levels), finite, torch.tensor(sizes), data)
-
-    def _noised(self, sde: SDE, data: Tensor) -> Iterator[tuple[State, Time, float]]:
-        """The data at each level, from most noise to least: x_t, t and sigma / alpha."""
+    def _noised(self, sde: SDE, data: Tensor) -> _Noised:
+        """The data at each level, from most noise to least, and how well a linear prediction does there."""
         ends = torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)
         most, least = (-0.5 * sde.log_snr(ends)).exp().tolist()
         spread = max(float(data.std()), 1e-12)
         high, low = min(most, _MOST * spread), max(least, _LEAST * spread)
         if not low < high:
             high, low = most, least
-        ladder = torch.logspace(math.log10(high), math.log10(low), _LEVELS, dtype=torch.float64)
-        for k, rho in enumerate(ladder.tolist()):
+        noised = _Noised(data, torch.logspace(math.log10(high), math.log10(low), _LEVELS, dtype=torch.float64))
+        mean = data.mean(0, keepdim=True)
+        variance = float((data - mean).square().mean()) * len(data) / max(len(data) - 1, 1)
+        for k, rho in enumerate(noised.level.tolist()):
             t = sde.t_of_log_snr(torch.full((len(data),), -2 * math.log(rho), dtype=torch.float64, device=self.device))
             t = t.clamp(sde.t_min, sde.t_max)
-            z = self.noise.normal(self.index, torch.full_like(self.index, k), 0)
-            yield sde.marginal(data, t, z), t, rho
+            x_t = sde.marginal(data, t, self.noise.normal(self.index, torch.full_like(self.index, k), 0))
+            alpha, sigma = sde.alpha(t), sde.sigma(t)
+            shrink = alpha * variance / (alpha**2 * variance + sigma**2)
+            linear = mean + expand_like(shrink, x_t) * (x_t - expand_like(alpha, x_t) * mean)
+            noised.x.append(x_t)
+            noised.t.append(t)
+            noised.least.append(max(float((linear - data).double().square().mean()), 1e-30))
+        return noised
 
     def _output(self, model: ScoreModel, x_t: State, t: Time) -> State:
         self.calls += model.calls
@@ -461,10 +477,6 @@ def _times(model: ScoreModel) -> list[tuple[str, Callable[[Time], Time] | None]]
     if isinstance(sde, (EDM, VESDE)):
         times += [("sde.sigma(t)", sde.sigma), ("0.25 * sde.sigma(t).log()", lambda t: 0.25 * sde.sigma(t).log())]
     return times
-
-
-def _ranges(given: tuple[float, float]) -> list[tuple[float, float]]:
-    return [given, *(r for r in _RANGES if r != given)]
 
 
 def _framed(data: Tensor, given: tuple[float, float], wanted: tuple[float, float]) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import torch
@@ -21,7 +22,7 @@ from fastsde.batching import expand_like
 from fastsde.checks import check_count, check_flags, check_states
 from fastsde.control import Controller
 from fastsde.noise import FreshNoise, StepNoise
-from fastsde.result import Status
+from fastsde.result import Interrupted, Status
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
@@ -75,7 +76,7 @@ def log_likelihood(
     max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    progress: bool = False,
+    progress: bool = True,
 ) -> Likelihood:
     r"""Log-likelihood of data under the probability flow, with a step size per sample and a standard error.
 
@@ -86,6 +87,9 @@ def log_likelihood(
     estimated by Hutchinson's v^T (d eps / dy) v with `probes` vectors v, fixed along the path of a sample, or computed
     exactly, by d backward passes. Source: Song et al., https://arxiv.org/abs/2011.13456, app. D; Grathwohl et al.,
     https://arxiv.org/abs/1810.01367, sec. 3.
+
+    The price: 100 to 200 network calls a sample at the default tolerances, each with `probes` backward passes (d with
+    `exact`); half a minute for four images of 28 x 28 with the packaged model on two cores.
 
     Args:
         score_fn: as for `sample`; differentiable in x by autograd.
@@ -107,13 +111,14 @@ def log_likelihood(
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n.
         max_nfe: as for `sample`.
-        dtype: floating dtype of the state; that of `x` by default.
+        dtype: floating dtype of the state; float32 by default, float64 for x in float64.
         device: that of `x` by default.
-        progress: show a bar.
+        progress: show a bar over finished samples.
 
     Raises:
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished.
+        Interrupted: at Ctrl-C; a `Likelihood` with what is finished, NaN elsewhere, is in `.result`.
     """
     check_states("x", x)
     check_flags(exact=exact, gaussian=gaussian)
@@ -142,7 +147,8 @@ def log_likelihood(
     ends, columns = torch.tensor([t_end, t_start], dtype=torch.float64, device=device), 1 if exact else probes
     y_start = data.reshape(len(data), -1) / float(process.alpha(ends)[0])
     d = y_start.shape[1]
-    result = run(
+    walked = functools.partial(
+        run,
         model,
         process,
         Forward(_Density(tableau, event, columns, exact, gaussian)),
@@ -160,6 +166,11 @@ def log_likelihood(
         max_nfe=max_nfe,
         progress=progress,
     )
+    interrupted = False
+    try:
+        result = walked()
+    except Interrupted as stopped:
+        result, interrupted = stopped.result, True
     y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
     rho, log_alpha = float(noise_level(process, ends)[1]), float(process.log_alpha(ends)[0])
     prior = -0.5 * (y / rho).square().sum(1) - d * (math.log(rho) + 0.5 * math.log(2 * math.pi))
@@ -167,14 +178,18 @@ def log_likelihood(
     log_prob = (prior[:, None] + d * (gained - log_alpha)).reshape(n, draws, columns)
     log_prob = log_prob.masked_fill((status != Status.SUCCESS).any(1)[:, None, None], torch.nan)
     average, bits = log_prob.mean((1, 2)), d * math.log(2)
-    return Likelihood(
+    pending = (status == Status.PENDING).any(1)
+    likelihood = Likelihood(
         average,
         -average / bits - (0.0 if bin_width is None else math.log2(bin_width)),
         _standard_error(log_prob, certain=exact and bin_width is None) / bits,
         result.nfe.reshape(n, draws).sum(1),
-        status.max(1).values,
+        status.max(1).values.masked_fill(pending, int(Status.PENDING)),
         result.seconds,
     )
+    if interrupted:
+        raise Interrupted(likelihood)
+    return likelihood
 
 
 def _standard_error(log_prob: Tensor, *, certain: bool) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.sde.vp import VPSDE
+from fastsde.types import Cond, Time
 
 ASSETS = Path(__file__).parent / "assets"
 WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "card.json"
@@ -130,18 +132,45 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
     return model, sde
 
 
+class PackagedModel(ScoreModel):
+    """The network of a checkpoint, whose labels are checked before they are looked up."""
+
+    labels: int | None = None
+    """How many labels there are, "no label" included; None for networks without classes."""
+
+    def check_cond(self, cond: Cond) -> None:
+        super().check_cond(cond)
+        labels = cond.get("class_labels")
+        if labels is None or self.labels is None:
+            return
+        if labels.is_floating_point() or labels.ndim != 1:
+            raise ValueError(
+                f"class_labels must be integers with shape (n,); got {tuple(labels.shape)} of {labels.dtype}."
+            )
+        low, high = int(labels.min()), int(labels.max())
+        if low < 0 or high >= self.labels:
+            raise ValueError(f"class_labels must be from 0 to {self.labels - 1}; got {low} .. {high}.")
+
+
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:
     """The score model around a network described by a card, before or after training."""
     levels, classes, size = card["timestep_levels"], card["classes"], card["event_shape"]
-    return ScoreModel(
+    model = PackagedModel(
         network,
         sde,
         card["prediction"],
         event_shape=tuple(size),
         data_range=tuple(card["data_range"]),
-        timestep=lambda t: levels * t - 1,  # level k of a discrete table belongs to t = (k + 1) / N
+        timestep=functools.partial(_level, levels),
         default_cond={"class_labels": torch.tensor(len(classes))} if classes else None,
     )
+    model.labels = len(classes) + 1 if classes else None
+    return model
+
+
+def _level(levels: int, t: Time) -> Time:
+    """Level k of a discrete table belongs to t = (k + 1) / N."""
+    return levels * t - 1
 
 
 def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any]) -> None:

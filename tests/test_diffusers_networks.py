@@ -558,3 +558,73 @@ def test_offloaded_networks_compute_where_their_hook_says():
     samples = fastsde.sample(model, sde, n=2, nfe=4).samples
     # Without hooks, convolutions work in another layout: roundings.
     torch.testing.assert_close(samples, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+WRAPPED = {
+    "torch.compile": lambda net: torch.compile(net, backend="eager"),
+    "DataParallel": torch.nn.DataParallel,
+    "AveragedModel": torch.optim.swa_utils.AveragedModel,
+    "both": lambda net: torch.nn.DataParallel(torch.compile(net, backend="eager")),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_a_wrapped_network_is_read_like_the_one_inside(wrap):
+    net = tiny.unet(num_class_embeds=10)
+    arguments = {"n": 3, "nfe": 3, "seed": 1, "cond": {"class_labels": torch.arange(3)}}
+    plain, wrapped = (
+        fastsde.sample(from_diffusers(n, diffusers.DDPMScheduler())[0], **arguments).samples
+        for n in (net, WRAPPED[wrap](net))
+    )
+    # A plain network is called with channels last, which rounds differently.
+    torch.testing.assert_close(wrapped, plain, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Lumina2Transformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"])
+def test_networks_of_unknown_convention_are_refused(name):
+    class Network(torch.nn.Module):
+        def forward(self, hidden_states, timestep):
+            raise AssertionError("called")
+
+    Network.__name__ = name
+    for network in (Network(), torch.nn.DataParallel(Network())):
+        with pytest.raises(ValueError, match=f"does not know how {name} is called.*FastSDEScheduler.*diagnose"):
+            from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
+
+
+def test_the_time_is_never_given_to_keyword_arguments():
+    with pytest.raises(ValueError, match=r"must take x and a time, .*it takes \(x, \*\*kwargs\)"):
+        from_diffusers(lambda x, **kwargs: x, diffusers.DDPMScheduler())
+    seen = []
+
+    def network(x, *args, **kwargs):
+        seen.append((len(args), sorted(kwargs)))
+        return x
+
+    fastsde.sample(from_diffusers(network, diffusers.DDPMScheduler())[0], shape=(2, 3), nfe=2)
+    assert seen == [(1, []), (1, [])]
+
+
+def test_audio_and_video_networks():
+    schedule = diffusers.DDPMScheduler(clip_sample=False)
+    audio = diffusers.UNet1DModel(
+        sample_size=64, in_channels=1, out_channels=1, extra_in_channels=32, block_out_channels=(16, 16, 32)
+    )
+    video = diffusers.UNet3DConditionModel(
+        sample_size=8,
+        block_out_channels=(4, 8),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=2,
+    )
+    text = {"encoder_hidden_states": torch.zeros(1, 6, 8)}
+    for network, event, known, cond in ((audio, (1, 64), (1, 64), {}), (video, (4, 3, 8, 8), None, text)):
+        model, _ = from_diffusers(network, schedule)
+        assert model.event_shape == known
+        x, t = torch.randn(1, *event), torch.tensor([0.4], dtype=torch.float64)
+        with torch.no_grad():
+            theirs = network(x, 399.0 * torch.ones(1), **cond).sample  # level 399 is at t = 400 / 1000
+            torch.testing.assert_close(model(x, t, cond).epsilon, theirs, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde import DDIM, Ancestral, DPMSolverPP, Grid, SamplingError, UniPC
-from fastsde.diffusers import FastSDEPipeline, decode_latents, encode_images, from_diffusers, load, sample_pipeline
+from fastsde.diffusers import FastSDEPipeline, decode_latents, encode_images, from_diffusers, load
 from fastsde.noise import StepNoise
 from fastsde.score import Mask, Projection, Wrapper
 
@@ -57,6 +57,13 @@ def grid_of(scheduler):
 
 
 COMMON = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+
+
+def sample_pipeline(pipe, *prompt, **arguments):
+    """With a seed, so that two calls can be compared."""
+    return fastsde.sample_pipeline(pipe, *prompt, **{"generator": 0, **arguments})
+
+
 PEERS = {
     # Their step goes to t - 1000 // steps, which is the next timestep only with leading spacing.
     "DDIM": (
@@ -162,8 +169,47 @@ def test_guidance_compares_with_the_negative_prompt(name):
     assert not torch.equal(guided.images[1], more.images[1])
     if name != "dit":
         other = sample_pipeline(pipe, guidance_scale=3.0, negative_prompt=["", "blue"], **shared)
-        assert torch.equal(guided.images[0], other.images[0])
+        # With no negative prompt SDXL's pipeline compares with zeros, the others with the empty prompt.
+        assert torch.equal(guided.images[0], other.images[0]) == (name != "sdxl")
         assert not torch.equal(guided.images[1], other.images[1])
+
+
+def test_sdxl_without_a_negative_prompt_is_guided_against_zeros():
+    pipe = tiny.sdxl()
+    shared = {"nfe": 10, "output_type": "latent", "guidance_scale": 3.0, **QUIET}
+    prompt, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
+    given = {"prompt_embeds": prompt, "pooled_prompt_embeds": pooled}
+    zeros = {f"negative_{key}": torch.zeros_like(value) for key, value in given.items()}
+    assert torch.equal(
+        sample_pipeline(pipe, PROMPTS, **shared).images, sample_pipeline(pipe, **given, **zeros, **shared).images
+    )
+    model, _ = from_diffusers(pipe, guidance_scale=3.0)
+    assert not model.default_cond["negative_encoder_hidden_states"].any()
+    assert model.default_cond["encoder_hidden_states"].any()
+
+
+def test_without_a_seed_each_call_draws_another_and_says_which():
+    pipe = tiny.ddpm()
+    torch.manual_seed(1)
+    first, second = (fastsde.sample_pipeline(pipe, nfe=3, output_type="latent", **QUIET) for _ in range(2))
+    assert first.result.seed != second.result.seed
+    assert not torch.equal(first.images, second.images)
+    again = fastsde.sample_pipeline(pipe, nfe=3, generator=second.result.seed, output_type="latent", **QUIET)
+    assert torch.equal(again.images, second.images)
+    torch.manual_seed(1)
+    assert fastsde.sample_pipeline(pipe, nfe=3, output_type="latent", **QUIET).result.seed == first.result.seed
+
+
+def test_an_interrupted_pipeline_hands_over_its_images():
+    def stop(state):
+        if state.finished:
+            raise KeyboardInterrupt
+
+    with pytest.raises(fastsde.Interrupted) as stopped:
+        sample_pipeline(tiny.ddpm(), n=3, batch_size=1, nfe=3, callback=stop, **QUIET)
+    r = stopped.value.result
+    assert [image is None for image in r.images] == [False, True, True]
+    assert r.result.counts() == {"SUCCESS": 1, "PENDING": 2}
 
 
 def test_a_scale_up_to_1_is_no_guidance_whatever_the_neighbours(without_type_checks):
@@ -312,7 +358,7 @@ def test_a_failed_sample_has_no_image():
         ({"guidance_scale": "7"}, "guidance_scale must be one finite number"),
         ({"latents": START.numpy()}, "latents must be a tensor"),
         ({"prompt_embeds": torch.zeros(2, 7, 16)}, "either prompt or prompt_embeds"),
-        ({"prompt": None, "prompt_embeds": torch.zeros(2, 7, 15)}, r"shape \(n, tokens, 16\)"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(2, 7, 15)}, r"Pad the shorter prompt|shape \(n, tokens, 16\)"),
         ({"wrap": lambda model: 3}, "wrap must return a score model"),
         ({"index": [1]}, "index must have one entry"),
         ({"guidance_scale": [-1.0, 2.0]}, "not negative"),

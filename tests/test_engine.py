@@ -331,6 +331,14 @@ def uneven(network=None, **options):
     return run(7, StubController(UNEVEN), network=network, batch_size=3, **options)
 
 
+def interrupted(*args, **options):
+    """What an interrupted run hands over, or the result of one that was not."""
+    try:
+        return uneven(*args, **options)
+    except fastsde.Interrupted as stopped:
+        return stopped.result
+
+
 def one_then(error, call):
     """A network that answers 1 and raises `error` once, at the given call."""
     fails = raises_at(error, call)
@@ -373,7 +381,7 @@ def test_ctrl_c_between_turns_returns_what_is_finished():
             if state.turn == stop:
                 raise KeyboardInterrupt
 
-        result = uneven(callback=callback)
+        result = interrupted(callback=callback)
         assert is_partial(result, clean)
         assert int(result.success.sum()) == turns[stop - 1].finished
     assert result.counts() == {"SUCCESS": 7}
@@ -383,7 +391,7 @@ def test_ctrl_c_inside_any_network_call_loses_no_finished_sample():
     network = Recorder(lambda x, t: torch.ones_like(x))
     clean, finished = uneven(network), []
     for call in range(len(network.calls)):
-        result = uneven(Recorder(one_then(KeyboardInterrupt(), call)))
+        result = interrupted(Recorder(one_then(KeyboardInterrupt(), call)))
         assert is_partial(result, clean)
         finished.append(int(result.success.sum()))
     assert finished == sorted(finished)
@@ -427,7 +435,7 @@ def test_progress_bar_counts_finished_samples_and_their_mean_nfe(capfd):
             raise KeyboardInterrupt
 
     for callback in (None, stop):
-        result = uneven(progress=True, callback=callback)
+        result = interrupted(progress=True, callback=callback)
         done = result.success
         # What the bar says last: what it says in between depends on the clock.
         last = capfd.readouterr().err.split("\r")[-1]
@@ -460,7 +468,9 @@ def test_an_interrupt_at_any_call_keeps_all_that_ended(monkeypatch, lag):
     kept = []
     for stop in range(1, total + 1):
         state.update(calls=0, stop=stop)
-        r = fastsde.sample(score, sde, **options)
+        with pytest.raises(fastsde.Interrupted) as stopped:
+            fastsde.sample(score, sde, **options)
+        r = stopped.value.result
         good = r.success
         # A whole sample is the one of the undisturbed run, to the rounding of other batch sizes.
         torch.testing.assert_close(r.samples[good], full.samples[good], rtol=1e-10, atol=1e-12)

@@ -9,6 +9,7 @@ import click
 import fastsde
 from fastsde.cli.bench import bench
 from fastsde.cli.calibrate import calibrate
+from fastsde.cli.diagnose import diagnose
 from fastsde.cli.features import train_features
 from fastsde.cli.info import info
 from fastsde.cli.measuring import evaluate, stats
@@ -48,5 +49,5 @@ def main() -> None:
     """
 
 
-for command in (sample, bench, stats, evaluate, calibrate, train, train_features, info):
+for command in (sample, bench, stats, evaluate, diagnose, calibrate, train, train_features, info):
     main.add_command(command)

@@ -40,7 +40,7 @@ class Grid(Controller):
     def __init__(self, times: Tensor | list[float]) -> None:
         try:
             self.times = torch.as_tensor(times, dtype=torch.float64).detach().cpu().clone()
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"times must be a vector of at least 2 numbers; got {str(times)[:80]}.") from error
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(f"times must be a vector of at least 2 numbers; got shape {tuple(self.times.shape)}.")

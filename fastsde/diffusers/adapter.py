@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fastsde.checks import check_count
-from fastsde.diffusers.conditions import embedded_guidance, network_of, takes_text, text_cond
+from fastsde.diffusers.conditions import call_default, embedded_guidance, network_of, takes_text, text_cond
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
 from fastsde.diffusers.loading import load
-from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, clipped, config_of
+from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, clipped, config_of
 from fastsde.diffusers.schedules import CLASSES, Config, read_schedule
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import ClassifierFreeGuidance
+from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance
 from fastsde.sde.base import SDE
 
 
@@ -102,6 +102,7 @@ def unguided(
     if scheduler is None and pipe is not None:
         scheduler = pipe.scheduler
     latent = pipe is not None and autoencoder(pipe) is not None
+    check_known(network)
     return DiffusersModel(
         network,
         read_schedule(scheduler_config(scheduler)),
@@ -115,7 +116,10 @@ def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[floa
     """The model under classifier-free guidance, if the scale is above 1; its defaults are those of the other half."""
     if scale <= 1:
         return model
-    null = {key: value for key, value in (model.default_cond or {}).items() if key not in _SHARED}
+    own = model.default_cond or {}
+    model.default_cond = {key: value for key, value in own.items() if not key.startswith(NEGATIVE)} or None
+    null = {key: own.get(NEGATIVE + key, value) for key, value in own.items() if key not in _SHARED}
+    null = {key: value for key, value in null.items() if not key.startswith(NEGATIVE)}
     return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
 
 
@@ -198,7 +202,11 @@ def _defaults(pipe: Any, model: DiffusersModel, scale: float | None) -> dict[str
     """Conditioning of one row for callers that give none: the null label, or the empty prompt."""
     cond = dict(model.default_cond or {})
     if takes_text(pipe) and getattr(pipe, "text_encoder", None) is not None:
-        encoded = text_cond(pipe, [""], None, image_size(pipe, model.event_shape or latent_shape(pipe)))
+        size = image_size(pipe, model.event_shape or latent_shape(pipe))
+        # With what the pipeline takes for no negative prompt as the other half of guidance.
+        own = call_default(pipe, "negative_prompt")
+        guided = not embedded_guidance(pipe) and (scale or 0.0) > 1
+        encoded = text_cond(pipe, [""], [own] if isinstance(own, str) else None, size, guided=guided)
         cond |= {key: value[0] for key, value in encoded.items()}
     if embedded_guidance(pipe):
         cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale), dtype=torch.float32)

@@ -47,14 +47,22 @@ def embedded_guidance(pipe: Any) -> bool:
 
 
 def text_cond(
-    pipe: Any, prompts: Sequence[str] | None, negative: Sequence[str] | None, size: tuple[int, int], **encode: Any
+    pipe: Any,
+    prompts: Sequence[str] | None,
+    negative: Sequence[str] | None,
+    size: tuple[int, int],
+    *,
+    guided: bool = False,
+    **encode: Any,
 ) -> dict[str, Tensor]:
     """Conditioning of a text-to-image network, each tensor with leading axis n.
 
     Args:
         pipe: the pipeline, whose own `encode_prompt` does the work.
         prompts: n prompts; None where `encode` has embeddings.
-        negative: n negative prompts, for guidance; None without.
+        negative: n negative prompts, for guidance; None for what the pipeline takes where none is given: the empty
+            prompt, or zeros (SDXL).
+        guided: whether the negative half is wanted.
         size: (height, width) of the images in pixels.
         encode: further arguments of `encode_prompt`, such as `clip_skip`, `prompt_2` or `prompt_embeds`.
 
@@ -71,7 +79,7 @@ def text_cond(
         "prompt_3": None,
         "device": pipe._execution_device,
         "num_images_per_prompt": 1,
-        "do_classifier_free_guidance": negative is not None,
+        "do_classifier_free_guidance": guided,
         "negative_prompt": None if negative is None else list(negative),
         **encode,
     }

@@ -77,7 +77,7 @@ class DiffusersModel(ScoreModel):
         self.config = config = config_of(network)
         self.arguments = _arguments(network)
         self.packed = "img_ids" in self.arguments
-        _check_known(network)
+        check_known(network)
         # Networks of that name for text or for one dimension have no logarithm of the time and do not divide by it.
         other = "encoder_hidden_states" in self.arguments or "UNet1DModel" in _class_names(network)
         fourier = config.get("time_embedding_type") == "fourier" and not other
@@ -254,7 +254,7 @@ def _class_names(network: object) -> list[str]:
     return [kind.__name__ for kind in type(unwrap(network)).__mro__]
 
 
-def _check_known(network: object) -> None:
+def check_known(network: object) -> None:
     """Refuses, with a ValueError, a network of diffusers whose time and sign are not known."""
     names = [name for name in _class_names(network) if not name.endswith("Mixin")]
     if not any(name in _KNOWN for name in names) and names[0] in _diffusers_names():

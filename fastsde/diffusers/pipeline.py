@@ -16,6 +16,7 @@ from fastsde.diffusers.loading import load
 from fastsde.diffusers.sampling import sample_pipeline
 from fastsde.files import read_json
 from fastsde.job import EngineState
+from fastsde.result import Interrupted
 
 _SETTINGS = "fastsde.json"
 
@@ -129,7 +130,12 @@ class FastSDEPipeline:
                 raise ValueError("give either callback= or callback_on_step_end=, not both.")
             arguments["callback"] = self._bridge(callback_on_step_end, callback_on_step_end_tensor_inputs)
         bar = getattr(self.pipe, "_progress_bar_config", {})
-        r = sample_pipeline(self.pipe, prompt, **{"progress": not bar.get("disable", False), **arguments})
+        try:
+            r = sample_pipeline(self.pipe, prompt, **{"progress": not bar.get("disable", False), **arguments})
+        except Interrupted as stopped:
+            if not getattr(self.pipe, "_interrupt", False):
+                raise
+            r = stopped.result  # the callback asked for it
         if not return_dict:
             return (r.images,)
         output = ImagePipelineOutput(images=r.images)

@@ -27,7 +27,7 @@ from fastsde.diffusers.conditions import (
 from fastsde.diffusers.latents import autoencoder, decode_latents
 from fastsde.diffusers.networks import clipped
 from fastsde.job import EngineState
-from fastsde.result import SampleResult, SamplingError
+from fastsde.result import Interrupted, SampleResult, SamplingError
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import NEGATIVE
 from fastsde.solvers import Solver
@@ -92,7 +92,8 @@ def sample_pipeline(
         pipe: a text-to-image pipeline (Stable Diffusion, SDXL, SD3, Flux, PixArt), a class-conditional (DiT) or an
             unconditional one.
         prompt: one, or a list.
-        negative_prompt: one for all, or as many as prompts; the empty prompt by default. Of no use without guidance.
+        negative_prompt: one for all, or as many as prompts; by default what the pipeline takes then, the empty prompt
+            or, for SDXL, zeros. Of no use without guidance.
         class_labels: one, or a list of classes.
         n: number of images, where neither prompts nor labels say; they are repeated to it if there is one of them.
         num_images_per_prompt: images for each prompt or label, one after the other.
@@ -104,8 +105,8 @@ def sample_pipeline(
         guidance_interval: as `interval` of `ClassifierFreeGuidance`.
         rtol: as for `sample`, like atol, nfe, solver, controller, index, batch_size, dtype, progress and callback. NFE
             counts both halves of guidance.
-        generator: a seed, 0 by default; a `torch.Generator`, which is asked for one; or a list of generators, one for
-            each image, which then depends on its own alone.
+        generator: a seed; a `torch.Generator`, which is asked for one, torch's own by default (`.result.seed` says
+            which came); or a list of generators, one for each image, which then depends on its own alone.
         latents: start states with shape (n, C, h, w), of variance 1, rather than draws.
         decode_batch_size: latents decoded at a time.
         output_type: "pil", "np", "pt" or "latent".
@@ -119,6 +120,7 @@ def sample_pipeline(
     Raises:
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network or the autoencoder fails after samples were finished; they are in `.result`.
+        Interrupted: at Ctrl-C; a `PipelineResult` with what is finished is in `.result`.
     """
     if output_type not in _OUTPUTS:
         raise ValueError(f"output_type must be one of {', '.join(_OUTPUTS)}; got {output_type!r}.")
@@ -165,6 +167,9 @@ def sample_pipeline(
             callback=callback,
         )
         images = _decoded(pipe, result, output_type, model.data_range, decode_batch_size)
+    except Interrupted as stopped:
+        images = _decoded(pipe, stopped.result, output_type, model.data_range, decode_batch_size)
+        raise Interrupted(PipelineResult(images, stopped.result)) from None
     finally:
         if hasattr(pipe, "maybe_free_model_hooks"):
             pipe.maybe_free_model_hooks()
@@ -237,7 +242,9 @@ class _Request:
             raise ValueError(f"negative_prompt must be one or {rows}, one for each prompt; got {len(negatives)}.")
         self.rows, self.each, self.n = rows, each, rows * each
         self.prompts, self.labels = prompts, labels
-        self.negatives = [""] * rows if negatives is None else negatives * (rows if len(negatives) == 1 else 1)
+        if negatives is None and isinstance(own := call_default(pipe, "negative_prompt"), str):
+            negatives = [own]
+        self.negatives = None if negatives is None else negatives * (rows if len(negatives) == 1 else 1)
 
     def cond(self, shape: tuple[int, int, int], *, guided: bool) -> dict[str, Tensor]:
         """The conditioning, each tensor with leading axis n."""
@@ -245,8 +252,8 @@ class _Request:
         if self.labels is not None:
             cond = {"class_labels": self.labels}
         elif takes_text(self.pipe):
-            negatives = self.negatives if guided else None
-            cond = text_cond(self.pipe, self.prompts, negatives, image_size(self.pipe, shape), **self.encode)
+            size, negatives = image_size(self.pipe, shape), self.negatives if guided else None
+            cond = text_cond(self.pipe, self.prompts, negatives, size, guided=guided, **self.encode)
             if guided and not any(key.startswith(NEGATIVE) for key in cond):
                 raise ValueError("guidance needs negative_prompt_embeds= beside prompt_embeds=, or prompts.")
         return {key: value.repeat_interleave(self.each, 0) for key, value in cond.items()}
@@ -308,11 +315,11 @@ def _streams(
     n: int,
 ) -> tuple[int, Sequence[int] | Tensor | None]:
     """The seed and the sample numbers that generators stand for."""
-    if generator is None or (isinstance(generator, (int, np.integer)) and not isinstance(generator, bool)):
-        return int(generator or 0), index
-    if isinstance(generator, torch.Generator):
-        draw = torch.randint(1 << 62, (1,), generator=generator, device=generator.device)
-        return int(draw), index
+    if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
+        return int(generator), index
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return int(torch.randint(1 << 62, (1,), generator=generator, device=device)), index
     if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
         raise TypeError(f"generator must be a seed, a torch.Generator or a list of them; got {generator!r}.")
     if len(generator) != n or index is not None:

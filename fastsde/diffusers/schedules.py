@@ -155,8 +155,8 @@ def _check_known(config: Config) -> None:
         raise ValueError(_DISTILLED.format(name))
     if name is not None and name not in CLASSES:
         raise ValueError(
-            f"{name} is not among the schedulers whose process fastsde knows: {', '.join(sorted(CLASSES))}. If its "
-            "noise levels are those of one of them, give that one, or a dict of its keys, as scheduler=."
+            f"{name} is not among the schedulers whose process fastsde knows (see docs/diffusers.md). If its noise "
+            "levels are those of one of them, give that one, or a dict of its keys, as scheduler=."
         )
     if "upscale_mode" in config or "scale_factors" in config:
         raise ValueError(_DISTILLED.format("FlowMatchLCMScheduler (scale_factors, upscale_mode)"))

@@ -108,7 +108,8 @@ class ScoreModel:
         sde: the forward process it was trained for.
         prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
         event_shape: shape of one sample, for callers that say only `n=`.
-        data_range: (low, high) of the data; one 8-bit level of it is the default absolute tolerance.
+        data_range: (low, high) of the data, taken to be (-1, 1) where nobody says; one 8-bit level of it is the default
+            absolute tolerance, and samples that leave it are warned of.
         timestep: maps the SDE's time, float64 with shape (B,), to the network's, with shape (B,); the identity by
             default. Another dtype than float64, integers for an embedding, is what the network gets. For networks of
             levels 0 .. N - 1: `timestep=lambda t: N * t - 1`.
@@ -133,8 +134,8 @@ class ScoreModel:
         prediction: str = "score",
         *,
         event_shape: tuple[int, ...] | None = None,
-        data_range: tuple[float, float] = (-1.0, 1.0),
-        timestep: Callable[[Time], Time] | None = None,
+        data_range: tuple[float, float] | None = None,
+        timestep: Callable[[Time], Tensor] | None = None,
         default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         if not callable(network):
@@ -146,7 +147,8 @@ class ScoreModel:
         if timestep is not None and not callable(timestep):
             raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
         self.network, self.sde, self.prediction = network, sde, prediction
-        self.event_shape, self.data_range = _checked_shape(event_shape), _checked_range(data_range)
+        self.event_shape, self.knows_range = _checked_shape(event_shape), data_range is not None
+        self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
         self.timestep, self.default_cond = timestep, _checked_default(default_cond)
 
     def __repr__(self) -> str:
@@ -270,7 +272,7 @@ class Wrapper(ScoreModel):
             model.sde,
             prediction or model.prediction,
             event_shape=model.event_shape,
-            data_range=model.data_range,
+            data_range=model.data_range if model.knows_range else None,
             default_cond={**(model.default_cond or {}), **(default_cond or {})} or None,
         )
         self.model, self.calls = model, model.calls

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, write_rows
-from fastsde.checks import check_number
+from fastsde.checks import check_kind, check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.sde.base import Level
 from fastsde.types import Cond, Index, Mask, State, Time
@@ -58,9 +59,10 @@ class ClassifierFreeGuidance(Wrapper):
     ) -> None:
         check_number("scale", scale, -math.inf, ends="()")
         check_number("rescale", rescale, 0.0, 1.0)
-        if interval is not None and not 0 <= interval[0] < interval[1]:
-            raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high; got {interval}.")
-        own = {NEGATIVE + key: value for key, value in (negative or {}).items()}
+        check_kind("negative", negative, Mapping, "a dict of tensors without batch axis")
+        own = {f"{NEGATIVE}{key}": value for key, value in (negative or {}).items()}
+        if interval is not None:
+            interval = _checked_interval(interval)
         super().__init__(model, default_cond={"guidance_scale": torch.tensor(float(scale), dtype=torch.float32), **own})
         self.calls = 2 * model.calls
         self.rescale, self.interval = rescale, interval
@@ -125,6 +127,14 @@ class ClassifierFreeGuidance(Wrapper):
         out = out.clone()
         write_rows(rows, {"out": guided}, {"out": out})
         return out
+
+
+def _checked_interval(given: object) -> tuple[float, float]:
+    pair = tuple(given) if isinstance(given, (tuple, list)) else ()
+    numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in pair)
+    if len(pair) != 2 or not numbers or not 0 <= pair[0] < pair[1]:
+        raise ValueError(f"interval must be (low, high) noise levels with 0 <= low < high; got {str(given)[:80]}.")
+    return pair
 
 
 class ClassifierGuidance(Wrapper):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_tensor
 from fastsde.types import Coef, State
 
 _AGREE = 1e-3
@@ -78,7 +79,11 @@ class Mask(LinearOperator):
     """
 
     def __init__(self, mask: Tensor) -> None:
-        mask = torch.as_tensor(mask)
+        try:
+            mask = torch.as_tensor(mask)
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+            raise TypeError(f"mask must be a tensor or an array; got {type(mask).__name__}.") from error
+        check_tensor("mask", mask)
         self.known = mask.bool()
         if not (mask == self.known).all() or not self.known.any():
             raise ValueError("mask must hold 0 (unknown) and 1 (known), at least one of them known.")

@@ -51,7 +51,7 @@ class DiscreteVPSDE(VariancePreserving):
         name, given = ("betas", betas) if betas is not None else ("alphas_cumprod", alphas_cumprod)
         try:
             table = torch.as_tensor(given, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{name} must be a vector of numbers; got {str(given)[:80]}.") from error
         if betas is not None:
             rates = table

@@ -1,0 +1,80 @@
+"""`fastsde diagnose`."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import click
+import torch
+from torch import Tensor
+
+from fastsde.cli.models import open_model, own_device
+from fastsde.cli.output import PATH, check_writable, dump_json
+from fastsde.diagnosis import Diagnosis
+from fastsde.diagnosis import diagnose as run
+from fastsde.evaluation.images import open_images
+
+_IMAGES = 16
+
+
+@click.command(short_help="Does the reading of a model fit its network?")
+@click.option(
+    "--model",
+    default="fashion-mnist",
+    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
+)
+@click.option(
+    "--data", type=PATH, help="16 images or more that the model was trained on: a folder, an .npz, IDX files."
+)
+@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the noise.")
+@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
+@click.option("--plot", type=PATH, help="Also draw the errors, as PNG; needs matplotlib.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON rather than as text.")
+def diagnose(model: str, data: Path | None, seed: int, device: str, plot: Path | None, as_json: bool) -> None:
+    """Say whether a network is read as it was trained: what it predicts, its sign, its time, the range of the data.
+
+    The denoised prediction of a network that is read rightly is at least as good as the best linear one, at each level
+    of noise. If that fails, the usual other readings are tried and the one that fits is named. Without --data the
+    model is tried on samples of its own, which tells fewer readings apart. Ends with status 1 if the reading does not
+    fit.
+
+    \b
+    Examples:
+      fastsde diagnose
+      fastsde diagnose --model google/ddpm-cifar10-32 --data pictures --plot diagnosis.png
+    """
+    if plot is not None:
+        check_writable(plot, "--plot")
+    opened = open_model(model, own_device(device, os.environ), torch.float32)
+    if opened.pipe is not None and data is not None and getattr(opened.pipe, "vae", None) is not None:
+        raise click.UsageError("--data is for models of pixels; this one has latents.")
+    images = None if data is None else _images(data, opened.model.data_range)
+    found = run(opened.model, data=images, seed=seed, device=torch.device(device), progress=True)
+    if plot is not None:
+        found.plot(plot)
+    click.echo(dump_json(_record(found)) if as_json else str(found))
+    if not found.fits:
+        raise SystemExit(1)
+
+
+def _images(source: Path, data_range: tuple[float, float]) -> Tensor:
+    """The first images of a set, in the model's range, with shape (16, C, H, W)."""
+    low, high = data_range
+    opened = open_images(source)
+    return low + opened.read(0, min(_IMAGES, opened.n)).float() / 255 * (high - low)
+
+
+def _record(found: Diagnosis) -> dict[str, object]:
+    return {
+        "fits": found.fits,
+        "advice": found.advice,
+        "given": str(found.given),
+        "best": None if found.best is None else str(found.best),
+        "calls": found.calls,
+        "from_data": found.from_data,
+        "level": found.level.tolist(),
+        "error": found.error.tolist(),
+        "magnitude": found.magnitude.tolist(),
+        "best_error": None if found.best_error is None else found.best_error.tolist(),
+    }
