@@ -71,7 +71,10 @@ ACTIONS = {
     "VESDE": (VESDE, {"sigma_min": pool(0.01), "sigma_max": pool(50.0), "t_max": pool(1.0)}),
     "EDM": (EDM, {"t_min": pool(0.01), "t_max": pool(80.0)}),
     "RectifiedFlow": (RectifiedFlow, {"t_min": pool(0.01), "t_max": pool(0.99)}),
-    "DiscreteVPSDE": (DiscreteVPSDE, {"betas": pool([0.1, 0.2], None), "alphas_cumprod": pool(None, [0.9, 0.1]), "t_max": pool(1.0)}),
+    "DiscreteVPSDE": (
+        DiscreteVPSDE,
+        {"betas": pool([0.1, 0.2], None), "alphas_cumprod": pool(None, [0.9, 0.1]), "t_max": pool(1.0)},
+    ),
     "Grid": (Grid, {"times": pool([0.9, 0.5, 0.1], torch.tensor([0.9, 0.1]))}),
     "Grid.log_snr": (lambda steps: Grid.log_snr(VP, steps), {"steps": pool(3, 5)}),
     "Adaptive": (fastsde.Adaptive, {"rtol": pool(0.05), "atol": pool(0.01), "h_init": pool(0.01), "r": pool(0.9)}),
@@ -79,43 +82,92 @@ ACTIONS = {
     "Heun": (fastsde.Heun, {"steps": pool(3), "churn": pool(0.0), "s_noise": pool(1.0)}),
     "ScoreModel": (
         lambda **k: ScoreModel(network, VP, **k),
-        {"prediction": pool("epsilon"), "event_shape": pool((3,), None), "data_range": pool((0.0, 1.0)), "timestep": pool(None),
-         "default_cond": pool(None, {"y": 1})},
+        {
+            "prediction": pool("epsilon"),
+            "event_shape": pool((3,), None),
+            "data_range": pool((0.0, 1.0)),
+            "timestep": pool(None),
+            "default_cond": pool(None, {"y": 1}),
+        },
     ),
     "Clipped": (lambda **k: Clipped(MODEL, **k), {"limit": pool(1.0, None), "ratio": pool(None, 0.9)}),
     "Mask": (Mask, {"mask": pool(torch.ones(3), np.ones(3))}),
     "ClassifierFreeGuidance": (
         lambda **k: ClassifierFreeGuidance(MODEL, **k),
-        {"scale": pool(2.0), "negative": pool(None, {"y": 1}), "rescale": pool(0.0, 0.5), "interval": pool(None, (0.1, 1.0))},
+        {
+            "scale": pool(2.0),
+            "negative": pool(None, {"y": 1}),
+            "rescale": pool(0.0, 0.5),
+            "interval": pool(None, (0.1, 1.0)),
+        },
     ),
     "sample": (
         lambda **k: fastsde.sample(MODEL, **k),
         {
-            "n": pool(2, None), "shape": pool((2, 3), None), "rtol": pool(None, 0.5), "atol": pool(None, 0.1),
-            "nfe": pool(None, 3), "solver": pool(None, fastsde.EulerMaruyama(3), fastsde.DDIM(2)),
-            "controller": pool(None, None, Grid.log_snr(VP, 3)), "seed": pool(0, 7), "index": pool(None, [0, 1]),
-            "batch_size": pool(None, 1), "cond": pool(None, {"y": torch.zeros(2)}), "x_init": pool(None, None, STATES),
-            "x_data": pool(None, None, STATES), "strength": pool(None, None, 0.5), "t_start": pool(None, None, 0.5),
-            "denoise": pool(True, False), "max_nfe": pool(None, 50), "dtype": pool(None, torch.float64),
-            "device": pool(None, "cpu"), "trajectory": pool(False, True), "progress": pool(False), "callback": pool(None),
+            "n": pool(2, None),
+            "shape": pool((2, 3), None),
+            "rtol": pool(None, 0.5),
+            "atol": pool(None, 0.1),
+            "nfe": pool(None, 3),
+            "solver": pool(None, fastsde.EulerMaruyama(3), fastsde.DDIM(2)),
+            "controller": pool(None, None, Grid.log_snr(VP, 3)),
+            "seed": pool(0, 7),
+            "index": pool(None, [0, 1]),
+            "batch_size": pool(None, 1),
+            "cond": pool(None, {"y": torch.zeros(2)}),
+            "x_init": pool(None, None, STATES),
+            "x_data": pool(None, None, STATES),
+            "strength": pool(None, None, 0.5),
+            "t_start": pool(None, None, 0.5),
+            "denoise": pool(True, False),
+            "max_nfe": pool(None, 50),
+            "dtype": pool(None, torch.float64),
+            "device": pool(None, "cpu"),
+            "trajectory": pool(False, True),
+            "progress": pool(False),
+            "callback": pool(None),
         },
     ),
     "encode": (
         lambda **k: fastsde.encode(MODEL, **k),
-        {"x": pool(STATES), "rtol": pool(None, 0.5), "solver": pool(None, fastsde.DDIM(2)), "batch_size": pool(None, 2),
-         "cond": pool(None), "trajectory": pool(False)},
+        {
+            "x": pool(STATES),
+            "rtol": pool(None, 0.5),
+            "solver": pool(None, fastsde.DDIM(2)),
+            "batch_size": pool(None, 2),
+            "cond": pool(None),
+            "trajectory": pool(False),
+        },
     ),
     "integrate": (
         lambda **k: fastsde.integrate(lambda x, t: -x, None, **k),
-        {"x0": pool(STATES), "t0": pool(0.0), "t1": pool(1.0), "rtol": pool(0.1), "atol": pool(0.1), "steps": pool(None, 3),
-         "save_at": pool(None, [0.5]), "seed": pool(0), "max_nfe": pool(1000), "ito": pool(True)},
+        {
+            "x0": pool(STATES),
+            "t0": pool(0.0),
+            "t1": pool(1.0),
+            "rtol": pool(0.1),
+            "atol": pool(0.1),
+            "steps": pool(None, 3),
+            "save_at": pool(None, [0.5]),
+            "seed": pool(0),
+            "max_nfe": pool(1000),
+            "ito": pool(True),
+        },
     ),
     "log_likelihood": (
         lambda **k: fastsde.log_likelihood(GaussianScore(VP, torch.zeros(3), torch.ones(3)), progress=False, **k),
-        {"x": pool(STATES), "probes": pool(2), "exact": pool(True, False), "bin_width": pool(None, 0.1), "draws": pool(1),
-         "rtol": pool(0.1), "atol": pool(0.1), "batch_size": pool(None, 2)},
+        {
+            "x": pool(STATES),
+            "probes": pool(2),
+            "exact": pool(True, False),
+            "bin_width": pool(None, 0.1),
+            "draws": pool(1),
+            "rtol": pool(0.1),
+            "atol": pool(0.1),
+            "batch_size": pool(None, 2),
+        },
     ),
-}  # fmt: skip
+}
 CALLS = st.sampled_from(sorted(ACTIONS)).flatmap(
     lambda name: st.tuples(st.just(name), st.fixed_dictionaries({}, optional=ACTIONS[name][1]))
 )
@@ -161,4 +213,4 @@ if __name__ == "__main__":
         max_examples=int(sys.argv[1]), deadline=None, suppress_health_check=list(HealthCheck), database=None
     )
     many(given(CALLS)(lambda call: attempt(*call)))()
-    print(f"{sys.argv[1]} examples")
+    print(f"{sys.argv[1]} examples")  # noqa: T201

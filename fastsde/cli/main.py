@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from fastsde.cli.info import info
 from fastsde.cli.measuring import evaluate, stats
 from fastsde.cli.sample import sample
 from fastsde.cli.train import train
+from fastsde.result import DataRangeWarning, RepeatedSeedWarning
 
 
 class _Commands(click.Group):

@@ -208,6 +208,7 @@ def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
         "n": len(result.nfe),
         "finished": int((result.status != Status.PENDING).sum()),
         "status_counts": result.counts(),
+        "outside_data_range": None if result.outside is None else int(result.outside.sum()),
         "mean_nfe": float(nfe.mean()) if len(nfe) else None,
         "seconds": round(result.seconds, 3),
         "seed": result.seed,

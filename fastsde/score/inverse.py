@@ -132,7 +132,7 @@ class DPS(_Likelihood):
     step, whose total grows with their number. Here v is the variance under which r = y - A x_0 is most likely, but
     never below the noise. No step is counted, and once the residual is down to the noise, v is the one derived.
 
-    Biased; one backward pass with each call. Source: Chung et al., https://arxiv.org/abs/2209.14687, eq. 16, alg. 1.
+    Biased; one backward pass with each call. Wrap it in `Clipped` on trained networks of pixels. Source: Chung et al., https://arxiv.org/abs/2209.14687, eq. 16, alg. 1.
 
     Args:
         model: the score model; its network must be differentiable.
@@ -174,7 +174,8 @@ class PiGDM(_Likelihood):
     weighs the pull by r^2; here it is the score, unweighted, for any solver. M^{-1} by conjugate gradients, at once for
     masks and colours.
 
-    Biased where data are correlated; one backward pass with each call. Source: Song, Vahdat, Mardani and Kautz,
+    Biased where data are correlated; one backward pass with each call. Wrap it in `Clipped` on trained networks of
+    pixels, or their samples may leave any range. Source: Song, Vahdat, Mardani and Kautz,
     "Pseudoinverse-guided diffusion models for inverse problems", ICLR 2023, sec. 3,
     https://openreview.net/forum?id=9_gsMA8MRKQ.
 
@@ -225,7 +226,8 @@ class MMPS(_Likelihood):
     M^{-1} by conjugate gradients, each of whose steps is a backward pass through the network; few of them are a
     shrunken, stable M^{-1}. Exact on Gaussian data once they converge; on other data p(y | x_t) is no Gaussian.
 
-    A trained network's J is not quite symmetric, and the steps end where M seems to have a negative direction.
+    A trained network's J is not quite symmetric, and the steps end where M seems to have a negative direction. Wrap it
+    in `Clipped` on trained networks of pixels, or samples may leave any range.
 
     Up to `iterations` + 1 backward passes with each call. Source: Rozet et al., https://arxiv.org/abs/2405.13712,
     "Moment matching posterior sampling"; V is Tweedie's formula for the covariance.
