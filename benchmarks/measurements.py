@@ -1,6 +1,7 @@
 r"""Do samples of a trained network stay in range under a measurement, clipped or not?
 
-The upper half of eight garments is given with noise 0.05. The packaged network, 16 calls, along the flow and with noise.
+The upper half of eight garments is given; the law of the measurement has noise 0.05. The packaged network, 16 calls,
+along the flow and with noise in the dynamics.
 """
 
 from __future__ import annotations

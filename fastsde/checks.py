@@ -26,6 +26,13 @@ def check_number(name: str, value: Any, least: float, most: float = math.inf, *,
     raise ValueError(f"{name} must be in {ends[0]}{least:g}, {most:g}{ends[1]}; got {value!r}.")
 
 
+def check_real(name: str, value: Any) -> None:
+    """Refuses, with a ValueError, what is no real number or too large for a float; NaN and infinity are numbers."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    if not real or (isinstance(value, int) and abs(value) >= 1 << 1023):
+        raise ValueError(f"{name} must be a number; got {str(value)[:80]!r}.")
+
+
 def check_positive(name: str, value: Any) -> float:
     """A positive, finite number, or else a ValueError."""
     if isinstance(value, Real) and not isinstance(value, bool) and value < 1 << 1023 and float(value) > 0:

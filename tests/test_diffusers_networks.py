@@ -608,7 +608,19 @@ def test_the_time_is_never_given_to_keyword_arguments():
 def test_audio_and_video_networks():
     schedule = diffusers.DDPMScheduler(clip_sample=False)
     audio = diffusers.UNet1DModel(
-        sample_size=64, in_channels=1, out_channels=1, extra_in_channels=32, block_out_channels=(16, 16, 32)
+        sample_size=64,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(16, 16),
+        layers_per_block=1,
+        time_embedding_type="positional",
+        flip_sin_to_cos=False,
+        use_timestep_embedding=True,
+        out_block_type="OutConv1DBlock",
+        down_block_types=("DownResnetBlock1D", "DownResnetBlock1D"),
+        up_block_types=("UpResnetBlock1D",),
+        mid_block_type="MidResTemporalBlock1D",
+        act_fn="mish",
     )
     video = diffusers.UNet3DConditionModel(
         sample_size=8,

@@ -49,6 +49,13 @@ def main() -> None:
     Example:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --out samples
     """
+    usual = warnings.formatwarning
+
+    def told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
+        own = issubclass(category, (DataRangeWarning, RepeatedSeedWarning))
+        return f"Warning: {message}\n" if own else usual(message, category, *place, **more)
+
+    warnings.formatwarning = told  # type: ignore[assignment] # of the same signature
 
 
 for command in (sample, bench, stats, evaluate, diagnose, calibrate, train, train_features, info):

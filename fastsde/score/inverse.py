@@ -132,7 +132,8 @@ class DPS(_Likelihood):
     step, whose total grows with their number. Here v is the variance under which r = y - A x_0 is most likely, but
     never below the noise. No step is counted, and once the residual is down to the noise, v is the one derived.
 
-    Biased; one backward pass with each call. Wrap it in `Clipped` on trained networks of pixels. Source: Chung et al., https://arxiv.org/abs/2209.14687, eq. 16, alg. 1.
+    Biased; one backward pass with each call. Wrap it in `Clipped` on trained networks of pixels, or samples may leave
+    any range. Source: Chung et al., https://arxiv.org/abs/2209.14687, eq. 16, alg. 1.
 
     Args:
         model: the score model; its network must be differentiable.

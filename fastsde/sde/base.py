@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number
+from fastsde.checks import check_real
 from fastsde.types import Coef, State, Time
 
 
@@ -125,6 +125,6 @@ def check_range(name: str, t_min: float, t_max: float, *, upper: float | None = 
     """
     top = "" if upper is None else f" <= {upper}"
     for key, value in (("t_min", t_min), ("t_max", t_max)):
-        check_number(f"{key} of {name}", value, -math.inf)
+        check_real(f"{key} of {name}", value)
     if not (0 < t_min < t_max < math.inf and (upper is None or t_max <= upper)):
         raise ValueError(f"{name} needs 0 < t_min < t_max{top}; got t_min={t_min}, t_max={t_max}.")

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastsde.checks import check_number
+from fastsde.checks import check_real
 from fastsde.sde.base import SDE, check_range
 from fastsde.types import Coef, Time
 
@@ -34,7 +34,7 @@ class VESDE(SDE):
         self, sigma_min: float = 0.01, sigma_max: float = 50.0, *, t_min: float = 1e-5, t_max: float = 1.0
     ) -> None:
         for key, value in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
-            check_number(f"{key} of VESDE", value, -math.inf)
+            check_real(f"{key} of VESDE", value)
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"VESDE needs 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}.")
         check_range("VESDE", t_min, t_max)

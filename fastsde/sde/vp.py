@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from fastsde.checks import check_number
+from fastsde.checks import check_real
 from fastsde.sde.base import SDE, Level, check_range
 from fastsde.types import Coef, Time
 
@@ -22,7 +22,7 @@ class LinearBeta(SDE):
     ) -> None:
         name = type(self).__name__
         for key, value in (("beta_min", beta_min), ("beta_max", beta_max)):
-            check_number(f"{key} of {name}", value, -math.inf)
+            check_real(f"{key} of {name}", value)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"{name} needs 0 < beta_min <= beta_max; got {beta_min} and {beta_max}.")
         check_range(name, t_min, t_max)
