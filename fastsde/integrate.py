@@ -12,7 +12,7 @@ from torch import Tensor
 from fastsde.api import run
 from fastsde.arguments import resolve_shape
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags, check_states, check_steps
+from fastsde.checks import check_flags, check_real, check_states, check_steps
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.noise import StepNoise
 from fastsde.result import SampleResult
@@ -102,7 +102,9 @@ def integrate(
         if not callable(value) and (name, value) != ("diffusion", None):
             raise TypeError(f"{name} must be callable as {name}(x, t); got {type(value).__name__}.")
     check_states("x0", x0)
-    if not all(isinstance(t, (int, float)) for t in (t0, t1)) or not -math.inf < t0 < t1 < math.inf:
+    for name, t in (("t0", t0), ("t1", t1)):
+        check_real(name, t)
+    if not -math.inf < t0 < t1 < math.inf:
         raise ValueError(f"t0 and t1 must be finite with t0 < t1; got {t0} and {t1}.")
     size = max(abs(t0), abs(t1)) / (t1 - t0)
     if size > 1 << 32:

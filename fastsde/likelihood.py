@@ -19,7 +19,7 @@ from fastsde.arguments import (
     resolve_shape,
 )
 from fastsde.batching import expand_like
-from fastsde.checks import check_count, check_flags, check_states
+from fastsde.checks import check_count, check_flags, check_positive, check_states
 from fastsde.control import Controller
 from fastsde.noise import FreshNoise, StepNoise
 from fastsde.result import Interrupted, Status
@@ -127,8 +127,7 @@ def log_likelihood(
     n, event, _ = resolve_shape(model, None, None, x, None, "x")
     dtype, device = resolve_dtype(dtype, x), resolve_device(model, device, x)
     probes, draws, seed = check_count("probes", probes, 1), check_count("draws", draws, 1), check_count("seed", seed, 0)
-    if bin_width is not None and not 0 < bin_width < math.inf:
-        raise ValueError(f"bin_width must be a positive, finite number; got {bin_width}.")
+    bin_width = None if bin_width is None else check_positive("bin_width", bin_width)
     if bin_width is None and draws > 1:
         raise ValueError("draws counts dequantisations; it needs bin_width=.")
     flow, given = ProbabilityFlow(tableau=tableau), resolve_cond(model, cond, n, device)

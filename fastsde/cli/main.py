@@ -55,7 +55,7 @@ def main() -> None:
         own = issubclass(category, (DataRangeWarning, RepeatedSeedWarning))
         return f"Warning: {message}\n" if own else usual(message, category, *place, **more)
 
-    warnings.formatwarning = told  # type: ignore[assignment] # of the same signature
+    warnings.formatwarning = told
 
 
 for command in (sample, bench, stats, evaluate, diagnose, calibrate, train, train_features, info):

@@ -8,6 +8,7 @@ import math
 import torch
 
 from fastsde.batching import row_norm
+from fastsde.checks import check_number, check_positive
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.noise import RESOLUTION
 from fastsde.result import Status
@@ -71,18 +72,13 @@ class Adaptive(Controller):
     def __post_init__(self) -> None:
         limits = {"rtol": math.inf, "atol": math.inf, "r": 2, "safety": 1, "h_init": math.inf}
         for name, most in limits.items():
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0 < value <= most or math.isinf(value):
-                top = "" if math.isinf(most) else f" and at most {most}"
-                raise ValueError(f"{name} must be a positive, finite number{top}; got {value!r}.")
-        if self.norm not in (2.0, math.inf):
-            raise ValueError(f"norm must be 2 or math.inf; got {self.norm}.")
-        if not isinstance(self.growth, (int, float)) or not self.growth > 1:
-            raise ValueError(f"growth must be above 1; got {self.growth}.")
-        if not isinstance(self.limit, (int, float)) or not self.limit >= 1:
-            raise ValueError(f"limit must be at least 1; got {self.limit!r}.")
-        if not 0 < self.resolution < 1:
-            raise ValueError(f"resolution must be in (0, 1); got {self.resolution}.")
+            if check_positive(name, getattr(self, name)) > most:
+                raise ValueError(f"{name} must be positive and at most {most}; got {getattr(self, name)!r}.")
+        if not isinstance(self.norm, (int, float)) or self.norm not in (2.0, math.inf):
+            raise ValueError(f"norm must be 2 or math.inf; got {self.norm!r}.")
+        check_number("growth", self.growth, 1.0, ends="(]")
+        check_number("limit", self.limit, 1.0)
+        check_number("resolution", self.resolution, 0.0, 1.0, ends="()")
         if not isinstance(self.stops, tuple) or not all(isinstance(t, float) and math.isfinite(t) for t in self.stops):
             raise ValueError(f"stops must be a tuple of finite floats; got {self.stops!r}.")
 

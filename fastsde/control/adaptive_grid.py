@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import row_norm
+from fastsde.checks import check_number, check_positive
 from fastsde.control.base import Controller, Decision
 from fastsde.control.grid import Grid
 from fastsde.result import Status
@@ -53,10 +53,9 @@ class AdaptiveGrid(Controller):
     stops: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, most in (("rtol", "finite, "), ("atol", "finite, "), ("limit", "")):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not value > 0 or (most and math.isinf(value)):
-                raise ValueError(f"{name} must be a {most}positive number; got {value!r}.")
+        for name in ("rtol", "atol"):
+            check_positive(name, getattr(self, name))
+        check_number("limit", self.limit, 0.0, ends="(]")
         grids = self.grids
         if not isinstance(grids, Sequence) or not grids or not all(isinstance(grid, Grid) for grid in grids):
             raise TypeError(f"grids must be a sequence of fastsde.Grid, the coarsest first; got {grids!r}.")
