@@ -133,13 +133,13 @@ def sample(
     solver = ExponentialPC() if solver is None else solver
     check_flags(denoise=denoise)
     process = started(process, given, strength, t_start, controller)
+    if seed is None:
+        seed = 0
+        _warn_of_repetition(model.network, event, numbers, repr(solver), rtol, atol, nfe, controller, given)
     controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     first, last = controller.span(process.t_min, process.t_max)
     if given is None:
         check_start(process, first)
-    if seed is None:
-        seed = 0
-        _warn_of_repetition(model, event, numbers, solver, controller, x_init)
     result = run(
         model,
         process,
@@ -186,16 +186,17 @@ def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:
 
 
 _last_draw: tuple[object, ...] = ()
-"""What the last call without a seed drew."""
+"""What the last call without a seed asked for."""
 
 
-def _warn_of_repetition(
-    model: ScoreModel, event: tuple[int, ...], index: Tensor, solver: Solver, controller: Controller, x_init: object
-) -> None:
-    """Warns if the last call without a seed drew the same samples: a loop that forgot its seed."""
+def _warn_of_repetition(network: object, event: tuple[int, ...], index: Tensor, *rest: object) -> None:
+    """Warns if the last call without a seed drew the same samples: a loop that forgot its seed.
+
+    Conditioning is not compared: the start states and the noise are the same for any.
+    """
     global _last_draw
-    numbers = tuple(index.tolist()) if len(index) < 1000 else len(index)
-    draw = (id(model.network), event, numbers, repr(solver), repr(controller), id(x_init))
+    settings = [value if isinstance(value, (str, float, int)) or value is None else id(value) for value in rest]
+    draw = (id(network), event, len(index), int(index[0]), int(index[-1]), *settings)
     repeated, _last_draw = draw == _last_draw, draw
     if repeated:
         warn(

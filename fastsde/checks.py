@@ -34,8 +34,8 @@ def check_real(name: str, value: Any) -> None:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """A positive, finite number, or else a ValueError."""
-    if isinstance(value, Real) and not isinstance(value, bool) and value < 1 << 1023 and float(value) > 0:
+    """A positive number that single precision holds, or else a ValueError."""
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 3e38:  # type: ignore[operator]
         return float(value)
     raise ValueError(f"{name} must be a positive, finite number; got {str(value)[:80]}.")
 
