@@ -117,7 +117,7 @@ def test_the_true_reading_is_found_with_data(dress):
     assert found.fits == (agrees(dress.naive(), dress) and dress.data_range == (-1.0, 1.0))
 
 
-@pytest.mark.parametrize("dress", [d for d in DRESSES if d.data_range == (-1.0, 1.0)][::2], ids=repr)
+@pytest.mark.parametrize("dress", [d for d in DRESSES if d.data_range == (-1.0, 1.0)][::5], ids=repr)
 def test_the_true_reading_is_found_without_data(dress):
     found = diagnose(dress.naive())
     assert found.model is not None
@@ -126,9 +126,9 @@ def test_the_true_reading_is_found_without_data(dress):
 
 @pytest.mark.parametrize("dress", DRESSES, ids=repr)
 def test_the_right_reading_passes(dress):
-    for data in (dress.framed(draw(16)), None):
-        if data is None and dress.data_range[1] > 1:
-            continue  # the start, noise alone, is not the law of such data
+    # Without data as well for some; of data in 0 .. 255 the start, noise alone, is not the law.
+    alone = DRESSES.index(dress) % 4 == 0 and dress.data_range[1] <= 1
+    for data in (dress.framed(draw(16)), None)[: 1 + alone]:
         found = diagnose(dress.right(), data=data)
         assert found.fits
         assert found.best == found.given
