@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -135,7 +136,18 @@ def sample(
     process = started(process, given, strength, t_start, controller)
     if seed is None:
         seed = 0
-        _warn_of_repetition(model.network, event, numbers, repr(solver), rtol, atol, nfe, controller, given)
+        asked = (
+            event,
+            tuple(numbers.tolist()),
+            process.t_max,
+            repr(solver),
+            rtol,
+            atol,
+            nfe,
+            id(controller),
+            id(given),
+        )
+        _warn_of_repetition(model.network, asked)
     controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     first, last = controller.span(process.t_min, process.t_max)
     if given is None:
@@ -185,19 +197,21 @@ def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:
     return dataclasses.replace(result, outside=outside)
 
 
-_last_draw: tuple[object, ...] = ()
-"""What the last call without a seed asked for."""
+_last_draw: tuple[Callable[[], object], tuple[object, ...]] = (lambda: None, ())
+"""The network of the last call without a seed, while it lives, and what was asked for."""
 
 
-def _warn_of_repetition(network: object, event: tuple[int, ...], index: Tensor, *rest: object) -> None:
+def _warn_of_repetition(network: ScoreFn, asked: tuple[object, ...]) -> None:
     """Warns if the last call without a seed drew the same samples: a loop that forgot its seed.
 
     Conditioning is not compared: the start states and the noise are the same for any.
     """
     global _last_draw
-    settings = [value if isinstance(value, (str, float, int)) or value is None else id(value) for value in rest]
-    draw = (id(network), event, len(index), int(index[0]), int(index[-1]), *settings)
-    repeated, _last_draw = draw == _last_draw, draw
+    repeated = _last_draw[0]() is network and _last_draw[1] == asked
+    try:
+        _last_draw = weakref.ref(network), asked
+    except TypeError:  # bound methods and some callables of other languages
+        _last_draw = (lambda: None), ()
     if repeated:
         warn(
             "no seed was given, so this call has the start states and the noise of the last one (seed 0). Give seed=, "

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastsde.checks import check_count, check_kind, check_number, check_positive, check_tensor
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.noise import ALL_NOISE
-from fastsde.score.base import ScoreModel, Wrapper
+from fastsde.score.base import ScoreModel, innermost
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
@@ -63,9 +63,7 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
 
 def _check_time(model: ScoreModel) -> None:
     """Warns of a network that reads a table of levels and would get times from 0 to 1."""
-    inside = model
-    while isinstance(inside, Wrapper):
-        inside = inside.model
+    inside = innermost(model)
     if type(inside) is not ScoreModel or inside.timestep is not None or inside.prediction == "score":
         return
     if isinstance(inside.sde, DiscreteVPSDE):
@@ -80,7 +78,7 @@ def _check_time(model: ScoreModel) -> None:
 def warn(message: str, category: type[Warning]) -> None:
     """Warns, naming the line that called this package."""
     frame, level = inspect.currentframe(), 0
-    while frame is not None and str(frame.f_globals.get("__name__", "")).startswith("fastsde"):
+    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] == "fastsde":
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level + 1)
 
@@ -164,11 +162,11 @@ def resolve_shape(
         )
     if x_init is not None and tuple(x_init.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}; got {tuple(x_init.shape)}.")
-    gigabytes, most = 8 * math.prod(shape) / 1e9, _memory() / 1e9
-    if gigabytes > most:
+    most = _memory()
+    if 8 * math.prod(shape) > most:
         raise ValueError(
-            f"shape={shape} is {gigabytes:.3g} GB of numbers, and this machine has {most:.3g} GB. Draw the samples in "
-            "parts: index=range(k, k + 1000) draws these numbers of the same seed."
+            f"shape={str(shape)[:80]} is more numbers than this machine holds, {most / 1e9:.3g} GB. Draw the samples "
+            "in parts: index=range(k, k + 1000) draws these numbers of the same seed."
         )
     return shape[0], shape[1:], torch.arange(shape[0]) if numbers is None else numbers.long()
 
@@ -229,14 +227,15 @@ def started(
         return sde
     if len(said) == 2 or controller is not None:
         others = "strength and t_start" if len(said) == 2 else f"{next(iter(said))} and controller"
-        raise ValueError(f"give either one or the other of {others}: both say where to start.")
+        raise ValueError(f"give {others} apart: both say where to start.")
     if given is None:
         raise ValueError(f"{next(iter(said))} starts in the middle: give x_data=, the data to edit, or x_init=.")
     if strength is not None:
         check_number("strength", strength, 0.0, 1.0, ends="(]")
         if isinstance(sde, EDM):
             raise ValueError("strength is a share of the time, which for EDM is the noise: give t_start=, its sigma.")
-        t_start = sde.t_min + strength * (sde.t_max - sde.t_min)
+        # Rounding may end a little outside of the range.
+        t_start = min(max(sde.t_min + strength * (sde.t_max - sde.t_min), math.nextafter(sde.t_min, 1e9)), sde.t_max)
     cut = copy.copy(sde)
     cut.t_max = check_number("t_start", t_start, sde.t_min, sde.t_max, ends="(]")
     return cut

@@ -18,26 +18,54 @@ def check_steps(steps: object, name: str = "steps", least: int = 1) -> None:
 
 def check_number(name: str, value: Any, least: float, most: float = math.inf, *, ends: str = "[]") -> float:
     """A real number from `least` to `most`, or else a ValueError; "(" and ")" exclude an end."""
-    if isinstance(value, Real) and not isinstance(value, bool):
-        number = math.inf if isinstance(value, int) and abs(value) >= 1 << 1023 else float(value)
-        outside = not least <= number <= most
-        if not (outside or (ends[0] == "(" and number == least) or (ends[1] == ")" and number == most)):
-            return number
-    raise ValueError(f"{name} must be in {ends[0]}{least:g}, {most:g}{ends[1]}; got {value!r}.")
+    number = _as_float(value)
+    outside = number is None or not least <= number <= most
+    if outside or (ends[0] == "(" and number == least) or (ends[1] == ")" and number == most):
+        raise ValueError(f"{name} must be in {ends[0]}{least:g}, {most:g}{ends[1]}; got {_shown(value)}.")
+    return float(number)  # type: ignore[arg-type] # a number, as it is not outside
 
 
 def check_real(name: str, value: Any) -> None:
     """Refuses, with a ValueError, what is no real number or too large for a float; NaN and infinity are numbers."""
-    real = isinstance(value, Real) and not isinstance(value, bool)
-    if not real or (isinstance(value, int) and abs(value) >= 1 << 1023):
-        raise ValueError(f"{name} must be a number; got {str(value)[:80]!r}.")
+    number = _as_float(value)
+    if number is None or (math.isinf(number) and not isinstance(value, float)):
+        raise ValueError(f"{name} must be a number; got {_shown(value)}.")
 
 
 def check_positive(name: str, value: Any) -> float:
     """A positive number that single precision holds, or else a ValueError."""
-    if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 3e38:  # type: ignore[operator]
+    number = _as_float(value)
+    if number is None or not 0 < number < 3e38:
+        raise ValueError(f"{name} must be a positive, finite number; got {_shown(value)}.")
+    return number
+
+
+def _as_float(value: Any) -> float | None:
+    """A real number as a float, infinite if it is too large; None for what is none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return None
+    try:
         return float(value)
-    raise ValueError(f"{name} must be a positive, finite number; got {str(value)[:80]}.")
+    except OverflowError:
+        return math.inf
+
+
+def _shown(value: Any) -> str:
+    """What came, cut short; Python does not print whole numbers of thousands of digits."""
+    try:
+        return repr(value)[:80]
+    except ValueError:
+        return "a number too long to print"
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuses, with a ValueError, `class_labels` that are no integers with shape (n,) from 0 to classes - 1."""
+    if labels.is_floating_point() or labels.ndim != 1:
+        raise ValueError(f"class_labels must be integers with shape (n,); got {tuple(labels.shape)}, {labels.dtype}.")
+    if int(labels.min()) < 0 or int(labels.max()) >= classes:
+        raise ValueError(
+            f"class_labels must be from 0 to {classes - 1}; got {int(labels.min())} .. {int(labels.max())}."
+        )
 
 
 def check_order(name: str, value: object, allowed: tuple[int, ...]) -> None:
@@ -61,7 +89,7 @@ def check_kind(name: str, value: object, kind: Any, what: str) -> None:
 
 
 def check_tensor(name: str, value: object) -> None:
-    """Refuses, with a TypeError, a value that is no tensor of numbers in memory, one beside another."""
+    """Refuses, with a TypeError, a value that is no tensor, or none that is dense and in memory."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
     if value.layout != torch.strided or value.is_meta or value.is_quantized:

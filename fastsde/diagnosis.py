@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,16 +19,15 @@ from fastsde.batching import expand_like
 from fastsde.checks import check_count, check_states
 from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, SamplingError, Status
-from fastsde.score.base import Prediction, ScoreModel, Wrapper
+from fastsde.score.base import PREDICTIONS, Prediction, ScoreModel, Wrapper, check_shape, innermost
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
 from fastsde.sde.ve import VESDE
 from fastsde.types import Cond, ScoreFn, State, Time
 
-_PREDICTIONS = ("score", "epsilon", "sample", "v_prediction", "flow_prediction")
 _RANGES = ((-1.0, 1.0), (0.0, 1.0), (0.0, 255.0))
-_LEVELS, _PILOT, _CALLS = 6, 16, 10
+_LEVELS, _PILOT, _CALLS, _MOST_DATA = 6, 16, 10, 64
 _LEAST, _MOST = 0.05, 20.0
 """Levels lie between these multiples of the data's standard deviation, in sigma / alpha."""
 _FITS = 1.5
@@ -69,13 +68,14 @@ class Diagnosis:
         advice: what to do, in a sentence or two.
         given: the reading that the model has.
         best: the reading that fits best; `given` where it fits; None if none does.
-        model: a score model with the best reading; None if there is none.
+        model: a score model with the best reading; None if there is none. Wrappers of the given one, guidance or
+            clipping, are not around it unless the given reading fits.
         level: sigma / alpha of the levels looked at, with shape (k,), falling.
         error: mean squared error of the denoised prediction over that of the best linear prediction, at each level; at
             most 1 for a right reading, but for the network's own errors and chance.
         magnitude: root mean square of the denoised prediction, at each level; grows as noise falls.
         best_error: `error` of the best reading.
-        calls: network calls, each of a batch of at most 16 rows.
+        calls: network calls, each of one batch.
         from_data: whether data were given, rather than the model's own samples.
     """
 
@@ -146,7 +146,8 @@ def diagnose(
 
     Args:
         score_fn: as for `sample`, like sde.
-        data: a few data, 16 or so, with shape (n, *event), in the model's `data_range`; more than 64 are not read.
+        data: a few data, 16 or so and at least 4, with shape (n, *event), in the model's `data_range`; more than 64 are
+            not read.
         shape: shape of one sample, (C, H, W), where neither the model nor the data say.
         cond: keyword arguments of the network, each with the leading axis of `data` (or 16).
         seed: of the noise.
@@ -162,15 +163,19 @@ def diagnose(
     model = as_model(score_fn, sde)
     if data is not None:
         check_states("data", data)
-        data = data[:64]
-    event = tuple(data.shape[1:]) if data is not None else shape or model.event_shape
+        if len(data) < 4:
+            raise ValueError(f"data must hold at least 4, better 16; got {len(data)}.")
+        if cond is not None and isinstance(cond, Mapping):
+            cond = {k: v[:_MOST_DATA] if isinstance(v, Tensor) and len(v) == len(data) else v for k, v in cond.items()}
+        data = data[:_MOST_DATA]
+    event = check_shape("shape", shape) or model.event_shape if data is None else tuple(data.shape[1:])
     if event is None:
         raise ValueError("the model does not know its event shape; give shape=(C, H, W), or data=.")
-    if model.event_shape is not None and tuple(event) != tuple(model.event_shape):
-        raise ValueError(f"the model's samples have shape {model.event_shape}; got {tuple(event)}.")
+    if model.event_shape is not None and event != tuple(model.event_shape):
+        raise ValueError(f"the model's samples have shape {model.event_shape}; got {event}.")
     n = _PILOT if data is None else len(data)
     place = resolve_device(model, device, None)
-    bench = _Bench(model, tuple(event), n, resolve_cond(model, cond, n, place), check_count("seed", seed, 0), place)
+    bench = _Bench(model, event, n, resolve_cond(model, cond, n, place), check_count("seed", seed, 0), place)
     with torch.no_grad(), model.sampling():
         return bench.run(None if data is None else data.to(place, torch.float32), progress=progress)
 
@@ -232,12 +237,15 @@ class _Bench:
         device: torch.device,
     ) -> None:
         self.model, self.event, self.n, self.cond, self.device = model, event, n, cond, device
-        self.noise, self.calls = FreshNoise(seed, event, torch.float32), 0
+        self.noise, self.calls, self.seed = FreshNoise(seed, event, torch.float32), 0, seed
+        self.own_cond = cond  # what the innermost model sees of it
+        while isinstance(model, Wrapper):
+            self.own_cond, model = model.inner_cond(self.own_cond), model.model
         self.index = torch.arange(n, device=device)
 
     def run(self, data: Tensor | None, *, progress: bool) -> Diagnosis:
         """Tries the given reading and, if it is not clearly right, the others."""
-        inside = _innermost(self.model)
+        inside = innermost(self.model)
         given = Reading(inside.prediction, 1, "as given", self.model.data_range)
         first = self._tried(self.model, given, data)
         if data is not None and not self._in_range(data):
@@ -250,7 +258,7 @@ class _Bench:
         timeless = self._ignores_time(first)
         if first.passes and first.score < math.log(_BETTER) and not timeless:
             return self._diagnosis(first, first, self._fitting(first), data is not None, fits=True)
-        trials = list(self._others(inside, data, progress)) if _can_be_searched(inside) else []
+        trials = list(self._others(inside, data, progress)) if not inside.preconditioned else []
         passing = [trial for trial in trials if trial.passes]
         # Of readings that are as good as each other, the one with the least to change.
         best = min(passing, key=lambda trial: trial.score + 0.01 * len(_changes(given, trial.reading)), default=None)
@@ -349,7 +357,7 @@ class _Bench:
         noised: _Noised | None,
     ) -> Iterator[_Trial]:
         """All predictions and signs of a network with this time, from the same calls where data are given."""
-        readings = [Reading(p, sign, name, data_range) for p in _PREDICTIONS for sign in (1, -1)]
+        readings = [Reading(p, sign, name, data_range) for p in PREDICTIONS for sign in (1, -1)]
         models = [self._read(inside, reading, time) for reading in readings]
         try:
             if noised is not None:
@@ -377,8 +385,8 @@ class _Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataRangeWarning)
                 r = sample(
-                    model, shape=(self.n, *self.event), nfe=max(_CALLS, 2 * model.calls), cond=self.cond, seed=1,
-                    device=self.device,
+                    model, shape=(self.n, *self.event), nfe=max(_CALLS, 2 * model.calls), cond=self._cond(model),
+                    seed=self.seed, device=self.device,
                 )  # fmt: skip
             self.calls += int(r.nfe.max())
             inside = bool((r.status == Status.SUCCESS).all()) and r.outside is not None and not r.outside.any()
@@ -399,8 +407,8 @@ class _Bench:
         if not low < high:
             high, low = most, least
         noised = _Noised(data, torch.logspace(math.log10(high), math.log10(low), _LEVELS, dtype=torch.float64))
-        mean = data.mean(0, keepdim=True)
-        variance = float((data - mean).square().mean()) * len(data) / max(len(data) - 1, 1)
+        mean = (data.sum(0, keepdim=True) - data) / (len(data) - 1)  # of the others: a datum does not predict itself
+        variance = float(data.var(0).mean())
         for k, rho in enumerate(noised.level.tolist()):
             t = sde.t_of_log_snr(torch.full((len(data),), -2 * math.log(rho), dtype=torch.float64, device=self.device))
             t = t.clamp(sde.t_min, sde.t_max)
@@ -415,7 +423,11 @@ class _Bench:
 
     def _output(self, model: ScoreModel, x_t: State, t: Time) -> State:
         self.calls += model.calls
-        return model.output(x_t, t, self.cond)
+        return model.output(x_t, t, self._cond(model))
+
+    def _cond(self, model: ScoreModel) -> dict[str, Tensor]:
+        """What the model sees of the conditioning: all of it, or what wrappers leave."""
+        return self.cond if model is self.model else self.own_cond
 
     def _starts_inside(self, model: ScoreModel) -> bool:
         """Whether predictions from noise alone, where it is high, have the size of data."""
@@ -450,17 +462,6 @@ class _Negative(Wrapper):
 def _changes(given: Reading, other: Reading) -> list[str]:
     """In what two readings differ."""
     return [f.name for f in dataclasses.fields(Reading) if getattr(given, f.name) != getattr(other, f.name)]
-
-
-def _innermost(model: ScoreModel) -> ScoreModel:
-    while isinstance(model, Wrapper):
-        model = model.model
-    return model
-
-
-def _can_be_searched(model: ScoreModel) -> bool:
-    """Whether what the network returns is read by `prediction` alone, without a preconditioning around it."""
-    return getattr(getattr(model, "reading", None), "sigma_data", None) is None
 
 
 def _times(model: ScoreModel) -> list[tuple[str, Callable[[Time], Time] | None]]:

@@ -116,9 +116,11 @@ def integrate(
         raise ValueError("give either save_at= or dense=True, not both.")
     _, event, numbers = resolve_shape(_Drift(drift), None, None, x0, index, "x0")
     solver = _ImprovedEuler(diffusion, diffusion is not None and ito and not additive, extrapolate)
-    controller: Controller = _rule(solver, rtol, atol, size, x0.dtype)
-    if steps is not None:
-        check_steps(steps)
+    check_steps(steps)
+    controller: Controller
+    if steps is None:
+        controller = _rule(solver, rtol, atol, size, x0.dtype)
+    else:
         controller = Grid(torch.linspace(-t0, -t1, steps + 1, dtype=torch.float64))
     return run(
         _Drift(drift),

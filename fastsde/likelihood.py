@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 
 import torch
@@ -146,30 +145,28 @@ def log_likelihood(
     ends, columns = torch.tensor([t_end, t_start], dtype=torch.float64, device=device), 1 if exact else probes
     y_start = data.reshape(len(data), -1) / float(process.alpha(ends)[0])
     d = y_start.shape[1]
-    walked = functools.partial(
-        run,
-        model,
-        process,
-        Forward(_Density(tableau, event, columns, exact, gaussian)),
-        controller.reversed(),
-        t_start=t_end,
-        t_end=t_start,
-        event=(d + columns,),
-        index=index,
-        x_init=torch.nn.functional.pad(y_start, (0, columns)),
-        dtype=dtype,
-        device=device,
-        seed=seed,
-        batch_size=batch_size,
-        cond={key: value.repeat_interleave(draws, 0) for key, value in given.items()},
-        max_nfe=max_nfe,
-        progress=progress,
-    )
-    interrupted = False
+    stopped = None
     try:
-        result = walked()
-    except Interrupted as stopped:
-        result, interrupted = stopped.result, True
+        result = run(
+            model,
+            process,
+            Forward(_Density(tableau, event, columns, exact, gaussian)),
+            controller.reversed(),
+            t_start=t_end,
+            t_end=t_start,
+            event=(d + columns,),
+            index=index,
+            x_init=torch.nn.functional.pad(y_start, (0, columns)),
+            dtype=dtype,
+            device=device,
+            seed=seed,
+            batch_size=batch_size,
+            cond={key: value.repeat_interleave(draws, 0) for key, value in given.items()},
+            max_nfe=max_nfe,
+            progress=progress,
+        )
+    except Interrupted as interruption:
+        result, stopped = interruption.result, interruption
     y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
     rho, log_alpha = float(noise_level(process, ends)[1]), float(process.log_alpha(ends)[0])
     prior = -0.5 * (y / rho).square().sum(1) - d * (math.log(rho) + 0.5 * math.log(2 * math.pi))
@@ -186,8 +183,8 @@ def log_likelihood(
         status.max(1).values.masked_fill(pending, int(Status.PENDING)),
         result.seconds,
     )
-    if interrupted:
-        raise Interrupted(likelihood)
+    if stopped is not None:
+        raise Interrupted(likelihood) from None
     return likelihood
 
 

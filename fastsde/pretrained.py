@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_labels, check_number
 from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
@@ -140,16 +140,8 @@ class PackagedModel(ScoreModel):
 
     def check_cond(self, cond: Cond) -> None:
         super().check_cond(cond)
-        labels = cond.get("class_labels")
-        if labels is None or self.labels is None:
-            return
-        if labels.is_floating_point() or labels.ndim != 1:
-            raise ValueError(
-                f"class_labels must be integers with shape (n,); got {tuple(labels.shape)} of {labels.dtype}."
-            )
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high >= self.labels:
-            raise ValueError(f"class_labels must be from 0 to {self.labels - 1}; got {low} .. {high}.")
+        if self.labels is not None and "class_labels" in cond:
+            check_labels(cond["class_labels"], self.labels)
 
 
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:

@@ -56,7 +56,7 @@ class SampleResult:
         trajectory: the states on the way, for each sample, if they were asked for.
         outside: which samples left the range of the data: more than 1 % of their elements, or one of less than 100, are
             farther from the middle of the model's `data_range` than its width; with shape (n,). None where the samples
-            are no data.
+            are no data, and of runs that were interrupted or failed.
     """
 
     samples: Tensor
@@ -99,7 +99,7 @@ class DataRangeWarning(UserWarning):
 
 
 class RepeatedSeedWarning(UserWarning):
-    """The same samples are drawn again, because no seed was given."""
+    """The same start states and noise come again, because no seed was given."""
 
 
 class Interrupted(KeyboardInterrupt):

@@ -158,11 +158,40 @@ def test_what_is_seen_is_said():
     assert "sigma / alpha" in str(found)
 
 
+def test_guided_and_clipped_models_are_diagnosed():
+    dress = Dress(VP, "epsilon", -1)
+
+    def network(x, t, y):
+        return dress(x, t)
+
+    def conditional(prediction_network):
+        return ScoreModel(prediction_network, VP, "epsilon", event_shape=(DIM,), timestep=TIMES[dress.time][0])
+
+    data, cond = draw(80), {"y": torch.zeros(80)}
+    wrong = fastsde.score.ClassifierFreeGuidance(conditional(network), 2.0, negative={"y": 0.0})
+    found = diagnose(fastsde.score.Clipped(wrong), data=data, cond=cond)
+    assert (found.fits, found.best.sign) == (False, -1)
+    right = fastsde.score.ClassifierFreeGuidance(
+        conditional(lambda x, t, y: -network(x, t, y)), 2.0, negative={"y": 0.0}
+    )
+    assert diagnose(right, data=data, cond=cond).fits
+
+
+def test_a_few_data_are_enough_to_pass_the_right_reading():
+    dress = Dress(VP, "epsilon")
+    for n in (4, 6, 10):
+        assert diagnose(dress.right(), data=draw(n, seed=n)).fits
+    with pytest.raises(ValueError, match="data must hold at least 4, better 16; got 3"):
+        diagnose(dress.right(), data=draw(3))
+
+
 def test_the_picture_and_the_refusals(tmp_path):
     found = diagnose(Dress(VP, "v_prediction").naive(), data=draw(16))
     found.plot(tmp_path / "diagnosis.png")
     assert (tmp_path / "diagnosis.png").stat().st_size > 10_000
     with pytest.raises(ValueError, match="does not know its event shape"):
         diagnose(lambda x, t: -x, VP)
+    with pytest.raises(ValueError, match="shape must be the shape of one sample"):
+        diagnose(lambda x, t: -x, VP, shape=(0,))
     with pytest.raises(ValueError, match=r"samples have shape \(16,\); got \(3,\)"):
         diagnose(Dress(VP, "epsilon").naive(), data=torch.zeros(16, 3))

@@ -587,7 +587,11 @@ def test_networks_of_unknown_convention_are_refused(name):
             raise AssertionError("called")
 
     Network.__name__ = name
-    for network in (Network(), torch.nn.DataParallel(Network())):
+
+    class Own(Network):
+        pass
+
+    for network in (Network(), torch.nn.DataParallel(Network()), Own()):
         with pytest.raises(ValueError, match=f"does not know how {name} is called.*FastSDEScheduler.*diagnose"):
             from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
 

@@ -441,3 +441,19 @@ def test_clipping_gives_the_limit_of_the_configurations_scheduler(name):
         x = other.step(network(x, k.double().expand(3)), k, x, **options).prev_sample
     # The mixture reaches to 2. Measured 0.009 and 0.0002, where the two limits are 0.2 apart.
     assert float((ours - x).abs().mean()) < 0.02
+
+
+def test_a_slice_that_is_only_looked_at_changes_nothing():
+    plain, looked = (FastSDEScheduler(beta_schedule="linear") for _ in range(2))
+    outputs = []
+    for scheduler in (plain, looked):
+        scheduler.set_timesteps(8)
+        x = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        if scheduler is looked:
+            looked.timesteps[3:]
+            copy.deepcopy(looked.timesteps)
+            assert len(pickle.dumps(looked.timesteps)) < 1000
+        for t in scheduler.timesteps:
+            x = scheduler.step(0.9 * x, t, x).prev_sample
+        outputs.append(x)
+    assert torch.equal(*outputs)

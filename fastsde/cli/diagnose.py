@@ -13,6 +13,7 @@ from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import PATH, check_writable, dump_json
 from fastsde.diagnosis import Diagnosis
 from fastsde.diagnosis import diagnose as run
+from fastsde.diffusers.latents import autoencoder
 from fastsde.evaluation.images import open_images
 
 _IMAGES = 16
@@ -47,10 +48,10 @@ def diagnose(model: str, data: Path | None, seed: int, device: str, plot: Path |
     if plot is not None:
         check_writable(plot, "--plot")
     opened = open_model(model, own_device(device, os.environ), torch.float32)
-    if opened.pipe is not None and data is not None and getattr(opened.pipe, "vae", None) is not None:
+    if opened.pipe is not None and data is not None and autoencoder(opened.pipe) is not None:
         raise click.UsageError("--data is for models of pixels; this one has latents.")
     images = None if data is None else _images(data, opened.model.data_range)
-    found = run(opened.model, data=images, seed=seed, device=torch.device(device), progress=True)
+    found = run(opened.model, data=images, seed=seed, progress=True)
     if plot is not None:
         found.plot(plot)
     click.echo(dump_json(_record(found)) if as_json else str(found))

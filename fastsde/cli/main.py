@@ -25,12 +25,12 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except (click.exceptions.Exit, click.Abort):
-            raise
-        except click.UsageError:
+        except (click.exceptions.Exit, click.Abort, click.UsageError):
             raise
         except click.ClickException as error:
             raise click.ClickException(_one_line(error.message)) from error
+        except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+            raise click.ClickException(_one_line(str(error))) from error
         except Exception as error:  # whatever a damaged file or a model of others may raise
             raise click.ClickException(_one_line(f"{type(error).__name__}: {error}")) from error
 

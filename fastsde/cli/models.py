@@ -18,7 +18,7 @@ from fastsde.diffusers.conditions import network_of, takes_text
 from fastsde.diffusers.sampling import finish
 from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.result import SampleResult
-from fastsde.score.base import ScoreModel, Wrapper
+from fastsde.score.base import ScoreModel, innermost
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,4 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     model, _ = from_diffusers(loaded, scheduler)
     network = loaded if pipe is None else network_of(pipe)
     source = {"weights_sha256": fingerprint(model), "source": network.fastsde_source, "dtype": str(dtype)}
-    inside = model
-    while isinstance(inside, Wrapper):
-        inside = inside.model
-    return Opened(model, getattr(inside, "labels", 0), source, pipe)
+    return Opened(model, getattr(innermost(model), "labels", 0), source, pipe)

@@ -22,6 +22,7 @@ class Levels(Protocol):
 
 
 _ROUNDING = 1e-6
+"""Share of an end of the process by which a grid may be outside of it."""
 
 
 class Grid(Controller):

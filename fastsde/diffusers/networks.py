@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_labels
 from fastsde.diffusers.schedules import Config, Reading
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import Clipped
@@ -77,7 +78,6 @@ class DiffusersModel(ScoreModel):
         self.config = config = config_of(network)
         self.arguments = _arguments(network)
         self.packed = "img_ids" in self.arguments
-        check_known(network)
         # Networks of that name for text or for one dimension have no logarithm of the time and do not divide by it.
         other = "encoder_hidden_states" in self.arguments or "UNet1DModel" in _class_names(network)
         fourier = config.get("time_embedding_type") == "fourier" and not other
@@ -94,7 +94,7 @@ class DiffusersModel(ScoreModel):
             timestep=(lambda t: reading.timestep(t) / reading.levels) if self.packed else reading.timestep,
             default_cond=default_cond or _null_label(config, self.arguments),
         )
-        self.reading = reading
+        self.reading, self.preconditioned = reading, reading.sigma_data is not None
         self.required = _required(config, self.arguments)
         self.classes = _classes(config, self.arguments)
         # DiT's last label is "none".
@@ -142,14 +142,7 @@ class DiffusersModel(ScoreModel):
             raise ValueError("the network was trained without classes and would ignore class_labels.")
         if self.classes is None:
             return
-        if labels.is_floating_point() or labels.ndim != 1:
-            raise ValueError(
-                f"class_labels must be integers with shape (n,); got {tuple(labels.shape)}, {labels.dtype}."
-            )
-        if int(labels.min()) < 0 or int(labels.max()) >= self.classes:
-            raise ValueError(
-                f"class_labels must be from 0 to {self.classes - 1}; got {int(labels.min())} .. {int(labels.max())}."
-            )
+        check_labels(labels, self.classes)
 
     def _check_embeddings(self, cond: Cond) -> None:
         """Refuses text embeddings and SDXL's numbers of another width than the network's."""
@@ -256,10 +249,11 @@ def _class_names(network: object) -> list[str]:
 
 def check_known(network: object) -> None:
     """Refuses, with a ValueError, a network of diffusers whose time and sign are not known."""
-    names = [name for name in _class_names(network) if not name.endswith("Mixin")]
-    if not any(name in _KNOWN for name in names) and names[0] in _diffusers_names():
+    names = _class_names(network)
+    theirs = [name for name in names if name in _diffusers_names() and not name.endswith("Mixin")]
+    if theirs and not any(name in _KNOWN for name in names):
         raise ValueError(
-            f"fastsde does not know how {names[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
+            f"fastsde does not know how {theirs[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
             "output noise minus data or the reverse. Run its pipeline in its own loop, with pipe.scheduler = "
             "fastsde.diffusers.FastSDEScheduler.from_config(pipe.scheduler.config); or say how it is called, with "
             "fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check that with "

@@ -63,6 +63,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     begin_index: int | None
+    _before_slice: tuple[Time, Tensor] | None
     _index: int | None
     _ahead: Predicted
 
@@ -283,6 +284,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         network = self.reading.timestep(self.times) if timesteps is None else torch.as_tensor(timesteps)
         self._timesteps = network.float().to(device or "cpu")
         self.begin_index = None
+        self._before_slice = None
         self._index = None
         self._carry: Carry = {}
         self._returned = torch.empty(0)
@@ -368,6 +370,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         x = sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
         start = self._index is None
         if self._index is None:
+            self._forget_slice(timestep)
             k = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
             self._check_timestep(timestep, k)
             self._begin(x, k)
@@ -394,6 +397,13 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         out = out.to(sample.dtype)
         self._returned = out.to(x.dtype, copy=True)  # the caller may edit his in place
         return SchedulerOutput(prev_sample=out) if return_dict else (out, prediction.x_0.to(sample.dtype))
+
+    def _forget_slice(self, timestep: Tensor | float | int) -> None:
+        """Takes the plan for a slice back if the loop starts at the first timestep after all."""
+        if self._before_slice is not None and float(timestep) == float(self._before_slice[1][0]):
+            times, timesteps = self._before_slice
+            self.times[:], self._timesteps[:], self.begin_index = times, timesteps, None
+        self._before_slice = None
 
     def _begin(self, x: State, k: int) -> None:
         """Plans the steps from timestep k on."""
@@ -478,8 +488,15 @@ class _Timesteps(Tensor):
         if isinstance(key, slice) and key.stop is None and key.step in (None, 1) and self.scheduler.step_index is None:
             begin = key.indices(len(plain))[0]
             if 0 < begin < len(plain):
+                self.scheduler._before_slice = (self.scheduler.times.clone(), plain.clone())
                 self.scheduler.set_begin_index(begin)
         return plain[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_subclass(Tensor).clone().__reduce_ex__(protocol)
 
     def __lt__(self, other: Any) -> Tensor:
         # Whoever compares levels starts at one of them.
@@ -490,7 +507,7 @@ class _Timesteps(Tensor):
 def _reading(config: Config) -> Reading:
     """`read_schedule`, and `invert_sigmas` (Mochi): times n (1 - t), and a velocity that runs with them.
 
-    Only who calls the network has to know of it, and that is the pipeline.
+    The pipeline calls the network, so nothing else has to know of it.
     """
     if not config.get("invert_sigmas"):
         return read_schedule(config)
@@ -508,7 +525,10 @@ def _falling(n: int, k: Time) -> Time:
 
 
 def _class_of(config: Config) -> Any:
-    """The scheduler's class: the one that is named, or whose arguments are all there, as in one built in Python."""
+    """The scheduler's class: the one that is named; of one built in Python, the one whose arguments are all there.
+
+    Where several fit, it is the one with the most arguments.
+    """
     if config.get("_class_name") is not None:
         return getattr(diffusers, str(config["_class_name"]), None)
     found = {e.name: _parameters(getattr(diffusers, e.name)) for e in KarrasDiffusionSchedulers}

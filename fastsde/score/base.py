@@ -41,6 +41,9 @@ _READ: dict[str, tuple[_Reading, _Reading]] = {
     "flow_prediction": (lambda a, s: (1 / (a + s), -s / (a + s)), lambda a, s: (1 / (a + s), a / (a + s))),
 }
 
+PREDICTIONS = tuple(_READ)
+"""What a network may predict."""
+
 
 class Prediction:
     """One network call, readable in every form. All tensors have shape (B, *event); `x_0` and `epsilon` are kept.
@@ -124,6 +127,8 @@ class ScoreModel:
     """The most network calls that an evaluation costs a row; guidance that doubles the batch says 2."""
     role = "the score function"
     """What the network is called in messages."""
+    preconditioned = False
+    """Whether the network's output is read with more than `prediction` says, so that no other reading can be tried."""
     writes_inputs = True
     """Whether the network may work in place on what it is given, so that it gets copies."""
 
@@ -147,7 +152,7 @@ class ScoreModel:
         if timestep is not None and not callable(timestep):
             raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
         self.network, self.sde, self.prediction = network, sde, prediction
-        self.event_shape, self.knows_range = _checked_shape(event_shape), data_range is not None
+        self.event_shape, self.knows_range = check_shape("event_shape", event_shape), data_range is not None
         self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
         self.timestep, self.default_cond = timestep, _checked_default(default_cond)
 
@@ -303,12 +308,13 @@ class Wrapper(ScoreModel):
         self.model.check_cond(self.inner_cond(cond))
 
 
-def _checked_shape(shape: object) -> tuple[int, ...] | None:
+def check_shape(name: str, shape: object) -> tuple[int, ...] | None:
+    """The shape of one sample as a tuple, or None; anything else is refused with a ValueError."""
     if shape is None:
         return None
     sizes = tuple(shape) if isinstance(shape, (tuple, list)) else ()
     if not sizes or not all(isinstance(k, Integral) and not isinstance(k, bool) and int(k) > 0 for k in sizes):
-        raise ValueError(f"event_shape must be the shape of one sample, such as (3, 32, 32); got {shape!r}.")
+        raise ValueError(f"{name} must be the shape of one sample, such as (3, 32, 32); got {shape!r}.")
     return tuple(int(k) for k in sizes)
 
 
@@ -332,6 +338,13 @@ def _checked_default(cond: object) -> dict[str, Tensor] | None:
                 f"the conditioning of one row, {key}, must be a tensor without batch axis; got {type(value).__name__}."
             )
     return values
+
+
+def innermost(model: ScoreModel) -> ScoreModel:
+    """The score model inside of all wrappers."""
+    while isinstance(model, Wrapper):
+        model = model.model
+    return model
 
 
 class BoundModel:
