@@ -158,6 +158,17 @@ def test_what_is_seen_is_said():
     assert "sigma / alpha" in str(found)
 
 
+@pytest.mark.parametrize("sde", [VP, FLOW, TABLE, EDM()], ids=lambda s: type(s).__name__)
+@pytest.mark.parametrize("wrong", ["flow_prediction", "v_prediction"])
+def test_a_wrong_reading_that_is_better_than_linear_does_not_pass(sde, wrong):
+    """Shrunk predictions of data about zero are not bad, but those of the right reading are better."""
+    dress = Dress(sde, "epsilon", time="t")
+    model = ScoreModel(dress, sde, wrong, event_shape=(DIM,), data_range=(-1.0, 1.0), timestep=TIMES["t"][0])
+    found = diagnose(model, data=draw(16))
+    assert not found.fits
+    assert agrees(found.model, dress)
+
+
 def test_guided_and_clipped_models_are_diagnosed():
     dress = Dress(VP, "epsilon", -1)
 
