@@ -29,6 +29,8 @@ DEFAULT_RTOL = 0.05
 """Relative tolerance when nothing is said: the thesis's setting for fast results."""
 _GRIDS = 3
 """Grids of an adaptive sample, each with twice the steps of the one before."""
+_MOST_GRID = 1_000_000
+"""Steps of a grid that is asked for: more would take days, and memory before the first call."""
 _MOST_STEPS = 4096
 """Steps of the first of them, beyond which a tolerance is refused: single precision cannot tell such steps apart."""
 
@@ -340,7 +342,13 @@ def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
 
 
 def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
-    """The grid that a solver walks when only the number of steps is said."""
+    """The grid that a solver walks when only the number of steps is said.
+
+    Raises:
+        ValueError: for more steps than a run could take.
+    """
+    if steps > _MOST_GRID:
+        raise ValueError(f"nfe and steps may say at most {_MOST_GRID:,} steps of a grid; got {steps:,}.")
     if solver.tapered_steps:
         grid = Grid.tapered(sde, steps)
     else:

@@ -140,8 +140,8 @@ def diagnose(
     prediction m + c (x_t - alpha m), c = alpha s^2 / (alpha^2 s^2 + sigma^2), with m the data's mean and s^2 their
     variance about it. A reading that is not right fails that at some level, or another one does better. Other
     predictions and signs are always compared; unless the given reading is clearly better than linear, so are the usual
-    times and three ranges of the data. Without data, each reading draws 16 samples in 10 calls and is tried on them: they must stay in
-    the range of the data, too. Data tell more readings apart.
+    times and three ranges of the data. Without data, each reading draws 16 samples in 10 calls and is tried on them:
+    they must stay in the range of the data, too. Data tell more readings apart.
 
     Costs 14 calls with data if the model fits, 24 without; a search about 140 with data, some hundreds without.
 

@@ -591,7 +591,15 @@ def test_networks_of_unknown_convention_are_refused(name):
     class Own(Network):
         pass
 
-    for network in (Network(), torch.nn.DataParallel(Network()), Own()):
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = Network()
+
+        def forward(self, *args, **kwargs):
+            return self.model(*args, **kwargs)
+
+    for network in (Network(), torch.nn.DataParallel(Network()), Own(), Around()):
         with pytest.raises(ValueError, match=f"does not know how {name} is called.*FastSDEScheduler.*diagnose"):
             from_diffusers(network, diffusers.FlowMatchEulerDiscreteScheduler())
 
@@ -644,3 +652,11 @@ def test_audio_and_video_networks():
         with torch.no_grad():
             theirs = network(x, 399.0 * torch.ones(1), **cond).sample  # level 399 is at t = 400 / 1000
             torch.testing.assert_close(model(x, t, cond).epsilon, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_table_that_is_not_that_of_the_configuration_is_refused():
+    scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    from_diffusers(lambda x, t: x, scheduler)
+    scheduler.alphas_cumprod = (1 - torch.linspace(1e-5, 0.01, 1000)).cumprod(0)
+    with pytest.raises(ValueError, match="alphas_cumprod of DDPMScheduler are not those of its configuration"):
+        from_diffusers(lambda x, t: x, scheduler)

@@ -1,5 +1,6 @@
 """What goes wrong on networks of other people: seen before the first call, or told afterwards; never silent."""
 
+import functools
 import io
 import pickle
 import threading
@@ -226,6 +227,22 @@ def test_the_default_dtype_of_the_process_changes_nothing(dtype):
         assert a.nfe.tolist() == b.nfe.tolist()
 
 
+def test_a_network_behind_a_method_or_a_partial_is_in_evaluation_mode():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, x, t, y=None):
+            return self.drop(gaussian(x, t))
+
+    network = Network().train()
+    expected = fastsde.sample(network, VP, shape=(4, 3), seed=0).samples
+    for function in (network.forward, functools.partial(network, y=None)):
+        assert torch.equal(fastsde.sample(function, VP, shape=(4, 3), seed=0).samples, expected)
+    assert network.drop.training
+
+
 def test_half_precision_start_states_are_walked_in_single_precision():
     x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16):
@@ -318,6 +335,7 @@ def refused(match, function, kind=(ValueError, TypeError)):
 def test_numbers_that_are_none_are_refused(without_type_checks):
     refused("rtol must be a positive, finite number", lambda: fastsde.sample(never, VP, shape=(2, 3), rtol=10**400))
     refused("rtol must be at least .* steps", lambda: fastsde.sample(never, VP, shape=(2, 3), rtol=1e-12))
+    refused("at most 1,000,000 steps", lambda: fastsde.sample(never, VP, shape=(2, 3), nfe=10**8))
     refused("beta_min of VPSDE", lambda: VPSDE("0.1"))
     refused("t_max of EDM", lambda: EDM(t_max=None))
     refused("sigma_max of VESDE", lambda: VESDE(sigma_max="50"))

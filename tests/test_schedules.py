@@ -206,6 +206,7 @@ def test_readings_can_be_pickled():
 
 
 def test_clipping_is_read():
+    assert read_schedule(scheduler_config(diffusers.CogVideoXDDIMScheduler())).limit is None
     assert read_schedule(diffusers.DDPMScheduler().config).limit == 1.0
     assert read_schedule(diffusers.DDPMScheduler(clip_sample=False).config).limit is None
     assert read_schedule(diffusers.DDPMScheduler(clip_sample_range=3.0).config).limit == 3.0
@@ -242,5 +243,7 @@ def test_what_cannot_be_read_is_refused():
     refused("has gamma_shift in its configuration, which", beta_schedule="linear", gamma_shift=2.0)
     refused("has noise_law in its configuration", shift=3.0, noise_law="uniform")
     refused("which of them is meant", beta_schedule="linear", shift=3.0)
+    refused("clip_sample_range must be positive", beta_schedule="linear", clip_sample=True, clip_sample_range=-1.0)
+    refused("dynamic_thresholding_ratio", beta_schedule="linear", thresholding=True, dynamic_thresholding_ratio=5.0)
     refused("snr_shift_scale must be positive", beta_schedule="linear", snr_shift_scale=0.0)
     refused("scale_factors, upscale_mode", shift=1.0, upscale_mode="bicubic")

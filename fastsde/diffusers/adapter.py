@@ -15,10 +15,11 @@ from fastsde.diffusers.conditions import call_default, embedded_guidance, networ
 from fastsde.diffusers.latents import autoencoder, pixels_per_latent
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, clipped, config_of
-from fastsde.diffusers.schedules import CLASSES, Config, read_schedule
+from fastsde.diffusers.schedules import CLASSES, Config, Reading, read_schedule
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance
 from fastsde.sde.base import SDE
+from fastsde.sde.discrete import DiscreteVPSDE
 
 
 def from_diffusers(
@@ -103,13 +104,29 @@ def unguided(
         scheduler = pipe.scheduler
     latent = pipe is not None and autoencoder(pipe) is not None
     check_known(network)
+    reading = read_schedule(scheduler_config(scheduler))
+    _check_table(scheduler, reading)
     return DiffusersModel(
         network,
-        read_schedule(scheduler_config(scheduler)),
+        reading,
         event_shape=event_shape or (None if pipe is None else latent_shape(pipe)),
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
+
+
+def _check_table(scheduler: Any, reading: Reading) -> None:
+    """Refuses, with a ValueError, a scheduler whose table is not that of its configuration."""
+    table = getattr(scheduler, "alphas_cumprod", None)
+    if not isinstance(table, Tensor) or not isinstance(reading.sde, DiscreteVPSDE) or len(table) != reading.levels:
+        return
+    k = torch.arange(reading.levels - 1, dtype=torch.float64)  # the last one is moved where the terminal SNR is zero
+    ours, theirs = reading.sde.alpha(reading.time(k)) ** 2, table[:-1].double().cpu()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-6):
+        raise ValueError(
+            f"the alphas_cumprod of {type(scheduler).__name__} are not those of its configuration. Give the table: "
+            "scheduler=dict(trained_betas=[...], prediction_type=...)."
+        )
 
 
 def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:

@@ -251,6 +251,9 @@ def check_known(network: object) -> None:
     """Refuses, with a ValueError, a network of diffusers whose time and sign are not known."""
     names = _class_names(network)
     theirs = [name for name in names if name in _diffusers_names() and not name.endswith("Mixin")]
+    if not theirs and isinstance(network, nn.Module):  # somebody's module around one of theirs
+        inner = {type(part).__name__ for part in network.modules()}
+        names = theirs = sorted(name for name in inner if name in _diffusers_names() and name.endswith("Model"))
     if theirs and not any(name in _KNOWN for name in names):
         raise ValueError(
             f"fastsde does not know how {theirs[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "

@@ -135,10 +135,13 @@ def read_schedule(config: Config) -> Reading:
     else:
         reading = _table(config, name)
     if config.get("thresholding"):
-        limit, ratio = _number(config, "sample_max_value", 1.0), _number(config, "dynamic_thresholding_ratio", 0.995)
+        limit, ratio = _limit(config, "sample_max_value"), _number(config, "dynamic_thresholding_ratio", 0.995)
+        if not 0 < ratio < 1:
+            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1); got {ratio}.")
         return dataclasses.replace(reading, limit=limit, ratio=ratio)
-    if config.get("clip_sample"):
-        return dataclasses.replace(reading, limit=_number(config, "clip_sample_range", 1.0))
+    # CogVideoX's schedulers have the key and never clip.
+    if config.get("clip_sample") and "snr_shift_scale" not in config:
+        return dataclasses.replace(reading, limit=_limit(config, "clip_sample_range"))
     return reading
 
 
@@ -194,6 +197,13 @@ def _number(config: Config, key: str, default: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key} must be a finite number; got {value!r}.")
     return float(value)
+
+
+def _limit(config: Config, key: str) -> float:
+    limit = _number(config, key, 1.0)
+    if not limit > 0:
+        raise ValueError(f"{key} must be positive; got {limit}.")
+    return limit
 
 
 def _levels(config: Config, least: int = 2) -> int:

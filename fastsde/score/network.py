@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
 from collections.abc import Iterator
@@ -10,8 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fastsde.types import ScoreFn
 
 
 def hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype) -> str | None:
@@ -36,17 +35,30 @@ _PER_SAMPLE = (
     "and enter it."
 )
 
+
+def _module_behind(network: object) -> object:
+    """The module whose method, compiled or with arguments filled in, a function is; else the function."""
+    while not isinstance(network, nn.Module):
+        inside = getattr(network, "_torchdynamo_orig_callable", None) or getattr(network, "__self__", None)
+        inside = network.func if isinstance(network, functools.partial) else inside
+        if inside is None or inside is network:
+            return network
+        network = inside
+    return network
+
+
 _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _USERS_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
-def evaluation_mode(network: ScoreFn) -> Iterator[None]:
+def evaluation_mode(network: object) -> Iterator[None]:
     """Switches dropout and batch statistics off for the time of sampling; each submodule gets its own mode back.
 
     Threads may share a network: its modules go back to training when the last of them is done.
     """
     used: list[nn.Module] = []
+    network = _module_behind(network)
     if isinstance(network, nn.Module):
         with _USERS_LOCK:
             used = [module for module in network.modules() if module.training or module in _USERS]
