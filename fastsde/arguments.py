@@ -352,7 +352,9 @@ def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
     if solver.tapered_steps:
         grid = Grid.tapered(sde, steps)
     else:
-        grid = (Grid.log_snr if solver.log_snr_steps else Grid.uniform)(sde, steps)
+        # EDM's time is the noise, of which equal steps would leave nothing for where data are decided.
+        equal = Grid.log_snr if solver.log_snr_steps or isinstance(sde, EDM) else Grid.uniform
+        grid = equal(sde, steps)
     return grid if solver.clock_power is None or not solver.keep_path else _on_cells(grid, sde)
 
 

@@ -161,6 +161,7 @@ def _check_known(config: Config) -> None:
             f"{name} is not among the schedulers whose process fastsde knows (see docs/diffusers.md). If its noise "
             "levels are those of one of them, give that one, or a dict of its keys, as scheduler=."
         )
+    _check_telling(config)
     if "upscale_mode" in config or "scale_factors" in config:
         raise ValueError(_DISTILLED.format("FlowMatchLCMScheduler (scale_factors, upscale_mode)"))
     unknown = sorted(k for k in config if not k.startswith("_") and k not in _KEYS)
@@ -176,10 +177,21 @@ def _check_known(config: Config) -> None:
         )
 
 
+def _check_telling(config: Config) -> None:
+    """Refuses, with a ValueError, a scheduler's bare configuration that several classes with other processes share."""
+    keys = {key for key in config if not key.startswith("_")}
+    if "_use_default_values" in config and "_class_name" not in config and keys <= {"num_train_timesteps", "shift"}:
+        raise ValueError(
+            "a plain flow (FlowMatchHeun) and other processes (FlowMap, MiniMaxH3) have these keys alone, "
+            f"{', '.join(sorted(keys))}. Give the scheduler itself, or for a plain flow a dict: {{'shift': 3.0}}."
+        )
+
+
 def filled(config: Config) -> Config:
     """The configuration with the defaults of its class, which files leave out, for what they do not say."""
     import diffusers
 
+    _check_telling(config)
     kind = getattr(diffusers, str(config.get("_class_name")), None)
     # Marked as default, a value would be dropped on the way to another class.
     own = {key: value for key, value in config.items() if key != "_use_default_values"}
