@@ -276,6 +276,9 @@ class _Bench:
             more = "" if data is not None else " Give data=, 16 of them: with data more readings can be told apart."
             advice = f"No usual reading fits.{self._symptom(first)}{self._start(first)}{more}"
             return self._diagnosis(first, None, advice, data is not None, fits=False)
+        if best.reading == given:  # the network fits; guidance or clipping around it is meant to change predictions
+            advice = self._fitting(best) + " What is wrapped around it, guidance or clipping, changes its predictions."
+            return self._diagnosis(first, first, advice, data is not None, fits=True)
         return self._diagnosis(first, best, self._advice(given, best.reading), data is not None, fits=False)
 
     def _diagnosis(self, first: _Trial, best: _Trial | None, advice: str, from_data: bool, *, fits: bool) -> Diagnosis:

@@ -188,6 +188,19 @@ def test_guided_and_clipped_models_are_diagnosed():
     assert diagnose(right, data=data, cond=cond).fits
 
 
+def test_strong_guidance_is_no_wrong_reading():
+    dress = Dress(VP, "epsilon")
+
+    def network(x, t, y):  # without the condition, the prediction of nothing but noise
+        return torch.where(y[:, None] > 0, dress(x, t), x)
+
+    model = ScoreModel(network, VP, "epsilon", event_shape=(DIM,), timestep=TIMES[dress.time][0])
+    guided = fastsde.score.ClassifierFreeGuidance(model, 7.5, negative={"y": 0.0})
+    found = diagnose(guided, data=draw(16), cond={"y": torch.ones(16)})
+    assert found.fits
+    assert "guidance or clipping" in found.advice
+
+
 def test_a_few_data_are_enough_to_pass_the_right_reading():
     dress = Dress(VP, "epsilon")
     for n in (4, 6, 10):
