@@ -5,6 +5,7 @@ fastsde's implementations of the same solvers, which agree with diffusers' (test
 leaves a choice, the peers get the better one:
 
 - The network is called at the noise level of the step, not at its timestep rounded to an integer.
+- Noise is taken as it is: all of these schedulers start from a standard normal.
 - A scheduler that stops above zero noise is taken there by a first-order step with its last output, at no call.
 - Clipping is part of the model: the schedulers are given the epsilon that belongs to the clipped x_0.
 
@@ -104,7 +105,7 @@ class Diffusers:
         scheduler = self.scheduler(calls)
         if scheduler is None:
             return None
-        model, x = Counted(self.model, self.cond), z * scheduler.init_noise_sigma
+        model, x = Counted(self.model, self.cond), z
         # SA-Solver draws noise even where it takes none of it.
         more = {"generator": torch.Generator(z.device).manual_seed(0)} if "SASolver" in self.name else {}
         with self.model.sampling():
@@ -167,12 +168,13 @@ def zero(t: object) -> float:
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 SA = {"tau_func": zero, "predictor_order": 3, "corrector_order": 4}
+BH1 = {"solver_type": "bh1", "final_sigmas_type": "sigma_min"}  # a last step to zero noise is infinite in this variant
 SOLVERS: dict[str, tuple[str, dict[str, object]]] = {
     "DPM-Solver++ 2": ("DPMSolverMultistepScheduler", {"solver_order": 2}),
     "DPM-Solver++ 3": ("DPMSolverMultistepScheduler", {"solver_order": 3}),
     "UniPC 2": ("UniPCMultistepScheduler", {"solver_order": 2}),
     "UniPC 3": ("UniPCMultistepScheduler", {"solver_order": 3}),
-    "UniPC 3 bh1": ("UniPCMultistepScheduler", {"solver_order": 3, "solver_type": "bh1"}),
+    "UniPC 3 bh1": ("UniPCMultistepScheduler", {"solver_order": 3, **BH1}),
     "DEIS 3": ("DEISMultistepScheduler", {"solver_order": 3}),
     "SA-Solver 3, no noise": ("SASolverScheduler", SA),
 }
