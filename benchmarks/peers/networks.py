@@ -204,16 +204,17 @@ def flow_peers(model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | None) -> 
 
 
 def table_peers(model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | None) -> dict[str, Draw]:
-    """Peers on a table of discrete betas, with all spacings they offer."""
-    peers: dict[str, Draw] = {}
-    ddim = {"DDIM": ("DPMSolverMultistepScheduler", {"solver_order": 1})}
-    for name, (scheduler, options) in {**ddim, **SOLVERS}.items():
-        spacings = dict(SPACINGS)
-        if scheduler == "DPMSolverMultistepScheduler":
-            spacings["Lu's lambdas"] = {"use_lu_lambdas": True}
-        for spacing, said in spacings.items():
-            peers[f"{name}, {spacing}"] = Diffusers(model, cond, scheduler, {**options, **said})
-    return peers
+    """Peers on a table of discrete betas, with all spacings they offer.
+
+    Left out as the same to rounding: Lu's lambdas are equal steps in log-SNR, and UniPC bh1 is SA-Solver without noise.
+    """
+    solvers = {"DDIM": ("DPMSolverMultistepScheduler", {"solver_order": 1}), **SOLVERS}
+    del solvers["UniPC 3 bh1"]
+    return {
+        f"{name}, {spacing}": Diffusers(model, cond, scheduler, {**options, **said})
+        for name, (scheduler, options) in solvers.items()
+        for spacing, said in SPACINGS.items()
+    }
 
 
 def continuous_peers(model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | None) -> dict[str, Draw]:
