@@ -21,8 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
-from fastsde.training.ema import ema_model
 from fastsde.training.data import load_images, to_unit_range
+from fastsde.training.ema import ema_model
 from fastsde.training.networks import small_unet
 
 FOLDER = Path(__file__).parent / "runs" / "networks"
