@@ -2,10 +2,10 @@
 
 from fastsde import score
 from fastsde.api import encode, sample
-from fastsde.calibration import Schedule, calibrate
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.diagnosis import Diagnosis, diagnose
 from fastsde.diffusers import from_diffusers, sample_pipeline
+from fastsde.fitting import fit
 from fastsde.integrate import integrate
 from fastsde.job import EngineState
 from fastsde.likelihood import Likelihood, log_likelihood
@@ -43,6 +43,7 @@ from fastsde.solvers import (
     EulerMaruyama,
     ExponentialPC,
     ExtrapolatedEM,
+    FittedSolver,
     Heun,
     Langevin,
     PredictorCorrector,
@@ -83,6 +84,7 @@ __all__ = [
     "EulerMaruyama",
     "ExponentialPC",
     "ExtrapolatedEM",
+    "FittedSolver",
     "Grid",
     "Heun",
     "Interrupted",
@@ -99,7 +101,6 @@ __all__ = [
     "SASolver",
     "SampleResult",
     "SamplingError",
-    "Schedule",
     "ScoreModel",
     "Solver",
     "Status",
@@ -107,9 +108,9 @@ __all__ = [
     "Tableau",
     "Trajectory",
     "UniPC",
-    "calibrate",
     "diagnose",
     "encode",
+    "fit",
     "from_diffusers",
     "integrate",
     "log_likelihood",

@@ -82,7 +82,8 @@ def sample(
         atol: absolute tolerance in units of the data; by default one 8-bit level of the model's data range, that is
             (high - low) / 256: 1/128 for a plain function, taken to be for data in [-1, 1].
         nfe: budget: network calls that no sample exceeds, in place of rtol and atol. The solver walks its own grid.
-        solver: the stepping method, `ExponentialPC()` by default.
+        solver: the stepping method, `ExponentialPC()` by default; one that `fit` made for this network needs the
+            fewest calls, and says how many itself.
         controller: overrides what rtol, atol and the solver's `steps` say: a `Grid`, an `AdaptiveGrid` or `Adaptive`.
         seed: in [0, 2^64); 0 by default, so that a program gives the same samples again. A loop must say another seed
             or other numbers in each turn: without it the same samples come again, and a warning.
@@ -149,6 +150,7 @@ def sample(
         )
         _warn_of_repetition(model.network, asked)
     controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
+    solver.check_model(model)
     first, last = controller.span(process.t_min, process.t_max)
     if given is None:
         check_start(process, first)
@@ -273,6 +275,8 @@ def encode(
     solver = ProbabilityFlow() if solver is None else solver
     if controller is None and isinstance(solver, Solver) and solver.adaptive:
         rtol, atol = 1e-3 if rtol is None else rtol, 1e-3 if atol is None else atol
+    if isinstance(solver, Solver) and solver.times is not None:
+        raise ValueError(f"{type(solver).__name__} goes from noise to data only; encode with another solver.")
     controller = resolve_controller(model, process, solver, controller, rtol, atol)
     t_start, t_end = controller.span(process.t_min, process.t_max)
     solver.check(process, controller.times if isinstance(controller, Grid) else None)

@@ -274,6 +274,11 @@ def resolve_controller(
     name = type(solver).__name__
     tolerances = {k: v for k, v in (("rtol", rtol), ("atol", atol)) if v is not None}
     said = [*tolerances, *(["solver.steps"] if solver.steps is not None else [])]
+    if solver.times is not None:
+        said += [*(["nfe"] if nfe is not None else []), *(["controller"] if controller is not None else [])]
+        if said:
+            raise ValueError(f"{name} walks its own times and takes no {' or '.join(said)}.")
+        return Grid(list(solver.times))
     if controller is not None:
         if not isinstance(controller, Controller):
             raise TypeError(f"controller must be a fastsde.Grid, AdaptiveGrid or Adaptive; got {controller!r}.")

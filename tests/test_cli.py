@@ -303,12 +303,12 @@ def test_what_nobody_expected_is_one_line_too(monkeypatch):
     "command",
     [
         ["sample", "--out"],
-        ["sample", "--schedule"],
+        ["sample", "--fitted"],
         ["bench", "--nfe", "5", "--out"],
         ["stats", "--data", "x", "--out"],
         ["stats", "--out", "x", "--data"],
         ["evaluate"],
-        ["calibrate", "--nfe", "5", "--out"],
+        ["fit", "--nfe", "5", "--out"],
         ["train", "--out"],
         ["train-features", "--data", "x", "--out"],
     ],
@@ -330,10 +330,10 @@ def test_folders_made_above_out_are_told_and_out_itself_is_not(tmp_path):
 
 def test_files_that_could_not_be_written_are_refused_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    for command in (["calibrate", "--nfe", 5], ["stats", "--data", tmp_path / "none"], ["evaluate", tmp_path / "none"]):
+    for command in (["fit", "--nfe", 5], ["stats", "--data", tmp_path / "none"], ["evaluate", tmp_path / "none"]):
         assert "is a folder; name a file" in run(*command, "--out", tmp_path).output
         assert "cannot be written to: Not a directory" in run(*command, "--out", tmp_path / "file" / "x" / "y").output
-    assert "--plot" in run("calibrate", "--nfe", 5, "--out", tmp_path / "c.json", "--plot", tmp_path).output
+    assert "--plot" in run("fit", "--nfe", 5, "--out", tmp_path / "c.json", "--plot", tmp_path).output
 
 
 def test_no_data_set_comes_with_the_package_and_the_message_says_so(tmp_path):
@@ -408,20 +408,28 @@ def test_info_on_one_topic():
     assert set(parts) == {"versions", "models"}
 
 
-def test_a_budget_and_a_schedule(network, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastsde.cli.calibrate.pretrained", lambda name, device: loaded(network))
+def test_a_budget_and_a_fitted_solver(network, monkeypatch, tmp_path):
+    monkeypatch.setattr("fastsde.cli.models.pretrained", lambda name, device: loaded(network))
     assert run("sample", "-n", 3, "--nfe", 6, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [6, 6, 6]
-    file = tmp_path / "s.json"
-    result = run("calibrate", "--nfe", 7, "--pilot", 3, "--out", file)
+    file = tmp_path / "f.json"
+    result = run("fit", "--nfe", 3, "--pilots", 6, "--out", file)
     assert result.exit_code == 0, result.output
-    assert "tapered" in result.output
-    assert run("sample", "-n", 3, "--schedule", file, "--out", tmp_path).exit_code == 0
-    assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [7, 7, 7]
-    for wrong in (["--nfe", 6, "--steps", 5], ["--nfe", 6, "--rtol", 0.1], ["--nfe", 6, "--schedule", file]):
+    assert "held-out" in result.output
+    again = run("fit", "--nfe", 3, "--pilots", 6, "--out", file, "--json")
+    assert json.loads(again.stdout) == json.loads(file.read_text())
+    assert run("sample", "-n", 3, "--fitted", file, "--out", tmp_path).exit_code == 0
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["nfe"] == [3, 3, 3]
+    assert record["solver"] == repr(fastsde.FittedSolver.load(file))
+    for wrong in (["--nfe", 6, "--steps", 5], ["--nfe", 6, "--rtol", 0.1]):
         result = run("sample", "-n", 3, *wrong, "--out", tmp_path)
         assert result.exit_code == 1
         assert "give either" in result.output
+    for wrong in (["--nfe", 6], ["--rtol", 0.1], ["-o", "eta=1"]):
+        result = run("sample", "-n", 3, *wrong, "--fitted", file, "--out", tmp_path)
+        assert result.exit_code == 1
+        assert f"it goes without {wrong[0]}" in result.output
 
 
 def loaded(network):

@@ -9,9 +9,9 @@ import click
 
 import fastsde
 from fastsde.cli.bench import bench
-from fastsde.cli.calibrate import calibrate
 from fastsde.cli.diagnose import diagnose
 from fastsde.cli.features import train_features
+from fastsde.cli.fit import fit
 from fastsde.cli.info import info
 from fastsde.cli.measuring import evaluate, stats
 from fastsde.cli.sample import sample
@@ -58,5 +58,5 @@ def main() -> None:
     warnings.formatwarning = told
 
 
-for command in (sample, bench, stats, evaluate, diagnose, calibrate, train, train_features, info):
+for command in (sample, bench, stats, evaluate, diagnose, fit, train, train_features, info):
     main.add_command(command)

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from fastsde import api
 from fastsde.arguments import usable_device
-from fastsde.calibration import fingerprint
 from fastsde.diffusers import from_diffusers, load, sample_pipeline
 from fastsde.diffusers.conditions import network_of, takes_text
 from fastsde.diffusers.sampling import finish
 from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
+from fastsde.score.network import weights_hash
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,5 +96,5 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     loaded.to(device)
     model, _ = from_diffusers(loaded, scheduler)
     network = loaded if pipe is None else network_of(pipe)
-    source = {"weights_sha256": fingerprint(model), "source": network.fastsde_source, "dtype": str(dtype)}
+    source = {"weights_sha256": weights_hash(model.network), "source": network.fastsde_source, "dtype": str(dtype)}
     return Opened(model, getattr(innermost(model), "labels", 0), source, pipe)

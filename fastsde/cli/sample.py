@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from fastsde.arguments import DEFAULT_RTOL
-from fastsde.calibration import Schedule
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
 from fastsde.cli.output import PATH, dump_json, prepare_folder, versions, write_atomic
@@ -24,6 +23,7 @@ from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, bu
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
+from fastsde.solvers import FittedSolver
 
 
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
@@ -46,7 +46,7 @@ from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 )
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
 @click.option("--nfe", type=click.IntRange(1), help="Network calls that no sample exceeds, rather than tolerances.")
-@click.option("--schedule", type=PATH, help="A grid that `fastsde calibrate` wrote.")
+@click.option("--fitted", type=PATH, help="A solver that `fastsde fit` wrote, in place of --solver and steps.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of a grid, for every sample the same.")
 @click.option("--grid", type=click.Choice(list(GRIDS)), show_default="the solver's own", help="How steps are spaced.")
 @click.option(
@@ -78,7 +78,7 @@ def sample(
     rtol: float | None,
     atol: float | None,
     nfe: int | None,
-    schedule: Path | None,
+    fitted: Path | None,
     steps: int | None,
     grid: str | None,
     options: tuple[str, ...],
@@ -112,6 +112,7 @@ def sample(
     Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
       fastsde sample --nfe 12
+      fastsde sample --fitted five.json                           # `fastsde fit --nfe 5 --out five.json` wrote it
       fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 1 of "Gotta Go Fast", nearly
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
@@ -123,11 +124,16 @@ def sample(
     try:
         opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype))
         opened.check_text(prompts, negative_prompt, guidance_scale)
-        sde, solver = opened.model.sde, build_solver(solver_name, options)
-        tolerances, budget = (rtol, atol) != (None, None), (nfe, schedule) != (None, None)
-        controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=budget)
-        if schedule is not None:
-            controller = Schedule.load(schedule)
+        sde = opened.model.sde
+        if fitted is None:
+            solver = build_solver(solver_name, options)
+            tolerances = (rtol, atol) != (None, None)
+            controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=nfe is not None)
+        else:
+            said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
+            if others := [name for name, value in said.items() if value not in (None, ())]:
+                raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
+            solver, controller = FittedSolver.load(fitted), None
         adaptive = solver.adaptive and nfe is None and controller is None
         labels_of = partial(_labels, label, opened.classes)
         labels_of(torch.arange(1))  # refuses a label before the folder is made

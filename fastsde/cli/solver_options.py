@@ -62,7 +62,7 @@ def build_controller(
             raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps, or --nfe.")
         return None
     if budget:
-        raise ValueError("give either --steps or one of --nfe and --schedule.")
+        raise ValueError("give either --steps or --nfe.")
     if rtol:
         raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
     return own_grid(sde, solver, steps) if grid is None else GRIDS[grid](sde, steps)
@@ -84,6 +84,7 @@ def check_request(
     steps = resolve_controller(model, model.sde, solver, controller, rtol, atol, nfe)
     steps.span(model.sde.t_min, model.sde.t_max)
     solver.check(model.sde, steps.times if isinstance(steps, Grid) else None)
+    solver.check_model(model)
 
 
 def _value(text: str) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
@@ -29,7 +30,7 @@ from fastsde.score.guidance import clip
 from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
-from fastsde.solvers import ExponentialPC
+from fastsde.solvers import ExponentialPC, FittedSolver
 from fastsde.solvers.adams import Predicted
 from fastsde.types import Carry, State, Time
 
@@ -54,6 +55,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             still make up the state; else it moves the state, as `DDIMScheduler` does. `from_config` takes care of it.
         exponential_order: order of `ExponentialPC`, 1 to 3.
         exponential_eta: its noise: 0 for the probability flow, 1 for the reverse-time SDE.
+        fitted: what `FittedSolver.as_json` gives, to walk in place of `ExponentialPC`; `from_config` takes the solver
+            itself or the file that `fastsde fit` wrote. The pipeline then runs with as many steps as it was fitted for,
+            from the start. The process is checked, the network, which a scheduler does not see, is not.
 
     Raises:
         ValueError: as `read_schedule`.
@@ -102,13 +106,16 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         use_clipped_model_output: bool = True,
         exponential_order: int = 3,
         exponential_eta: float = 0.0,
+        fitted: dict[str, Any] | None = None,
     ) -> None:
         config = {key: value for key, value in self.config.items() if value is not None}
         if not config.keys() & {"beta_schedule", "trained_betas", "sigma_data", "snr", "shift", "flow_shift"}:
             self.register_to_config(beta_schedule="linear")
         self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
+        if fitted is not None:
+            self.solver = FittedSolver.from_json(fitted, "fitted=")
         self._read()
-        self.set_timesteps(num_train_timesteps)
+        self.set_timesteps(num_train_timesteps if self.solver.times is None else len(self.solver.times))
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -117,8 +124,12 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         Args:
             config: `pipe.scheduler.config`, or a dict with the same keys.
             return_unused_kwargs: as diffusers'.
-            kwargs: further arguments, such as `exponential_eta=1.0`.
+            kwargs: further arguments, such as `exponential_eta=1.0` or `fitted="six.json"`.
         """
+        if isinstance(fitted := kwargs.get("fitted"), FittedSolver):
+            kwargs["fitted"] = fitted.as_json()
+        elif isinstance(fitted, str | os.PathLike):
+            kwargs["fitted"] = FittedSolver.load(fitted).as_json()
         if isinstance(config, Mapping):
             kept = {key: value for key, value in filled(config).items() if key not in _unread(config)}
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
@@ -208,6 +219,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         made; a grid that crowds at the data's end would give them hardly any noise. So the remaining steps of a table
         of betas or of a flow are planned anew, in place, from there on. Levels that were given or looked at stay.
         """
+        if begin_index and self.solver.times is not None:
+            raise ValueError(
+                "a fitted solver starts from noise; to start from an image take the scheduler without fitted=."
+            )
         self.begin_index = begin_index
         replan = self._own_grid and isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow))
         if not replan or not 0 < begin_index < len(self.times):
@@ -260,6 +275,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         n = num_inference_steps
         lengths = {len(v) for v in (timesteps, sigmas) if v is not None}
         counted = isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
+        if lengths and self.solver.times is not None:
+            raise ValueError("a fitted solver walks its own times; give num_inference_steps, not timesteps or sigmas.")
         if len(lengths) > 1 or not (n in lengths or (counted and not lengths) or (n is None and lengths)):
             raise ValueError(
                 "give num_inference_steps of at least 1, timesteps or sigmas (or both), of the same length; got "
@@ -271,10 +288,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         elif timesteps is not None:
             times = self.reading.time(torch.as_tensor(timesteps, dtype=torch.float64))
         else:
-            steps = int(n or 0) - 1
-            times = (
-                own_grid(self._clock(), self.solver, steps).times if steps else torch.tensor([self.sde.t_max]).double()
-            )
+            times = self._own_times(int(n or 0))
         times = self._checked(times, timesteps if sigmas is None else sigmas)
         self._given_at = 1.0 if self._is_flow and not lengths else float(times[0])
         if times[0] > self.sde.t_max:  # the end itself cannot be stepped from
@@ -288,6 +302,20 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self._index = None
         self._carry: Carry = {}
         self._returned = torch.empty(0)
+
+    def _own_times(self, levels: int) -> Time:
+        """Those of `sample(nfe=levels)`, or of the fitted solver."""
+        if self.solver.times is None:
+            clock, steps = self._clock(), levels - 1
+            return own_grid(clock, self.solver, steps).times if steps else torch.tensor([clock.t_max]).double()
+        if levels != len(self.solver.times):
+            raise ValueError(
+                f"the solver was fitted for {len(self.solver.times)} steps; got num_inference_steps={levels}. Fit one "
+                "for as many, or take the scheduler without fitted=."
+            )
+        times = torch.tensor(self.solver.times, dtype=torch.float64)
+        self.solver.check(self.sde, times)
+        return times
 
     def _clock(self) -> SDE:
         """The process, ended where `shift_terminal` ends it."""
@@ -386,7 +414,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         elif k == 0 and self._given_at > float(self.times[0]):
             state = self._moved(x, prediction.x_0, level)
         state = state if edit is None else state + edit
-        out = prediction.x_0
+        out = self._carry["x_0"]
         if k + 1 < len(self.times):
             z = None
             if self.solver.eta:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -118,3 +119,32 @@ def check_output(out: object, x_t: Tensor, role: str) -> Tensor:
     if out.device != x_t.device:
         raise ValueError(f"{role} was given x on {x_t.device} and returned a tensor on {out.device}.")
     return out
+
+
+_HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
+
+
+def weights_hash(network: object) -> str | None:
+    """SHA-256 over names and values of a network's weights, in hexadecimal; None for a plain function.
+
+    Wrappers are looked through. It is kept until a weight changes: gigabytes take seconds.
+    """
+    network = unwrap(network)
+    if not isinstance(network, nn.Module):
+        return None
+    state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+    if any(value.is_inference() for value in state.values()):  # whose changes nobody counts
+        return tensors_hash(state)
+    seen = tuple((name, value.data_ptr(), value._version) for name, value in state.items())
+    if network not in _HASHES or _HASHES[network][0] != seen:
+        _HASHES[network] = seen, tensors_hash(state)
+    return _HASHES[network][1]
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and values, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

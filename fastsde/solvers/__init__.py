@@ -10,6 +10,7 @@ from fastsde.solvers.dpm_solver_pp import DPMSolverPP
 from fastsde.solvers.euler_maruyama import EulerMaruyama
 from fastsde.solvers.exponential import ExponentialPC
 from fastsde.solvers.extrapolated import ExtrapolatedEM
+from fastsde.solvers.fitted import FittedSolver
 from fastsde.solvers.heun import Heun
 from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.predictor_corrector import PredictorCorrector
@@ -54,6 +55,7 @@ __all__ = [
     "EulerMaruyama",
     "ExponentialPC",
     "ExtrapolatedEM",
+    "FittedSolver",
     "Heun",
     "Langevin",
     "PredictorCorrector",

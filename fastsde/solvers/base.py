@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from fastsde.noise import RESOLUTION, StepNoise
-from fastsde.score.base import BoundModel
+from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.types import Carry, State, Time
 
@@ -46,6 +46,7 @@ class Solver(ABC):
         keeps_x_0: `carry["x_0"]` is the prediction at the state reached: the denoised sample without another call.
         resolution: smallest step of adaptive control, as a share of the time range.
         error_power: power of the scaled error in the rule for the next step size.
+        times: the times that it was made for, the only ones that it walks; None if it takes any.
     """
 
     convergence: ClassVar[str]
@@ -61,6 +62,7 @@ class Solver(ABC):
     keeps_x_0: bool = False
     resolution: float = RESOLUTION
     error_power: float = 0.9
+    times: tuple[float, ...] | None = None
 
     def __init_subclass__(cls) -> None:
         if "step" in vars(cls) and "plan" not in vars(cls):
@@ -97,6 +99,9 @@ class Solver(ABC):
 
     def check(self, sde: SDE, times: Tensor | None) -> None:  # noqa: B027 - most solvers can walk anything
         """Refuses, with a ValueError, a process or a grid of times (None if adaptive) that it cannot walk."""
+
+    def check_model(self, model: ScoreModel) -> None:  # noqa: B027 - most solvers walk any
+        """Refuses, with a ValueError, a model that it was not made for."""
 
     def init(self, x_t: State) -> Carry:
         """The solver's memory at the start, from the start state: tensors with leading axis B."""

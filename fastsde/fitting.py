@@ -1,0 +1,692 @@
+r"""`fit`: times and weights for one network and one number of calls, from a few samples.
+
+A multistep method on a grid is a few numbers: the levels, and at each step the weights of the state and of the
+predictions so far (`FittedSolver`). They are fitted to an accurate solution of the pilot samples, at the end of the
+walk, by Gauss-Newton steps: the Jacobian comes from finite differences, a walk from the changed step on for each
+number, so that no gradient goes through the network and any function can be fitted. Every walk is the student's own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastsde.api import sample
+from fastsde.arguments import as_model, own_grid, resolve_cond, resolve_device
+from fastsde.batching import select_rows
+from fastsde.checks import check_count, check_number
+from fastsde.control import Grid
+from fastsde.files import ArrayFile, json_hash, write_whole
+from fastsde.noise import BrownianPath, FreshNoise, StepNoise
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.score.network import tensors_hash, weights_hash
+from fastsde.sde.base import SDE, Level
+from fastsde.solvers import ExponentialPC
+from fastsde.solvers.fitted import FittedSolver, Row, standard_weights
+from fastsde.types import Carry, Cond, ScoreFn, State
+
+PRICE = 8_000
+"""Network calls of a fit for up to six calls a sample; more in proportion to their square."""
+_TEACHER = 32
+"""Calls of the accurate solution, and for eta 1 twice as many."""
+_SCOUTS = 8
+"""Pilots on which the grids are compared first."""
+FEWEST = 6
+"""Pilots at least."""
+_FEW, _MOST = 16, 64
+"""Pilots, where nobody says how many."""
+_HISTORY = 4
+"""Predictions that a step reads, of which `ExponentialPC` needs as many."""
+_ITERATIONS, _PLANNED = 10, 3
+"""Gauss-Newton steps at most, and those that a number of pilots is chosen for."""
+_STARTS = 2
+"""Grids from which a first step is tried."""
+_CLEARLY = 0.95
+"""Share of the default's error below which a fit takes its place."""
+_LEAST_GAIN = 0.01
+"""A step that mends a smaller share of the error is the last."""
+_ENERGY = 10.0
+"""Weight of the samples' variance, which least squares alone makes too small."""
+_DAMPING, _CHANGE, _FARTHEST, _APART = 1e-3, 0.02, 0.4, 0.05
+"""Of Gauss-Newton; the change for a difference, in units of the noise or of half the log-SNR; the longest move of a
+level, and the least distance of two, in half the log-SNR."""
+_BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)
+"""Numbers of calls that `rtol` tries."""
+_HOPE = 8.0
+"""How many times the error of the default a fit may mend: budgets whose default is farther off are not tried."""
+
+
+def fit(
+    score_fn: ScoreModel | ScoreFn,
+    sde: SDE | None = None,
+    *,
+    nfe: int | None = None,
+    rtol: float | None = None,
+    eta: float = 0.0,
+    shape: Sequence[int] | None = None,
+    cond: Cond | None = None,
+    calls: int | None = None,
+    pilots: int | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> FittedSolver:
+    r"""The multistep solver that this network needs the fewest calls with, from some 30 samples of it.
+
+        fitted = fastsde.fit(model, nfe=6)
+        r = fastsde.sample(model, n=50_000, solver=fitted)
+
+    A few pilot samples are solved accurately. Then times and weights of a `FittedSolver` with as many calls as wanted
+    are chosen to bring it to the same samples from the same start, x to x*:
+
+    1. some 25 grids (equal steps in the log-SNR between several ends, equal steps in t, Karras's, the default) are
+       walked with the weights of `ExponentialPC`; the best is the start;
+    2. Gauss-Newton steps on levels, step weights and output weights at once lower
+
+           mean_i w_i || x_i - x*_i ||^2 / d + 10 s^2 v^2,     v = (Var x / Var x* - 1) / 2,
+
+       with w_i = (e_i + (s / 25)^2)^(-1/2), e_i being the current squared error and s^2 the variance of x*, so that
+       one sample that ends elsewhere does not rule. Derivatives are finite differences: a third of the pilots is left
+       out of them, and the step that is best on those is kept, or the default if nothing is better there.
+
+    The model is fitted as it is, with its conditioning, guidance and clipping; another is refused by `sample`.
+    Least squares for the weights of multistep samplers: Duan et al., https://arxiv.org/abs/2305.14677 (OLSS), of the
+    reference's own outputs. Fitted with gradients: Shaul et al., https://arxiv.org/abs/2403.01329 (BNS).
+
+    Args:
+        score_fn: as for `sample`.
+        sde: as for `sample`.
+        nfe: network calls of a sample, at least 2 evaluations of the model.
+        rtol: in place of `nfe`: the error allowed, in (0, 1): the median over the held-out pilots of
+            || x - x* || / || x* ||. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations that meets it is taken.
+        eta: noise of the sampler, 0 to 5; its path is the same for the accurate solution.
+        shape: shape of one sample, if the model does not know it.
+        cond: conditioning of the pilot samples, each with leading axis `pilots`.
+        calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more.
+        pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 128, as `calls` pays for.
+        seed: of the pilot samples, which are none of those that `sample` draws by default.
+        batch_size: rows evaluated at a time.
+        device: as for `sample`.
+        cache: a JSON file to keep the solver in. If it is there and was made for these weights and settings, it is
+            returned without any call; made for others, it is replaced. A fit that was interrupted goes on from
+            CACHE.part, its last accurate solution and its last step.
+        progress: show a bar over the calls.
+
+    Raises:
+        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
+        RuntimeError: if a pilot sample fails.
+    """
+    model = as_model(score_fn, sde)
+    process = model.sde if sde is None else sde
+    if (nfe is None) == (rtol is None):
+        raise ValueError(f"give either nfe= or rtol=; got nfe={nfe}, rtol={rtol}.")
+    if nfe is not None:
+        levels = check_count("nfe", nfe, 2 * model.calls) // model.calls
+        wanted: tuple[int, ...] = (levels,)
+    else:
+        check_number("rtol", rtol, 0.0, 1.0, ends="()")
+        wanted = _BUDGETS
+    eta = check_number("eta", eta, 0.0, 5.0)
+    event = model.event_shape if shape is None else tuple(shape)
+    if event is None:
+        raise ValueError("which shape has a sample? Give shape=, for example shape=(3, 32, 32).")
+    price = (
+        PRICE * max(1.0, (wanted[0] / 6) ** 2) * model.calls
+        if calls is None
+        else float(check_count("calls", calls, 500))
+    )
+    if pilots is None:
+        pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
+    count = _pilots_for(price / model.calls, wanted[0]) if pilots is None else check_count("pilots", pilots, FEWEST)
+    settings = {
+        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls},
+        "pilots": count,
+        "seed": check_count("seed", seed, 0),
+        "sde": repr(process),
+        "shape": list(event),
+        "model": repr(model),
+        "cond_sha256": tensors_hash({**(model.default_cond or {}), **(cond or {})}),
+        "weights_sha256": weights_hash(model.network),
+    }
+    kept = None if cache is None else _Kept(Path(cache), settings)
+    if kept is not None and (found := kept.finished()) is not None:
+        return found
+    where = resolve_device(model, device, None)
+    pilot = _Pilot(
+        model,
+        process,
+        event,
+        resolve_cond(model, cond, count, where),
+        count,
+        seed,
+        eta,
+        check_count("batch_size", batch_size, 1),
+        where,
+    )
+    planned = sum(_cost(n, count) for n in wanted[:1]) + count * pilot.teacher_calls
+    total = round(min(planned * model.calls, price) if pilots is None else planned * model.calls)
+    with tqdm(total=total, desc=f"fit, {count} pilots", unit="call", disable=not progress) as bar:
+        pilot.bar = bar
+        with torch.no_grad(), model.sampling():
+            pilot.solve(kept)
+            fitted = _search(pilot, wanted, rtol, price, settings, kept)
+        bar.total = pilot.cost
+        bar.refresh()
+    if kept is not None:
+        kept.finish(fitted)
+    return fitted
+
+
+def _search(
+    pilot: _Pilot,
+    wanted: tuple[int, ...],
+    rtol: float | None,
+    price: float,
+    settings: Mapping[str, Any],
+    kept: _Kept | None,
+) -> FittedSolver:
+    """The fit for the first of the wanted numbers of calls, or for the smallest that meets `rtol`."""
+    for levels in wanted:
+        default = pilot.default(levels)
+        hopeless = rtol is not None and pilot.relative(default.x) > _HOPE * rtol
+        if hopeless and levels < wanted[-1]:
+            continue
+        until = price if rtol is None else pilot.cost + price * max(1.0, (levels / 6) ** 2)
+        found = _Fit(pilot, levels, default, until, kept).run()
+        if rtol is None or found.error <= rtol or levels == wanted[-1]:
+            break
+    record = {
+        **settings,
+        "cost": pilot.cost,
+        "error": found.error,
+        "default_error": found.default_error,
+        "ratio": found.ratio,
+        "ratio_interval": list(found.interval),
+        "default_log_snr": pilot.sde.log_snr(default.times).tolist(),
+        "start": found.start,
+        "path": found.path,
+    }
+    return dataclasses.replace(found.best.solver, weights_sha256=settings["weights_sha256"], record=record)
+
+
+def _numbers(levels: int) -> list[tuple[str, int, int]]:
+    """What is fitted: (kind, step, which) of levels, step weights and output weights."""
+    steps = [(k, min(k, _HISTORY)) for k in range(1, levels)]
+    moved = [("level", k, 0) for k, _ in steps]
+    return (
+        moved
+        + [("weight", k, j) for k, q in steps for j in range(1 + q)]
+        + [("output", 0, j) for j in range(min(levels, _HISTORY))]
+    )
+
+
+def _cost(levels: int, pilots: int) -> int:
+    """Calls of `_PLANNED` Gauss-Newton steps and what is before them, but for the accurate solution."""
+    jacobian = sum(levels - k for kind, k, _ in _numbers(levels) if kind != "output")
+    scouts = 25 * min(_SCOUTS, pilots) * levels
+    each = (1 + _STARTS) * levels + (_PLANNED + _STARTS - 1) * (jacobian * 2 / 3 + 1.3 * levels)
+    return round(scouts + pilots * each)
+
+
+def _pilots_for(price: float, levels: int) -> int:
+    """As many pilots as a price pays for."""
+    fixed, each = 25 * _SCOUTS * levels, _cost(levels, 1000) / 1000 - 25 * _SCOUTS * levels / 1000 + _TEACHER
+    return int(min(_MOST, max(_FEW, (price - fixed) / each)))
+
+
+@dataclasses.dataclass
+class _Walked:
+    """A solver, the samples that it gives, and what is needed to go on from each of its levels, by chunk of rows."""
+
+    solver: FittedSolver
+    x: Tensor
+    states: list[list[Carry]]
+
+    @property
+    def times(self) -> Tensor:
+        return torch.tensor(self.solver.times, dtype=torch.float64)
+
+
+class _Pilot:
+    """The pilot samples: their start, their accurate solution, and walks of a solver from one to the other."""
+
+    def __init__(
+        self,
+        model: ScoreModel,
+        sde: SDE,
+        event: tuple[int, ...],
+        cond: dict[str, Tensor],
+        count: int,
+        seed: int,
+        eta: float,
+        batch_size: int,
+        device: torch.device,
+    ) -> None:
+        self.model, self.sde, self.event, self.cond = model, sde, event, cond
+        self.count, self.seed, self.eta, self.batch_size, self.device = count, seed, eta, batch_size, device
+        # The last numbers of the stream, which no run from 0 on reaches.
+        self.index = torch.arange((1 << 32) - count, 1 << 32, device=device)
+        self.teacher_calls = round(_TEACHER * (1 + eta))
+        self.held = torch.arange(count) >= count - max(2, count // 3)
+        self.cost, self.bar = 0, tqdm(disable=True)
+        if eta == 0:
+            self.noise: FreshNoise | BrownianPath = FreshNoise(seed, event, torch.float32)
+        else:
+            self.noise = BrownianPath(
+                seed,
+                event,
+                torch.float32,
+                t_min=sde.t_min,
+                t_max=sde.t_max,
+                log_snr=sde.log_snr,
+                power=2 * eta**2,
+            )
+        self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
+        self.lows = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
+
+    def paid(self, calls: int) -> None:
+        self.cost += calls
+        self.bar.update(calls)
+
+    def solve(self, kept: _Kept | None) -> None:
+        """The accurate solution, from the file if it is there."""
+        found = None if kept is None else kept.solution()
+        if found is None:
+            solver = ExponentialPC(eta=self.eta)
+            r = sample(
+                self.model,
+                self.sde,
+                solver=solver,
+                controller=own_grid(self.sde, solver, self.teacher_calls - 1),
+                shape=(self.count, *self.event),
+                index=self.index.cpu(),
+                seed=self.seed,
+                cond=self.cond or None,
+                batch_size=self.batch_size,
+                device=self.device,
+            )
+            if not r.success.all():
+                raise RuntimeError(f"pilot samples failed: {r.counts()}.")
+            self.paid(int(r.nfe.sum()))
+            found = r.samples
+            if kept is not None:
+                kept.keep(found.cpu().numpy(), self.cost)
+        elif kept is not None:
+            self.cost = kept.cost
+        self.target = found.to(self.device).float()
+        centred = (self.target - self.target.mean(0)).double()
+        self.variance = max(float(centred.square().mean()), 1e-12)
+        self.floor = self.variance / 625  # of a squared error: a 25th of the samples' size
+
+    def root_errors(self, x: Tensor, rows: Tensor) -> Tensor:
+        """Root of the squared error of each sample, with a floor, with shape (rows,)."""
+        square = (x - self.target)[rows.to(x.device)].double().flatten(1).square().mean(1)
+        return (square + self.floor).sqrt().cpu()
+
+    def relative(self, x: Tensor) -> float:
+        """Median over the held-out samples of the error over the sample's size."""
+        held = self.held.to(x.device)
+        error, size = (v[held].double().flatten(1).norm(dim=1) for v in (x - self.target, self.target))
+        return float((error / size.clamp(min=1e-12)).median())
+
+    def objective(self, x: Tensor) -> float:
+        """What is lowered, on the samples that are fitted."""
+        own = ~self.held.to(x.device)
+        error = float(self.root_errors(x, ~self.held).mean())
+        return math.sqrt(error**2 + _ENERGY * self.variance * self.energy(x[own], self.target[own])[0] ** 2)
+
+    @staticmethod
+    def energy(x: Tensor, target: Tensor) -> tuple[float, Tensor, float]:
+        """v of the objective; the centred samples and the sum of squares of the target, of which v is made."""
+        centred, wanted = (v.double() - v.double().mean(0) for v in (x, target))
+        total = max(float(wanted.square().sum()), 1e-12)
+        return (float(centred.square().sum()) / total - 1) / 2, centred, total
+
+    def chunks(self, rows: Tensor) -> list[Tensor]:
+        return list(rows.split(self.batch_size))
+
+    def normals(self, times: Tensor, rows: Tensor) -> list[State | None]:
+        """The noise of each step along the path, in variance 1, with shape (rows, *event)."""
+        if self.eta == 0:
+            return [None] * len(times)
+        index, zero = self.index[rows], torch.zeros(len(rows), dtype=torch.int64, device=self.device)
+        at = [t.expand(len(rows)).to(self.device) for t in times]
+        carry, found = self.noise.start(index, at[0]), list[State | None]([None])
+        for t, s in itertools.pairwise(at):
+            step = StepNoise(self.noise, index, zero, zero, t, s, carry)
+            found.append(step.z)
+            carry = step.carry
+        return found
+
+    def walk(self, solver: FittedSolver, rows: Tensor, first: int = 0, state: Carry | None = None) -> list[Carry]:
+        """States after each level from number `first` on, from the state before it, or from the start."""
+        times = torch.tensor(solver.times, dtype=torch.float64)
+        plan = solver.plan(self.sde, times)
+        plan |= {k: v.float() for k, v in plan.items() if v.is_floating_point() and k != "level"}
+        model = BoundModel(
+            self.model, select_rows(rows.to(self.device), self.cond), torch.ones(len(rows), dtype=torch.bool)
+        )
+        normals = self.normals(times, rows.to(self.device))
+        if state is None:
+            x = self.start[rows.to(self.device)]
+            state = {"x": x, **solver.init(x)}
+        states = []
+        for k in range(first, len(times)):
+            c = {key: v[k : k + 1].expand(len(rows), *v.shape[1:]).to(self.device) for key, v in plan.items()}
+            ahead = solver.predict(state["x"], c, state, normals[k])
+            t = times[k].expand(len(rows)).to(self.device)
+            prediction = model(ahead.x, t, Level(*c["level"].unbind(1)))
+            x, carry = solver.correct(ahead, prediction, c, state)
+            state = {**carry, "x": x}
+            states.append(state)
+        self.paid(int(model.nfe.sum()))
+        return states
+
+    def walked(self, solver: FittedSolver, rows: Tensor | None = None) -> _Walked:
+        """A solver's samples, of some of the pilots or of all."""
+        rows = torch.arange(self.count) if rows is None else rows
+        states = [self.walk(solver, part) for part in self.chunks(rows)]
+        return _Walked(solver, torch.cat([chain[-1]["x_0"] for chain in states]), states)
+
+    def solver(self, lams: Sequence[float], weights: tuple[Row, ...] | None, output: Sequence[float]) -> FittedSolver:
+        """With given levels in half the log-SNR, the first of which is that of t_max; standard weights if None."""
+        log_snr = 2 * torch.tensor(list(lams), dtype=torch.float64)
+        times = self.sde.t_of_log_snr(log_snr).clamp(self.sde.t_min, self.sde.t_max)
+        times[0] = self.sde.t_max
+        if weights is None:
+            weights = standard_weights(self.sde, times.tolist(), self.eta)
+        output = [*output, *[0.0] * len(times)][: min(len(times), _HISTORY)]
+        return FittedSolver(
+            eta=self.eta,
+            times=tuple(times.tolist()),
+            log_snr=tuple(self.sde.log_snr(times).tolist()),
+            weights=weights,
+            output=tuple(output),
+        )
+
+    def own_times(self, levels: int) -> Tensor:
+        """The times of `sample(nfe=...)`."""
+        return own_grid(self.sde, ExponentialPC(eta=self.eta), levels - 1).times
+
+    def default(self, levels: int) -> _Walked:
+        """What `sample(nfe=...)` does."""
+        times = self.own_times(levels)
+        log_snr = tuple(self.sde.log_snr(times).tolist())
+        return self.walked(FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr))
+
+    def grids(self, levels: int) -> dict[str, list[float]]:
+        """Levels in half the log-SNR, by name: where a fit may start."""
+        low, high = self.lows
+        # Where data of this size are decided.
+        middle = -0.5 * math.log(self.variance)
+        found = {"default": (self.sde.log_snr(self.own_times(levels)) / 2).tolist()}
+        if levels > 2:
+            for first in (-3.0, -2.2, -1.6, -1.1):
+                for last in (0.4, 1.2, 2.0, 4.0):
+                    inner = torch.linspace(middle + first, min(middle + last, high), levels - 1, dtype=torch.float64)
+                    found[f"log-SNR, {first:g} to {last:g}"] = [low, *inner.tolist()]
+            for rho in (3.0, 7.0):
+                times = Grid.karras(self.sde, levels - 1, rho).times
+                found[f"Karras, rho {rho:g}"] = (self.sde.log_snr(times) / 2).tolist()
+        for share in (0.0, 0.5):
+            end = self.sde.t_min + (self.sde.t_max - self.sde.t_min) * share / levels
+            times = torch.linspace(self.sde.t_max, end, levels + 1, dtype=torch.float64)[:-1]
+            found[f"uniform t, {share:g}"] = (self.sde.log_snr(times) / 2).tolist()
+        if levels == 2:
+            found |= {f"jump to {last:g}": [low, middle + last] for last in (-1.0, -0.5, 0.0, 0.5)}
+        apart = {name: lams for name, lams in found.items() if _walkable(lams, high)}
+        return apart or {"default": found["default"]}
+
+
+def _walkable(lams: Sequence[float], high: float) -> bool:
+    return all(b - a >= _APART for a, b in itertools.pairwise(lams)) and lams[-1] <= high + 1e-9
+
+
+class _Fit:
+    """The fit for one number of levels."""
+
+    def __init__(self, pilot: _Pilot, levels: int, default: _Walked, until: float, kept: _Kept | None) -> None:
+        self.pilot, self.levels, self.default, self.until, self.kept = pilot, levels, default, until, kept
+        self.numbers = _numbers(levels)
+        self.path = list[dict[str, float]]()
+
+    def run(self) -> _Fit:
+        """Finds the best start, steps from there, and leaves in `best` what is best on the held-out pilots."""
+        pilot = self.pilot
+        resumed = None if self.kept is None else self.kept.solver(self.levels)
+        if resumed is None:
+            now, value, mu = self._start()
+        else:
+            now, self.start = pilot.walked(resumed), "resumed"
+            value, mu = pilot.objective(now.x), _DAMPING
+        best, held = now, float(pilot.root_errors(now.x, pilot.held).mean())
+        last, before = 0, pilot.cost
+        for turn in range(_ITERATIONS):
+            self.path.append({"cost": pilot.cost, "error": pilot.relative(now.x)})
+            if pilot.cost + last > self.until:
+                break
+            before = pilot.cost
+            stepped = self._step(now, value, mu)
+            last = pilot.cost - before
+            if stepped is None:
+                break
+            gained, (now, value, mu) = 1 - stepped[1] / value, stepped
+            error = float(pilot.root_errors(now.x, pilot.held).mean())
+            if error < held:
+                best, held = now, error
+            if self.kept is not None:
+                self.kept.keep_solver(now.solver, pilot.cost)
+            if gained < _LEAST_GAIN and turn:
+                break
+        self._judge(best)
+        return self
+
+    def _start(self) -> tuple[_Walked, float, float]:
+        """The best grid after a step from it: of all on a few pilots, of the best few on all pilots."""
+        pilot, scouts = self.pilot, torch.arange(min(_SCOUTS, self.pilot.count))
+        solvers = {name: pilot.solver(lams, None, (1.0,)) for name, lams in pilot.grids(self.levels).items()}
+
+        def error(walked: _Walked) -> float:
+            rows = torch.arange(len(walked.x))
+            square = (walked.x - pilot.target[rows.to(pilot.device)]).double().flatten(1).square().mean(1)
+            value = float((square + pilot.floor).sqrt().mean())
+            return value if math.isfinite(value) else math.inf
+
+        first = {name: error(pilot.walked(solver, scouts)) for name, solver in solvers.items()}
+        found = list[tuple[str, _Walked, float, float]]()
+        for name in sorted(first, key=lambda name: first[name])[:_STARTS]:
+            walked = pilot.walked(solvers[name])
+            value = pilot.objective(walked.x)
+            found.append((name, *(self._step(walked, value, _DAMPING) or (walked, value, _DAMPING))))
+        self.start, walked, value, mu = min(found, key=lambda entry: entry[2])
+        return walked, value, mu
+
+    def _step(self, now: _Walked, value: float, mu: float) -> tuple[_Walked, float, float] | None:
+        """A Gauss-Newton step that lowers the objective, with its damping; None if none does."""
+        matrix, vector, scale = self._normal_equations(now)
+        for _ in range(6):
+            move = torch.linalg.solve(matrix + mu * torch.eye(len(matrix), dtype=torch.float64), vector) / scale
+            moved = self._moved(now.solver, move.tolist())
+            if moved is not None:
+                after = self.pilot.walked(moved)
+                better = self.pilot.objective(after.x)
+                if better < value:
+                    return after, better, max(mu / 10, 1e-6)
+            mu *= 10
+        return None
+
+    def _moved(self, solver: FittedSolver, move: Sequence[float]) -> FittedSolver | None:
+        """The solver with its numbers moved; None if its levels are out of order."""
+        high = self.pilot.lows[1]
+        lams = [v / 2 for v in solver.log_snr]
+        weights = [list(row) for row in solver.weights]
+        output = list(solver.output)
+        for (kind, k, j), by in zip(self.numbers, move, strict=True):
+            if kind == "level":
+                lams[k] = min(lams[k] + max(-_FARTHEST, min(_FARTHEST, by)), high)
+            elif kind == "weight":
+                weights[k - 1][j] += by
+            else:
+                output[j] += by
+        if not _walkable(lams, high) or not all(math.isfinite(v) for row in (lams, output, *weights) for v in row):
+            return None
+        return self.pilot.solver(lams, tuple(tuple(row) for row in weights), output)
+
+    def _normal_equations(self, now: _Walked) -> tuple[Tensor, Tensor, Tensor]:
+        """Matrix and right-hand side for the move of all numbers, each in units of its effect, and these units."""
+        pilot, size = self.pilot, len(self.numbers)
+        own = ~pilot.held
+        matrix, vector = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+        slope = torch.zeros(size, dtype=torch.float64)
+        v, centred, total = pilot.energy(now.x[own.to(now.x.device)], pilot.target[own.to(now.x.device)])
+        weight, seen, elements = 1 / pilot.root_errors(now.x, torch.ones_like(own)), 0, 0
+        for rows, chain in zip(pilot.chunks(torch.arange(pilot.count)), now.states, strict=True):
+            mine = own[rows].nonzero().flatten()
+            if not len(mine):
+                continue
+            part = rows[mine]
+            states = [select_rows(mine.to(pilot.device), state) for state in chain]
+            columns = self._columns(now.solver, part, states)
+            residual = (pilot.target[part.to(pilot.device)] - states[-1]["x_0"]).flatten(1)
+            along = centred[seen : seen + len(part)].flatten(1)
+            slope += (columns.flatten(1).double() @ along.flatten()).cpu() / total
+            root = weight[part].sqrt().to(pilot.device)[:, None]
+            scaled = (columns * root.float()).flatten(1).double()
+            matrix += (scaled @ scaled.T).cpu()
+            vector += (scaled @ (residual * root).flatten().double()).cpu()
+            seen, elements = seen + len(part), elements + residual.numel()
+        matrix, vector = matrix / elements, vector / elements
+        unit = matrix.diagonal().sqrt().clamp(min=1e-12)
+        share = _ENERGY * pilot.variance * float(weight[own].mean())
+        matrix = (matrix + share * torch.outer(slope, slope)) / torch.outer(unit, unit)
+        return matrix, (vector - share * v * slope) / unit, unit
+
+    def _columns(self, solver: FittedSolver, rows: Tensor, states: list[Carry]) -> Tensor:
+        """Derivatives of the samples after each number, with shape (numbers, rows, elements)."""
+        pilot, last = self.pilot, states[-1]
+        found = []
+        for i, (kind, k, j) in enumerate(self.numbers):
+            if kind == "output":
+                found.append(last[f"past_{j}"].flatten(1))
+                continue
+            before = states[k - 1]
+            change = _CHANGE
+            if kind == "weight":  # in y, the state that it multiplies, and the noise of the level
+                alpha = float(pilot.sde.alpha(torch.tensor([solver.times[k - 1]], dtype=torch.float64)))
+                size = float((before["x"] / alpha if j == 0 else before[f"past_{j - 1}"]).square().mean().sqrt())
+                change *= min(math.sqrt(pilot.variance), math.exp(-solver.log_snr[k] / 2)) / max(size, 1e-6)
+            elif solver.log_snr[k] / 2 + change > pilot.lows[1]:
+                change = -change
+            move = [0.0] * len(self.numbers)
+            move[i] = change
+            moved = self._changed(solver, kind, k, j, change)
+            x = pilot.walk(moved, rows, k, before)[-1]["x_0"]
+            found.append(((x - last["x_0"]) / change).flatten(1))
+        return torch.stack(found)
+
+    def _changed(self, solver: FittedSolver, kind: str, k: int, j: int, change: float) -> FittedSolver:
+        """The solver with one number changed, however near its levels come to each other."""
+        lams, weights = [v / 2 for v in solver.log_snr], [list(row) for row in solver.weights]
+        if kind == "level":
+            lams[k] += change
+        else:
+            weights[k - 1][j] += change
+        return self.pilot.solver(lams, tuple(tuple(row) for row in weights), solver.output)
+
+    def _judge(self, found: _Walked) -> None:
+        """Keeps what was found, or the default where it is not clearly farther off, and notes both errors."""
+        pilot = self.pilot
+        self.error, self.default_error = pilot.relative(found.x), pilot.relative(self.default.x)
+        ours, theirs = (pilot.root_errors(walked.x, pilot.held) for walked in (found, self.default))
+        logs = (ours / theirs).log()
+        middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
+        self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
+        self.best = found
+        if float(ours.mean()) > _CLEARLY * float(theirs.mean()):
+            self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)
+
+
+class _Kept:
+    """The file of a finished fit, and beside it CACHE.part, the state of one that is not."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        if not path.absolute().parent.is_dir() or path.is_dir():
+            raise ValueError(f"cache= must be a file in a folder that exists; got {path}.")
+        if settings["weights_sha256"] is None:
+            raise ValueError("cache= needs a network with weights to know it by; got a plain function.")
+        self.path, self.settings = path, settings
+        self.part = path.with_name(f"{path.name}.part")
+        self.cost = 0
+        self.found: np.ndarray | None = None
+        self.fitted: FittedSolver | None = None
+        if self.part.is_file():
+            self._read()
+
+    def finished(self) -> FittedSolver | None:
+        """The solver in the file, if it was made for the same settings."""
+        if not self.path.exists():
+            return None
+        solver = FittedSolver.load(self.path)
+        same = all(solver.record.get(key) == value for key, value in self.settings.items())
+        return solver if same else None
+
+    def _read(self) -> None:
+        try:
+            with ArrayFile(self.part) as file:
+                record = bytes(file.read("record")).decode()
+                target = file.read("target")
+        except (OSError, ValueError, KeyError):
+            return  # damaged: begun again
+        content = json.loads(record)
+        if content["settings"] != json_hash(dict(self.settings)):
+            return
+        self.cost, self.found = int(content["cost"]), target
+        self.fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
+
+    def solution(self) -> Tensor | None:
+        """The accurate solution of an interrupted fit."""
+        return None if self.found is None else torch.as_tensor(self.found)
+
+    def solver(self, levels: int) -> FittedSolver | None:
+        """The last step of an interrupted fit for so many levels."""
+        return self.fitted if self.fitted is not None and self.fitted.nfe == levels else None
+
+    def keep(self, target: np.ndarray, cost: int) -> None:
+        """Writes the accurate solution."""
+        self.found, self.cost = target, cost
+        self._write(None)
+
+    def keep_solver(self, solver: FittedSolver, cost: int) -> None:
+        """Writes the last step beside it."""
+        self.cost = cost
+        self._write(solver)
+
+    def _write(self, solver: FittedSolver | None) -> None:
+        content = {
+            "settings": json_hash(dict(self.settings)),
+            "cost": self.cost,
+            "solver": None if solver is None else solver.as_json(),
+        }
+        file = io.BytesIO()
+        text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
+        np.savez(file, target=np.asarray(self.found), record=text)
+        write_whole(self.part, file.getvalue())
+
+    def finish(self, solver: FittedSolver) -> None:
+        """Writes the solver, and removes what was kept on the way."""
+        solver.save(self.path)
+        self.part.unlink(missing_ok=True)
