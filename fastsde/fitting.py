@@ -42,7 +42,9 @@ PRICE = 8_000
 _TEACHER = 32
 """Calls of the accurate solution, and for eta 1 twice as many."""
 _SCOUTS = 8
-"""Pilots on which the grids are compared first."""
+"""Pilots on which the grids are compared first, at most; a quarter of them all."""
+_GRIDS = 20
+"""How many grids there are, about."""
 FEWEST = 6
 """Pilots at least."""
 _FEW, _MOST = 16, 64
@@ -93,7 +95,7 @@ def fit(
     A few pilot samples are solved accurately. Then times and weights of a `FittedSolver` with as many calls as wanted
     are chosen to bring it to the same samples from the same start, x to x*:
 
-    1. some 25 grids (equal steps in the log-SNR between several ends, equal steps in t, Karras's, the default) are
+    1. some 20 grids (equal steps in the log-SNR between several ends, equal steps in t, Karras's, the default) are
        walked with the weights of `ExponentialPC`; the best is the start;
     2. Gauss-Newton steps on levels, step weights and output weights at once lower
 
@@ -116,7 +118,8 @@ def fit(
         eta: noise of the sampler, 0 to 5; its path is the same for the accurate solution.
         shape: shape of one sample, if the model does not know it.
         cond: conditioning of the pilot samples, each with leading axis `pilots`.
-        calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more.
+        calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more. The
+            least is what 16 pilots need, some 2,000 at 5 calls.
         pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 128, as `calls` pays for.
         seed: of the pilot samples, which are none of those that `sample` draws by default.
         batch_size: rows evaluated at a time.
@@ -237,15 +240,20 @@ def _numbers(levels: int) -> list[tuple[str, int, int]]:
 def _cost(levels: int, pilots: int) -> int:
     """Calls of `_PLANNED` Gauss-Newton steps and what is before them, but for the accurate solution."""
     jacobian = sum(levels - k for kind, k, _ in _numbers(levels) if kind != "output")
-    scouts = 25 * min(_SCOUTS, pilots) * levels
+    scouts = _GRIDS * _scouts(pilots) * levels
     each = (1 + _STARTS) * levels + (_PLANNED + _STARTS - 1) * (jacobian * 2 / 3 + 1.3 * levels)
     return round(scouts + pilots * each)
 
 
 def _pilots_for(price: float, levels: int) -> int:
     """As many pilots as a price pays for."""
-    fixed, each = 25 * _SCOUTS * levels, _cost(levels, 1000) / 1000 - 25 * _SCOUTS * levels / 1000 + _TEACHER
+    fixed = _GRIDS * _SCOUTS * levels
+    each = (_cost(levels, 1000) - fixed) / 1000 + _TEACHER
     return int(min(_MOST, max(_FEW, (price - fixed) / each)))
+
+
+def _scouts(pilots: int) -> int:
+    return min(_SCOUTS, max(3, pilots // 4))
 
 
 @dataclasses.dataclass
@@ -497,7 +505,7 @@ class _Fit:
 
     def _start(self) -> tuple[_Walked, float, float]:
         """The best grid after a step from it: of all on a few pilots, of the best few on all pilots."""
-        pilot, scouts = self.pilot, torch.arange(min(_SCOUTS, self.pilot.count))
+        pilot, scouts = self.pilot, torch.arange(_scouts(self.pilot.count))
         solvers = {name: pilot.solver(lams, None, (1.0,)) for name, lams in pilot.grids(self.levels).items()}
 
         def error(walked: _Walked) -> float:
@@ -507,8 +515,11 @@ class _Fit:
             return value if math.isfinite(value) else math.inf
 
         first = {name: error(pilot.walked(solver, scouts)) for name, solver in solvers.items()}
-        found = list[tuple[str, _Walked, float, float]]()
+        found, before = list[tuple[str, _Walked, float, float]](), pilot.cost
         for name in sorted(first, key=lambda name: first[name])[:_STARTS]:
+            if found and pilot.cost + (pilot.cost - before) > self.until:
+                break
+            before = pilot.cost
             walked = pilot.walked(solvers[name])
             value = pilot.objective(walked.x)
             found.append((name, *(self._step(walked, value, _DAMPING) or (walked, value, _DAMPING))))
