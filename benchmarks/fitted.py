@@ -3,7 +3,7 @@ r"""What does a fit buy? `fastsde.fit` beside the default and the peers, at 3 to
 `error` is the mean over samples of the root mean square difference from the converged probability flow, same start
 noise, in thousandths of the data's range; `distance` is on exact problems the Frechet distance to the law's moments
 over that of exact samples, on the packaged network the FID. A fit is drawn from other samples than it is judged on;
-its price is in calls. Peers are those of `peers/networks.py`, each with every spacing it offers; at 6 calls all of them
+its price is in calls. With `--fid` the packaged network's FID is of as many samples, three seeds. Peers are those of `peers/networks.py`, each with every spacing it offers; at 6 calls all of them
 run, at other numbers the six that were best there. Rows are kept in results/fitted.csv: what is there is not run again.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import functools
 import importlib.util
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ CALLS = (3, 4, 5, 6, 8, 10, 12, 20)
 PEER_CALLS = (4, 5, 6, 7, 8, 10, 12, 20)
 PILOT_CALLS = (4, 6)
 """Numbers of calls at which three pilots are compared."""
+FID_CALLS = (3, 4, 5, 6, 8)
 PRICES = (2_000, 4_000, 8_000, 20_000)
 KEYS = ("problem", "sampler", "calls", "seed", "error", "median", "rms", "distance", "cost")
 KEPT = 6
@@ -136,7 +138,14 @@ class Rows:
         return float(row[column]) if row and row.get(column) else None
 
 
-def study(rows: Rows, problem: Case, calls: tuple[int, ...], with_peers: bool, prices: bool) -> None:
+def drawn(model: fastsde.ScoreModel, n: int, seed: int, count: int) -> dict[str, float]:
+    """FID of so many samples of a seed, by the same fit for all seeds."""
+    solver = fastsde.fit(model, nfe=n, seed=1000, cond=labels(40))
+    r = fastsde.sample(model, n=count, cond=labels(count), seed=seed, solver=solver, batch_size=100, progress=True)
+    return {"distance": fid(r.samples), "cost": solver.record["cost"]}
+
+
+def study(rows: Rows, problem: Case, calls: tuple[int, ...], with_peers: bool, prices: bool, fids: int = 0) -> None:
     """All rows of a problem."""
     name, model = problem.name, problem.model
 
@@ -154,6 +163,9 @@ def study(rows: Rows, problem: Case, calls: tuple[int, ...], with_peers: bool, p
     for n in tqdm(calls, f"{name}: ours", disable=None):
         rows.need(name, "default", n, 0, functools.partial(default, n))
         rows.need(name, "fitted", n, 0, functools.partial(fitted, n, 0))
+    if fids:
+        for seed, n in itertools.product(range(3), FID_CALLS):
+            rows.need(name, f"fitted, FID of {fids}", n, seed, functools.partial(drawn, model, n, seed, fids))
     for n in PILOT_CALLS:
         for seed in (1, 2):
             rows.need(name, "fitted", n, seed, functools.partial(fitted, n, seed))
@@ -215,6 +227,7 @@ def summary(rows: Rows) -> list[dict[str, object]]:
 @click.option("--calls", type=int, multiple=True, default=CALLS)
 @click.option("--peers/--no-peers", default=True)
 @click.option("--prices/--no-prices", default=True)
+@click.option("--fid", "fids", default=0, help="Samples of each FID of the packaged network, three seeds; 0: none.")
 @click.option("--threads", default=2)
 @click.option("--name", default="fitted", help="Of the files in results/.")
 def main(
@@ -224,6 +237,7 @@ def main(
     calls: tuple[int, ...],
     peers: bool,
     prices: bool,
+    fids: int,
     threads: int,
     name: str,
 ) -> None:
@@ -232,7 +246,7 @@ def main(
     torch.set_num_threads(threads)
     rows = Rows(RESULTS / f"{name}.csv")
     for problem in only or ("digits", "images", "scales", "rare", "packaged", *networks.NAMES):
-        study(rows, case(problem, folder, starts), calls, peers, prices)
+        study(rows, case(problem, folder, starts), calls, peers, prices, fids if problem == "packaged" else 0)
     lines = summary(rows)
     keys = list(lines[0])
     table(keys, [[f"{v:.3g}" if isinstance(v, float) else v for v in line.values()] for line in lines])

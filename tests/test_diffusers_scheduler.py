@@ -457,3 +457,32 @@ def test_a_slice_that_is_only_looked_at_changes_nothing():
             x = scheduler.step(0.9 * x, t, x).prev_sample
         outputs.append(x)
     assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", ["linear epsilon", "flow", "edm"])
+def test_a_fitted_solver_gives_our_samples_in_a_pipelines_loop(name, tmp_path):
+    network = Dressed(read_schedule(DRESSES[name]), fourier=False)
+    model, _ = from_diffusers(network, DRESSES[name])
+    fitted = fastsde.fit(model, nfe=4, shape=(4,), pilots=8, calls=1000)
+    fitted.save(tmp_path / "four.json")
+    for given in (fitted, tmp_path / "four.json", fitted.as_json()):
+        scheduler = scheduler_of(name, fitted=given)
+        x = START * scheduler.init_noise_sigma
+        theirs = loop(scheduler, network, x, 4)
+        start = x
+        if "flow" in name:
+            level = model.sde.level(vector(model.sde.t_max).expand(3))
+            start = level.alpha[:, None] * model(x, vector(model.sde.t_max).expand(3)).x_0 + level.sigma[:, None] * x
+        ours = fastsde.sample(model, x_init=start, solver=fitted).samples
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=2e-3)  # as above
+    scheduler.save_pretrained(tmp_path / "saved")
+    again = FastSDEScheduler.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(loop(again, network, x, 4), theirs)
+    for work, message in (
+        (lambda: again.set_timesteps(5), "fitted for 4 steps; got num_inference_steps=5"),
+        (lambda: again.set_timesteps(timesteps=[900.0, 500.0, 100.0]), "walks its own times"),
+        (lambda: again.set_begin_index(2), "starts from noise"),
+        (lambda: scheduler_of("squaredcos_cap_v2 epsilon", fitted=fitted), "another process"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            work()
