@@ -3,8 +3,9 @@ r"""What does a fit buy? `fastsde.fit` beside the default and the peers, at 3 to
 `error` is the mean over samples of the root mean square difference from the converged probability flow, same start
 noise, in thousandths of the data's range; `distance` is on exact problems the Frechet distance to the law's moments
 over that of exact samples, on the packaged network the FID. A fit is drawn from other samples than it is judged on;
-its price is in calls. With `--fid` the packaged network's FID is of as many samples, three seeds. Peers are those of `peers/networks.py`, each with every spacing it offers; at 6 calls all of them
-run, at other numbers the six that were best there. Rows are kept in results/fitted.csv: what is there is not run again.
+its price is in calls. With `--fid` the packaged network's FID is of as many samples, three seeds. Peers are those of
+`peers/networks.py`, each with every spacing it offers; at 6 calls all of them run, at other numbers the six that were
+best there. Rows are kept in results/fitted.csv: what is there is not run again.
 """
 
 from __future__ import annotations

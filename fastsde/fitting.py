@@ -49,8 +49,6 @@ FEWEST = 6
 """Pilots at least."""
 _FEW, _MOST = 16, 64
 """Pilots, where nobody says how many."""
-_HISTORY = 4
-"""Predictions that a step reads, of which `ExponentialPC` needs as many."""
 _ITERATIONS, _PLANNED = 10, 3
 """Gauss-Newton steps at most, and those that a number of pilots is chosen for."""
 _STARTS = 2
@@ -81,6 +79,8 @@ def fit(
     cond: Cond | None = None,
     calls: int | None = None,
     pilots: int | None = None,
+    times: Sequence[float] | None = None,
+    history: int = 4,
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -121,6 +121,9 @@ def fit(
         calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more. The
             least is what 16 pilots need, some 2,000 at 5 calls.
         pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 128, as `calls` pays for.
+        times: the levels to call the network at, falling from t_max, in place of `nfe`: only weights are fitted.
+        history: how many predictions a step reads, 0 to 8; with 0 only levels are fitted, and weights are those of
+            `ExponentialPC`.
         seed: of the pilot samples, which are none of those that `sample` draws by default.
         batch_size: rows evaluated at a time.
         device: as for `sample`.
@@ -135,11 +138,20 @@ def fit(
     """
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    if (nfe is None) == (rtol is None):
-        raise ValueError(f"give either nfe= or rtol=; got nfe={nfe}, rtol={rtol}.")
-    if nfe is not None:
+    if (nfe, rtol, times).count(None) != 2:
+        raise ValueError(f"give one of nfe=, rtol= and times=; got nfe={nfe}, rtol={rtol}, times={times}.")
+    history = check_count("history", history, 0)
+    if history > 8 or (times is not None and history == 0):
+        raise ValueError(f"history must be 0 to 8, and not 0 where times are given; got {history}.")
+    given = None if times is None else Grid(list(times))
+    if given is not None:
+        first, _ = given.span(process.t_min, process.t_max)
+        if not math.isclose(first, process.t_max, rel_tol=1e-6):
+            raise ValueError(f"times must start at t_max={process.t_max}; got {first}.")
+        wanted: tuple[int, ...] = (given.steps + 1,)
+    elif nfe is not None:
         levels = check_count("nfe", nfe, 2 * model.calls) // model.calls
-        wanted: tuple[int, ...] = (levels,)
+        wanted = (levels,)
     else:
         check_number("rtol", rtol, 0.0, 1.0, ends="()")
         wanted = _BUDGETS
@@ -156,7 +168,7 @@ def fit(
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
     count = _pilots_for(price / model.calls, wanted[0]) if pilots is None else check_count("pilots", pilots, FEWEST)
     settings = {
-        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls},
+        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls, "times": times, "history": history},
         "pilots": count,
         "seed": check_count("seed", seed, 0),
         "sde": repr(process),
@@ -179,6 +191,8 @@ def fit(
         eta,
         check_count("batch_size", batch_size, 1),
         where,
+        given,
+        history,
     )
     planned = sum(_cost(n, count) for n in wanted[:1]) + count * pilot.teacher_calls
     total = round(min(planned * model.calls, price) if pilots is None else planned * model.calls)
@@ -226,14 +240,16 @@ def _search(
     return dataclasses.replace(found.best.solver, weights_sha256=settings["weights_sha256"], record=record)
 
 
-def _numbers(levels: int) -> list[tuple[str, int, int]]:
+def _numbers(levels: int, history: int = 4, *, moving: bool = True) -> list[tuple[str, int, int]]:
     """What is fitted: (kind, step, which) of levels, step weights and output weights."""
-    steps = [(k, min(k, _HISTORY)) for k in range(1, levels)]
-    moved = [("level", k, 0) for k, _ in steps]
+    steps = [(k, min(k, history)) for k in range(1, levels)]
+    moved = [("level", k, 0) for k, _ in steps] if moving else []
+    if history == 0:
+        return moved
     return (
         moved
         + [("weight", k, j) for k, q in steps for j in range(1 + q)]
-        + [("output", 0, j) for j in range(min(levels, _HISTORY))]
+        + [("output", 0, j) for j in range(min(levels, history))]
     )
 
 
@@ -283,7 +299,10 @@ class _Pilot:
         eta: float,
         batch_size: int,
         device: torch.device,
+        given: Grid | None,
+        history: int,
     ) -> None:
+        self.given, self.history = given, history
         self.model, self.sde, self.event, self.cond = model, sde, event, cond
         self.count, self.seed, self.eta, self.batch_size, self.device = count, seed, eta, batch_size, device
         # The last numbers of the stream, which no run from 0 on reaches.
@@ -415,9 +434,16 @@ class _Pilot:
         log_snr = 2 * torch.tensor(list(lams), dtype=torch.float64)
         times = self.sde.t_of_log_snr(log_snr).clamp(self.sde.t_min, self.sde.t_max)
         times[0] = self.sde.t_max
+        if self.given is not None:
+            times = self.given.times
         if weights is None:
-            weights = standard_weights(self.sde, times.tolist(), self.eta)
-        output = [*output, *[0.0] * len(times)][: min(len(times), _HISTORY)]
+            # Of as high an order as the history allows.
+            order = 3 if self.history == 0 else max(1, min(3, self.history - 1))
+            standard = standard_weights(self.sde, times.tolist(), self.eta, order)
+            weights = standard
+            if self.history:
+                weights = tuple((*row, *[0.0] * k)[: 1 + min(k, self.history)] for k, row in enumerate(standard, 1))
+                output = [*output, *[0.0] * len(times)][: min(len(times), self.history)]
         return FittedSolver(
             eta=self.eta,
             times=tuple(times.tolist()),
@@ -427,7 +453,9 @@ class _Pilot:
         )
 
     def own_times(self, levels: int) -> Tensor:
-        """The times of `sample(nfe=...)`."""
+        """The times of `sample(nfe=...)`, or those that are given."""
+        if self.given is not None:
+            return self.given.times
         return own_grid(self.sde, ExponentialPC(eta=self.eta), levels - 1).times
 
     def default(self, levels: int) -> _Walked:
@@ -441,6 +469,8 @@ class _Pilot:
         low, high = self.lows
         # Where data of this size are decided.
         middle = -0.5 * math.log(self.variance)
+        if self.given is not None:
+            return {"given": (self.sde.log_snr(self.given.times) / 2).tolist()}
         found = {"default": (self.sde.log_snr(self.own_times(levels)) / 2).tolist()}
         if levels > 2:
             for first in (-3.0, -2.2, -1.6, -1.1):
@@ -469,7 +499,7 @@ class _Fit:
 
     def __init__(self, pilot: _Pilot, levels: int, default: _Walked, until: float, kept: _Kept | None) -> None:
         self.pilot, self.levels, self.default, self.until, self.kept = pilot, levels, default, until, kept
-        self.numbers = _numbers(levels)
+        self.numbers = _numbers(levels, pilot.history, moving=pilot.given is None)
         self.path = list[dict[str, float]]()
 
     def run(self) -> _Fit:
@@ -541,7 +571,7 @@ class _Fit:
         return None
 
     def _moved(self, solver: FittedSolver, move: Sequence[float]) -> FittedSolver | None:
-        """The solver with its numbers moved; None if its levels are out of order."""
+        """The solver with its numbers moved; None if they are not finite, or levels out of order."""
         high = self.pilot.lows[1]
         lams = [v / 2 for v in solver.log_snr]
         weights = [list(row) for row in solver.weights]
@@ -553,9 +583,14 @@ class _Fit:
                 weights[k - 1][j] += by
             else:
                 output[j] += by
-        if not _walkable(lams, high) or not all(math.isfinite(v) for row in (lams, output, *weights) for v in row):
+        finite = all(math.isfinite(v) for row in (lams, output, *weights) for v in row)
+        if not finite or (self.pilot.given is None and not _walkable(lams, high)):
             return None
-        return self.pilot.solver(lams, tuple(tuple(row) for row in weights), output)
+        return self.pilot.solver(lams, self._rows(weights), output)
+
+    def _rows(self, weights: list[list[float]]) -> tuple[Row, ...] | None:
+        """The weights, or None for the standard ones, which move with the levels."""
+        return tuple(tuple(row) for row in weights) if self.pilot.history else None
 
     def _normal_equations(self, now: _Walked) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix and right-hand side for the move of all numbers, each in units of its effect, and these units."""
@@ -616,7 +651,7 @@ class _Fit:
             lams[k] += change
         else:
             weights[k - 1][j] += change
-        return self.pilot.solver(lams, tuple(tuple(row) for row in weights), solver.output)
+        return self.pilot.solver(lams, self._rows(weights), solver.output)
 
     def _judge(self, found: _Walked) -> None:
         """Keeps what was found, or the default where it is not clearly farther off, and notes both errors."""

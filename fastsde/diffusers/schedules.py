@@ -47,9 +47,9 @@ _PROCESS_KEYS = """
 _STEP_KEYS = """
     algorithm_type args base_image_seq_len correct_steps corrector_order disable_corrector eta euler_at_final
     exponential_eta exponential_order final_sigmas_type fitted interpolation_type kwargs lambda_min_clipped
-    lower_order_final max_image_seq_len max_shift noise_sampler_seed predict_x0 predictor_order rho
-    set_alpha_to_one shift_terminal sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset stochastic_sampling tau_func
-    tensor_format time_shift_type timestep_spacing timestep_values use_beta_sigmas use_exponential_sigmas
+    lower_order_final max_image_seq_len max_shift noise_sampler_seed predict_x0 predictor_order rho set_alpha_to_one
+    shift_terminal sigma_schedule skip_prk_steps solver_order solver_p solver_type steps_offset stochastic_sampling
+    tau_func tensor_format time_shift_type timestep_spacing timestep_values use_beta_sigmas use_exponential_sigmas
     use_clipped_model_output use_karras_sigmas use_lu_lambdas variance_type
 """
 _KEYS = frozenset((_PROCESS_KEYS + _STEP_KEYS).split())
