@@ -19,10 +19,8 @@ from common import packaged_model, save, table
 from tqdm import tqdm
 
 import fastsde
-from fastsde.calibration import to_karras
 
 CALLS = (8, 10, 12, 15, 20)
-PILOTS = 3
 Solvers = dict[str, tuple[fastsde.Solver, Callable[[fastsde.SDE, int], fastsde.Grid]]]
 SOLVERS: Solvers = {
     "ExponentialPC": (fastsde.ExponentialPC(), fastsde.Grid.tapered),
@@ -31,7 +29,6 @@ SOLVERS: Solvers = {
     "ExponentialPC, short start": (fastsde.ExponentialPC(), partial(fastsde.Grid.tapered, first=1.0)),
     "ExponentialPC, alike and short start": (Alike(), partial(fastsde.Grid.tapered, first=1.0)),
     "ExponentialPC, log-SNR grid": (fastsde.ExponentialPC(), fastsde.Grid.log_snr),
-    "ExponentialPC, a quarter to Karras": (fastsde.ExponentialPC(), to_karras),
 }
 for _name, _grid in (("log-SNR", fastsde.Grid.log_snr), ("Karras", fastsde.Grid.karras)):
     SOLVERS |= {
@@ -59,7 +56,7 @@ def main(samples: int, threads: int, keep: bool) -> None:
     def distances(r: fastsde.SampleResult) -> torch.Tensor:
         return (r.samples - exact).flatten(1).square().mean(1).sqrt() / 2
 
-    def note(name: str, calls: int, r: fastsde.SampleResult, **more: object) -> None:
+    def note(name: str, calls: int, r: fastsde.SampleResult) -> None:
         each = distances(r)
         row = {"solver": name, "budget": calls, "calls": float(r.nfe.double().mean()), "median": float(each.median())}
         row["apart"] = float((each > 0.1).double().mean())
@@ -67,21 +64,17 @@ def main(samples: int, threads: int, keep: bool) -> None:
             ratios = (each / plain[calls]).log()
             row["over log-SNR"] = float(ratios.mean().exp())
             row["error"] = float(ratios.std()) / len(ratios) ** 0.5
-        rows.append(row | more)
+        rows.append(row)
 
     for calls in tqdm(CALLS, disable=None):
         controller = fastsde.Grid.log_snr(model.sde, calls - 1)
         plain[calls] = distances(fastsde.sample(model, controller=controller, **options))
         for name, (solver, grid) in SOLVERS.items():
             note(name, calls, fastsde.sample(model, solver=solver, controller=grid(model.sde, calls - 1), **options))
-        for seed in range(PILOTS):
-            schedule = fastsde.calibrate(model, nfe=calls, seed=seed)
-            more = {"chosen": schedule.record["chosen"], "pilot": schedule.record["cost"]}
-            note(f"calibrated, seed {seed}", calls, fastsde.sample(model, controller=schedule, **options), **more)
     for rtol in (0.2, 0.1, 0.05, 0.02):
         r = fastsde.sample(model, rtol=rtol, **options)
         note(f"ExponentialPC, rtol {rtol:g}", int(r.nfe.max()), r)
-    keys = ("solver", "budget", "calls", "median", "over log-SNR", "error", "apart", "chosen", "pilot")
+    keys = ("solver", "budget", "calls", "median", "over log-SNR", "error", "apart")
     table(keys, [[f"{v:.4f}" if isinstance(v := row.get(k, "-"), float) else v for k in keys] for row in rows])
     if keep:
         save("network", settings, rows)

@@ -71,11 +71,11 @@ def ours(eta: float) -> Callable[[Problem, int, Any, int], Tensor]:
     return draw
 
 
-def calibrated(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
-    """On the grid of `calibrate`; its own calls are not counted with the samples', they are 36 runs in all."""
-    schedule = fastsde.calibrate(problem.model(), nfe=budget, seed=seed)
+def fitted(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
+    """With times and weights of `fit`; its own calls are not counted with the samples'."""
+    solver = fastsde.fit(problem.model(), nfe=budget, seed=seed)
     problem.rows = 0
-    return drawn(problem, n, seed, controller=schedule)
+    return drawn(problem, n, seed, solver=solver)
 
 
 def on_log_snr(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
@@ -225,7 +225,7 @@ def samplers() -> list[Sampler]:
     found = [
         Sampler("fastsde", "ODE", "ExponentialPC", ours(0.0)),
         Sampler("fastsde", "ODE", "ExponentialPC, log-SNR grid", on_log_snr),
-        Sampler("fastsde", "ODE", "ExponentialPC, calibrated", calibrated),
+        Sampler("fastsde", "ODE", "FittedSolver", fitted),
         Sampler("fastsde", "ODE", "ExponentialPC, rtol", ours(0.0), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)),
         Sampler("fastsde", "SDE", "ExponentialPC, eta 1", ours(1.0)),
         Sampler("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(0.5)),

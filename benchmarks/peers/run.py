@@ -139,7 +139,7 @@ def main(
                 for budget in calls:
                     again = best_peers(list(book.rows.values()), label, kind, budget, AGAIN)
                     for sampler in everybody:
-                        ours = sampler.family == "fastsde" and sampler.kind == kind and sampler.name[:2] == "Ex"
+                        ours = sampler.family == "fastsde" and sampler.kind == kind and sampler.name[:2] in ("Ex", "Fi")
                         if sampler.name in again or (ours and not sampler.tolerances):
                             book.run(problem, unit, sampler, budget, seed)
     report(book, floors, settings, name)
@@ -164,14 +164,14 @@ def report(book: Book, floors: dict[str, dict[str, float]], settings: dict[str, 
                         entry[short] = round(mean(of[full]), 3)
                         entry[f"{short} sd"] = round(stdev(of[full]), 3) if len(of[full]) > 1 else None
                 summary.append(entry)
-    header = ("problem", "kind", "calls", "ours", "calibrated / eta 0.5", "best peer", "")
+    header = ("problem", "kind", "calls", "ours", "fitted / eta 0.5", "best peer", "")
     text = [
         (
             e["problem"],
             e["kind"],
             e["calls"],
             e.get("ours", "-"),
-            e.get("calibrated", e.get("eta 0.5", "-")),
+            e.get("fitted", e.get("eta 0.5", "-")),
             e["peer ratio"],
             e["peer"],
         )
@@ -195,7 +195,7 @@ OURS = {
     "ODE": {
         "ours": "ExponentialPC",
         "log-SNR": "ExponentialPC, log-SNR grid",
-        "calibrated": "ExponentialPC, calibrated",
+        "fitted": "FittedSolver",
     },
     "SDE": {"ours": "ExponentialPC, eta 1", "eta 0.5": "ExponentialPC, eta 0.5"},
 }
