@@ -273,7 +273,7 @@ def encode(
     solver = ProbabilityFlow() if solver is None else solver
     if controller is None and isinstance(solver, Solver) and solver.adaptive:
         rtol, atol = 1e-3 if rtol is None else rtol, 1e-3 if atol is None else atol
-    controller = resolve_controller(model, process, solver, controller, rtol, atol)
+    controller = resolve_controller(model, process, solver, controller, rtol, atol, denoise=False)
     t_start, t_end = controller.span(process.t_min, process.t_max)
     solver.check(process, controller.times if isinstance(controller, Grid) else None)
     return run(
