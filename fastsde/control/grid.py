@@ -72,7 +72,7 @@ class Grid(Controller):
 
     @classmethod
     def tapered(cls, clock: Clock, steps: int, *, first: float | None = None) -> Grid:
-        """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: what `ExponentialPC` walks on most processes.
+        """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: `ExponentialPC`'s on most processes.
 
         The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
         to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
