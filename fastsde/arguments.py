@@ -28,7 +28,7 @@ from fastsde.types import Cond, ScoreFn
 
 DEFAULT_RTOL = 0.05
 """Relative tolerance when nothing is said: the thesis's setting for fast results."""
-_FLOW_WIDTH, _TABLE_WIDTH = 1.0, 1.5
+_FLOW_WIDTH, _TABLE_WIDTH = 1.2, 10.0
 """Widths of `Grid.central` for flows and for short tables."""
 _SHORT_TABLE = 250
 """Levels of a table up to which it counts as short; 100 were measured, 1000 do not."""
@@ -380,7 +380,7 @@ def plain_grid(sde: SDE, steps: int) -> Grid:
     if isinstance(sde, RectifiedFlow):
         return Grid.central(sde, steps, _FLOW_WIDTH)
     if isinstance(sde, DiscreteVPSDE) and sde.levels <= _SHORT_TABLE:
-        return Grid.central(sde, steps, _TABLE_WIDTH)
+        return Grid.central(sde, steps, _TABLE_WIDTH, first=None)
     return Grid.tapered(sde, steps)
 
 

@@ -130,10 +130,12 @@ def test_the_central_grid_is_one_in_every_dressing(sde):
     torch.testing.assert_close(lengths, lengths.mean().expand(9), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("sde", "width"), [(FLOW, 1.0), (TABLE, 1.5), (LONG, None), (VP, None)])
+@pytest.mark.parametrize(("sde", "width"), [(FLOW, 1.2), (TABLE, 10.0), (LONG, None), (VP, None)])
 def test_which_process_has_which_grid(sde, width):
     model = GaussianScore(sde, torch.zeros(2), torch.ones(2))
-    expected = Grid.tapered(sde, 9) if width is None else Grid.central(sde, 9, width)
+    expected = (
+        Grid.tapered(sde, 9) if width is None else Grid.central(sde, 9, width, first=1.0 if sde is FLOW else None)
+    )
     r = fastsde.sample(model, n=1, nfe=10, trajectory=True)
     assert torch.equal(r.trajectory[0].t, expected.times)
     # The state at t_min is asked for, and given.
@@ -151,6 +153,18 @@ def test_the_central_grid_on_cells_of_the_whole_process(sde, steps):
     assert float((cells - cells.round()).abs().max()) < 1e-4
     # No step has moved by more than a quarter of the shortest at either end.
     assert float((after - before).abs().max()) <= 0.25 * float(before.diff().min())
+
+
+def test_a_longer_first_step_of_the_central_grid_ends_in_pure_noise():
+    for steps in (3, 9, 30):
+        log_snr = TABLE.log_snr(Grid.central(TABLE, steps, 10.0, first=None).times)
+        v = torch.sigmoid(log_snr / 20)
+        ratio = float((v[1] - v[0]) / (v[2] - v[1]))
+        assert ratio == pytest.approx(2.0) or float((-log_snr[1] / 2).exp()) == pytest.approx(10.0)
+        assert float((-log_snr[1] / 2).exp()) >= 10 * (1 - 1e-9)
+    # One that starts closer to the data has none.
+    near = fastsde.RectifiedFlow(t_max=0.5)
+    assert torch.equal(Grid.central(near, 9, first=None).times, Grid.central(near, 9).times)
 
 
 @pytest.mark.parametrize("width", [0.0, -1.0, float("nan")])
