@@ -20,7 +20,7 @@ from pathlib import Path
 import click
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
+sys.path.append(str(Path(__file__).parent / "peers"))  # after this folder, which has a networks.py too
 import networks
 from common import packaged_model, save, table
 from problems import digits, images, rare, scales

@@ -28,8 +28,8 @@ from fastsde.types import Cond, ScoreFn
 
 DEFAULT_RTOL = 0.05
 """Relative tolerance when nothing is said: the thesis's setting for fast results."""
-_FLOW_WIDTH, _TABLE_WIDTH = 1.2, 10.0
-"""Widths of `Grid.central` for flows and for short tables."""
+_FLOW_WIDTH, _TABLE_WIDTH = 1.2, 100.0
+"""Widths of `Grid.central` for flows and, as good as equal steps in log-SNR, for short tables."""
 _SHORT_TABLE = 250
 """Levels of a table up to which it counts as short; 100 were measured, 1000 do not."""
 _MOST_GRID = 1_000_000

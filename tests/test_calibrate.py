@@ -130,7 +130,7 @@ def test_the_central_grid_is_one_in_every_dressing(sde):
     torch.testing.assert_close(lengths, lengths.mean().expand(9), rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize(("sde", "width"), [(FLOW, 1.2), (TABLE, 10.0), (LONG, None), (VP, None)])
+@pytest.mark.parametrize(("sde", "width"), [(FLOW, 1.2), (TABLE, 100.0), (LONG, None), (VP, None)])
 def test_which_process_has_which_grid(sde, width):
     model = GaussianScore(sde, torch.zeros(2), torch.ones(2))
     expected = (

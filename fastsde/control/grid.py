@@ -104,7 +104,7 @@ class Grid(Controller):
 
         from the start of the process to where the share of noise, rho / (1 + rho), is 1 / (steps + 1) of that at the
         start, or to the end of the process if that comes first. For a flow that share is t, and width 1 gives equal
-        steps in t, the last level at t_max / (steps + 1); width 10, nearly equal steps in log-SNR. The sample is
+        steps in t, the last level at t_max / (steps + 1); width 100, equal steps in log-SNR, nearly. The sample is
         denoised at the last level, so detail far below 1 / (steps + 1) of the data's size is smoothed away. That is
         less than what the shorter steps gain, unless data are mostly such detail (docs/solver.md).
 
