@@ -22,17 +22,20 @@ from fastsde.score.base import ScoreModel, innermost
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
+from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import Solver
 from fastsde.types import Cond, ScoreFn
 
 DEFAULT_RTOL = 0.05
 """Relative tolerance when nothing is said: the thesis's setting for fast results."""
-_GRIDS = 3
-"""Grids of an adaptive sample, each with twice the steps of the one before."""
+_FLOW_WIDTH, _TABLE_WIDTH = 1.2, 100.0
+"""Widths of `Grid.central` for flows and, as good as equal steps in log-SNR, for short tables."""
+_SHORT_TABLE = 250
+"""Levels of a table up to which it counts as short; 100 were measured, 1000 do not."""
 _MOST_GRID = 1_000_000
 """Steps of a grid that is asked for: more would take days, and memory before the first call."""
 _MOST_STEPS = 4096
-"""Steps of the first of them, beyond which a tolerance is refused: single precision cannot tell such steps apart."""
+"""Steps beyond which a tolerance is refused: single precision cannot tell such steps apart."""
 
 
 def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
@@ -291,22 +294,26 @@ def resolve_controller(
     if nfe is not None:
         if said:
             raise ValueError(f"give either nfe= or {', '.join(said)}, not both.")
-        return own_grid(sde, solver, affordable(model, solver, check_count("nfe", nfe, 1), denoise))
+        return own_grid(sde, solver, affordable(model, solver, check_count("nfe", nfe, 1), denoise), denoise)
     if solver.adaptive:
         low, high = model.data_range
         level = (high - low) / 256 if atol is None else atol
-        return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level)
+        return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level, denoise)
     if tolerances:
         raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
     if solver.steps is None:
         raise ValueError(
             f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
         )
-    return own_grid(sde, solver, solver.steps)
+    return own_grid(sde, solver, solver.steps, denoise)
 
 
-def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
-    """The controller of an adaptive solver: a grid with finer ones behind it, or steps from errors alone."""
+def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool) -> Controller:
+    """The controller of an adaptive solver: a grid of as many steps as the tolerance asks for, or steps from errors.
+
+    The grid is an `AdaptiveGrid` without finer ones: nobody starts again, and steps go through the times of a
+    trajectory. Restarts are on request: on trained networks they cost more than they gave (docs/solver.md).
+    """
     rtol, atol = check_positive("rtol", rtol), check_positive("atol", atol)
     rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
     step = solver.base_step(rtol)
@@ -314,19 +321,18 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float) -> Controller:
         first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
         # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first shortens the rest.
         steps = max(3, round((last - first) / 2 / step + 0.45))
-        counts = [steps << k for k in range(_GRIDS)]
         if steps > _MOST_STEPS:
             least = rtol * (steps / _MOST_STEPS) ** 2
             raise ValueError(
-                f"rtol must be at least {least:.1g} for {type(solver).__name__}: {rtol} asks for {steps} steps, and "
-                f"{sum(counts)} of a sample that starts again. ProbabilityFlow() is of higher order."
+                f"rtol must be at least {least:.1g} for {type(solver).__name__}: {rtol} asks for {steps} steps. "
+                "ProbabilityFlow() is of higher order."
             )
-        if solver.keep_path and counts[-1] > 1 / solver.resolution:
-            least = rtol * (counts[-1] * solver.resolution) ** 2
+        if solver.keep_path and steps > 1 / solver.resolution:
+            least = rtol * (steps * solver.resolution) ** 2
             raise ValueError(
                 f"rtol must be at least {least:.1g} with noise, or steps fall below its path's; got {rtol}."
             )
-        return AdaptiveGrid([own_grid(sde, solver, count) for count in counts], rtol, atol)
+        return AdaptiveGrid([own_grid(sde, solver, steps, denoise)], rtol, atol)
     if solver.log_snr_steps:
         # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
         return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
@@ -346,8 +352,14 @@ def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
     return model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
 
 
-def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
+def own_grid(sde: SDE, solver: Solver, steps: int, denoise: bool = True) -> Grid:
     """The grid that a solver walks when only the number of steps is said.
+
+    Args:
+        sde: the process.
+        solver: the solver.
+        steps: number of steps, at least 1.
+        denoise: whether the result is the denoised sample; else it is the state at t_min, where the grid then ends.
 
     Raises:
         ValueError: for more steps than a run could take.
@@ -355,7 +367,7 @@ def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
     if steps > _MOST_GRID:
         raise ValueError(f"nfe and steps may say at most {_MOST_GRID:,} steps of a grid; got {steps:,}.")
     if solver.tapered_steps:
-        grid = Grid.tapered(sde, steps)
+        grid = plain_grid(sde, steps) if denoise else Grid.tapered(sde, steps)
     else:
         # EDM's time is the noise, of which equal steps would leave nothing for where data are decided.
         equal = Grid.log_snr if solver.log_snr_steps or isinstance(sde, EDM) else Grid.uniform
@@ -363,18 +375,34 @@ def own_grid(sde: SDE, solver: Solver, steps: int) -> Grid:
     return grid if solver.clock_power is None or not solver.keep_path else _on_cells(grid, sde)
 
 
+def plain_grid(sde: SDE, steps: int) -> Grid:
+    """The grid of `ExponentialPC` for a process: `Grid.central` on flows and short tables, else `Grid.tapered`.
+
+    The ends of a flow are no levels that somebody chose: beyond 1 / steps nothing is decided, and half of the steps in
+    log-SNR would be spent there. Nor has the network of a short table learned what lies between its lowest levels,
+    which are up to 0.7 apart in half the log-SNR.
+    """
+    if isinstance(sde, RectifiedFlow):
+        return Grid.central(sde, steps, _FLOW_WIDTH)
+    if isinstance(sde, DiscreteVPSDE) and sde.levels <= _SHORT_TABLE:
+        return Grid.central(sde, steps, _TABLE_WIDTH, first=None)
+    return Grid.tapered(sde, steps)
+
+
 def _on_cells(grid: Grid, sde: SDE) -> Grid:
-    """A grid from end to end with its times on borders of the cells of a `BrownianPath` in the log-SNR.
+    """A grid with its times on borders of the cells of a `BrownianPath` over the process, in the log-SNR.
 
     There its value takes few normals. A border is a multiple of 2^-k of the range of the log-SNR; with
-    k = 4 + ceil(log2 steps) one is a 32nd of the mean step away at most, so that times stay apart where no step is
-    shorter than half of that mean.
+    k = 4 + ceil(log2 n) one is a 32nd of the mean of n steps away at most. n is the number of steps, or more where one
+    is shorter than half of their mean, so that times stay apart. Ends of the process stay as they are.
     """
-    start, end = sde.log_snr(grid.times[[0, -1]]).tolist()
-    cells = 16 * 2.0 ** math.ceil(math.log2(grid.steps))
-    share = ((sde.log_snr(grid.times) - start) / (end - start) * cells).round() / cells
-    times = sde.t_of_log_snr(start + share * (end - start))
-    times[0], times[-1] = grid.ends
+    start, end = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
+    share = (sde.log_snr(grid.times) - start) / (end - start)
+    cells = 16 * 2.0 ** math.ceil(math.log2(max(grid.steps, 0.5 / float(share.diff().min()))))
+    times = sde.t_of_log_snr(start + (share * cells).round() / cells * (end - start))
+    times[0] = grid.times[0]
+    if grid.times[-1] == sde.t_min:
+        times[-1] = sde.t_min
     return Grid(times)
 
 

@@ -287,11 +287,24 @@ def test_hard_samples_are_worth_their_calls():
     model, n = mixture(VP, shares=(0.97, 0.015, 0.015), gap=0.4), 2000
     options = {"n": n, "batch_size": n, "dtype": torch.float64}
     exact = fastsde.sample(model, nfe=300, **options).samples
-    for rtol in (0.05, 0.02):
-        r = fastsde.sample(model, rtol=rtol, **options)
+    for rtol, steps in ((0.05, 15), (0.02, 24)):
+        rule = AdaptiveGrid([Grid.tapered(VP, steps << k) for k in range(3)], rtol, 1 / 128)
+        r = fastsde.sample(model, controller=rule, **options)
         more = fastsde.sample(model, nfe=int(r.nfe.double().mean()) + 1, **options)
         error, plain = (float((x.samples - exact).square().mean().sqrt()) for x in (r, more))
         assert error < 0.5 * plain  # measured 0.07 and 0.3
+
+
+@pytest.mark.parametrize("rtol", [0.2, 0.05, 0.01])
+@pytest.mark.parametrize("sde", [VP, fastsde.RectifiedFlow()], ids=["VPSDE", "RectifiedFlow"])
+def test_a_tolerance_is_a_number_of_steps_and_nobody_starts_again(sde, rtol):
+    # The same mixture as above, of which some samples would go back.
+    model, options = mixture(sde, shares=(0.97, 0.015, 0.015), gap=0.4), {"n": 64, "dtype": torch.float64}
+    r = fastsde.sample(model, rtol=rtol, **options)
+    assert r.rejected.max() == 0
+    calls = r.nfe.unique().tolist()
+    assert len(calls) == 1
+    assert torch.equal(r.samples, fastsde.sample(model, nfe=calls[0], **options).samples)
 
 
 def test_a_trajectory_stops_at_the_times_asked_for():

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_number, check_positive
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.noise import ALL_NOISE
 from fastsde.types import Carry, State, Time
@@ -72,7 +72,7 @@ class Grid(Controller):
 
     @classmethod
     def tapered(cls, clock: Clock, steps: int, *, first: float | None = None) -> Grid:
-        """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: the default of `ExponentialPC`.
+        """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: `ExponentialPC`'s on most processes.
 
         The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
         to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
@@ -89,12 +89,45 @@ class Grid(Controller):
             lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
         start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
         if first is None:
-            room, others = -2 * math.log(ALL_NOISE) - start, float(lengths[1:].sum())
-            # Of length `room` where the others share what is left, which is all that may be longer.
-            first = min(2.0, max(1.0, room * others / max(end - start - room, 1e-9)))
-        lengths[0] = check_number("first", first, 0.1, 10.0)
-        share = torch.cat([torch.zeros(1, dtype=torch.float64), lengths.cumsum(0) / lengths.sum()])
-        return cls._pinned(clock.t_of_log_snr(start + share * (end - start)), clock)
+            lengths[0] = _first(-2 * math.log(ALL_NOISE) - start, end - start, float(lengths[1:].sum()))
+        else:
+            lengths[0] = _length(first)
+        return cls._pinned(clock.t_of_log_snr(start + _shares(lengths) * (end - start)), clock)
+
+    @classmethod
+    def central(cls, clock: Clock, steps: int, width: float = 1.0, *, first: float | None = 1.0) -> Grid:
+        r"""Steps that are shortest where sigma / alpha is 1, and an end that moves outward with their number.
+
+        With rho = sigma / alpha, levels have steps of relative lengths `first`, 1, .., 1 in
+
+            v = 1 / (1 + rho^(1 / width))
+
+        from the start of the process to where the share of noise, rho / (1 + rho), is 1 / (steps + 1) of that at the
+        start, or to the end of the process if that comes first. For a flow that share is t, and width 1 gives equal
+        steps in t, the last level at t_max / (steps + 1); width 100, equal steps in log-SNR, nearly. The sample is
+        denoised at the last level, so detail far below 1 / (steps + 1) of the data's size is smoothed away. That is
+        less than what the shorter steps gain, unless data are mostly such detail (docs/solver.md).
+
+        Args:
+            clock: the SDE.
+            steps: number of steps, at least 1.
+            width: positive; in lam = -log rho, steps are twice as long as in the middle at 1.76 widths from it.
+            first: relative length of the first step, at least 0.1; None for that of `tapered`.
+        """
+        check_count("steps", steps, 1)
+        width = check_positive("width", width)
+        start, end = (clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)) / 2).tolist()
+        share = 1 / (1 + math.exp(start)) / (steps + 1)
+        last = min(end, math.log1p(-share) - math.log(share))
+        levels = torch.tensor([start, -math.log(ALL_NOISE), last], dtype=torch.float64)
+        high, middle, low = torch.sigmoid(-levels / width).tolist()  # 1 - v
+        lengths = torch.ones(steps, dtype=torch.float64)
+        lengths[0] = _first(high - middle, high - low, steps - 1.0) if first is None else _length(first)
+        times = clock.t_of_log_snr(-2 * width * torch.logit(high + _shares(lengths) * (low - high)))
+        times[0] = clock.t_max
+        if last == end:
+            times[-1] = clock.t_min
+        return cls(times)
 
     @classmethod
     def karras(cls, clock: Clock, steps: int, rho: float = 7.0) -> Grid:
@@ -185,6 +218,21 @@ class Grid(Controller):
 
     def __repr__(self) -> str:
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"
+
+
+def _first(room: float, whole: float, others: float) -> float:
+    """Relative length of a first step: up to 2, as far as it stays within `room` of `whole`; `others` is their sum."""
+    # Of length `room` where the others share what is left, which is all that may be longer.
+    return min(2.0, max(1.0, room * others / max(whole - room, 1e-9)))
+
+
+def _length(first: float) -> float:
+    return check_number("first", first, 0.1, 10.0)
+
+
+def _shares(lengths: Tensor) -> Tensor:
+    """Where steps of relative lengths, with shape (N,), begin and end, from 0 to 1, with shape (N + 1,)."""
+    return torch.cat([lengths.new_zeros(1), lengths.cumsum(0) / lengths.sum()])
 
 
 def _line(first: float, last: float, steps: int) -> Tensor:

@@ -21,9 +21,8 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastsde.arguments import own_grid
+from fastsde.arguments import own_grid, plain_grid
 from fastsde.batching import expand_like
-from fastsde.control import Grid
 from fastsde.diffusers.schedules import Config, Reading, filled, read_schedule
 from fastsde.score.base import Prediction
 from fastsde.score.guidance import clip
@@ -230,7 +229,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         clock = self._clock()
         clock.t_max = max(self._start_of(begin_index / len(self.times)), 2 * clock.t_min)
         left = len(self.times) - begin_index
-        tail = Grid.tapered(clock, left - 1).times if left > 1 else torch.tensor([clock.t_max], dtype=torch.float64)
+        tail = plain_grid(clock, left - 1).times if left > 1 else torch.tensor([clock.t_max], dtype=torch.float64)
         self.times[begin_index:] = tail
         self._timesteps[begin_index:] = self.reading.timestep(tail).to(self._timesteps)
 
