@@ -29,9 +29,7 @@ from tqdm import tqdm
 
 import fastsde
 from fastsde.arguments import plain_grid, resolve_controller
-from fastsde.batching import row_norm
 from fastsde.control.base import Decision
-from fastsde.types import Carry, State, Time
 
 RTOLS = (0.2, 0.1, 0.05, 0.02, 0.01)
 Run = Callable[[fastsde.Controller], fastsde.SampleResult]
@@ -45,10 +43,11 @@ class Watched(fastsde.AdaptiveGrid):
         object.__setattr__(self, "seen", [])
 
     def update(
-        self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
+        self, t: Tensor, s: Tensor, t_end: float, error: Tensor | None, scale: Tensor | None, carry: dict[str, Tensor]
     ) -> Decision:
         """As of `AdaptiveGrid`."""
-        self.seen.append(row_norm(error / (self.rtol * scale).clamp(min=self.atol)))
+        scaled = error / (self.rtol * scale).clamp(min=self.atol)
+        self.seen.append(scaled.flatten(1).double().square().mean(1).sqrt())
         return super().update(t, s, t_end, error, scale, carry)
 
 
