@@ -167,25 +167,28 @@ def fit(
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
     count = _pilots_for(price / model.calls, wanted[0]) if pilots is None else check_count("pilots", pilots, FEWEST)
+    where = resolve_device(model, device, None)
+    full_cond = resolve_cond(model, cond, count, where)
     settings = {
-        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls, "times": times, "history": history},
+        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls, "history": history},
+        "times": None if given is None else given.times.tolist(),
         "pilots": count,
         "seed": check_count("seed", seed, 0),
         "sde": repr(process),
+        "log_snr": process.log_snr(torch.linspace(process.t_min, process.t_max, 5, dtype=torch.float64)).tolist(),
         "shape": list(event),
         "model": repr(model),
-        "cond_sha256": tensors_hash({**(model.default_cond or {}), **(cond or {})}),
+        "cond_sha256": tensors_hash(full_cond),
         "weights_sha256": weights_hash(model.network),
     }
     kept = None if cache is None else _Kept(Path(cache), settings)
     if kept is not None and (found := kept.finished()) is not None:
         return found
-    where = resolve_device(model, device, None)
     pilot = _Pilot(
         model,
         process,
         event,
-        resolve_cond(model, cond, count, where),
+        full_cond,
         count,
         seed,
         eta,
@@ -404,9 +407,8 @@ class _Pilot:
         times = torch.tensor(solver.times, dtype=torch.float64)
         plan = solver.plan(self.sde, times)
         plan |= {k: v.float() for k, v in plan.items() if v.is_floating_point() and k != "level"}
-        model = BoundModel(
-            self.model, select_rows(rows.to(self.device), self.cond), torch.ones(len(rows), dtype=torch.bool)
-        )
+        active = torch.ones(len(rows), dtype=torch.bool, device=self.device)
+        model = BoundModel(self.model, select_rows(rows.to(self.device), self.cond), active)
         normals = self.normals(times, rows.to(self.device))
         if state is None:
             x = self.start[rows.to(self.device)]
