@@ -1,4 +1,6 @@
-r"""What do steps per sample buy? `rtol` against the plain grid at equal mean calls, and who pays.
+r"""What do restarts buy? `AdaptiveGrid` against the plain grid at equal mean calls, and who pays.
+
+The base grid is that of `sample(rtol=...)`, the finer ones have twice and four times its steps.
 
 `rare`: 97 % one smooth Gaussian, 3 % tight clusters near each other (512 dimensions). `digits`: all samples are about
 as hard. `scales`: sixteen components from narrow to wide (peers/problems.py has all three). Errors are root mean square
@@ -23,8 +25,17 @@ from problems import Mixture, digits, rare, scales
 from torch import Tensor
 
 import fastsde
+from fastsde.arguments import resolve_controller
 
 RTOLS = (0.2, 0.1, 0.05, 0.02)
+
+
+def with_restarts(model: fastsde.ScoreModel, rtol: float) -> fastsde.AdaptiveGrid:
+    """The grid of a tolerance, and two finer ones behind it."""
+    plain = resolve_controller(model, model.sde, fastsde.ExponentialPC(), None, rtol, None)
+    assert isinstance(plain, fastsde.AdaptiveGrid)
+    grids = [fastsde.Grid.tapered(model.sde, plain.grids[0].steps << k) for k in range(3)]
+    return fastsde.AdaptiveGrid(grids, rtol, plain.atol)
 
 
 def errors(each: Tensor, hard: Tensor) -> dict[str, float]:
@@ -65,7 +76,7 @@ def study(problem: Mixture) -> tuple[list[dict[str, object]], dict[str, list[int
         return each
 
     for rtol in RTOLS:
-        r = fastsde.sample(model, rtol=rtol, **options)
+        r = fastsde.sample(model, controller=with_restarts(model, rtol), **options)
         each = r.nfe.double()
         calls = float(each.mean())
         own, place = add(f"rtol {rtol:g}", r.samples, calls, int(r.nfe.max())), len(rows) - 1

@@ -38,7 +38,7 @@ CALLS = (3, 4, 5, 6, 8, 10, 12, 20)
 PEER_CALLS = (4, 5, 6, 7, 8, 10, 12, 20)
 PILOT_CALLS = (4, 6)
 """Numbers of calls at which three pilots are compared."""
-FID_CALLS = (3, 4, 5, 6, 8)
+FID_CALLS, FID_SEEDS = (3, 4, 5, 6, 8), 3
 PRICES = (2_000, 4_000, 8_000, 20_000)
 KEYS = ("problem", "sampler", "calls", "seed", "error", "median", "rms", "distance", "cost")
 KEPT = 6
@@ -165,7 +165,7 @@ def study(rows: Rows, problem: Case, calls: tuple[int, ...], with_peers: bool, p
         rows.need(name, "default", n, 0, functools.partial(default, n))
         rows.need(name, "fitted", n, 0, functools.partial(fitted, n, 0))
     if fids:
-        for seed, n in itertools.product(range(3), FID_CALLS):
+        for seed, n in itertools.product(range(FID_SEEDS), FID_CALLS):
             rows.need(name, f"fitted, FID of {fids}", n, seed, functools.partial(drawn, model, n, seed, fids))
     for n in PILOT_CALLS:
         for seed in (1, 2):
