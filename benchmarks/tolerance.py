@@ -20,7 +20,8 @@ from pathlib import Path
 import click
 import torch
 
-sys.path.append(str(Path(__file__).parent / "peers"))  # after this folder, which has a networks.py too
+# After this folder, which has a networks.py too.
+sys.path.append(str(Path(__file__).parent / "peers"))
 import networks
 from common import packaged_model, save, table
 from problems import digits, images, rare, scales

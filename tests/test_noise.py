@@ -290,7 +290,9 @@ def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals(
 def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatch):
     base, grid = (own_grid(sde, ExponentialPC(eta=eta), steps) for eta in (0.0, 1.0))
     moved = sde.log_snr(grid.times) - sde.log_snr(base.times)
-    assert grid.ends == base.ends
+    assert grid.times[0] == base.times[0]
+    whole = base.times[-1] == sde.t_min  # that of a flow ends where it has cells too
+    assert grid.times[-1] == base.times[-1] or not whole
     span = sde.log_snr(vector(sde.t_min)) - sde.log_snr(vector(sde.t_max))
     # Up to a rounding of times, which the log-SNR near the ends of some processes magnifies.
     assert (moved.abs() <= span / steps / 32 * (1 + 1e-6)).all()
@@ -309,9 +311,10 @@ def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatc
     for t, s in itertools.pairwise(grid.times):
         walk.append(w.increment(nine, never, t[None], s[None], walk[-1])[2])
     # Three levels are behind the ends of the trunk's cells, of which each end is drawn once: 25 normals for all nine.
-    assert sum(drawn) <= steps * (1 + math.ceil(math.log2(steps))) + 25
+    finer = 0 if whole else 1  # its shortest steps are shorter than half of the mean over the whole process
+    assert sum(drawn) <= steps * (1 + finer + math.ceil(math.log2(steps))) + 25
     # Times on borders of larger cells take fewer: 6.0 a step.
-    assert steps != 24 or sum(drawn) < 6.1 * steps
+    assert steps != 24 or sum(drawn) < (6.1 + finer) * steps
 
     # From anywhere, and beside a row whose times are on no border and move to other cells, it is the same to the bit.
     for i in range(0, steps, max(1, steps // 24)):
