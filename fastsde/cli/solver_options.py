@@ -20,6 +20,7 @@ GRIDS = {
     "geometric": Grid.geometric,
     "log-snr": Grid.log_snr,
     "tapered": Grid.tapered,
+    "central": Grid.central,
     "karras": Grid.karras,
 }
 _VALUES: dict[str, Any] = {

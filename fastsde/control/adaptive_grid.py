@@ -31,8 +31,8 @@ class AdaptiveGrid(Controller):
     would not mend it (docs/solver.md).
 
     This pays where a few samples are far harder than the others, as in mixtures with rare tight clusters. On trained
-    networks nobody starts again, or half of the samples do, and then the plain grid is nearer at equal mean calls: so
-    `sample(rtol=)` has one grid alone, and finer ones are asked for here:
+    networks nobody started again, or so many did that the plain grid was nearer at equal mean calls: so `sample(rtol=)`
+    has one grid alone, and finer ones are asked for here:
 
         AdaptiveGrid([Grid.tapered(sde, 15 << k) for k in range(3)], rtol=0.05, atol=1 / 128)
 

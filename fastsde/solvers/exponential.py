@@ -49,7 +49,7 @@ class ExponentialPC(ExponentialAdams):
 
     The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
-    Without `steps`, `rtol` sets a base grid (`Grid.tapered`), and a sample walks a finer one (`AdaptiveGrid`), on its
+    Without `steps`, `rtol` sets the number of steps. With `controller=AdaptiveGrid(...)` a sample walks a finer grid, on its
     own Brownian path, if at one of its steps, in y and with || . || the root mean square over the elements,
 
         || corrected - predicted || / max(atol, rtol || D_{n+1} ||)  0.25 / sqrt(rho_s^2 + 0.1^2)  >  1.
@@ -61,7 +61,7 @@ class ExponentialPC(ExponentialAdams):
     a corrector that reuses the next call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).
 
     Args:
-        steps: number of steps of `Grid.tapered`; None for adaptive steps, or with `controller=Grid(...)`.
+        steps: number of steps of its own grid; None with `rtol`, `nfe` or a controller.
         eta: 0 (probability flow) to 5, 1 for the reverse-time SDE; or, on a grid, an elementwise function of rho. With
             noise, times are up to a 32nd of the mean step beside those of `Grid.tapered`, where the path costs less.
         order: 3, 2, or 1 for `base` alone (for eta = 0 that is DDIM), on a grid only.
@@ -71,7 +71,7 @@ class ExponentialPC(ExponentialAdams):
     """
 
     convergence = "3 (eta = 0), weak 2 on Gaussian data"
-    use = "the default: few calls, 8 to 30 for a whole sample; steps per sample from rtol, or a grid"
+    use = "the default: few calls, 8 to 30 for a whole sample; as many as rtol or nfe say"
     tapered_steps = True
 
     order: int = 3
