@@ -9,7 +9,7 @@ import click
 
 from fastsde.cli.output import versions
 from fastsde.pretrained import packaged, read_card, weight_hash
-from fastsde.solvers import SOLVERS, Solver
+from fastsde.solvers import SOLVERS, FittedSolver, Solver
 
 
 @click.command(short_help="Versions, packaged models and solvers.")
@@ -63,11 +63,15 @@ _COLUMNS = ("solver", "order", "calls per step", "step size", "noise", "SDEs", "
 def _solver_rows() -> list[tuple[str, ...]]:
     return [
         (s.__name__, s.convergence, s.cost or str(s.calls_per_step), _stepping(s), s.noise, s.sdes, s.use)
-        for s in SOLVERS
+        for s in (*SOLVERS, FittedSolver)
     ]
 
 
 def _stepping(solver: type[Solver]) -> str:
+    if solver.times is not None:
+        return "its own times"
+    if "base_step" in vars(solver):
+        return "grid; per sample on request"
     trait = vars(solver).get("adaptive", False)
     return "grid" if trait is False else "per sample, from rtol" if trait is True else "per sample, from rtol, or grid"
 

@@ -49,8 +49,8 @@ class ExponentialPC(ExponentialAdams):
 
     The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
-    Without `steps`, `rtol` sets the number of steps. With `controller=AdaptiveGrid(...)` a sample walks a finer grid, on its
-    own Brownian path, if at one of its steps, in y and with || . || the root mean square over the elements,
+    Without `steps`, `rtol` sets the number of steps. With `controller=AdaptiveGrid(...)` a sample walks a finer grid,
+    on its own Brownian path, if at one of its steps, in y and with || . || the root mean square over the elements,
 
         || corrected - predicted || / max(atol, rtol || D_{n+1} ||)  0.25 / sqrt(rho_s^2 + 0.1^2)  >  1.
 
