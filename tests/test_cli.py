@@ -200,7 +200,7 @@ def test_grid_puts_images_in_rows():
 
 def test_info_agrees_with_the_package():
     record = json.loads(run("info", "--json").stdout)
-    assert set(record["solvers"]) == {solver.__name__ for solver in fastsde.SOLVERS}
+    assert set(record["solvers"]) == {solver.__name__ for solver in (*fastsde.SOLVERS, fastsde.FittedSolver)}
     assert record["models"]["fashion-mnist"]["event_shape"] == [1, 28, 28]
     assert "fashion-mnist" in run("info").stdout
 

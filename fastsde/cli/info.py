@@ -61,9 +61,10 @@ _COLUMNS = ("solver", "order", "calls per step", "step size", "noise", "SDEs", "
 
 
 def _solver_rows() -> list[tuple[str, ...]]:
+    every: tuple[type[Solver], ...] = (*SOLVERS, FittedSolver)
     return [
         (s.__name__, s.convergence, s.cost or str(s.calls_per_step), _stepping(s), s.noise, s.sdes, s.use)
-        for s in (*SOLVERS, FittedSolver)
+        for s in every
     ]
 
 
