@@ -24,13 +24,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.api import sample
-from fastsde.arguments import as_model, own_grid, resolve_cond, resolve_device
+from fastsde.arguments import as_model, own_grid, resolve_cond, resolve_device, warn
 from fastsde.batching import select_rows
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_kind, check_number
 from fastsde.control import Grid
 from fastsde.files import ArrayFile, json_hash, write_whole
 from fastsde.noise import BrownianPath, FreshNoise, StepNoise
-from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.score.base import BoundModel, ScoreModel, check_shape, reading_hash
 from fastsde.score.network import tensors_hash, weights_hash
 from fastsde.sde.base import SDE, Level
 from fastsde.solvers import ExponentialPC
@@ -39,8 +39,10 @@ from fastsde.types import Carry, Cond, ScoreFn, State
 
 PRICE = 8_000
 """Network calls of a fit for up to six calls a sample; more in proportion to their square."""
-_TEACHER = 32
-"""Calls of the accurate solution, and for eta 1 twice as many."""
+_TEACHER, _FOR_RTOL = 32, 128
+"""Calls of the accurate solution: at least, else four for each level; and where levels are looked for."""
+_ON = 5
+"""Its steps from where the default's grid ends to t_min."""
 _SCOUTS = 8
 """Pilots on which the grids are compared first, at most; a quarter of them all."""
 _GRIDS = 20
@@ -99,13 +101,15 @@ def fit(
        walked with the weights of `ExponentialPC`; the best is the start;
     2. Gauss-Newton steps on levels, step weights and output weights at once lower
 
-           mean_i w_i || x_i - x*_i ||^2 / d + 10 s^2 v^2,     v = (Var x / Var x* - 1) / 2,
+           sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 25)^2,
+           v = (Var x / Var x* - 1) / 2,
 
-       with w_i = (e_i + (s / 25)^2)^(-1/2), e_i being the current squared error and s^2 the variance of x*, so that
-       one sample that ends elsewhere does not rule. Derivatives are finite differences: a third of the pilots is left
-       out of them, and the step that is best on those is kept, or the default if nothing is better there.
+       with s^2 = Var x*, by least squares of x - x* with weights 1 / r_i, so that one sample that ends elsewhere does
+       not rule. Derivatives are finite differences. A third of the pilots is left out of them: the step with the least
+       mean r on those is kept, or the default if that is not at least 5 % lower there.
 
-    The model is fitted as it is, with its conditioning, guidance and clipping; another is refused by `sample`.
+    The model is fitted as it is, with its guidance and clipping, and the conditioning of the pilots; one with other
+    weights, or read or guided otherwise, is refused by `sample`.
     Least squares for the weights of multistep samplers: Duan et al., https://arxiv.org/abs/2305.14677 (OLSS), of the
     reference's own outputs. Fitted with gradients: Shaul et al., https://arxiv.org/abs/2403.01329 (BNS).
 
@@ -114,13 +118,14 @@ def fit(
         sde: as for `sample`.
         nfe: network calls of a sample, at least 2 evaluations of the model.
         rtol: in place of `nfe`: the error allowed, in (0, 1): the median over the held-out pilots of
-            || x - x* || / || x* ||. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations that meets it is taken.
+            || x - x* || / || x* ||. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations that meets it is taken, or,
+            with a warning, the best of them.
         eta: noise of the sampler, 0 to 5; its path is the same for the accurate solution.
         shape: shape of one sample, if the model does not know it.
         cond: conditioning of the pilot samples, each with leading axis `pilots`.
         calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more. The
             least is what 16 pilots need, some 2,000 at 5 calls.
-        pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 128, as `calls` pays for.
+        pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 64, as `calls` pays for.
         times: the levels to call the network at, falling from t_max, in place of `nfe`: only weights are fitted.
         history: how many predictions a step reads, 0 to 8; with 0 only levels are fitted, and weights are those of
             `ExponentialPC`.
@@ -138,35 +143,39 @@ def fit(
     """
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    if (nfe, rtol, times).count(None) != 2:
+    if sum(value is not None for value in (nfe, rtol, times)) != 1:
         raise ValueError(f"give one of nfe=, rtol= and times=; got nfe={nfe}, rtol={rtol}, times={times}.")
+    check_kind("cond", cond, Mapping, "a dict of tensors")
     history = check_count("history", history, 0)
     if history > 8 or (times is not None and history == 0):
         raise ValueError(f"history must be 0 to 8, and not 0 where times are given; got {history}.")
-    given = None if times is None else Grid(list(times))
+    given = None if times is None else Grid(times)  # type: ignore[arg-type] # which says what it takes
     if given is not None:
         first, _ = given.span(process.t_min, process.t_max)
         if not math.isclose(first, process.t_max, rel_tol=1e-6):
             raise ValueError(f"times must start at t_max={process.t_max}; got {first}.")
         wanted: tuple[int, ...] = (given.steps + 1,)
     elif nfe is not None:
-        levels = check_count("nfe", nfe, 2 * model.calls) // model.calls
-        wanted = (levels,)
+        nfe = check_count("nfe", nfe, 2 * model.calls)
+        wanted = (nfe // model.calls,)
     else:
         check_number("rtol", rtol, 0.0, 1.0, ends="()")
         wanted = _BUDGETS
     eta = check_number("eta", eta, 0.0, 5.0)
-    event = model.event_shape if shape is None else tuple(shape)
+    event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
         raise ValueError("which shape has a sample? Give shape=, for example shape=(3, 32, 32).")
-    price = (
-        PRICE * max(1.0, (wanted[0] / 6) ** 2) * model.calls
-        if calls is None
-        else float(check_count("calls", calls, 500))
-    )
+    price = PRICE * max(1.0, (wanted[0] / 6) ** 2) if calls is None else check_count("calls", calls, 500) / model.calls
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
-    count = _pilots_for(price / model.calls, wanted[0]) if pilots is None else check_count("pilots", pilots, FEWEST)
+    teacher = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
+    count = _pilots_for(price, wanted[0], teacher) if pilots is None else check_count("pilots", pilots, FEWEST)
+    least = count * teacher + _least(wanted[0], count, history, moving=given is None)
+    if calls is not None and calls < least * model.calls:
+        raise ValueError(
+            f"calls must be at least {least * model.calls:,} for {wanted[0]} evaluations a sample and {count} pilot "
+            f"samples; got {calls:,}."
+        )
     where = resolve_device(model, device, None)
     full_cond = resolve_cond(model, cond, count, where)
     settings = {
@@ -177,9 +186,9 @@ def fit(
         "sde": repr(process),
         "log_snr": process.log_snr(torch.linspace(process.t_min, process.t_max, 5, dtype=torch.float64)).tolist(),
         "shape": list(event),
-        "model": repr(model),
         "cond_sha256": tensors_hash(full_cond),
         "weights_sha256": weights_hash(model.network),
+        "reading_sha256": reading_hash(model),
     }
     kept = None if cache is None else _Kept(Path(cache), settings)
     if kept is not None and (found := kept.finished()) is not None:
@@ -196,14 +205,16 @@ def fit(
         where,
         given,
         history,
+        teacher,
     )
-    planned = sum(_cost(n, count) for n in wanted[:1]) + count * pilot.teacher_calls
-    total = round(min(planned * model.calls, price) if pilots is None else planned * model.calls)
+    if calls is None:
+        price = max(price, float(count * teacher + _cost(wanted[0], count, history, moving=given is None)))
+    total = round(price * model.calls)
     with tqdm(total=total, desc=f"fit, {count} pilots", unit="call", disable=not progress) as bar:
         pilot.bar = bar
         with torch.no_grad(), model.sampling():
             pilot.solve(kept)
-            fitted = _search(pilot, wanted, rtol, price, settings, kept)
+            fitted = _search(pilot, wanted, rtol, price * model.calls, calls is not None, settings, kept)
         bar.total = pilot.cost
         bar.refresh()
     if kept is not None:
@@ -216,31 +227,47 @@ def _search(
     wanted: tuple[int, ...],
     rtol: float | None,
     price: float,
+    fixed: bool,
     settings: Mapping[str, Any],
     kept: _Kept | None,
 ) -> FittedSolver:
     """The fit for the first of the wanted numbers of calls, or for the smallest that meets `rtol`."""
+    found: _Fit | None = None
     for levels in wanted:
         default = pilot.default(levels)
-        hopeless = rtol is not None and pilot.relative(default.x) > _HOPE * rtol
-        if hopeless and levels < wanted[-1]:
+        if rtol is not None and pilot.relative(default.x) > _HOPE * rtol and levels < wanted[-1]:
             continue
-        until = price if rtol is None else pilot.cost + price * max(1.0, (levels / 6) ** 2)
-        found = _Fit(pilot, levels, default, until, kept).run()
-        if rtol is None or found.error <= rtol or levels == wanted[-1]:
+        scaled = pilot.cost + price * max(1.0, (levels / 6) ** 2)
+        tried = _Fit(pilot, levels, default, price if fixed or rtol is None else scaled, kept).run()
+        if found is None or tried.error < found.error:
+            found = tried
+        if rtol is None or found.error <= rtol or (fixed and pilot.cost > price):
             break
+    assert found is not None
+    if rtol is not None and found.error > rtol:
+        warn(
+            f"rtol={rtol:g} was not met: the best fit has an error of {found.error:.2g} with {found.levels} calls.",
+            UserWarning,
+        )
     record = {
         **settings,
+        "model": repr(pilot.model),
         "cost": pilot.cost,
-        "error": found.error,
-        "default_error": found.default_error,
-        "ratio": found.ratio,
-        "ratio_interval": list(found.interval),
-        "default_log_snr": pilot.sde.log_snr(default.times).tolist(),
-        "start": found.start,
-        "path": found.path,
+        "error": _finite(found.error),
+        "default_error": _finite(found.default_error),
+        "ratio": _finite(found.ratio),
+        "ratio_interval": [_finite(v) for v in found.interval],
+        "default_log_snr": pilot.sde.log_snr(found.default.times).tolist(),
+        "start": found.name,
+        "path": [{"cost": p["cost"], "error": _finite(p["error"])} for p in found.path],
     }
-    return dataclasses.replace(found.best.solver, weights_sha256=settings["weights_sha256"], record=record)
+    hashes = {key: settings[key] for key in ("weights_sha256", "reading_sha256")}
+    return dataclasses.replace(found.best.solver, record=record, **hashes)
+
+
+def _finite(value: float) -> float | None:
+    """A number, or None, which JSON has for what is none."""
+    return value if math.isfinite(value) else None
 
 
 def _numbers(levels: int, history: int = 4, *, moving: bool = True) -> list[tuple[str, int, int]]:
@@ -256,18 +283,29 @@ def _numbers(levels: int, history: int = 4, *, moving: bool = True) -> list[tupl
     )
 
 
-def _cost(levels: int, pilots: int) -> int:
-    """Calls of `_PLANNED` Gauss-Newton steps and what is before them, but for the accurate solution."""
-    jacobian = sum(levels - k for kind, k, _ in _numbers(levels) if kind != "output")
-    scouts = _GRIDS * _scouts(pilots) * levels
-    each = (1 + _STARTS) * levels + (_PLANNED + _STARTS - 1) * (jacobian * 2 / 3 + 1.3 * levels)
-    return round(scouts + pilots * each)
+def _jacobian(levels: int, history: int, moving: bool) -> int:
+    """Calls of a pilot for all derivatives."""
+    return sum(levels - k for kind, k, _ in _numbers(levels, history, moving=moving) if kind != "output")
 
 
-def _pilots_for(price: float, levels: int) -> int:
+def _least(levels: int, pilots: int, history: int, *, moving: bool) -> int:
+    """Calls of a single Gauss-Newton step and what is before it, but for the accurate solution."""
+    scouts = _GRIDS * _scouts(pilots) * levels if moving else 0
+    return round(scouts + pilots * (2 / 3 * _jacobian(levels, history, moving) + 3 * levels))
+
+
+def _cost(levels: int, pilots: int, history: int = 4, *, moving: bool = True) -> int:
+    """The same for as many steps as are planned, from two starts."""
+    starts = _STARTS if moving else 1
+    step = _jacobian(levels, history, moving) * 2 / 3 + 1.3 * levels
+    more = pilots * ((starts - 1) * levels + (_PLANNED + starts - 2) * step)
+    return _least(levels, pilots, history, moving=moving) + round(more)
+
+
+def _pilots_for(price: float, levels: int, teacher: int) -> int:
     """As many pilots as a price pays for."""
     fixed = _GRIDS * _SCOUTS * levels
-    each = (_cost(levels, 1000) - fixed) / 1000 + _TEACHER
+    each = (_cost(levels, 1000) - fixed) / 1000 + teacher
     return int(min(_MOST, max(_FEW, (price - fixed) / each)))
 
 
@@ -304,14 +342,19 @@ class _Pilot:
         device: torch.device,
         given: Grid | None,
         history: int,
+        teacher: int,
     ) -> None:
-        self.given, self.history = given, history
+        self.given, self.history, self.teacher_calls = given, history, teacher
         self.model, self.sde, self.event, self.cond = model, sde, event, cond
         self.count, self.seed, self.eta, self.batch_size, self.device = count, seed, eta, batch_size, device
         # The last numbers of the stream, which no run from 0 on reaches.
         self.index = torch.arange((1 << 32) - count, 1 << 32, device=device)
-        self.teacher_calls = round(_TEACHER * (1 + eta))
-        self.held = torch.arange(count) >= count - max(2, count // 3)
+        # Conditioning may come in order.
+        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed % (1 << 63)))
+        held = max(2, count // 3)
+        self.held = torch.zeros(count, dtype=torch.bool)
+        self.held[order[:held]] = True
+        self.scouts = order[held : held + _scouts(count)].sort().values
         self.cost, self.bar = 0, tqdm(disable=True)
         if eta == 0:
             self.noise: FreshNoise | BrownianPath = FreshNoise(seed, event, torch.float32)
@@ -326,7 +369,7 @@ class _Pilot:
                 power=2 * eta**2,
             )
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
-        self.lows = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
+        self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
     def paid(self, calls: int) -> None:
         self.cost += calls
@@ -341,7 +384,7 @@ class _Pilot:
                 self.model,
                 self.sde,
                 solver=solver,
-                controller=own_grid(self.sde, solver, self.teacher_calls - 1),
+                controller=self._fine(self.teacher_calls - 1),
                 shape=(self.count, *self.event),
                 index=self.index.cpu(),
                 seed=self.seed,
@@ -362,22 +405,33 @@ class _Pilot:
         self.variance = max(float(centred.square().mean()), 1e-12)
         self.floor = self.variance / 625  # of a squared error: a 25th of the samples' size
 
+    def _fine(self, steps: int) -> Grid:
+        """The default's grid, and on to t_min in equal steps of the log-SNR where it ends before."""
+        times = own_grid(self.sde, ExponentialPC(), steps - _ON).times
+        if float(times[-1]) == self.sde.t_min:
+            return own_grid(self.sde, ExponentialPC(), steps)
+        first, last = self.sde.log_snr(torch.tensor([float(times[-1]), self.sde.t_min], dtype=torch.float64)).tolist()
+        rest = self.sde.t_of_log_snr(torch.linspace(first, last, _ON + 1, dtype=torch.float64)[1:])
+        rest[-1] = self.sde.t_min
+        return Grid(torch.cat([times, rest]))
+
     def root_errors(self, x: Tensor, rows: Tensor) -> Tensor:
         """Root of the squared error of each sample, with a floor, with shape (rows,)."""
         square = (x - self.target)[rows.to(x.device)].double().flatten(1).square().mean(1)
-        return (square + self.floor).sqrt().cpu()
+        return (square + self.floor).sqrt().cpu().nan_to_num(nan=math.inf)
 
     def relative(self, x: Tensor) -> float:
         """Median over the held-out samples of the error over the sample's size."""
         held = self.held.to(x.device)
         error, size = (v[held].double().flatten(1).norm(dim=1) for v in (x - self.target, self.target))
-        return float((error / size.clamp(min=1e-12)).median())
+        return float((error / size.clamp(min=1e-12)).nan_to_num(nan=math.inf).median())
 
     def objective(self, x: Tensor) -> float:
         """What is lowered, on the samples that are fitted."""
         own = ~self.held.to(x.device)
         error = float(self.root_errors(x, ~self.held).mean())
-        return math.sqrt(error**2 + _ENERGY * self.variance * self.energy(x[own], self.target[own])[0] ** 2)
+        value = math.sqrt(error**2 + _ENERGY * self.variance * self.energy(x[own], self.target[own])[0] ** 2)
+        return value if math.isfinite(value) else math.inf
 
     @staticmethod
     def energy(x: Tensor, target: Tensor) -> tuple[float, Tensor, float]:
@@ -441,10 +495,9 @@ class _Pilot:
         if weights is None:
             # Of as high an order as the history allows.
             order = 3 if self.history == 0 else max(1, min(3, self.history - 1))
-            standard = standard_weights(self.sde, times.tolist(), self.eta, order)
-            weights = standard
+            weights = standard_weights(self.sde, times.tolist(), self.eta, order)
             if self.history:
-                weights = tuple((*row, *[0.0] * k)[: 1 + min(k, self.history)] for k, row in enumerate(standard, 1))
+                weights = tuple((*row, *[0.0] * k)[: 1 + min(k, self.history)] for k, row in enumerate(weights, 1))
                 output = [*output, *[0.0] * len(times)][: min(len(times), self.history)]
         return FittedSolver(
             eta=self.eta,
@@ -468,7 +521,7 @@ class _Pilot:
 
     def grids(self, levels: int) -> dict[str, list[float]]:
         """Levels in half the log-SNR, by name: where a fit may start."""
-        low, high = self.lows
+        low, high = self.lams
         # Where data of this size are decided.
         middle = -0.5 * math.log(self.variance)
         if self.given is not None:
@@ -511,7 +564,7 @@ class _Fit:
         if resumed is None:
             now, value, mu = self._start()
         else:
-            now, self.start = pilot.walked(resumed), "resumed"
+            now, self.name = pilot.walked(resumed), "resumed"
             value, mu = pilot.objective(now.x), _DAMPING
         best, held = now, float(pilot.root_errors(now.x, pilot.held).mean())
         last, before = 0, pilot.cost
@@ -537,16 +590,16 @@ class _Fit:
 
     def _start(self) -> tuple[_Walked, float, float]:
         """The best grid after a step from it: of all on a few pilots, of the best few on all pilots."""
-        pilot, scouts = self.pilot, torch.arange(_scouts(self.pilot.count))
+        pilot = self.pilot
         solvers = {name: pilot.solver(lams, None, (1.0,)) for name, lams in pilot.grids(self.levels).items()}
 
-        def error(walked: _Walked) -> float:
-            rows = torch.arange(len(walked.x))
-            square = (walked.x - pilot.target[rows.to(pilot.device)]).double().flatten(1).square().mean(1)
+        def error(solver: FittedSolver) -> float:
+            x = pilot.walked(solver, pilot.scouts).x
+            square = (x - pilot.target[pilot.scouts.to(pilot.device)]).double().flatten(1).square().mean(1)
             value = float((square + pilot.floor).sqrt().mean())
             return value if math.isfinite(value) else math.inf
 
-        first = {name: error(pilot.walked(solver, scouts)) for name, solver in solvers.items()}
+        first = {name: error(solver) for name, solver in solvers.items()}
         found, before = list[tuple[str, _Walked, float, float]](), pilot.cost
         for name in sorted(first, key=lambda name: first[name])[:_STARTS]:
             if found and pilot.cost + (pilot.cost - before) > self.until:
@@ -554,8 +607,11 @@ class _Fit:
             before = pilot.cost
             walked = pilot.walked(solvers[name])
             value = pilot.objective(walked.x)
-            found.append((name, *(self._step(walked, value, _DAMPING) or (walked, value, _DAMPING))))
-        self.start, walked, value, mu = min(found, key=lambda entry: entry[2])
+            stepped = self._step(walked, value, _DAMPING) if math.isfinite(value) else None
+            found.append((name, *(stepped or (walked, value, _DAMPING))))
+        self.name, walked, value, mu = min(found, key=lambda entry: entry[2])
+        if not math.isfinite(value):
+            raise RuntimeError("pilot samples are not finite at the levels of any grid: the network returned NaN.")
         return walked, value, mu
 
     def _step(self, now: _Walked, value: float, mu: float) -> tuple[_Walked, float, float] | None:
@@ -574,7 +630,9 @@ class _Fit:
 
     def _moved(self, solver: FittedSolver, move: Sequence[float]) -> FittedSolver | None:
         """The solver with its numbers moved; None if they are not finite, or levels out of order."""
-        high = self.pilot.lows[1]
+        if not all(math.isfinite(v) for v in move):
+            return None
+        high = self.pilot.lams[1]
         lams = [v / 2 for v in solver.log_snr]
         weights = [list(row) for row in solver.weights]
         output = list(solver.output)
@@ -627,7 +685,7 @@ class _Fit:
         """Derivatives of the samples after each number, with shape (numbers, rows, elements)."""
         pilot, last = self.pilot, states[-1]
         found = []
-        for i, (kind, k, j) in enumerate(self.numbers):
+        for kind, k, j in self.numbers:
             if kind == "output":
                 found.append(last[f"past_{j}"].flatten(1))
                 continue
@@ -637,13 +695,12 @@ class _Fit:
                 alpha = float(pilot.sde.alpha(torch.tensor([solver.times[k - 1]], dtype=torch.float64)))
                 size = float((before["x"] / alpha if j == 0 else before[f"past_{j - 1}"]).square().mean().sqrt())
                 change *= min(math.sqrt(pilot.variance), math.exp(-solver.log_snr[k] / 2)) / max(size, 1e-6)
-            elif solver.log_snr[k] / 2 + change > pilot.lows[1]:
+            elif solver.log_snr[k] / 2 + change > pilot.lams[1]:
                 change = -change
-            move = [0.0] * len(self.numbers)
-            move[i] = change
             moved = self._changed(solver, kind, k, j, change)
             x = pilot.walk(moved, rows, k, before)[-1]["x_0"]
-            found.append(((x - last["x_0"]) / change).flatten(1))
+            # What leaves the numbers says nothing of where to go.
+            found.append(((x - last["x_0"]) / change).flatten(1).nan_to_num(0.0, 0.0, 0.0))
         return torch.stack(found)
 
     def _changed(self, solver: FittedSolver, kind: str, k: int, j: int, change: float) -> FittedSolver:
@@ -656,7 +713,7 @@ class _Fit:
         return self.pilot.solver(lams, self._rows(weights), solver.output)
 
     def _judge(self, found: _Walked) -> None:
-        """Keeps what was found, or the default where it is not clearly farther off, and notes both errors."""
+        """Keeps what was found, or the default if that is not clearly farther off, and notes both errors."""
         pilot = self.pilot
         self.error, self.default_error = pilot.relative(found.x), pilot.relative(self.default.x)
         ours, theirs = (pilot.root_errors(walked.x, pilot.held) for walked in (found, self.default))
@@ -664,7 +721,7 @@ class _Fit:
         middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
         self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
         self.best = found
-        if float(ours.mean()) > _CLEARLY * float(theirs.mean()):
+        if not float(ours.mean()) <= _CLEARLY * float(theirs.mean()):
             self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)
 
 
@@ -697,13 +754,13 @@ class _Kept:
             with ArrayFile(self.part) as file:
                 record = bytes(file.read("record")).decode()
                 target = file.read("target")
-        except (OSError, ValueError, KeyError):
+            content = json.loads(record)
+            if content["settings"] != json_hash(dict(self.settings)):
+                return
+            fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
+            self.cost, self.found, self.fitted = int(content["cost"]), target, fitted
+        except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: begun again
-        content = json.loads(record)
-        if content["settings"] != json_hash(dict(self.settings)):
-            return
-        self.cost, self.found = int(content["cost"]), target
-        self.fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
 
     def solution(self) -> Tensor | None:
         """The accurate solution of an interrupted fit."""

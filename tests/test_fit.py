@@ -1,6 +1,5 @@
 """Solvers fitted to a network: what they compute, that they are better, and whom they refuse."""
 
-import dataclasses
 import json
 import math
 
@@ -52,11 +51,14 @@ def counted(scale=1.0):
 
 
 def error(model, n=200, **options):
-    """Root mean square distance to the end of the probability flow over the spread of the samples."""
+    """Mean over samples of the distance to the end of the probability flow, over the spread of the samples.
+
+    Not the root of the mean square, which is that of the few samples that end in another cluster.
+    """
     z = torch.randn(n, *model.event_shape, generator=torch.Generator().manual_seed(4)) * model.sde.prior_std
     x = fastsde.sample(model, x_init=z, batch_size=n, **options).samples
     fine = fastsde.sample(model, x_init=z, batch_size=n, controller=Grid.log_snr(model.sde, 200)).samples
-    return float((x - fine).square().mean().sqrt() / fine.std())
+    return float((x - fine).square().mean(1).sqrt().mean() / fine.std())
 
 
 def as_fitted(sde, times, eta=0.0, **options):
@@ -143,7 +145,7 @@ def test_where_the_flow_is_linear_the_fit_is_exact(sde):
 @pytest.mark.parametrize("make", [images, clusters])
 def test_a_fit_is_better_than_the_default(make, sde, nfe, least):
     model = make(sde)
-    fitted = fastsde.fit(model, nfe=nfe, pilots=24)
+    fitted = fastsde.fit(model, nfe=nfe, pilots=40)
     assert fitted.record["ratio"] < 1
     # Measured 0.05 to 0.41 with 4 calls and 0.1 to 0.6 with 6.
     assert error(model, solver=fitted) < least * error(model, nfe=nfe)
@@ -332,6 +334,11 @@ def test_printed_and_drawn(tmp_path):
         ({"rtol": 1.5}, r"rtol must be in \(0, 1\); got 1.5"),
         ({"nfe": 8, "pilots": 5}, "pilots must be an integer of at least 6; got 5"),
         ({"nfe": 8, "calls": 10}, "calls must be an integer of at least 500; got 10"),
+        (
+            {"nfe": 20, "calls": 500},
+            "calls must be at least .* for 20 evaluations a sample and 16 pilot",
+        ),
+        ({"nfe": 4, "shape": (0,)}, "shape must be the shape of one sample"),
         ({"nfe": 8, "eta": 6.0}, "eta must be in"),
         ({"nfe": 8, "cache": "x.json"}, "cache= needs a network with weights"),
         ({"nfe": 8, "cond": {"label": torch.zeros(3)}}, "pilots must be an integer of at least 6; got 3"),
@@ -340,6 +347,12 @@ def test_printed_and_drawn(tmp_path):
 def test_fit_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         fastsde.fit(ScoreModel(never, VP, event_shape=(2,)), **options)
+
+
+def test_an_rtol_that_no_fit_meets_is_told():
+    with pytest.warns(UserWarning, match="was not met"):
+        fitted = fastsde.fit(clusters(), rtol=1e-7, pilots=6, calls=4000)
+    assert fitted.record["error"] > 1e-7
 
 
 def test_a_shape_is_needed():
@@ -358,9 +371,11 @@ def test_a_fitted_solver_refuses_what_it_was_not_made_for():
     asked = {"n": 2, "solver": fitted}
     for other, message in (
         (counted(0.9), "fitted to a network with weights"),
-        (ScoreModel(never, VP, event_shape=(64,)), "this one has none, being a function"),
-        (fastsde.score.Clipped(model), "fitted to ScoreModel"),
-        (ScoreModel(model.network, VPSDE(beta_max=10.0), event_shape=(64,)), "fitted to ScoreModel"),
+        (ScoreModel(never, VP, event_shape=(64,)), "this one has no weights"),
+        (fastsde.score.Clipped(model), "read otherwise"),
+        (ScoreModel(model.network, VP, "epsilon", event_shape=(64,)), "read otherwise"),
+        (ScoreModel(model.network, VP, event_shape=(64,), timestep=lambda t: 0.5 * t), "read otherwise"),
+        (ScoreModel(model.network, VPSDE(beta_max=10.0), event_shape=(64,)), "read otherwise"),
     ):
         with pytest.raises(ValueError, match=message):
             fastsde.sample(other, **asked)
@@ -375,8 +390,48 @@ def test_a_fitted_solver_refuses_what_it_was_not_made_for():
         fastsde.sample(
             ScoreModel(never, VPSDE(beta_max=10.0), event_shape=(64,)), n=2, solver=as_fitted(VP, [1.0, 0.1])
         )
-    anybody = dataclasses.replace(fitted, weights_sha256=None)
-    assert fastsde.sample(counted(0.9), n=2, solver=anybody).success.all()
+    assert fastsde.sample(counted(0.9), n=2, solver=fitted.for_any_model()).success.all()
+    with torch.no_grad():
+        model.network.scale.data.mul_(0.9)  # as averages of weights are copied: no version counts it
+    with pytest.raises(ValueError, match="fitted to a network with weights"):
+        fastsde.sample(model, **asked)
+
+
+def test_guidance_scales_are_told_apart_and_functions_known_again():
+    def network(x, t, y):
+        return -x + 0 * y[:, None]
+
+    def guided(scale):
+        base = ScoreModel(network, VP, event_shape=(4,), default_cond={"y": 1.0})
+        return fastsde.score.ClassifierFreeGuidance(base, scale, negative={"y": 0.0})
+
+    fitted = fastsde.fit(guided(2.0), nfe=6, pilots=6)
+    assert fastsde.sample(guided(2.0), n=2, solver=fitted).success.all()
+    with pytest.raises(ValueError, match="read otherwise"):
+        fastsde.sample(guided(3.0), n=2, solver=fitted)
+
+
+def test_conditioning_in_order_is_as_good_as_mixed():
+    """Held-out pilots are of all kinds, whatever the order."""
+
+    def network(x, t, std):
+        alpha, sigma = VP.alpha(t.double())[:, None], VP.sigma(t.double())[:, None]
+        return (-x / (alpha**2 * std[:, None] ** 2 + sigma**2)).to(x.dtype)
+
+    model, std = ScoreModel(network, VP, event_shape=(8,)), torch.tensor([1.0, 0.5, 0.2, 0.1])
+    for order in (std.repeat(6), std.repeat_interleave(6)):
+        assert fastsde.fit(model, nfe=4, cond={"std": order}).record["ratio"] < 0.7
+
+
+def test_a_network_that_fails_at_other_levels_says_so():
+    grid = set(Grid.tapered(VP, 31).times.float().tolist())
+
+    def network(x, t):
+        known = torch.tensor([float(v) in grid for v in t])[:, None]
+        return torch.where(known, -x, torch.nan)
+
+    with pytest.raises(RuntimeError, match="the network returned NaN"):
+        fastsde.fit(ScoreModel(network, VP, event_shape=(2,)), nfe=4, pilots=6)
 
 
 @pytest.mark.parametrize(

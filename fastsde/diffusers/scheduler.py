@@ -112,6 +112,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             self.register_to_config(beta_schedule="linear")
         self.solver = ExponentialPC(order=exponential_order, eta=exponential_eta)
         if fitted is not None:
+            if exponential_eta or exponential_order != 3:
+                raise ValueError("fitted= says eta and order itself; leave exponential_eta and exponential_order out.")
             self.solver = FittedSolver.from_json(fitted, "fitted=")
         self._read()
         self.set_timesteps(num_train_timesteps if self.solver.times is None else len(self.solver.times))
@@ -434,6 +436,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _begin(self, x: State, k: int) -> None:
         """Plans the steps from timestep k on."""
+        if k and self.solver.times is not None:
+            raise ValueError("a fitted solver starts at its first timestep; take the scheduler without fitted=.")
         self._first, self._plan = k, self.solver.plan(self.sde, self.times[k:])
         self._carry = self.solver.init(x)
         self._ahead = self.solver.predict(x, self._coefficients(k, x), self._carry, None)
@@ -512,6 +516,8 @@ class _Timesteps(Tensor):
 
     def __getitem__(self, key: Any) -> Tensor:
         plain = self.as_subclass(Tensor)
+        if self.scheduler.solver.times is not None:  # which has no other start
+            return plain[key]
         if isinstance(key, slice) and key.stop is None and key.step in (None, 1) and self.scheduler.step_index is None:
             begin = key.indices(len(plain))[0]
             if 0 < begin < len(plain):

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
-from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, unwrap
+from fastsde.files import json_hash
+from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
 from fastsde.sde.base import SDE, Level
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
@@ -306,6 +307,41 @@ class Wrapper(ScoreModel):
 
     def check_cond(self, cond: Cond) -> None:
         self.model.check_cond(self.inner_cond(cond))
+
+
+def reading_hash(model: ScoreModel) -> str:
+    """SHA-256 of how a model reads its network, wrappers included, in hexadecimal; weights do not count.
+
+    Of functions that belong to it their names count, of `timestep` its values at five times.
+    """
+    return json_hash(_reading_of(model))
+
+
+def _reading_of(model: ScoreModel) -> dict[str, Any]:
+    sde = model.sde
+    five = torch.linspace(sde.t_min, sde.t_max, 5, dtype=torch.float64)
+    own: dict[str, Any] = {"class": type(model).__name__, "log_snr": [round(v, 6) for v in sde.log_snr(five).tolist()]}
+    for key, value in vars(model).items():
+        if isinstance(value, ScoreModel):
+            own[key] = _reading_of(value)
+        elif key == "timestep" and value is not None:
+            own[key] = [round(v, 6) for v in value(five).double().tolist()]
+        elif key not in ("network", "sde"):
+            own[key] = _plain(value)
+    return own
+
+
+def _plain(value: object) -> Any:
+    """A value, or what tells it from others, as JSON can hold it."""
+    if isinstance(value, Tensor):
+        return tensors_hash({"": value})
+    if isinstance(value, Mapping):
+        return {str(key): _plain(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(part) for part in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)
 
 
 def check_shape(name: str, shape: object) -> tuple[int, ...] | None:

@@ -127,15 +127,17 @@ _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.Weak
 def weights_hash(network: object) -> str | None:
     """SHA-256 over names and values of a network's weights, in hexadecimal; None for a plain function.
 
-    Wrappers are looked through. It is kept until a weight changes: gigabytes take seconds.
+    Wrappers and methods are looked through. It is kept until a weight changes, or their sum: gigabytes take seconds.
     """
-    network = unwrap(network)
+    network = unwrap(_module_behind(network))
     if not isinstance(network, nn.Module):
         return None
     state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     if any(value.is_inference() for value in state.values()):  # whose changes nobody counts
         return tensors_hash(state)
-    seen = tuple((name, value.data_ptr(), value._version) for name, value in state.items())
+    # What is done to a parameter's data does not count as a version.
+    sums = (float(value.sum(dtype=torch.float64)) for value in state.values() if not value.is_complex())
+    seen = (*((name, value.data_ptr(), value._version) for name, value in state.items()), *sums)
     if network not in _HASHES or _HASHES[network][0] != seen:
         _HASHES[network] = seen, tensors_hash(state)
     return _HASHES[network][1]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastsde.files import json_hash, read_json, write_whole
-from fastsde.score.base import Prediction, ScoreModel
+from fastsde.score.base import Prediction, ScoreModel, reading_hash
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE, Level
 from fastsde.solvers.adams import Predicted
@@ -45,7 +45,8 @@ class FittedSolver(ExponentialPC):
         log_snr: the log-SNR of the process at these times, by which the process is known again.
         weights: for each step (a_k, w_k0, w_k1, ..); empty for those of `ExponentialPC`.
         output: (v_0, v_1, ..).
-        weights_sha256: of the network that it was fitted to; None walks any network.
+        weights_sha256: of the network that it was fitted to; None for a plain function.
+        reading_sha256: of how that network was read (`score.base.reading_hash`); None walks any model.
         record: how it was found, as JSON can hold it.
 
     Raises:
@@ -60,6 +61,7 @@ class FittedSolver(ExponentialPC):
     weights: tuple[Row, ...] = ()
     output: Row = (1.0,)
     weights_sha256: str | None = None
+    reading_sha256: str | None = None
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -116,17 +118,22 @@ class FittedSolver(ExponentialPC):
 
     def check_model(self, model: ScoreModel) -> None:
         """Refuses, with a ValueError, a model whose network has other weights, or that is read or guided otherwise."""
-        if self.weights_sha256 is None:
+        if self.reading_sha256 is None:
             return
-        found, read = weights_hash(model.network), repr(model)
+        how = "Fit it again, or say that it may walk any model: solver.for_any_model()."
+        found = weights_hash(model.network)
         if found != self.weights_sha256:
+            theirs, ours = (f"weights {v[:12]}" if v else "no weights" for v in (self.weights_sha256, found))
+            raise ValueError(f"this solver was fitted to a network with {theirs}; this one has {ours}. {how}")
+        if reading_hash(model) != self.reading_sha256:
             raise ValueError(
-                f"this solver was fitted to a network with weights {self.weights_sha256[:12]}; this one has "
-                f"{found[:12] if found else 'none, being a function'}. Fit it again, or say that it may walk another: "
-                "dataclasses.replace(solver, weights_sha256=None)."
+                "this solver was fitted to a model that is read otherwise, in its process, prediction, times, guidance "
+                f"or clipping: {self.record.get('model')}; got {model!r}. {how}"
             )
-        if self.record.get("model", read) != read:
-            raise ValueError(f"this solver was fitted to {self.record['model']}; got {read}. Fit it again.")
+
+    def for_any_model(self) -> FittedSolver:
+        """The same solver, which no model is refused by."""
+        return dataclasses.replace(self, weights_sha256=None, reading_sha256=None)
 
     def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
         if not self.weights:
@@ -175,6 +182,8 @@ class FittedSolver(ExponentialPC):
         Raises:
             ValueError: if it describes none, naming `source`.
         """
+        if not isinstance(content, Mapping):
+            raise ValueError(f"{source} is no fitted solver: it is a {type(content).__name__}.")
         try:
             known = {field.name for field in dataclasses.fields(cls)}
             if set(content) != known:
@@ -203,10 +212,13 @@ class FittedSolver(ExponentialPC):
         lines = [f"{self.nfe} calls a sample" + (f", eta {self.eta:g}" if self.eta else "")]
         if "cost" in record:
             lines[0] += f"; the fit took {record['cost']:,} calls, {record['pilots']} pilot samples"
-            low, high = record["ratio_interval"]
+            own, theirs, ratio, low, high = (
+                math.nan if v is None else v
+                for v in (record["error"], record["default_error"], record["ratio"], *record["ratio_interval"])
+            )
             lines.append(
-                f"error on the held-out pilots {record['error']:.3g}, the default's {record['default_error']:.3g}: "
-                f"{record['ratio']:.2f} times ({low:.2f} to {high:.2f})"
+                f"error on the held-out pilots, by which it was chosen: {own:.3g}; the default's: {theirs:.3g}; in the "
+                f"mean {ratio:.2f} times ({low:.2f} to {high:.2f})"
             )
             if not self.weights:
                 lines.append("the default was as good: these are its times and weights")
