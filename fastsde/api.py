@@ -351,7 +351,7 @@ def run(
         affordable = max(1, sum(calls <= max_nfe for calls in paid))
         if affordable < len(walks):
             controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
-    noise = _noise(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
+    noise = noise_of(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
         start = torch.full((count,), t_start, dtype=torch.float64, device=device)
@@ -397,7 +397,7 @@ def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device
     return {k: v.to(device, kept if v.is_floating_point() and k != "level" else v.dtype) for k, v in plan.items()}
 
 
-def _noise(
+def noise_of(
     seed: int, event: tuple[int, ...], dtype: torch.dtype, solver: Solver, sde: SDE, span: tuple[float, float]
 ) -> Noise:
     """Fresh noise, or a path in the solver's clock over the whole range of the process."""

@@ -23,13 +23,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsde.api import sample
+from fastsde.api import noise_of, sample
 from fastsde.arguments import as_model, own_grid, resolve_cond, resolve_device, warn
 from fastsde.batching import select_rows
 from fastsde.checks import check_count, check_kind, check_number
 from fastsde.control import Grid
 from fastsde.files import ArrayFile, json_hash, write_whole
-from fastsde.noise import BrownianPath, FreshNoise, StepNoise
+from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, ScoreModel, check_shape, reading_hash
 from fastsde.score.network import tensors_hash, weights_hash
 from fastsde.sde.base import SDE, Level
@@ -257,7 +257,7 @@ def _search(
         "default_error": _finite(found.default_error),
         "ratio": _finite(found.ratio),
         "ratio_interval": [_finite(v) for v in found.interval],
-        "default_log_snr": pilot.sde.log_snr(found.default.times).tolist(),
+        "default_log_snr": list(found.default.solver.log_snr),
         "start": found.name,
         "path": [{"cost": p["cost"], "error": _finite(p["error"])} for p in found.path],
     }
@@ -321,10 +321,6 @@ class _Walked:
     x: Tensor
     states: list[list[Carry]]
 
-    @property
-    def times(self) -> Tensor:
-        return torch.tensor(self.solver.times, dtype=torch.float64)
-
 
 class _Pilot:
     """The pilot samples: their start, their accurate solution, and walks of a solver from one to the other."""
@@ -356,18 +352,8 @@ class _Pilot:
         self.held[order[:held]] = True
         self.scouts = order[held : held + _scouts(count)].sort().values
         self.cost, self.bar = 0, tqdm(disable=True)
-        if eta == 0:
-            self.noise: FreshNoise | BrownianPath = FreshNoise(seed, event, torch.float32)
-        else:
-            self.noise = BrownianPath(
-                seed,
-                event,
-                torch.float32,
-                t_min=sde.t_min,
-                t_max=sde.t_max,
-                log_snr=sde.log_snr,
-                power=2 * eta**2,
-            )
+        span = sde.t_min, sde.t_max
+        self.noise = noise_of(seed, event, torch.float32, ExponentialPC(eta=eta), sde, span)
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
@@ -416,9 +402,13 @@ class _Pilot:
         return Grid(torch.cat([times, rest]))
 
     def root_errors(self, x: Tensor, rows: Tensor) -> Tensor:
-        """Root of the squared error of each sample, with a floor, with shape (rows,)."""
-        square = (x - self.target)[rows.to(x.device)].double().flatten(1).square().mean(1)
+        """Root of the squared error of each of these samples, with a floor, with shape (rows,)."""
+        square = (x - self.target[rows.to(x.device)]).double().flatten(1).square().mean(1)
         return (square + self.floor).sqrt().cpu().nan_to_num(nan=math.inf)
+
+    def held_errors(self, x: Tensor) -> Tensor:
+        """The same of the held-out pilots, from the samples of all."""
+        return self.root_errors(x[self.held.to(x.device)], self.held)
 
     def relative(self, x: Tensor) -> float:
         """Median over the held-out samples of the error over the sample's size."""
@@ -429,7 +419,7 @@ class _Pilot:
     def objective(self, x: Tensor) -> float:
         """What is lowered, on the samples that are fitted."""
         own = ~self.held.to(x.device)
-        error = float(self.root_errors(x, ~self.held).mean())
+        error = float(self.root_errors(x[own], ~self.held).mean())
         value = math.sqrt(error**2 + _ENERGY * self.variance * self.energy(x[own], self.target[own])[0] ** 2)
         return value if math.isfinite(value) else math.inf
 
@@ -566,8 +556,8 @@ class _Fit:
         else:
             now, self.name = pilot.walked(resumed), "resumed"
             value, mu = pilot.objective(now.x), _DAMPING
-        best, held = now, float(pilot.root_errors(now.x, pilot.held).mean())
-        last, before = 0, pilot.cost
+        best, held = now, float(pilot.held_errors(now.x).mean())
+        last = 0
         for turn in range(_ITERATIONS):
             self.path.append({"cost": pilot.cost, "error": pilot.relative(now.x)})
             if pilot.cost + last > self.until:
@@ -578,7 +568,7 @@ class _Fit:
             if stepped is None:
                 break
             gained, (now, value, mu) = 1 - stepped[1] / value, stepped
-            error = float(pilot.root_errors(now.x, pilot.held).mean())
+            error = float(pilot.held_errors(now.x).mean())
             if error < held:
                 best, held = now, error
             if self.kept is not None:
@@ -593,13 +583,10 @@ class _Fit:
         pilot = self.pilot
         solvers = {name: pilot.solver(lams, None, (1.0,)) for name, lams in pilot.grids(self.levels).items()}
 
-        def error(solver: FittedSolver) -> float:
-            x = pilot.walked(solver, pilot.scouts).x
-            square = (x - pilot.target[pilot.scouts.to(pilot.device)]).double().flatten(1).square().mean(1)
-            value = float((square + pilot.floor).sqrt().mean())
-            return value if math.isfinite(value) else math.inf
-
-        first = {name: error(solver) for name, solver in solvers.items()}
+        first = {
+            name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
+            for name, solver in solvers.items()
+        }
         found, before = list[tuple[str, _Walked, float, float]](), pilot.cost
         for name in sorted(first, key=lambda name: first[name])[:_STARTS]:
             if found and pilot.cost + (pilot.cost - before) > self.until:
@@ -716,7 +703,7 @@ class _Fit:
         """Keeps what was found, or the default if that is not clearly farther off, and notes both errors."""
         pilot = self.pilot
         self.error, self.default_error = pilot.relative(found.x), pilot.relative(self.default.x)
-        ours, theirs = (pilot.root_errors(walked.x, pilot.held) for walked in (found, self.default))
+        ours, theirs = (pilot.held_errors(walked.x) for walked in (found, self.default))
         logs = (ours / theirs).log()
         middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
         self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
