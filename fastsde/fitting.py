@@ -143,24 +143,11 @@ def fit(
     """
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    if sum(value is not None for value in (nfe, rtol, times)) != 1:
-        raise ValueError(f"give one of nfe=, rtol= and times=; got nfe={nfe}, rtol={rtol}, times={times}.")
     check_kind("cond", cond, Mapping, "a dict of tensors")
+    wanted, given = _wanted(model, process, nfe, rtol, times)
     history = check_count("history", history, 0)
-    if history > 8 or (times is not None and history == 0):
+    if history > 8 or (given is not None and history == 0):
         raise ValueError(f"history must be 0 to 8, and not 0 where times are given; got {history}.")
-    given = None if times is None else Grid(times)  # type: ignore[arg-type] # which says what it takes
-    if given is not None:
-        first, _ = given.span(process.t_min, process.t_max)
-        if not math.isclose(first, process.t_max, rel_tol=1e-6):
-            raise ValueError(f"times must start at t_max={process.t_max}; got {first}.")
-        wanted: tuple[int, ...] = (given.steps + 1,)
-    elif nfe is not None:
-        nfe = check_count("nfe", nfe, 2 * model.calls)
-        wanted = (nfe // model.calls,)
-    else:
-        check_number("rtol", rtol, 0.0, 1.0, ends="()")
-        wanted = _BUDGETS
     eta = check_number("eta", eta, 0.0, 5.0)
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
@@ -179,7 +166,7 @@ def fit(
     where = resolve_device(model, device, None)
     full_cond = resolve_cond(model, cond, count, where)
     settings = {
-        "asked": {"nfe": nfe, "rtol": rtol, "eta": eta, "calls": calls, "history": history},
+        "asked": {"evaluations": list(wanted), "rtol": rtol, "eta": eta, "calls": calls, "history": history},
         "times": None if given is None else given.times.tolist(),
         "pilots": count,
         "seed": check_count("seed", seed, 0),
@@ -220,6 +207,28 @@ def fit(
     if kept is not None:
         kept.finish(fitted)
     return fitted
+
+
+def _wanted(
+    model: ScoreModel, sde: SDE, nfe: int | None, rtol: float | None, times: Sequence[float] | None
+) -> tuple[tuple[int, ...], Grid | None]:
+    """The numbers of evaluations to try, and the levels if they are given.
+
+    Raises:
+        ValueError: if not one of the three says it, or it is out of range.
+    """
+    if sum(value is not None for value in (nfe, rtol, times)) != 1:
+        raise ValueError(f"give one of nfe=, rtol= and times=; got nfe={nfe}, rtol={rtol}, times={times}.")
+    if nfe is not None:
+        return (check_count("nfe", nfe, 2 * model.calls) // model.calls,), None
+    if rtol is not None:
+        check_number("rtol", rtol, 0.0, 1.0, ends="()")
+        return _BUDGETS, None
+    given = Grid(times)  # type: ignore[arg-type] # which says what it takes
+    first, _ = given.span(sde.t_min, sde.t_max)
+    if not math.isclose(first, sde.t_max, rel_tol=1e-6):
+        raise ValueError(f"times must start at t_max={sde.t_max}; got {first}.")
+    return (given.steps + 1,), given
 
 
 def _search(

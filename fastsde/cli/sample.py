@@ -20,10 +20,12 @@ from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
 from fastsde.cli.output import PATH, dump_json, prepare_folder, versions, write_atomic
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver, check_request
+from fastsde.control import Controller
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
-from fastsde.solvers import FittedSolver
+from fastsde.sde.base import SDE
+from fastsde.solvers import FittedSolver, Solver
 
 
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
@@ -125,15 +127,8 @@ def sample(
         opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype))
         opened.check_text(prompts, negative_prompt, guidance_scale)
         sde = opened.model.sde
-        if fitted is None:
-            solver = build_solver(solver_name, options)
-            tolerances = (rtol, atol) != (None, None)
-            controller = build_controller(sde, solver, steps, grid, rtol=tolerances, budget=nfe is not None)
-        else:
-            said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
-            if others := [name for name, value in said.items() if value not in (None, ())]:
-                raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
-            solver, controller = FittedSolver.load(fitted), None
+        said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
+        solver, controller = _solver(sde, solver_name, fitted, said)
         adaptive = solver.adaptive and nfe is None and controller is None
         labels_of = partial(_labels, label, opened.classes)
         labels_of(torch.arange(1))  # refuses a label before the folder is made
@@ -183,6 +178,22 @@ def sample(
     click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
+
+
+def _solver(sde: SDE, name: str, fitted: Path | None, said: dict[str, Any]) -> tuple[Solver, Controller | None]:
+    """The solver and the grid that the options ask for, by their names; None for the solver's own choice.
+
+    Raises:
+        ValueError: if they do not go together.
+    """
+    if fitted is None:
+        solver = build_solver(name, said["-o"])
+        tolerances = (said["--rtol"], said["--atol"]) != (None, None)
+        budget = said["--nfe"] is not None
+        return solver, build_controller(sde, solver, said["--steps"], said["--grid"], rtol=tolerances, budget=budget)
+    if others := [key for key, value in said.items() if value not in (None, ())]:
+        raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
+    return FittedSolver.load(fitted), None
 
 
 def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
