@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -329,10 +330,13 @@ def run(
     progress: bool = False,
     callback: Callable[[EngineState], None] | None = None,
     saved_by: str = "trajectory",
+    start: Callable[[Tensor], Tensor] | None = None,
+    finished: Callable[[Tensor, Tensor, Tensor], None] | None = None,
 ) -> SampleResult:
     """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
 
-    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`. From `t_start` up to
+    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`; `start` and `finished`
+    are the job's, where start states are no tensor of all of them. From `t_start` up to
     `t_end`, the engine's clock, which always falls, is u = -t, and solver and controller must be made for it: see
     `Forward` and `Controller.reversed`.
     """
@@ -354,8 +358,12 @@ def run(
     noise = noise_of(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
-        start = torch.full((count,), t_start, dtype=torch.float64, device=device)
-        x_init = sde.marginal(x_data.to(device, dtype), start, noise.prior(index))
+        times = torch.full((count,), t_start, dtype=torch.float64, device=device)
+        x_init = sde.marginal(x_data.to(device, dtype), times, noise.prior(index))
+    if x_init is not None:
+        start = x_init.to(device, dtype).__getitem__
+    elif start is None:
+        start = functools.partial(_from_prior, sde, noise, index, t_start)
     job = Job(
         model=model,
         sde=sde,
@@ -366,18 +374,24 @@ def run(
         t_end=t_end,
         index=index,
         cond=resolve_cond(model, cond, count, device),
-        x_init=None if x_init is None else x_init.to(device, dtype),
+        start=start,
         denoise=denoise,
         max_nfe=max_nfe,
         batch_size=min(batch, count),
         progress=progress,
         callback=callback,
-        lag=1 if device.type == "cuda" else 0,
+        lag=1 if device.type == "cuda" and not model.per_row else 0,
         plan=_plan(solver, sde, controller, device, dtype),
         recorder=recorder,
+        finished=finished,
     )
     with torch.no_grad(), model.sampling():
         return Engine(job).run()
+
+
+def _from_prior(sde: SDE, noise: Noise, index: Tensor, t_start: float, slots: Tensor) -> Tensor:
+    """Draws from the prior, of the samples at the given places of the queue."""
+    return sde.prior(noise.prior(index[slots]), t_start)
 
 
 def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device, dtype: torch.dtype) -> Carry:

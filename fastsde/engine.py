@@ -121,7 +121,7 @@ class Engine:
         """What a sample's start says of its row; position 0 is the warm-up turn."""
         job = self.job
         index = job.index[slots]
-        x = job.sde.prior(job.noise.prior(index), job.t_start) if job.x_init is None else job.x_init[slots]
+        x = job.start(slots)
         t = torch.full(index.shape, job.t_start, dtype=torch.float64, device=self.device)
         zero = torch.zeros_like(index)
         if job.recorder is not None:
@@ -150,16 +150,18 @@ class Engine:
         model = BoundModel(job.model, rows["cond"], active, row["nfe"])
         carry = rows["solver"] | select_rows(job.controller.plan_row(control), job.plan)
         step = job.solver.step(model, job.sde, x, t, s, noise, carry)
+        edit = job.model.edit
+        proposal = step.x if edit is None else step.x + edit
         decision = job.controller.update(t, s, t_end, step.error, step.scale, control)
 
         # What is not finite survives a sum, which costs the host less; a sum that overflows only costs the rest.
-        whole = x.is_cpu and math.isfinite(step.x.sum())
-        finite = accept = active if whole else active & all_finite(step.x)
+        whole = x.is_cpu and math.isfinite(proposal.sum())
+        finite = accept = active if whole else active & all_finite(proposal)
         if decision.accept is not None:
             accept = accept & (decision.accept | ~moving)
         # The host sees at once that every row moves on, and saves the copies; a device would have to be waited for.
         mask = None if accept.is_cpu and all(accept.tolist()) else accept
-        row |= where_rows(mask, {"x": step.x, "t": s}, {"x": x, "t": t})
+        row |= where_rows(mask, {"x": proposal, "t": s}, {"x": x, "t": t})
         rows["solver"] = where_rows(mask, step.carry, rows["solver"])
         rows["noise"] = where_rows(mask, noise.carry, rows["noise"])
         rows["control"] = where_rows(moving, decision.carry, rows["control"])
@@ -248,7 +250,7 @@ class Engine:
     def _shrink(self) -> None:
         """Drops empty rows once the live ones fit into the next of the few fixed sizes."""
         width = len(self.rows["row"]["slot"])
-        unit = -(-self.job.batch_size // _SIZES)
+        unit = 1 if self.job.model.per_row else -(-self.job.batch_size // _SIZES)
         size = -(-self.live // unit) * unit
         while self.live <= -(-size // 2) < size <= unit:
             size = -(-size // 2)
@@ -286,6 +288,8 @@ class Engine:
         row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
         row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
         write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+        if self.job.finished is not None:
+            self.job.finished(row["slot"], row["x"], row["status"])
 
     def _state(self) -> EngineState:
         row = self.rows["row"]

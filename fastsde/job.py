@@ -46,11 +46,12 @@ class Job:
         t_end: where it ends, below `t_start`.
         index: sample numbers, with shape (n,), in the order of the queue and of the result.
         cond: conditioning, each tensor with leading axis n.
-        x_init: start states with shape (n, *event), or None to draw them from the prior.
+        start: gives the start states of samples, by their places in `index`, with shape (B, *event).
         lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
         plan: what the solver has worked out for the steps of a grid (`Solver.plan`), with leading axis N + 1, or of
             several, one after another; and one row more, for rows that have ended.
         recorder: keeps the states on the way, if anyone wants them.
+        finished: told of samples that have ended: their places, final states and statuses.
     """
 
     model: ScoreModel
@@ -62,7 +63,7 @@ class Job:
     t_end: float
     index: Tensor
     cond: Carry
-    x_init: Tensor | None
+    start: Callable[[Tensor], Tensor]
     denoise: bool
     max_nfe: int
     batch_size: int
@@ -71,3 +72,4 @@ class Job:
     lag: int
     plan: Carry
     recorder: Recorder | None = None
+    finished: Callable[[Tensor, Tensor, Tensor], None] | None = None

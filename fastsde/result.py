@@ -25,6 +25,10 @@ class Status(enum.IntEnum):
     """The network or the step gave NaN or infinity. Its row of `samples` is NaN."""
     NOT_DENOISED = 5
     """Reached t_min, but the run failed or was interrupted before its last call; the sample is the state there."""
+    STOPPED = 6
+    """A callback of its pipeline stopped it on its way. Its row of `samples` is NaN."""
+    FAILED = 7
+    """Memory did not suffice for it alone, or its pipeline ended early. Its row of `samples` is NaN."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +125,6 @@ class SamplingError(RuntimeError):
         result: everything finished before the failure; the cause is chained to this exception.
     """
 
-    def __init__(self, message: str, result: SampleResult) -> None:
+    def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result

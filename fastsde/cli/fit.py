@@ -10,7 +10,6 @@ import torch
 
 from fastsde.cli.models import open_model, own_device
 from fastsde.cli.output import PATH, check_writable, dump_json
-from fastsde.diffusers.conditions import takes_text
 from fastsde.fitting import FEWEST, PRICE
 from fastsde.fitting import fit as run
 
@@ -74,8 +73,6 @@ def fit(
     if plot is not None:
         check_writable(plot, "--plot")
     opened = open_model(model, own_device(device, os.environ), torch.float32)
-    if opened.pipe is not None and takes_text(opened.pipe):
-        raise click.UsageError("models that are prompted by text are fitted in Python: docs/fitting.md says how.")
     cond = None
     if opened.classes:
         pilots = _LABELLED if pilots is None else pilots

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from fastsde import api
 from fastsde.arguments import usable_device
-from fastsde.diffusers import from_diffusers, load, sample_pipeline
-from fastsde.diffusers.conditions import network_of, takes_text
-from fastsde.diffusers.sampling import finish
+from fastsde.diffusers import decode_latents, from_diffusers, load
+from fastsde.diffusers.adapter import network_of
+from fastsde.diffusers.latents import autoencoder
 from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
@@ -37,32 +37,17 @@ class Opened:
     source: dict[str, Any]
     pipe: Any = None
 
-    def check_text(self, prompts: tuple[str, ...], negative: str | None, guidance: float | None) -> None:
-        """Refuses, with a ValueError, prompts where the model takes none, and none where it needs some."""
-        text = self.pipe is not None and takes_text(self.pipe)
-        if text and not prompts:
-            raise ValueError("--prompt is needed: this model is prompted by text.")
-        if not text and (prompts or negative is not None):
-            raise ValueError("--prompt and --negative-prompt are for text-to-image models; this one takes none.")
-        if self.pipe is None and guidance is not None:
-            raise ValueError("--guidance-scale is for diffusers pipelines; this model has no guidance.")
-
-    def sample(self, index: Tensor, labels: Tensor | None, text: dict[str, Any], **options: Any) -> SampleResult:
-        """Draws the samples of these numbers, which for latent models are latents; prompts are taken in turn."""
-        if self.pipe is None:
-            cond = None if labels is None else {"class_labels": labels}
-            return api.sample(self.model, index=index, cond=cond, **options)
-        seed, n = options.pop("seed"), len(index)
-        prompts = text["prompt"]
-        every = [prompts[k % len(prompts)] for k in index.tolist()] if prompts else None
-        options |= {"class_labels": labels, "generator": seed, "n": None if every or labels is not None else n}
-        options["index"] = index
-        options |= {key: value for key, value in text.items() if key != "prompt"}
-        return sample_pipeline(self.pipe, every, output_type="latent", **options).result
+    def sample(self, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
+        """Draws the samples of these numbers, which for latent models are latents."""
+        cond = None if labels is None else {"class_labels": labels}
+        return api.sample(self.model, index=index, cond=cond, **options)
 
     def images(self, x: Tensor) -> Tensor:
         """Images in [0, 1] with shape (n, C, H, W) of finite samples."""
-        return finish(self.pipe, x, "pt", self.model.data_range)
+        vae = None if self.pipe is None else autoencoder(self.pipe)
+        low, high = self.model.data_range if vae is None else (-1.0, 1.0)
+        decoded = x.float().cpu() if vae is None else decode_latents(vae, x)
+        return ((decoded - low) / (high - low)).clamp(0, 1)
 
 
 def own_device(device: str, environment: Mapping[str, str]) -> torch.device:
@@ -76,8 +61,8 @@ def own_device(device: str, environment: Mapping[str, str]) -> torch.device:
     )
 
 
-def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
-    """Loads what `--model` names.
+def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_scale: float | None = None) -> Opened:
+    """Loads what `--model` names; `guidance_scale` is for diffusers' models with classes.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `pretrained` and `fastsde.diffusers.load`.
@@ -87,14 +72,20 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype) -> Opened:
     looks_like_a_hub_name = name.count("/") == 1 and not folder.exists() and not name.startswith((".", "/"))
     theirs = any((folder / file).is_file() for file in ("model_index.json", CONFIG)) or folder.suffix == ".safetensors"
     if ours or not (theirs or looks_like_a_hub_name):
+        if guidance_scale is not None:
+            raise ValueError("--guidance-scale is for diffusers' models; this one has no guidance.")
         model, _ = pretrained(name, device=device)
         nn.Module.to(cast(nn.Module, model.network), dtype)  # diffusers' own `to` warns of layers that this one has not
         ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
         return Opened(model, len(read_card(name)["classes"]), ours_source)
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
+    if hasattr(loaded, "encode_prompt"):
+        raise ValueError(
+            f"{name} is prompted by text; draw from it with `fastsde sample --pipeline {name} --prompt ..`."
+        )
     loaded.to(device)
-    model, _ = from_diffusers(loaded, scheduler)
+    model, _ = from_diffusers(loaded, scheduler, guidance_scale=guidance_scale)
     network = loaded if pipe is None else network_of(pipe)
     source = {"weights_sha256": weights_hash(model.network), "source": network.fastsde_source, "dtype": str(dtype)}
     return Opened(model, getattr(innermost(model), "labels", 0), source, pipe)

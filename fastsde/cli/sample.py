@@ -58,9 +58,7 @@ from fastsde.solvers import FittedSolver, Solver
 @click.option(
     "--label", default="cycle", help='A class number, "cycle" for all in turn, or "none" for the model\'s own mix.'
 )
-@click.option("--prompt", "prompts", multiple=True, help="For text-to-image models; several are taken in turn.")
-@click.option("--negative-prompt", help="What guidance leads away from.")
-@click.option("--guidance-scale", type=float, show_default="the pipeline's own", help="Two calls for one if above 1.")
+@click.option("--guidance-scale", type=float, help="Of diffusers' models with classes; two calls for one if above 1.")
 @click.option(
     "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
 )
@@ -86,8 +84,6 @@ def sample(
     options: tuple[str, ...],
     seed: int,
     label: str,
-    prompts: tuple[str, ...],
-    negative_prompt: str | None,
     guidance_scale: float | None,
     dtype: str,
     batch_size: int,
@@ -118,14 +114,12 @@ def sample(
       fastsde sample --solver ExtrapolatedEM --rtol 0.05          # Algorithm 1 of "Gotta Go Fast", nearly
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
-      fastsde sample --model DIR --prompt "a lighthouse in fog" -n 4 --dtype float16
       fastsde sample -n 50000 --nfe 12 --out runs/fifty-thousand
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     failed = False
     try:
-        opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype))
-        opened.check_text(prompts, negative_prompt, guidance_scale)
+        opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype), guidance_scale)
         sde = opened.model.sde
         said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
         solver, controller = _solver(sde, solver_name, fitted, said)
@@ -133,15 +127,12 @@ def sample(
         labels_of = partial(_labels, label, opened.classes)
         labels_of(torch.arange(1))  # refuses a label before the folder is made
         prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
-        text = {"prompt": prompts, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
         chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
-        draw: Callable[..., SampleResult] = partial(
-            opened.sample, text=text, seed=seed, batch_size=batch_size, **chosen
-        )
+        draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
         settings = {
             "model": model,
             **opened.source,
-            **({} if opened.pipe is None else text),
+            "guidance_scale": guidance_scale,
             "sde": repr(sde),
             "solver": repr(solver),
             "nfe_budget": nfe,

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count
-from fastsde.diffusers.conditions import call_default, embedded_guidance, network_of, takes_text, text_cond
-from fastsde.diffusers.latents import autoencoder, pixels_per_latent
+from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, clipped, config_of
 from fastsde.diffusers.schedules import CLASSES, Config, Reading, read_schedule
@@ -41,21 +39,21 @@ def from_diffusers(
 
     Read from configurations, never from a scheduler's class: the noise levels (`alphas_cumprod`), the network's time,
     what it predicts, whether predictions are clipped. Knows UNet2DModel (class labels and the score_sde networks, whose
-    time is sigma, included), UNet2DConditionModel, DiT, PixArt, SD3 and Flux transformers and their pipelines, and
-    callables with such a signature. Text pipelines come with the empty prompt as default conditioning; for prompts use
-    `sample_pipeline`. Samples of latent models are latents: `fastsde.diffusers.decode_latents(pipe.vae, r.samples)`.
+    time is sigma, included), UNet2DConditionModel, DiT, PixArt and SD3 transformers, and callables with such a
+    signature; all others are refused, and their pipelines are `sample_pipeline`'s. Of a pipeline the network and the
+    scheduler are taken: what text networks need goes into `sample(cond=...)`. Samples of latent models are latents:
+    `fastsde.diffusers.decode_latents(pipe.vae, r.samples)`.
 
     Args:
         pipe_or_model: a pipeline, a network, a callable `network(x, timestep, **cond)`, or where to load one from: a
             folder, a name on the hub, a `.safetensors` file (see `fastsde.diffusers.load`).
         scheduler: a scheduler or its configuration; a pipeline brings its own.
-        guidance_scale: classifier-free guidance with this scale, two calls for one; none by default or up to 1. For
-            networks that embed the scale (Flux), one call; 3.5 by default.
+        guidance_scale: classifier-free guidance with this scale, two calls for one; none by default or up to 1.
         guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
         guidance_interval: as `interval` of `ClassifierFreeGuidance`.
         clip: whether denoised predictions are clipped as the configuration says (`clip_sample`, `thresholding`); by
             default where it says so, but never for latents. Clipping makes the score rough; see `Clipped`.
-        event_shape: (C, H, W) of the state; from the configuration by default. Flux and plain callables need it, or
+        event_shape: (C, H, W) of the state; from the configuration by default. Plain callables need it, or
             `shape=` in `sample`.
         data_range: (low, high) of the data, which sets the default atol; [0, 1] for the score_sde networks, two
             standard deviations for latents, else [-1, 1].
@@ -79,11 +77,8 @@ def from_diffusers(
     _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
-    embedded = pipe is not None and embedded_guidance(pipe)
-    if pipe is not None:
-        model.default_cond = _defaults(pipe, model, guidance_scale)
     latent = pipe is not None and autoencoder(pipe) is not None
-    whole = guided(model, 1.0 if embedded else scale, guidance_rescale, guidance_interval)
+    whole = guided(model, scale, guidance_rescale, guidance_interval)
     return (clipped(whole, model.reading) if (not latent if clip is None else clip) else whole), model.sde
 
 
@@ -109,7 +104,7 @@ def unguided(
     return DiffusersModel(
         network,
         reading,
-        event_shape=event_shape or (None if pipe is None else latent_shape(pipe)),
+        event_shape=event_shape,
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
@@ -185,46 +180,17 @@ def scheduler_config(scheduler: Any) -> Config:
     return {**config, "_class_name": next((name for name in bases if name in CLASSES), bases[0])}
 
 
-def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
-    """(C, H, W) of the state of a pipeline, for images of the given size in pixels, by default its own.
+def network_of(pipe: Any) -> Any:
+    """The denoising network of a pipeline.
 
     Raises:
-        ValueError: if the size does not fit the network.
+        TypeError: if it has none, or uses others beside it.
     """
-    config, factor = config_of(network_of(pipe)), pixels_per_latent(pipe)
-    packed = config.get("axes_dims_rope") is not None
-    size = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
-    if size is None and (height is None or width is None):
-        raise ValueError(f"{type(pipe).__name__} has no default size; give height= and width=.")
-    for name, given in (("height", height), ("width", width)):
-        if given is not None:
-            check_count(name, given, 1)
-    own = (size, size) if isinstance(size, int) else tuple(size or ())
-    pixels = (height or own[0] * factor, width or own[1] * factor)
-    if config.get("norm_type") == "ada_norm_zero" and pixels != tuple(k * factor for k in own):
-        raise ValueError(f"this network has one size, {own[0] * factor} x {own[1] * factor}; got {pixels}.")
-    step = factor * (2 if packed else config.get("patch_size") or 1)
-    if pixels[0] % step or pixels[1] % step:
-        raise ValueError(f"height and width must be multiples of {step}; got {pixels[0]} x {pixels[1]}.")
-    channels = config["in_channels"] // (4 if packed else 1)
-    return (channels, pixels[0] // factor, pixels[1] // factor)
-
-
-def image_size(pipe: Any, shape: tuple[int, ...]) -> tuple[int, int]:
-    """(height, width) in pixels of the images of states with shape (C, H, W)."""
-    return (shape[1] * pixels_per_latent(pipe), shape[2] * pixels_per_latent(pipe))
-
-
-def _defaults(pipe: Any, model: DiffusersModel, scale: float | None) -> dict[str, Tensor] | None:
-    """Conditioning of one row for callers that give none: the null label, or the empty prompt."""
-    cond = dict(model.default_cond or {})
-    if takes_text(pipe) and getattr(pipe, "text_encoder", None) is not None:
-        size = image_size(pipe, model.event_shape or latent_shape(pipe))
-        # With what the pipeline takes for no negative prompt as the other half of guidance.
-        own = call_default(pipe, "negative_prompt")
-        guided = not embedded_guidance(pipe) and (scale or 0.0) > 1
-        encoded = text_cond(pipe, [""], [own] if isinstance(own, str) else None, size, guided=guided)
-        cond |= {key: value[0] for key, value in encoded.items()}
-    if embedded_guidance(pipe):
-        cond["guidance"] = torch.tensor(3.5 if scale is None else float(scale), dtype=torch.float32)
-    return cond or None
+    network = next((n for k in ("unet", "transformer") if (n := getattr(pipe, k, None)) is not None), None)
+    name = type(pipe).__name__
+    if network is None:
+        raise TypeError(f"pipe must be a pipeline with a unet or a transformer; got {name}.")
+    beside = [k for k in ("controlnet", "prior", "unet_2", "transformer_2") if getattr(pipe, k, None) is not None]
+    if beside:
+        raise TypeError(f"{name} also uses {', '.join(beside)}. For all of it: fastsde.sample_pipeline(pipe, ..).")
+    return network

@@ -30,8 +30,8 @@ _STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "P
               "SD3Transformer2DModel")  # fmt: skip
 """Networks of diffusers that keep no tensor of a call, as others do positions and lengths, and write into none."""
 _KNOWN = ("UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "DiTTransformer2DModel",
-          "PixArtTransformer2DModel", "SD3Transformer2DModel", "FluxTransformer2DModel")  # fmt: skip
-"""Networks of diffusers that take the scheduler's timestep (Flux: its share) and predict what the scheduler says."""
+          "PixArtTransformer2DModel", "SD3Transformer2DModel")  # fmt: skip
+"""Networks of diffusers that take the scheduler's timestep and predict what the scheduler says."""
 _REPLACED = ("forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
 """Attributes of a module that is called in another way than its class says."""
 LATENT_RANGE = (-2.0, 2.0)
@@ -43,10 +43,9 @@ class DiffusersModel(ScoreModel):
 
     The network is called as `network(x, timestep, **cond)`, with x first, the rest by name and the time, a float32
     vector with shape (B,), never rounded to a level. Conditioning has the network's own names: `class_labels`,
-    `encoder_hidden_states`, `encoder_attention_mask`, `pooled_projections`, `guidance`; `text_embeds` and `time_ids`
-    (SDXL), `resolution` and `aspect_ratio` (PixArt) go into its `added_cond_kwargs`. A learned variance, the second
-    half of twice the channels, is dropped. Flux gets its latents packed into tokens; states here are always
-    (B, C, H, W). With EDM's preconditioning, F the network and s = sigma_data,
+    `encoder_hidden_states`, `encoder_attention_mask`, `pooled_projections`; `text_embeds` and `time_ids` (SDXL),
+    `resolution` and `aspect_ratio` (PixArt) go into its `added_cond_kwargs`. A learned variance, the second half of
+    twice the channels, is dropped. With EDM's preconditioning, F the network and s = sigma_data,
 
         x_0 = c_skip x + c_out F(c_in x, log(sigma) / 4),    c_skip = s^2 / (sigma^2 + s^2),
         c_in = (sigma^2 + s^2)^(-1/2),    c_out = c_in sigma s, or its negative for v
@@ -77,21 +76,19 @@ class DiffusersModel(ScoreModel):
     ) -> None:
         self.config = config = config_of(network)
         self.arguments = _arguments(network)
-        self.packed = "img_ids" in self.arguments
         # Networks of that name for text or for one dimension have no logarithm of the time and do not divide by it.
         other = "encoder_hidden_states" in self.arguments or "UNet1DModel" in _class_names(network)
         fourier = config.get("time_embedding_type") == "fourier" and not other
         _check_pair(network, config, reading, self.arguments, fourier=fourier)
         if not allow_distilled:
-            _check_distilled(config, reading, self.arguments)
+            check_distilled(config, reading, self.arguments)
         super().__init__(
             network,
             reading.sde,
             reading.prediction if reading.sigma_data is None else "sample",
-            event_shape=event_shape or _event_shape(network, config, packed=self.packed),
+            event_shape=event_shape or _event_shape(network, config),
             data_range=data_range or ((0.0, 1.0) if fourier or config.get("center_input_sample") else (-1.0, 1.0)),
-            # Flux scales its time itself.
-            timestep=(lambda t: reading.timestep(t) / reading.levels) if self.packed else reading.timestep,
+            timestep=reading.timestep,
             default_cond=default_cond or _null_label(config, self.arguments),
         )
         self.reading, self.preconditioned = reading, reading.sigma_data is not None
@@ -129,7 +126,12 @@ class DiffusersModel(ScoreModel):
     def check_cond(self, cond: Cond) -> None:
         missing = [key for key in self.required if key not in cond]
         if missing:
-            raise ValueError(f"the network needs {', '.join(missing)} in cond; got {sorted(cond) or 'nothing'}.")
+            hint = (
+                " With prompts: fastsde.sample_pipeline(pipe, prompt, ..)."
+                if "encoder_hidden_states" in missing
+                else ""
+            )
+            raise ValueError(f"the network needs {', '.join(missing)} in cond; got {sorted(cond) or 'nothing'}.{hint}")
         known = self.arguments.keys() | (set(_ADDED) if "added_cond_kwargs" in self.arguments else set())
         unknown = [key for key in cond if key not in known]
         if unknown and not self._takes_any:
@@ -185,8 +187,6 @@ class DiffusersModel(ScoreModel):
             (added if inside else given)[key] = value.to(x.dtype) if cast else value
         if added:
             given["added_cond_kwargs"] = added
-        if self.packed:
-            return self._call_packed(x, time, given)
         by_name = "timestep" in self.arguments
         return self._forward(x, **given, timestep=time) if by_name else self._forward(x, time, **given)
 
@@ -200,22 +200,9 @@ class DiffusersModel(ScoreModel):
             out = tensor_of(self.network(x, *rest, **given))
         if not isinstance(out, Tensor):
             return out
-        if not self.packed and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+        if out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
             out = out[:, : x.shape[1]]
         return out.clone(memory_format=torch.contiguous_format) if plain else out  # an ordinary tensor again
-
-    def _call_packed(self, x: State, time: Tensor, given: dict[str, Any]) -> object:
-        """Tokens of 2 x 2 latents in, tokens out; positions are (0, row, column) for latents and 0 for text."""
-        b, c, height, width = x.shape
-        h, w = height // 2, width // 2
-        tokens = x.reshape(b, c, h, 2, w, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, 4 * c)
-        rows, columns = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        ids = torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).to(x)
-        text = ids.new_zeros(given["encoder_hidden_states"].shape[1], 3)
-        out = self._forward(tokens, timestep=time, img_ids=ids, txt_ids=text, **given)
-        if not isinstance(out, Tensor) or out.shape != tokens.shape:
-            return out
-        return out.reshape(b, h, w, c, 2, 2).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         s = self.reading.sigma_data
@@ -257,10 +244,9 @@ def check_known(network: object) -> None:
     if theirs and not any(name in _KNOWN for name in names):
         raise ValueError(
             f"fastsde does not know how {theirs[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
-            "output noise minus data or the reverse. Run its pipeline in its own loop, with pipe.scheduler = "
-            "fastsde.diffusers.FastSDEScheduler.from_config(pipe.scheduler.config); or say how it is called, with "
-            "fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check that with "
-            "fastsde.diagnose."
+            "output noise minus data or the reverse. Its pipeline knows: fastsde.sample_pipeline(pipe, ..). Or say how "
+            "it is called, with fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check "
+            "that with fastsde.diagnose."
         )
 
 
@@ -332,7 +318,7 @@ _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_
 def _required(config: Config, arguments: Mapping[str, inspect.Parameter]) -> list[str]:
     """Names without which the network cannot be called."""
     named = [p for p in arguments.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    required = [p.name for p in named if p.default is p.empty and p.name not in ("timestep", "img_ids", "txt_ids")]
+    required = [p.name for p in named if p.default is p.empty and p.name != "timestep"]
     required += [name for name in _ALWAYS if name in arguments and name not in required and config]
     if "class_labels" in arguments and _classes(config, arguments) is not None:
         required.append("class_labels")
@@ -340,8 +326,6 @@ def _required(config: Config, arguments: Mapping[str, inspect.Parameter]) -> lis
         required += ["text_embeds", "time_ids"]
     if takes_resolution(config):
         required += ["resolution", "aspect_ratio"]
-    if config.get("guidance_embeds"):
-        required.append("guidance")
     return required
 
 
@@ -378,11 +362,11 @@ def _null_label(config: Config, arguments: Mapping[str, inspect.Parameter]) -> d
     return {"class_labels": torch.tensor(config["num_embeds_ada_norm"])} if _is_dit(config, arguments) else None
 
 
-def _event_shape(network: object, config: Config, *, packed: bool) -> tuple[int, ...] | None:
+def _event_shape(network: object, config: Config) -> tuple[int, ...] | None:
     """What the configuration says; of video, nothing of the number of frames."""
     size, channels = config.get("sample_size"), config.get("in_channels")
     names = _class_names(network)
-    if size is None or channels is None or packed or "UNet3DConditionModel" in names:
+    if size is None or channels is None or "UNet3DConditionModel" in names:
         return None
     if "UNet1DModel" in names:
         return (int(channels), int(size))
@@ -412,7 +396,8 @@ def _check_pair(
         raise ValueError(f"{name} is a flow-matching network, but the schedule predicts {reading.prediction!r}.")
 
 
-def _check_distilled(config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter]) -> None:
+def check_distilled(config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter]) -> None:
+    """Refuses, with a ValueError, checkpoints that look distilled for a few steps."""
     path = str(config.get("_name_or_path", ""))
     # Of a local path, the last parts: a folder further up may be called anything.
     tail = "/".join(path.replace("\\", "/").split("/")[-3:])

@@ -1,29 +1,17 @@
-"""`FastSDEPipeline`: a pipeline whose loop is our engine, for code written for diffusers' pipelines."""
+"""`FastSDEPipeline`: a pipeline whose steps are our engine's, for code written for diffusers' pipelines."""
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
-from torch import Tensor
-
-from fastsde.diffusers.conditions import Prompt
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.sampling import sample_pipeline
 from fastsde.files import read_json
-from fastsde.job import EngineState
-from fastsde.result import Interrupted
 
 _SETTINGS = "fastsde.json"
-
-
-def _edits(value: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode do not count it."""
-    return 0 if value.is_inference() else value._version
 
 
 def _arguments() -> set[str]:
@@ -33,13 +21,12 @@ def _arguments() -> set[str]:
 
 
 class FastSDEPipeline:
-    r"""A diffusers pipeline that samples adaptively: its call with `rtol` or `nfe` in place of `num_inference_steps`.
+    r"""A diffusers pipeline that samples adaptively: its call, with `rtol` or `nfe` too.
 
         pipe = FastSDEPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5", torch_dtype=torch.float16)
         images = pipe.to("cuda")("a lighthouse in fog", rtol=0.05, generator=torch.manual_seed(0)).images
 
-    It holds the pipeline it was made from, `.pipe`, and leaves everything but the loop to it: text encoders, the
-    autoencoder, devices, offloading, adapters; attributes that are not its own are those of `.pipe`.
+    It holds the pipeline it was made from, `.pipe`; attributes that are not its own are those of `.pipe`.
 
     Args:
         pipe: the pipeline.
@@ -96,68 +83,28 @@ class FastSDEPipeline:
         self.pipe.to(*args, **kwargs)
         return self
 
-    def __call__(
-        self,
-        prompt: Prompt | None = None,
-        *,
-        callback_on_step_end: Callable[[Any, int, Any, dict[str, Any]], Any] | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        return_dict: bool = True,
-        **arguments: Any,
-    ) -> Any:
-        """Draws images.
+    def __call__(self, prompt: Any = None, *, return_dict: bool = True, **arguments: Any) -> Any:
+        """Draws samples: what the pipeline's own call returns, of all samples together.
 
         Args:
             prompt: as for `sample_pipeline`, like all further arguments.
-            callback_on_step_end: `callback(pipe, i, t, kwargs)` after every turn of the engine, with t of shape (B,),
-                one time for each sample in flight, and in kwargs their states "latents", and their "index". It may set
-                `pipe._interrupt = True` to stop; it may not change the states, which are not one batch at one time.
-            callback_on_step_end_tensor_inputs: names of what kwargs holds: "latents", "index", "nfe".
             return_dict: False for a tuple.
 
         Returns:
-            diffusers' `ImagePipelineOutput`, with the `SampleResult` under `.result`.
+            An output of the pipeline's class, with the `PipelineResult` under `.result`; or a tuple of its fields.
 
         Raises:
-            ValueError, TypeError, SamplingError: as `sample_pipeline`.
+            ValueError, TypeError, SamplingError, Interrupted: as `sample_pipeline`.
         """
-        unknown = set(callback_on_step_end_tensor_inputs) - {"latents", "index", "nfe"}
-        if unknown:
-            raise ValueError(f"callback_on_step_end_tensor_inputs may name latents, index, nfe; got {sorted(unknown)}.")
-        arguments = {**self.settings, **arguments}
-        if callback_on_step_end is not None:
-            if "callback" in arguments:
-                raise ValueError("give either callback= or callback_on_step_end=, not both.")
-            arguments["callback"] = self._bridge(callback_on_step_end, callback_on_step_end_tensor_inputs)
         bar = getattr(self.pipe, "_progress_bar_config", {})
-        try:
-            r = sample_pipeline(self.pipe, prompt, **{"progress": not bar.get("disable", False), **arguments})
-        except Interrupted as stopped:
-            if not getattr(self.pipe, "_interrupt", False):
-                raise
-            r = stopped.result  # the callback asked for it
+        settings = {"progress": not bar.get("disable", False), **self.settings}
+        r = sample_pipeline(self.pipe, prompt, **{**settings, **arguments})
+        first = next((out for out in r.outputs if out is not None), None)
+        if first is None:
+            raise RuntimeError(f"no sample came to its end: {r.result.counts()}.")
+        fields = {name: r.gather(name) for name, value in vars(first).items() if value is not None}
         if not return_dict:
-            return (r.images,)
-        output = ImagePipelineOutput(images=r.images)
-        output.result = r.result
+            return tuple(fields.values())
+        output = type(first)(**{**dict.fromkeys(vars(first)), **fields})
+        output.result = r
         return output
-
-    def _bridge(self, callback: Callable[..., Any], names: Sequence[str]) -> Callable[[EngineState], None]:
-        self.pipe._interrupt = False
-
-        def on_turn(state: EngineState) -> None:
-            tensors = {"latents": state.x, "index": state.index, "nfe": state.nfe}
-            given = {name: tensors[name] for name in names}
-            before = {name: _edits(value) for name, value in given.items()}
-            answer = callback(self.pipe, state.turn - 1, state.t, dict(given))
-            changed = {k for k, v in (answer or {}).items() if v is not tensors.get(k)}
-            changed |= {name for name, value in given.items() if _edits(value) != before[name]}
-            if changed:
-                raise ValueError(
-                    f"callback_on_step_end changed {', '.join(sorted(changed))}: samples here are at times of their "
-                    "own, and their states cannot be replaced. Guidance belongs into a score model: wrap=."
-                )
-            if getattr(self.pipe, "_interrupt", False):
-                raise KeyboardInterrupt
-
-        return on_turn

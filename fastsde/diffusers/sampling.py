@@ -1,352 +1,539 @@
-"""`sample_pipeline`: the whole job of a pipeline, prompts to images, with our engine in the place of its loop."""
+"""`sample_pipeline`: any pipeline of diffusers in its own loop, with our engine behind its scheduler."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.checks import check_count, check_kind
+from fastsde.arguments import resolve_controller, resolve_dtype
+from fastsde.batching import expand_like
+from fastsde.checks import check_kind
 from fastsde.control import Controller
-from fastsde.diffusers.adapter import guided, image_size, latent_shape, unguided
-from fastsde.diffusers.conditions import (
-    Prompt,
-    call_default,
-    embedded_guidance,
-    network_of,
-    takes_text,
-    text_cond,
-)
-from fastsde.diffusers.latents import autoencoder, decode_latents
-from fastsde.diffusers.networks import clipped
+from fastsde.diffusers.networks import LATENT_RANGE, check_distilled, config_of
+from fastsde.diffusers.requests import Request, own_generator, streams
+from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unread
 from fastsde.job import EngineState
-from fastsde.result import Interrupted, SampleResult, SamplingError
+from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import NEGATIVE
-from fastsde.solvers import Solver
-
-_OUTPUTS = ("pil", "np", "pt", "latent")
+from fastsde.score.network import evaluation_mode, unwrap, weights_hash
+from fastsde.sde.base import SDE
+from fastsde.solvers import ExponentialPC, FittedSolver, Solver
+from fastsde.types import Cond, Index, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineResult:
-    """Images and what each of them cost.
+    """What a pipeline made, and what each sample cost.
 
     Attributes:
-        images: in the order of the prompts: a list of PIL images ("pil", None for a sample that failed), an array with
-            shape (n, H, W, C) in [0, 1] ("np"), a tensor with shape (n, C, H, W) in [0, 1] ("pt"), or the state itself
-            ("latent").
-        result: the `SampleResult`: states, calls, steps, status of each.
+        outputs: for each sample, what the pipeline's call returned, or None where it did not come to that.
+        result: the `SampleResult`: last states, calls, steps, status of each.
+        forwards: forwards of the networks that were made; fewer than the calls where those of several samples were one.
+        separate: why calls of samples were not joined; None if nothing stood in the way.
+        errors: what samples failed with, by their place.
     """
 
-    images: Any
+    outputs: list[Any]
     result: SampleResult
+    forwards: int = 0
+    separate: str | None = None
+    errors: Mapping[int, BaseException] = dataclasses.field(default_factory=dict)
+
+    def gather(self, name: str) -> Any:
+        """One field of all outputs, such as "images", in the order of the samples.
+
+        Returns:
+            A list, with None for samples without output; or an array or tensor with leading axis n, with NaN for those.
+        """
+        parts = [None if out is None else _field(out, name) for out in self.outputs]
+        some = next((part for part in parts if part is not None), None)
+        if isinstance(some, (np.ndarray, Tensor)):
+            kind: Any = torch if isinstance(some, Tensor) else np
+            whole = [kind.full_like(some, np.nan) if part is None else part for part in parts]
+            return torch.cat(whole) if isinstance(some, Tensor) else np.concatenate(whole)
+        flat: list[Any] = []
+        for part in parts:
+            flat.extend([None] if part is None else part if isinstance(part, (list, tuple)) else [part])
+        return flat
+
+    @property
+    def images(self) -> Any:
+        """The images of all samples; the like for videos, `frames`, and for sound, `audios`."""
+        return self.gather("images")
+
+    @property
+    def frames(self) -> Any:
+        """The frames of all samples."""
+        return self.gather("frames")
+
+    @property
+    def audios(self) -> Any:
+        """The sound of all samples."""
+        return self.gather("audios")
+
+
+def _field(output: Any, name: str) -> Any:
+    if isinstance(output, tuple):
+        return output[0]
+    found = getattr(output, name, None)
+    if found is None:
+        raise AttributeError(f"{type(output).__name__} has no {name}; it has {', '.join(vars(output))}.")
+    return found
+
+
+class PipelineModel(ScoreModel):
+    """The denoised prediction of a pipeline for samples that each stand in a loop of their own.
+
+    Args:
+        pipe: the pipeline.
+        request: what it is asked for.
+        reading: how its schedule is read.
+        generators: for each sample.
+        batch_size: samples in flight.
+    """
+
+    per_row = True
+
+    def __init__(
+        self, pipe: Any, request: Request, reading: Reading, generators: Sequence[torch.Generator], batch_size: int
+    ) -> None:
+        from fastsde.diffusers.loop import denoisers, processors
+
+        networks = denoisers(pipe)
+        latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
+        super().__init__(
+            next(iter(networks.values())) if len(networks) == 1 else nn.ModuleList(networks.values()),
+            reading.sde,
+            "sample",
+            data_range=LATENT_RANGE if latent else None,
+        )
+        self.pipe, self.request, self.reading, self.generators = pipe, request, reading, generators
+        self.batch_size, self.ends_denoised = batch_size, True
+        self.loops: dict[int, Any] = {}
+        self.outputs: list[Any] = [None] * request.n
+        self.errors: dict[int, BaseException] = {}
+        self.stopped: set[int] = set()
+        self.forwards = 0
+        self.separate: str | None = None
+        self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
+        self._costs: Tensor = torch.empty(0, dtype=torch.int64)
+        self._memo: dict[Any, Any] = {}
+        self.processors = processors(pipe)
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.pipe._execution_device) if hasattr(self.pipe, "_execution_device") else super().device
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part in self.pipe.components.values():
+                if isinstance(part, nn.Module):
+                    stack.enter_context(evaluation_mode(part))
+            yield
+
+    def check_cond(self, cond: Cond) -> None:
+        """Conditioning is the pipeline's own."""
+
+    def begin(self) -> None:
+        """Runs the first samples to their first step, which tells shape, start and cost of a sample."""
+        from fastsde.diffusers.loop import SharedNetworkError
+
+        try:
+            self.prepare(range(self.batch_size))
+        except SharedNetworkError:  # before the first network call: nothing is lost
+            for loop in self.loops.values():
+                loop.close()
+            self.loops.clear()
+            for part in self.pipe.components.values():
+                if self.processors.get(id(part)):
+                    part.set_attn_processor(dict(self.processors[id(part)]))
+            self.batch_size = 1
+            self.separate = "the pipeline changes its network while it runs, so that samples ran one after another"
+            self.prepare([0])
+
+    def start(self, slots: Tensor) -> State:
+        """The states that samples start from, or start from again."""
+        numbers = slots.tolist()
+        self.prepare(numbers)
+        for i in numbers:
+            loop = self.loops[i]
+            if loop.begun:  # again: its caches know what came later
+                loop.memory.reset()
+                loop.ready = None
+            loop.begun = True
+        return torch.stack([self.loops[i].begin for i in numbers])
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Runs the pipelines of samples that have none yet to their first step."""
+        from fastsde.diffusers.loop import Loop
+
+        new = [i for i in numbers if i not in self.loops]
+        for i in new:
+            arguments = dict(self.request.arguments[i])
+            if "generator" in self.request.takes:
+                arguments["generator"] = self.generators[i]
+            self.loops[i] = Loop(
+                self.pipe, arguments, self.reading, self._memo, processors=self.processors, alone=self.batch_size == 1
+            )
+        self._advance([self.loops[i] for i in new])
+        for i in new:
+            self._begin(i, self.loops[i])
+
+    def _begin(self, i: int, loop: Any) -> None:
+        """Reads where a sample starts off its first evaluation."""
+        if i in self.errors or loop.stopped:
+            loop.begin = torch.zeros(self.event_shape or (1,), device=self.device)
+            return
+        if loop.ended:
+            raise ValueError(
+                f"{type(self.pipe).__name__} came to its end without a step of its scheduler; it is not sampled by a "
+                "loop over scheduler.timesteps. Run it with its own scheduler."
+            )
+        shape, sde = loop.sample.shape, self.sde
+        event = tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
+        given, end = self._ends(loop)
+        start = min(given, sde.t_max)
+        if self.event_shape is None:
+            self.event_shape, self.t_start, self.t_end = event, start, end
+            self.calls = max(1, loop.cost)
+        if (event, start, end) != (self.event_shape, self.t_start, self.t_end):
+            raise ValueError(
+                f"samples of one call must have one shape and one start; one has {self.event_shape} from t = "
+                f"{self.t_start:.4g}, another {event} from {start:.4g}. Give other sizes or strengths a call of their "
+                "own."
+            )
+        self.calls = max(self.calls, loop.cost)
+        loop.ready = self._denoised([loop], torch.tensor([given], dtype=torch.float64))[0]
+        x = loop.sample.reshape(event).to(loop.ready.dtype) * self._alpha(given)
+        if given > start:
+            # The end of a flow cannot be stepped from: along the first prediction to the first level below it.
+            at, to = (sde.level(torch.tensor([t], dtype=torch.float64)) for t in (given, start))
+            keep = float(to.sigma / at.sigma)
+            x = keep * x + float(to.alpha - keep * at.alpha) * loop.ready
+        loop.begin = x
+
+    def _ends(self, loop: Any) -> tuple[float, float]:
+        """The process's times at which a loop begins and ends: where its list was cut, else the process's own."""
+        first, end = loop.span
+        given = max(min(first, 1.0) if self.reading.is_flow else first, self.sde.t_min)
+        return given, self.sde.t_min if end is None else max(end, self.sde.t_min)
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        numbers = (cond or {})["sample"].tolist()
+        x_0, edit = torch.full_like(x_t, torch.nan), None
+        asked = []
+        for k, i in enumerate(numbers):
+            loop = self.loops[i]
+            ready, loop.ready = loop.ready, None
+            if ready is not None and torch.equal(x_t[k], loop.begin.to(x_t)):
+                x_0[k] = ready
+            elif not loop.ended:
+                asked.append(k)
+        if asked:
+            times = self.reading.timestep(t[asked]).float()
+            for k, timestep in zip(asked, times, strict=True):
+                self.loops[numbers[k]].give(x_t[k] / self._alpha(float(t[k])), timestep)
+            self._advance([self.loops[numbers[k]] for k in asked])
+            there = [k for k in asked if not self.loops[numbers[k]].ended]
+            if there:
+                loops = [self.loops[numbers[k]] for k in there]
+                x_0[there] = self._denoised(loops, t[there].cpu()).to(x_t)
+                edits = {k: e for k, loop in zip(there, loops, strict=True) if (e := loop.edit) is not None}
+                if edits:
+                    edit = torch.zeros_like(x_t)
+                    for k, value in edits.items():
+                        edit[k] = value.reshape(x_t[k].shape).to(x_t) * self._alpha(float(t[k]))
+        self.edit = edit
+        self._costs = torch.tensor([self.loops[i].take_cost() for i in numbers], device=t.device)
+        return x_0
+
+    def _alpha(self, t: float) -> float:
+        """What a loop's state is to be multiplied by."""
+        return float(self.sde.alpha(torch.tensor([t], dtype=torch.float64))) if self.reading.exploding else 1.0
+
+    def cost(self, t: Time, cond: Cond) -> Index | int:
+        return self._costs if len(self._costs) == len(t) else self.calls
+
+    def _denoised(self, loops: Sequence[Any], t: Time) -> State:
+        """The denoised predictions of loops that stand at their step, with shape (B, *event)."""
+        sample = torch.stack([loop.sample.reshape(self.event_shape) for loop in loops])
+        out = torch.stack([loop.out.reshape(self.event_shape) for loop in loops])
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        level, sample = self.sde.level(t.to(sample.device)), sample.to(dtype)
+        if self.reading.exploding:
+            sample = expand_like(level.alpha, sample) * sample
+        x_0 = self.reading.clip(self.reading.read(out.to(dtype), sample, level).x_0)
+        for loop, row in zip(loops, x_0, strict=True):
+            if loop.given_x_0 is not None:
+                row.copy_(loop.given_x_0.reshape(row.shape))
+        for loop, one in zip(loops, x_0, strict=True):
+            loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
+        return x_0
+
+    def _advance(self, loops: Sequence[Any]) -> None:
+        """Runs loops to their next step or their end, and serves their networks' calls together."""
+        from fastsde.diffusers.joining import answered, cache_hooks
+
+        waiting = [(loop, None) for loop in loops]
+        while waiting:
+            for loop, answer in waiting:
+                loop.resume(answer)
+            calls = [loop.call for loop, _ in waiting if loop.call is not None]
+            remembering = {id(call.module): hooks for call in calls if (hooks := cache_hooks(call.module))}
+            if remembering:
+                self.separate = "its network has cache hooks, which remember each sample's earlier calls"
+            answers, forwards, why = answered(calls, remembering, self._failed)
+            self.forwards += forwards
+            self.separate = why or self.separate
+            waiting = [(c.loop, a) for c, a in zip(calls, answers, strict=True) if not c.loop.ended]
+
+    def _failed(self, call: Any, error: Exception) -> None:
+        """Ends a sample for which memory did not suffice."""
+        i = next(i for i, loop in self.loops.items() if loop is call.loop)
+        if self.event_shape is None:  # nothing runs yet
+            raise error
+        self.errors[i] = error
+        call.loop.close()
+
+    def finished(self, slots: Tensor, x: State, status: Tensor) -> None:
+        """Lets the pipelines of samples that have ended go on from their last states, to their outputs."""
+        for i, last, how in zip(slots.tolist(), x, status.tolist(), strict=True):
+            loop = self.loops.pop(i, None)
+            if loop is None:
+                continue
+            if loop.stopped:
+                self.stopped.add(i)
+            elif loop.ended or how == Status.NON_FINITE:
+                loop.close()
+                continue
+            else:
+                # The last state is denoised as a rule, and then it is data.
+                loop.finish(last if self.ends_denoised else last / self._alpha(self.t_end))
+                try:
+                    while not loop.ended:
+                        self._advance([loop])
+                        if not loop.ended:
+                            raise ValueError(
+                                "this pipeline takes another step after its loop; it is not known for what."
+                            )
+                except Exception as error:  # noqa: BLE001 - its last state is in the result, and others go on
+                    self.errors[i] = error
+                    loop.close()
+                    continue
+            self.outputs[i] = loop.output
+
+    def close(self) -> None:
+        """Ends what still runs, and lets the pipeline put its models where they belong."""
+        for loop in self.loops.values():
+            loop.close()
+        self.loops.clear()
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self.pipe.maybe_free_model_hooks()
+
+    def whole(self, result: SampleResult) -> PipelineResult:
+        """The result with the pipeline's outputs."""
+        status = result.status.clone()
+        status[sorted(self.stopped)] = int(Status.STOPPED)
+        failed = [i for i in self.errors if not torch.isfinite(result.samples[i]).all()]
+        status[failed] = int(Status.FAILED)
+        result = dataclasses.replace(result, status=status)
+        return PipelineResult(self.outputs, result, self.forwards, self.separate, self.errors)
 
 
 def sample_pipeline(
     pipe: Any,
-    prompt: Prompt | None = None,
+    prompt: Any = None,
     *,
-    negative_prompt: Prompt | None = None,
-    class_labels: int | Sequence[int] | Tensor | None = None,
     n: int | None = None,
-    num_images_per_prompt: int = 1,
-    height: int | None = None,
-    width: int | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    guidance_rescale: float = 0.0,
-    guidance_interval: tuple[float, float] | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     nfe: int | None = None,
     solver: Solver | None = None,
     controller: Controller | None = None,
-    generator: int | torch.Generator | Sequence[torch.Generator] | None = None,
+    seed: int | None = None,
     index: Sequence[int] | Tensor | None = None,
-    latents: Tensor | None = None,
-    batch_size: int | None = None,
-    decode_batch_size: int = 8,
-    output_type: str = "pil",
-    dtype: torch.dtype = torch.float32,
-    wrap: Callable[[ScoreModel], ScoreModel] | None = None,
+    batch_size: int = 8,
+    per_sample: Mapping[str, Sequence[Any]] | None = None,
+    max_nfe: int | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     callback: Callable[[EngineState], None] | None = None,
     allow_distilled: bool = False,
-    **encode: Any,
+    **arguments: Any,
 ) -> PipelineResult:
-    r"""Draws images with a diffusers pipeline: its text encoders, network and autoencoder, our solvers.
+    r"""Samples with any diffusers pipeline in its own loop: its call runs unchanged, our engine answers its scheduler.
 
-        r = fastsde.sample_pipeline(pipe, prompt="a lighthouse in fog", rtol=0.05, generator=0)
+        r = fastsde.sample_pipeline(pipe, "a lighthouse in fog", n=4, rtol=0.05, seed=0)
         r.images, r.result.nfe
 
-    Prompts and labels travel with their sample: each takes the steps it needs, and those that are done leave the batch.
+    Everything but the steps is the pipeline's: prompts, guidance, control images, masks, strength, adapters, experts,
+    decoding. Each sample runs in a call of its own and takes its own steps. Network calls of the samples in flight are
+    one forward where their tensors can be joined, at different times and prompts; those that are done leave.
+
+    The pipeline's number of steps, its default or `num_inference_steps`, is the length of its own list of times. It
+    says how finely `strength` cuts, and what a share of the steps is, as in `control_guidance_end`; what counts steps,
+    such as `callback_on_step_end`, sees the place of the time in that list. It does not say how many steps are taken,
+    unless it is given without rtol, nfe, solver and controller: then there are as many evaluations.
 
     Args:
-        pipe: a text-to-image pipeline (Stable Diffusion, SDXL, SD3, Flux, PixArt), a class-conditional (DiT) or an
-            unconditional one.
-        prompt: one, or a list.
-        negative_prompt: one for all, or as many as prompts; by default what the pipeline takes then, the empty prompt
-            or, for SDXL, zeros. Of no use without guidance.
-        class_labels: one, or a list of classes.
-        n: number of images, where neither prompts nor labels say; they are repeated to it if there is one of them.
-        num_images_per_prompt: images for each prompt or label, one after the other.
-        height: of the images, in pixels; the pipeline's own by default.
-        width: likewise.
-        guidance_scale: classifier-free guidance, two calls for one if above 1, of any image; up to 1 is none. The
-            pipeline's default; one, or one for each image. For Flux the scale its network embeds, at one call.
-        guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
-        guidance_interval: as `interval` of `ClassifierFreeGuidance`.
-        rtol: as for `sample`, like atol, nfe, solver, controller, index, batch_size, dtype, progress and callback. NFE
-            counts both halves of guidance.
-        generator: a seed; a `torch.Generator`, which is asked for one, torch's own by default (`.result.seed` says
-            which came); or a list of generators, one for each image, which then depends on its own alone.
-        latents: start states with shape (n, C, h, w), of variance 1, rather than draws.
-        decode_batch_size: latents decoded at a time.
-        output_type: "pil", "np", "pt" or "latent".
-        wrap: makes another score model of the one used, for inverse problems: `lambda m: MMPS(m, Mask(mask), 0.05, y)`.
+        pipe: a pipeline whose loop takes one step of one scheduler a turn.
+        prompt: as the pipeline's; a list for several samples.
+        n: number of samples, where there is one prompt or none.
+        rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback.
+        nfe: network calls that no sample exceeds; both halves of guidance count. Known by the first evaluation.
+        seed: in [0, 2^64); drawn by torch by default, and then in `.result.seed`. Sample i, its start and all noise of
+            its pipeline, is a function of (seed, i), at any batch size.
+        batch_size: samples in flight.
+        per_sample: arguments of the pipeline with one value for each sample, such as `{"image": [a, b]}`. Lists of
+            prompts, of embeddings (by their leading axis), class labels, latents, generators, and of numbers where the
+            pipeline takes a number, need not stand here.
         allow_distilled: do not refuse checkpoints that look distilled.
-        encode: arguments of the pipeline's own `encode_prompt`: `prompt_2`, `clip_skip`, `prompt_embeds`, ..
+        arguments: those of the pipeline's call. With `generator=` of one sample, or a list, its pipeline draws from
+            that one.
 
     Returns:
-        A `PipelineResult`. Images of samples that failed are None or NaN; `.result.status` says how each one ended.
+        A `PipelineResult`.
 
     Raises:
-        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
-        SamplingError: if the network or the autoencoder fails after samples were finished; they are in `.result`.
-        Interrupted: at Ctrl-C; a `PipelineResult` with what is finished is in `.result`.
+        ValueError, TypeError: before the first network call, naming the argument; after one, if the loop then turns out
+            to be none that can be answered.
+        SamplingError: if the pipeline or a callback fails after samples were finished, or a decoder at the end; a
+            `PipelineResult` with what there is is in `.result`.
+        Interrupted: at Ctrl-C; likewise.
     """
-    if output_type not in _OUTPUTS:
-        raise ValueError(f"output_type must be one of {', '.join(_OUTPUTS)}; got {output_type!r}.")
-    check_count("decode_batch_size", decode_batch_size, 1)
-    check_kind("latents", latents, Tensor, "a tensor")
-    check_kind("index", index, (Sequence, Tensor, np.ndarray), "a list of sample numbers")
-    check_kind("wrap", wrap, Callable, "a function from score model to score model")
-    shape = latent_shape(pipe, height, width)
-    if output_type == "pil" and autoencoder(pipe) is None and shape[0] not in (1, 3):
-        raise ValueError(f"{shape[0]} channels without an autoencoder make no picture; use output_type='latent'.")
-    if "image" in inspect.signature(pipe.__call__).parameters:
-        raise TypeError(
-            f"{type(pipe).__name__} starts from an image, which sample_pipeline does not; take the text-to-image "
-            "pipeline of the same parts, or its own loop with FastSDEScheduler."
-        )
-    job = _Request(pipe, prompt, negative_prompt, class_labels, n, num_images_per_prompt, index, latents, encode)
-    scales = _scales(pipe, guidance_scale, job.n)
-    embedded, doubled = embedded_guidance(pipe), bool((scales > 1).any())
-    network = unguided(pipe, event_shape=shape, allow_distilled=allow_distilled)
-    model = guided(network, 1.0 if embedded else float(scales.max()), guidance_rescale, guidance_interval)
-    if autoencoder(pipe) is None:
-        model = clipped(model, network.reading)
-    cond = job.cond(shape, guided=doubled and not embedded)
-    if doubled or embedded:
-        cond["guidance" if embedded else "guidance_scale"] = scales
-    seed, numbers = _streams(generator, index, job.n)
+    reading = _reading(pipe)
+    if not allow_distilled:
+        _check_distilled(pipe, reading)
+    check_kind("per_sample", per_sample, Mapping, "a dict of lists")
+    if prompt is not None:
+        arguments["prompt"] = prompt
+    request = Request(pipe, arguments, per_sample or {}, n, index)
+    solver = ExponentialPC() if solver is None else solver
+    steps = arguments.get("num_inference_steps")
+    counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
+    seed, own = streams(request.generator, seed, request.n, index)
+    numbers = torch.arange(request.n) if index is None else torch.as_tensor(index).reshape(-1).long()
+    generators = [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
+    model = PipelineModel(pipe, request, reading, generators, min(batch_size, request.n))
+    if isinstance(solver, FittedSolver):
+        solver = _for_network(solver, model)
+
+    def parts(process: SDE) -> tuple[Controller, float, float]:
+        budget = steps * model.calls if steps is not None and counted else nfe
+        made = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
+        return made, *made.span(process.t_min, process.t_max)
+
+    denoise = True
+    parts(reading.sde)  # what cannot work is refused before the pipeline starts
     try:
-        result = api.sample(
-            model if wrap is None else _wrapped(wrap, model),
-            rtol=rtol,
-            atol=atol,
-            nfe=nfe,
-            solver=solver,
-            controller=controller,
-            shape=(job.n, *shape),
-            seed=seed,
-            index=numbers,
-            batch_size=batch_size,
-            cond=cond,
-            x_init=None if latents is None else latents.to(model.device, dtype) * network.reading.start_std,
-            dtype=dtype,
-            device=model.device,
-            progress=progress,
-            callback=callback,
-        )
-        images = _decoded(pipe, result, output_type, model.data_range, decode_batch_size)
-    except Interrupted as stopped:
-        images = _decoded(pipe, stopped.result, output_type, model.data_range, decode_batch_size)
-        raise Interrupted(PipelineResult(images, stopped.result)) from None
-    finally:
-        if hasattr(pipe, "maybe_free_model_hooks"):
-            pipe.maybe_free_model_hooks()
-    return PipelineResult(images, result)
-
-
-def _decoded(
-    pipe: Any, result: SampleResult, output_type: str, data_range: tuple[float, float], batch_size: int
-) -> Any:
-    """The images; if they cannot be made, the samples are not lost."""
-    try:
-        return finish(pipe, result.samples, output_type, data_range, batch_size)
-    except Exception as error:
-        raise SamplingError(
-            f"decoding failed ({type(error).__name__}: {error}); the {len(result.nfe)} samples are in .result of this "
-            "exception, for fastsde.diffusers.decode_latents.",
-            result,
-        ) from error
-
-
-class _Request:
-    """What is to be drawn: n prompts or labels, in order."""
-
-    def __init__(
-        self,
-        pipe: Any,
-        prompt: Prompt | None,
-        negative: Prompt | None,
-        labels: int | Sequence[int] | Tensor | None,
-        n: int | None,
-        each: int,
-        index: Sequence[int] | Tensor | None,
-        latents: Tensor | None,
-        encode: dict[str, Any],
-    ) -> None:
-        self.pipe, self.encode = pipe, encode
-        each = check_count("num_images_per_prompt", each, 1)
-        text = takes_text(pipe)
-        embeds = encode.get("prompt_embeds")
-        if (prompt is not None or negative is not None or encode) and not text:
-            raise TypeError(f"{type(pipe).__name__} takes no prompts ({', '.join(['prompt', *encode])}).")
-        if labels is not None and (text or "class_labels" not in _names(pipe)):
-            raise TypeError(f"{type(pipe).__name__} takes no class_labels.")
-        if prompt is not None and embeds is not None:
-            raise ValueError("give either prompt or prompt_embeds, not both.")
-        if text and prompt is None and embeds is None:
-            raise ValueError("prompt must be a string or a list of strings, or give prompt_embeds=; got None.")
-        prompts = _strings("prompt", prompt)
-        rows = len(prompts) if prompts else len(embeds) if embeds is not None else None
-        if labels is not None:
-            labels = _labels(labels)
-            rows = len(labels)
-        if rows is None:
-            rows = (
-                next((len(k) for k in (index, latents) if k is not None and len(k)), 1)
-                if n is None
-                else check_count("n", n, 1)
+        with torch.no_grad(), model.sampling():
+            model.begin()
+            process = _between(pipe, model)
+            denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
+            chosen, first, last = parts(process)
+            result = api.run(
+                model,
+                process,
+                solver,
+                chosen,
+                t_start=first,
+                t_end=last,
+                event=model.event_shape or (),
+                index=numbers,
+                x_init=None,
+                start=model.start,
+                finished=model.finished,
+                seed=seed,
+                batch_size=model.batch_size,
+                cond={"sample": torch.arange(request.n)},
+                denoise=denoise,
+                max_nfe=max_nfe,
+                dtype=resolve_dtype(dtype, None),
+                device=model.device,
+                progress=progress,
+                callback=callback,
             )
-        elif n is not None and rows == each == 1:
-            each = check_count("n", n, 1)
-        elif rows == each == 1:
-            each = next((len(k) for k in (index, latents) if k is not None and len(k)), 1)
-        elif n is not None and n != rows * each:
-            raise ValueError(f"n must be left out or be prompts times images of each, {rows * each}; got {n}.")
-        for name, given in (("index", index), ("latents", latents)):
-            if given is not None and len(given) != rows * each:
-                raise ValueError(f"{name} must have one entry for each of {rows * each} images; got {len(given)}.")
-        negatives = _strings("negative_prompt", negative)
-        if negatives is not None and len(negatives) not in (1, rows):
-            raise ValueError(f"negative_prompt must be one or {rows}, one for each prompt; got {len(negatives)}.")
-        self.rows, self.each, self.n = rows, each, rows * each
-        self.prompts, self.labels = prompts, labels
-        if negatives is None and isinstance(own := call_default(pipe, "negative_prompt"), str):
-            negatives = [own]
-        self.negatives = None if negatives is None else negatives * (rows if len(negatives) == 1 else 1)
-
-    def cond(self, shape: tuple[int, int, int], *, guided: bool) -> dict[str, Tensor]:
-        """The conditioning, each tensor with leading axis n."""
-        cond: dict[str, Tensor] = {}
-        if self.labels is not None:
-            cond = {"class_labels": self.labels}
-        elif takes_text(self.pipe):
-            size, negatives = image_size(self.pipe, shape), self.negatives if guided else None
-            cond = text_cond(self.pipe, self.prompts, negatives, size, guided=guided, **self.encode)
-            if guided and not any(key.startswith(NEGATIVE) for key in cond):
-                raise ValueError("guidance needs negative_prompt_embeds= beside prompt_embeds=, or prompts.")
-        return {key: value.repeat_interleave(self.each, 0) for key, value in cond.items()}
+        whole = model.whole(result)
+    except (Interrupted, SamplingError) as stopped:
+        stopped.result = model.whole(stopped.result)
+        raise
+    finally:
+        model.close()
+    if whole.errors and not any(s == Status.FAILED for s in whole.result.status.tolist()):
+        place, error = next(iter(whole.errors.items()))
+        raise SamplingError(
+            f"the pipeline failed after its loop for {len(whole.errors)} of {request.n} samples, sample {place} with "
+            f"{type(error).__name__}: {error}; their last states are in .result of this exception.",
+            whole,
+        ) from error
+    return whole
 
 
-def _labels(given: int | Sequence[int] | Tensor) -> Tensor:
-    """The labels as a vector."""
-    try:
-        labels = torch.as_tensor(given).reshape(-1)
-    except (TypeError, ValueError, RuntimeError):
-        labels = torch.empty(0)
-    if len(labels) == 0 or labels.is_floating_point():
-        raise ValueError(f"class_labels must be an integer or a list of them; got {given!r}.")
-    return labels
+def _takes_grid(solver: Solver) -> bool:
+    """Whether somebody else says how many steps a solver takes."""
+    return isinstance(solver, Solver) and solver.steps is None and solver.times is None
 
 
-def _wrapped(wrap: Callable[[ScoreModel], ScoreModel], model: ScoreModel) -> ScoreModel:
-    wrapped = wrap(model)
-    if not isinstance(wrapped, ScoreModel):
-        raise TypeError(f"wrap must return a score model; it returned {type(wrapped).__name__}.")
-    return wrapped
-
-
-def _names(pipe: Any) -> set[str]:
-    return set(inspect.signature(network_of(pipe).forward).parameters)
-
-
-def _strings(name: str, value: Prompt | None) -> list[str] | None:
-    if value is None:
-        return None
-    values = [value] if isinstance(value, str) else list(value) if isinstance(value, Sequence) else []
-    if not values or not all(isinstance(v, str) for v in values):
-        raise TypeError(f"{name} must be a string or a list of strings; got {value!r}.")
-    return values
-
-
-def _scales(pipe: Any, given: float | Sequence[float] | None, n: int) -> Tensor:
-    """The guidance scale of each image, with shape (n,)."""
-    default = call_default(pipe, "guidance_scale")
-    if given is None:
-        given = 1.0 if default is None else default
-    try:
-        scales = torch.as_tensor(given, dtype=torch.float32)
-    except (TypeError, ValueError):
-        scales = torch.empty(0)
-    if scales.ndim == 0:
-        scales = scales.expand(n)
-    if scales.shape != (n,) or not torch.isfinite(scales).all() or (scales < 0).any():
+def _for_network(solver: FittedSolver, model: PipelineModel) -> FittedSolver:
+    """A solver that was fitted to the pipeline's network; how the pipeline guides it is the pipeline's own."""
+    wanted = solver.weights_sha256
+    if wanted is not None and wanted != (found := weights_hash(model.network)):
+        theirs, ours = (f"weights {v[:12]}" if v else "no weights" for v in (wanted, found))
         raise ValueError(
-            f"guidance_scale must be one finite number, not negative, or one for each of {n} images; got {given!r}."
+            f"this solver was fitted to a network with {theirs}; this pipeline's has {ours}. Fit it again, or say that "
+            "it may walk any model: solver.for_any_model()."
         )
-    # Up to 1 means no guidance, for a sample beside guided ones as for one alone.
-    return scales if embedded_guidance(pipe) else scales.clamp(min=1.0)
+    return solver.for_any_model()
 
 
-def _streams(
-    generator: int | torch.Generator | Sequence[torch.Generator] | None,
-    index: Sequence[int] | Tensor | None,
-    n: int,
-) -> tuple[int, Sequence[int] | Tensor | None]:
-    """The seed and the sample numbers that generators stand for."""
-    if isinstance(generator, (int, np.integer)) and not isinstance(generator, bool):
-        return int(generator), index
-    if generator is None or isinstance(generator, torch.Generator):
-        device = "cpu" if generator is None else generator.device
-        return int(torch.randint(1 << 62, (1,), generator=generator, device=device)), index
-    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
-        raise TypeError(f"generator must be a seed, a torch.Generator or a list of them; got {generator!r}.")
-    if len(generator) != n or index is not None:
-        raise ValueError(f"generator must be one, or {n}, one for each image, and then index= is left out.")
-    return 0, [int(torch.randint(1 << 32, (1,), generator=g, device=g.device)) for g in generator]
+def _reading(pipe: Any) -> Reading:
+    """How the pipeline's schedule is read.
+
+    Raises:
+        TypeError, ValueError: for what has no loop that can be answered, as far as that is seen from outside.
+    """
+    if not hasattr(pipe, "components") or not callable(pipe):
+        raise TypeError(f"pipe must be a pipeline of diffusers; got {type(pipe).__name__}.")
+    name = type(pipe).__name__
+    schedulers = [key for key, part in pipe.components.items() if hasattr(part, "set_timesteps")]
+    inner = [key for key, part in vars(pipe).items() if hasattr(part, "components")]
+    if inner:
+        raise TypeError(f"{name} runs other pipelines ({', '.join(inner)}); sample each of them.")
+    if "scheduler" not in schedulers:
+        found = f"it has {', '.join(schedulers)}" if schedulers else "it has none"
+        raise TypeError(f"{name} must have one scheduler, named scheduler; {found}. Run it with its own loop.")
+    scheduler = pipe.scheduler
+    if not hasattr(scheduler, "step"):
+        raise TypeError(f"{name} has a scheduler without step ({type(scheduler).__name__}). Run it with its own loop.")
+    bases = [kind.__name__ for kind in type(scheduler).__mro__]
+    config = {**scheduler.config, "_class_name": next((b for b in bases if b in CLASSES), bases[0])}
+    reading = read_loop({key: value for key, value in filled(config).items() if key not in unread(config)})
+    exploding = hasattr(scheduler, "is_scale_input_called") and not reading.is_flow
+    return dataclasses.replace(reading, exploding=exploding)
 
 
-def finish(pipe: Any, x: Tensor, output_type: str, data_range: tuple[float, float], batch_size: int = 8) -> Any:
-    """Images from final states, decoded if the pipeline has an autoencoder; see `PipelineResult.images`."""
-    if output_type == "latent":
-        return x
-    whole = torch.isfinite(x.flatten(1)).all(1)
-    low, high = data_range
-    vae = autoencoder(pipe)
-    if vae is not None and whole.any():
-        decoded, low, high = decode_latents(vae, x[whole], batch_size=batch_size), -1.0, 1.0
-    else:
-        decoded = x[whole].float().cpu()
-    images = torch.full((len(x), *decoded.shape[1:]), torch.nan, dtype=torch.float32)
-    images[whole.cpu()] = ((decoded - low) / (high - low)).clamp(0, 1)
-    if output_type == "pt":
-        return images
-    array = images.permute(0, 2, 3, 1).numpy()
-    if output_type == "np":
-        return array
-    pictures = (array.clip(0, 1) * 255).round()
-    return [
-        Image.fromarray(p.astype(np.uint8).squeeze(-1) if p.shape[-1] == 1 else p.astype(np.uint8)) if ok else None
-        for p, ok in zip(pictures, whole.tolist(), strict=True)
-    ]
+def _check_distilled(pipe: Any, reading: Reading) -> None:
+    from fastsde.diffusers.loop import denoisers
+
+    for network in denoisers(pipe).values():
+        check_distilled(config_of(network), reading, inspect.signature(unwrap(network).forward).parameters)
+
+
+def _between(pipe: Any, model: PipelineModel) -> SDE:
+    """The process from where the pipeline's list starts to where it ends."""
+    process = copy.copy(model.sde)
+    process.t_max, process.t_min = model.t_start, model.t_end
+    terminal = pipe.scheduler.config.get("shift_terminal")
+    if model.reading.is_flow and terminal and model.t_end <= model.sde.t_min:
+        process.t_min = min(float(terminal), process.t_max / 2)
+    return process

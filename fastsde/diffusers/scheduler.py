@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import functools
 import inspect
 import math
 import os
@@ -12,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import ConfigMixin, SchedulerMixin
@@ -23,9 +20,8 @@ from torch import Tensor
 
 from fastsde.arguments import own_grid, plain_grid
 from fastsde.batching import expand_like
-from fastsde.diffusers.schedules import Config, Reading, filled, read_schedule
+from fastsde.diffusers.schedules import Config, class_of, filled, read_loop, unread
 from fastsde.score.base import Prediction
-from fastsde.score.guidance import clip
 from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
@@ -132,13 +128,13 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         elif isinstance(fitted, str | os.PathLike):
             kwargs["fitted"] = FittedSolver.load(fitted).as_json()
         if isinstance(config, Mapping):
-            kept = {key: value for key, value in filled(config).items() if key not in _unread(config)}
+            kept = {key: value for key, value in filled(config).items() if key not in unread(config)}
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
             if kept.get("shift") is not None and kept.get("beta_schedule") is None:
                 kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
             if _keeps_noise(config):
                 kept["use_clipped_model_output"] = False
-            _reading(kept)  # what cannot work is refused before keys of no use here are dropped
+            read_loop(kept)  # what cannot work is refused before keys of no use here are dropped
             config = kept
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
@@ -147,7 +143,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return made
 
     def _read(self) -> None:
-        self.reading = _reading(self.config)
+        self.reading = read_loop(self.config)
 
     @property
     def sde(self) -> SDE:
@@ -157,7 +153,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     @property
     def init_noise_sigma(self) -> float:
         """Standard deviation of the start: 1 for a flow, whose pipelines start from the noise itself."""
-        return 1.0 if self._is_flow else self.reading.start_std
+        return self.reading.loop_std
 
     @property
     def step_index(self) -> int | None:
@@ -177,7 +173,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     @property
     def _is_flow(self) -> bool:
-        return isinstance(self.sde, RectifiedFlow)
+        return self.reading.is_flow
 
     @property
     def timesteps(self) -> Tensor:
@@ -455,18 +451,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _prediction(self, out: Tensor, x: State, level: Level, whole: bool | None) -> tuple[Prediction, State | None]:
         """What the network said of the state it was called on, and how clipping moves the state, if it does."""
-        reading, kind = self.reading, self.reading.prediction
-        out = out[:, : x.shape[1]]  # a learned variance is dropped
-        if self.config.get("invert_sigmas"):
-            out = -out
-        if reading.sigma_data is not None:
-            s, c_in = reading.sigma_data, (level.sigma**2 + reading.sigma_data**2) ** -0.5
-            c_out = c_in * level.sigma * (-s if kind == "v_prediction" else s)
-            kind, out = "sample", expand_like((s * c_in) ** 2, x) * x + expand_like(c_out, x) * out
-        prediction = Prediction(kind, out, x, level.alpha, level.sigma)
+        reading, prediction = self.reading, self.reading.read(out, x, level)
         if reading.limit is None:
             return prediction, None
-        x_0 = clip(prediction.x_0, -reading.limit, reading.limit, reading.ratio)
+        x_0 = reading.clip(prediction.x_0)
         clipped = Prediction("sample", x_0, x, level.alpha, level.sigma)
         if self.config["use_clipped_model_output"] if whole is None else whole:
             return clipped, None
@@ -537,49 +525,7 @@ class _Timesteps(Tensor):
         return self.as_subclass(Tensor) < other
 
 
-def _reading(config: Config) -> Reading:
-    """`read_schedule`, and `invert_sigmas` (Mochi): times n (1 - t), and a velocity that runs with them.
-
-    The pipeline calls the network, so nothing else has to know of it.
-    """
-    if not config.get("invert_sigmas"):
-        return read_schedule(config)
-    reading = read_schedule({**config, "invert_sigmas": None})
-    n = reading.levels
-    return dataclasses.replace(reading, timestep=functools.partial(_rising, n), time=functools.partial(_falling, n))
-
-
-def _rising(n: int, t: Time) -> Time:
-    return n * (1 - t)
-
-
-def _falling(n: int, k: Time) -> Time:
-    return 1 - k / n
-
-
-def _class_of(config: Config) -> Any:
-    """The scheduler's class: the one that is named; of one built in Python, the one whose arguments are all there.
-
-    Where several fit, it is the one with the most arguments.
-    """
-    if config.get("_class_name") is not None:
-        return getattr(diffusers, str(config["_class_name"]), None)
-    found = {e.name: _parameters(getattr(diffusers, e.name)) for e in KarrasDiffusionSchedulers}
-    fitting = [name for name, parameters in found.items() if parameters <= config.keys()]
-    return getattr(diffusers, max(fitting, key=lambda name: len(found[name]))) if fitting else None
-
-
-def _parameters(scheduler: type) -> set[str]:
-    return set(inspect.signature(scheduler).parameters) - {"kwargs"}
-
-
-def _unread(config: Config) -> set[str]:
-    """Keys of clipping that the scheduler's class does not read: left over from another, they have no effect."""
-    scheduler = _class_of(config)
-    return set() if scheduler is None else {"clip_sample", "thresholding"} - _parameters(scheduler)
-
-
 def _keeps_noise(config: Config) -> bool:
     """Whether the scheduler clips the denoised sample and leaves the predicted noise: DDIM's."""
-    scheduler = _class_of(config)
+    scheduler = class_of(config)
     return scheduler is not None and "use_clipped_model_output" in inspect.signature(scheduler.step).parameters

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Mapping
@@ -17,12 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.sde.base import SDE
+from fastsde.batching import expand_like
+from fastsde.score.base import Prediction
+from fastsde.score.guidance import clip
+from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.sde.ve import VESDE
-from fastsde.types import Coef, Time
+from fastsde.types import Coef, State, Time
 
 Config = Mapping[str, Any]
 
@@ -70,6 +74,9 @@ class Reading:
         ratio: quantile of dynamic thresholding, or None.
         levels: number of training timesteps.
         unshifted: whether a flow's schedule has no shift.
+        inverted: whether times and velocities run backwards (`invert_sigmas`), which only a loop's own calls may.
+        exploding: whether states in a loop are x / alpha, as with schedulers of Karras et al. that scale what a network
+            is given.
     """
 
     sde: SDE
@@ -81,6 +88,13 @@ class Reading:
     ratio: float | None = None
     levels: int = 1000
     unshifted: bool = False
+    inverted: bool = False
+    exploding: bool = False
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the process is a flow."""
+        return isinstance(self.sde, RectifiedFlow)
 
     @property
     def start_std(self) -> float:
@@ -93,6 +107,76 @@ class Reading:
         if self.sigma_data is None:
             return torch.ones_like(t)
         return (self.sde.sigma(t) ** 2 + self.sigma_data**2) ** -0.5
+
+    # In the terms of a pipeline's loop.
+
+    @property
+    def loop_std(self) -> float:
+        """Standard deviation of a loop's start: 1 for a flow, whose pipelines start from the noise itself."""
+        if self.is_flow or not self.exploding:
+            return 1.0 if self.is_flow else self.start_std
+        return self.start_std / float(self.sde.alpha(torch.tensor([self.sde.t_max], dtype=torch.float64)))
+
+    @property
+    def first_timestep(self) -> float | None:
+        """The network's time at `t_max`; None for a flow, whose loops start at its end t = 1."""
+        if self.is_flow:
+            return None
+        return float(self.timestep(torch.tensor([self.sde.t_max], dtype=torch.float64)))
+
+    def time_of(self, timestep: Tensor | float) -> Time:
+        """The process's time of a loop's timesteps, within its range; with shape (k,)."""
+        k = torch.as_tensor(timestep).double().reshape(-1)
+        return self.time(k).clamp(self.sde.t_min, 1.0 if self.is_flow else self.sde.t_max)
+
+    def level_of(self, timestep: Tensor | float) -> Coef:
+        """A scheduler's sigma at timesteps: t of a flow (1 - t inverted), sigma / alpha of others; with shape (k,)."""
+        t = self.time(torch.as_tensor(timestep).double().reshape(-1))
+        if self.is_flow:
+            return 1 - t if self.inverted else t
+        return (-0.5 * self.sde.log_snr(self.time_of(timestep))).exp()
+
+    def scaled(self, x: State, timestep: Tensor | float | None) -> State:
+        """What the network is given of a loop's state: c_in x for EDM's, alpha x where states are x / alpha, else x."""
+        if timestep is None or (self.sigma_data is None and not self.exploding):
+            return x
+        t = self.time_of(timestep)
+        return expand_like((self.sde.alpha(t) if self.sigma_data is None else self.c_in(t)).to(x.device), x) * x
+
+    def noised(self, x_0: State, timestep: Tensor | float, noise: State) -> State:
+        """A loop's state alpha x_0 + sigma noise at timesteps with shape (B,), or one for all."""
+        t = self.time_of(timestep)
+        t = (t.expand(len(x_0)) if len(t) == 1 else t).to(x_0.device)
+        x_t = self.sde.marginal(x_0, t, noise)
+        return x_t / expand_like(self.sde.alpha(t), x_t) if self.exploding else x_t
+
+    def read(self, out: Tensor, x: State, level: Level) -> Prediction:
+        """What a network said of a state, with shape (B, *event) like it, or with twice the channels."""
+        out, kind = out[:, : x.shape[1]], self.prediction  # a learned variance is dropped
+        if self.inverted:
+            out = -out
+        if (s := self.sigma_data) is not None:
+            c_in = (level.sigma**2 + s**2) ** -0.5
+            c_out = c_in * level.sigma * (-s if kind == "v_prediction" else s)
+            kind, out = "sample", expand_like((s * c_in) ** 2, x) * x + expand_like(c_out, x) * out
+        return Prediction(kind, out, x, level.alpha, level.sigma)
+
+    def clip(self, x_0: State) -> State:
+        """A denoised prediction, clipped where the configuration says so."""
+        return x_0 if self.limit is None else clip(x_0, -self.limit, self.limit, self.ratio)
+
+
+def read_loop(config: Config) -> Reading:
+    """`read_schedule` for a loop that calls the network itself, so that `invert_sigmas` (Mochi) is known too.
+
+    Its times are then n (1 - t), and its velocity runs with them.
+    """
+    if not config.get("invert_sigmas"):
+        return read_schedule(config)
+    reading = read_schedule({**config, "invert_sigmas": None})
+    n = reading.levels
+    rising, falling = functools.partial(_rising, n), functools.partial(_falling, n)
+    return dataclasses.replace(reading, timestep=rising, time=falling, inverted=True)
 
 
 def read_schedule(config: Config) -> Reading:
@@ -199,6 +283,31 @@ def filled(config: Config) -> Config:
     return {key: value for key, value in full.items() if key != "_use_default_values"}
 
 
+def class_of(config: Config) -> Any:
+    """The scheduler's class: the one that is named; of one built in Python, the one whose arguments are all there.
+
+    Where several fit, it is the one with the most arguments.
+    """
+    import diffusers
+    from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
+
+    if config.get("_class_name") is not None:
+        return getattr(diffusers, str(config["_class_name"]), None)
+    found = {e.name: _parameters(getattr(diffusers, e.name)) for e in KarrasDiffusionSchedulers}
+    fitting = [name for name, parameters in found.items() if parameters <= config.keys()]
+    return getattr(diffusers, max(fitting, key=lambda name: len(found[name]))) if fitting else None
+
+
+def _parameters(scheduler: type) -> set[str]:
+    return set(inspect.signature(scheduler).parameters) - {"kwargs"}
+
+
+def unread(config: Config) -> set[str]:
+    """Keys of clipping that the scheduler's class does not read: left over from another, they have no effect."""
+    scheduler = class_of(config)
+    return set() if scheduler is None else {"clip_sample", "thresholding"} - _parameters(scheduler)
+
+
 def _number(config: Config, key: str, default: float) -> float:
     """A number of the configuration.
 
@@ -271,6 +380,14 @@ def _time_of_level(n: int, k: Time) -> Time:
 
 def _share(n: int, k: Time) -> Time:
     return k / n
+
+
+def _rising(n: int, t: Time) -> Time:
+    return n * (1 - t)
+
+
+def _falling(n: int, k: Time) -> Time:
+    return 1 - k / n
 
 
 def _time_of_sigma(sde: SDE, sigma: Time) -> Time:

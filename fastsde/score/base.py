@@ -133,6 +133,11 @@ class ScoreModel:
     writes_inputs = True
     """Whether the network may work in place on what it is given, so that it gets copies."""
 
+    per_row = False
+    """Whether each row is evaluated by itself, so that rows of samples that have ended do not stay in the batch."""
+    edit: State | None = None
+    """What the last evaluation added to the states it was given before the network saw them, with shape (B, *event)."""
+
     def __init__(
         self,
         network: ScoreFn,
@@ -185,7 +190,10 @@ class ScoreModel:
         return evaluation_mode(self.network)
 
     def cost(self, t: Time, cond: Cond) -> Index | int:
-        """Network calls that an evaluation costs each row, at most `calls`, with shape (B,); a number if all alike."""
+        """Network calls that an evaluation costs each row, at most `calls`, with shape (B,); a number if all alike.
+
+        It is asked after the evaluation.
+        """
         return self.calls
 
     def check_cond(self, cond: Cond) -> None:
@@ -399,13 +407,15 @@ class BoundModel:
 
     def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`; `level` as for a score model."""
+        prediction = self.model(x_t, t, self.cond, level)
         self._count(t)
-        return self.model(x_t, t, self.cond, level)
+        return prediction
 
     def output(self, x_t: State, t: Time) -> State:
         """What the network itself returns for every row, adding the calls it cost to `nfe`."""
+        out = self.model.output(x_t, t, self.cond)
         self._count(t)
-        return self.model.output(x_t, t, self.cond)
+        return out
 
     def _count(self, t: Time) -> None:
         cost = self.model.cost(t, self.cond)

@@ -1,0 +1,591 @@
+"""One sample in its pipeline's own loop: a call that pauses where it needs something and is answered from outside.
+
+The pipeline's `__call__` runs unchanged, as a coroutine. It pauses at its network's calls, which are answered for all
+samples at once, and in its scheduler's `step`, which is answered with the state to evaluate next. Nothing here knows a
+family of pipelines: what a loop may do is told by what it does.
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import contextvars
+import copy
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import Tensor, nn
+
+from fastsde.diffusers.joining import Call, Memory
+from fastsde.diffusers.schedules import Reading
+from fastsde.types import State
+
+_UNSERVED = ("text_encoder", "tokenizer", "image_encoder", "vae", "vqvae", "movq", "vocoder", "safety", "feature")
+"""Beginnings of names of components that are no part of a loop's turn."""
+_UNCOUNTED = ("controlnet", "adapter")
+"""Beginnings of names of components that serve the denoiser: joined like it, but not counted as network calls."""
+
+
+class Loop:
+    """A sample's run of its pipeline.
+
+    Between two answers it stands at one of three places: at a network's call (`call`), in the scheduler's step (then
+    `call` is None and `out`, `sample` are what the step was given), or it has ended (`ended`, with `output` or
+    `error`).
+
+    Args:
+        pipe: the pipeline; it works on a shallow copy.
+        arguments: of the pipeline's call, for this sample alone.
+        reading: how its schedule is read.
+        memo: what `encode_prompt` returned before, shared by the samples of a run.
+        processors: attention processors of the networks as they were before, by the network's id.
+        alone: whether no other sample runs at the same time.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        arguments: dict[str, Any],
+        reading: Reading,
+        memo: dict[Any, Any],
+        *,
+        processors: dict[int, dict[str, Any]],
+        alone: bool,
+    ) -> None:
+        self.reading, self.arguments, self.alone = reading, arguments, alone
+        self.call: Call | None = None
+        self.out: Tensor = torch.empty(0)
+        self.sample: Tensor = torch.empty(0)
+        self.output: Any = None
+        self.error: BaseException | None = None
+        self.ended = False
+        self.stopped = False
+        self.memory = Memory()
+        self.given_x_0: Tensor | None = None
+        self.begin: Tensor | None = None
+        self.ready: Tensor | None = None
+        self.begun = False
+        self.denoised = torch.empty(0)
+        self._counted: list[int] = []
+        self._handed: tuple[Tensor, int] | None = None
+        self._next: Tensor | None = None
+        self._in_turn = self._walking = False
+        self._place = 0
+        self._listed = self._walked = torch.empty(0)
+        self._processors, self._seen = processors, set[int]()
+        self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
+        # Cosmos takes each step twice, setting the scheduler's number back between.
+        code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+        self.steps_twice = "_step_index" in getattr(code, "co_names", ())
+        self.pipe = self._copied(pipe, memo)
+        self._greenlet = greenlet(self._run)
+        self._greenlet.run_of = self
+        # Greenlets begin with an empty context; attention backends and the like are context variables.
+        self._greenlet.gr_context = contextvars.copy_context()
+
+    def _copied(self, pipe: Any, memo: dict[Any, Any]) -> Any:
+        """A shallow copy of the pipeline whose scheduler and networks are answered from outside."""
+        made = copy.copy(pipe)
+        own = vars(made)  # the pipeline's own __setattr__ would write into the configuration that both share
+        own["scheduler"] = stand_in(pipe.scheduler, self)
+        for name, module in pipe.components.items():
+            if hasattr(module, "set_timesteps") and name != "scheduler":
+                own[name] = _unstepped(module, name)
+            if isinstance(module, nn.Module) and not name.startswith(_UNSERVED):
+                own[name] = served(module, counted=not name.startswith(_UNCOUNTED))
+        own["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
+        own["maybe_free_model_hooks"] = lambda: None  # others still need the models; the run frees them at its end
+        if hasattr(pipe, "encode_prompt"):
+            own["encode_prompt"] = _remembered(made, memo)
+        return made
+
+    def _run(self, _: Any = None) -> None:
+        self.output = _own_call(self.pipe, self._enumerate)(**self.arguments)
+
+    def resume(self, answer: Any = None) -> None:
+        """Runs on to the next pause.
+
+        Args:
+            answer: the output of the network's call, or nothing after `give` and `finish`.
+
+        Raises:
+            Exception: whatever the pipeline raises; it has ended then.
+        """
+        self.call = None
+        grad = torch.is_grad_enabled()
+        try:
+            self._greenlet.switch(answer)
+        except BaseException as error:
+            self.error = error
+            raise
+        finally:
+            torch.set_grad_enabled(grad)
+            self.ended = self._greenlet.dead
+
+    def _pause(self) -> Any:
+        """Hands over to whoever resumed this loop; returns the answer."""
+        grad = torch.is_grad_enabled()
+        answer = getcurrent().parent.switch()
+        torch.set_grad_enabled(grad)
+        return answer
+
+    def close(self) -> None:
+        """Ends the run where it stands."""
+        if not self._greenlet.dead and self._greenlet:
+            with contextlib.suppress(Exception):
+                self._greenlet.throw(GreenletExit)
+        self.ended = True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _refuse_copy(self, memo)
+
+    # What whoever answers says and asks.
+
+    def give(self, x: State, timestep: Tensor) -> None:
+        """Says where the next evaluation is: a state, with the shape of `sample`, and the network's time."""
+        # A copy: pipelines edit their latents in place.
+        given = x.to(self.sample.device, self.sample.dtype, copy=True).reshape(self.sample.shape)
+        self._handed, self._next = (given, given._version), timestep
+
+    def finish(self, x: State) -> None:
+        """Says that there is none, and what the pipeline goes on with after its loop."""
+        self.give(x, torch.empty(0))
+        self._next = None
+
+    @property
+    def edit(self) -> State | None:
+        """What the pipeline added to the state that it was given before it evaluated it; None if nothing."""
+        if self._handed is None:
+            return None
+        handed, version = self._handed
+        same = self.sample is handed and handed._version == version
+        return None if same or torch.equal(self.sample, handed) else self.sample - handed
+
+    @property
+    def cost(self) -> int:
+        """Network calls since `take_cost`: the rows that the network was given."""
+        return sum(self._counted)
+
+    def take_cost(self) -> int:
+        """Network calls since it was last asked."""
+        cost = self.cost
+        self._counted.clear()
+        return cost
+
+    @property
+    def span(self) -> tuple[float, float | None]:
+        """The process's times at which the walk began, and at which it ends if the pipeline cut its list's end."""
+        last = self._walked[-1]
+        after = self._listed[self._listed < last * (1 - 1e-6)]
+        return float(self._walked[0]), float(after[0]) if len(after) else None
+
+    def listed(self, timesteps: Tensor) -> None:
+        """Notes the scheduler's whole list."""
+        self._listed = self._levels(timesteps)
+
+    # What the pipeline meets.
+
+    def network(self, module: nn.Module, counted: bool, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of one of its networks: answered from outside within a turn of the loop."""
+        call = Call(module, args, kwargs, self)
+        if not self._in_turn:
+            return module(*args, **kwargs)
+        self._check_untouched(module)
+        if counted:
+            self._counted.append(call.rows)
+        device = "cpu" if call.device is None else call.device.type
+        autocast = torch.is_autocast_enabled(device)
+        if torch.is_grad_enabled() or autocast != self._autocast.get(device, autocast):
+            return module(*args, **kwargs)  # its own business, in its own context
+        self.call = call
+        return self._pause()
+
+    def _check_untouched(self, module: nn.Module) -> None:
+        """Refuses a network that the pipeline has changed, where samples share it."""
+        if self.alone or id(module) in self._seen:
+            return
+        self._seen.add(id(module))
+        if self._processors.get(id(module), {}) != _processors_of(module):
+            raise SharedNetworkError
+
+    def denoise(self, out: Tensor, sample: Tensor) -> Tensor:
+        """The denoised prediction of a network's output within a turn."""
+        level = self.reading.sde.level(self.reading.time_of(self._now).to(sample.device).expand(len(sample)))
+        return self.reading.read(out, sample, level).x_0
+
+    def step(self, out: Tensor, sample: Tensor, x_0: Tensor | None = None) -> Tensor:
+        """The scheduler's step: the state to evaluate next, or the last one."""
+        if not self._in_turn:
+            raise ValueError(
+                "this pipeline takes a step that its loop over scheduler.timesteps did not begin: it walks times of "
+                "its own, or takes several steps a turn. Run it with its own scheduler."
+            )
+        out = out[:, : sample.shape[1]] if out.ndim > 1 and out.shape[1] == 2 * sample.shape[1] else out
+        if out.shape != sample.shape or not out.is_floating_point():
+            raise ValueError(
+                f"this pipeline's step has a prediction with shape {tuple(out.shape)} and a state with shape "
+                f"{tuple(sample.shape)}; one of the state's shape was expected. Run it with its own scheduler."
+            )
+        self._in_turn, self._walking = False, True
+        self.out, self.sample, self.given_x_0 = out, sample, x_0
+        self._pause()
+        assert self._handed is not None
+        return self._handed[0]
+
+    def walk(self, timesteps: Timesteps) -> Iterator[Tensor]:
+        """The times of the loop: the first is the pipeline's own, the others those that were asked for.
+
+        A pipeline may also read its times in another loop, which takes no steps: then they are its own.
+        """
+        own = timesteps.as_subclass(Tensor)
+        if self._walking or not len(own):  # the loop is over, or another one is running
+            yield from own.unbind()
+            return
+        self._walked, self._place, self._now = self._levels(own), 0, own[0].float()
+        self._counted.clear()
+        self._in_turn = True
+        yield self._now
+        if not self._walking:
+            self._in_turn = False
+            yield from own[1:].unbind()
+            return
+        while self._next is not None:
+            self._now, self._next = self._next, None
+            self._place = self._place_of(self._now)
+            self._in_turn = True
+            yield self._now.to(own.device)
+            if self._in_turn:  # it went on without a step: stopped by its own callback
+                self.stopped, self._in_turn = True, False
+                return
+
+    def _levels(self, timesteps: Tensor) -> Tensor:
+        return self.reading.time(timesteps.double().cpu().reshape(-1))
+
+    def _place_of(self, timestep: Tensor) -> int:
+        """The place of a time in the pipeline's own list: of the last one that is not below it in noise."""
+        t = self._levels(timestep)
+        return max(0, int((self._walked >= t * (1 - 1e-6)).sum()) - 1)
+
+    def _enumerate(self, things: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+        """`enumerate`, which over the loop's times counts by their place in the pipeline's own list.
+
+        Pipelines look things up by that number, in lists as long as their own: whether a control net is on, levels.
+        """
+        if not isinstance(getattr(things, "iterable", things), Timesteps):
+            yield from builtins.enumerate(things, start)
+            return
+        for k, t in builtins.enumerate(things):
+            yield start + (self._place if self._walking else k), t
+
+    def length(self, own: int) -> int:
+        """Number of the list's entries: one more than the place of the last evaluation, once that is known."""
+        if not self._walking or self._in_turn:
+            return own
+        return self._place + 1 if self._next is None else max(own, self._place + 2)
+
+    def entry(self, k: int) -> Tensor | None:
+        """The time at number k of the list, where the walk says another than the list."""
+        if not self._walking or k not in (self._place, self._place + 1):
+            return None
+        if k == self._place:
+            return self._now
+        if self._in_turn:
+            raise ValueError(
+                "this pipeline reads the time of its next step before it takes one, which only a schedule fixed in "
+                "advance can say. Run it with its own scheduler."
+            )
+        return self._next
+
+    @property
+    def place(self) -> int | None:
+        """The place of the loop in the pipeline's own list; None before it."""
+        return self._place if self._walking or self._in_turn else None
+
+
+class Timesteps(Tensor):
+    """A scheduler's timesteps, over which a loop walks where it is told."""
+
+    loop: Loop
+
+    @classmethod
+    def __torch_function__(cls, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **(kwargs or {}))
+        if func not in _KEEPING or not isinstance(out, Tensor) or out.ndim != 1:
+            return out.as_subclass(Tensor) if isinstance(out, cls) else out
+        source = next((a for a in args if isinstance(a, cls)), None)
+        if source is None or not hasattr(source, "loop"):
+            return out
+        return _following(out, source.loop)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.loop.walk(self)
+
+    def __len__(self) -> int:
+        return self.loop.length(self.shape[0])
+
+    def __getitem__(self, key: Any) -> Tensor:
+        if isinstance(key, int) and (served := self.loop.entry(key)) is not None:
+            return served.to(self.device)
+        return super().__getitem__(key)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+
+class Levels(Tensor):
+    """A scheduler's noise levels; those of the current time and the next are the walk's."""
+
+    loop: Loop
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __getitem__(self, key: Any) -> Tensor:
+        plain = self.as_subclass(Tensor)
+        if isinstance(key, int) and (served := self.loop.entry(key)) is not None:
+            return self.loop.reading.level_of(served.cpu()).to(plain)
+        return plain[key]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.as_subclass(Tensor).clone()
+
+
+_KEEPING = {Tensor.__getitem__, Tensor.to, Tensor.clone, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.contiguous}
+"""What a loop may do to its list before it walks over it."""
+
+
+def _following(times: Tensor, loop: Loop) -> Timesteps:
+    made = times.as_subclass(Timesteps)
+    made.loop = loop
+    return made
+
+
+def stand_in(scheduler: Any, loop: Loop) -> Any:
+    """A copy of a scheduler, of the same class, whose steps are answered from outside.
+
+    Its configuration, its `set_timesteps` and its signatures are those of the scheduler: a pipeline's shifts, its own
+    sigmas and its `strength` do what they do. States are those of the process: `init_noise_sigma` and
+    `scale_model_input` are its own, and noise is added by it.
+    """
+    kind, reading = type(scheduler), loop.reading
+    space: dict[str, Any] = {
+        "init_noise_sigma": property(lambda self: reading.loop_std, lambda self, value: None),
+        "step_index": property(lambda self: loop.place),
+        "_step_index": property(lambda self: loop.place, lambda self, value: None),
+        "__deepcopy__": _refuse_copy,
+        "__doc__": kind.__doc__,
+        "__module__": kind.__module__,
+    }
+    made = copy.copy(scheduler)
+    vars(made).pop("init_noise_sigma", None)
+    vars(made).pop("_step_index", None)
+    made.__class__ = type(kind.__name__, (kind,), space)
+    own = vars(made)
+    own |= {"set_timesteps": _set_timesteps(made, scheduler, loop), "step": _step(made, scheduler, loop)}
+    own["scale_model_input"] = lambda sample, timestep=None, *args, **kwargs: reading.scaled(sample, timestep)
+    for name in ("add_noise", "scale_noise"):
+        if hasattr(kind, name):
+            own[name] = functools.wraps(getattr(scheduler, name))(functools.partial(_noised, reading, name))
+    return made
+
+
+def _refuse_copy(self: Any, memo: dict[int, Any]) -> Any:
+    raise ValueError(
+        "this pipeline copies its scheduler: it has two states a step, such as sound beside video, or several walks. "
+        "Run it with its own scheduler."
+    )
+
+
+def _unstepped(scheduler: Any, name: str) -> Any:
+    """A copy of a further scheduler of the pipeline, which may add noise, but not step."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"this pipeline steps {name} beside its scheduler. Run it with its own loop.")
+
+    made = copy.copy(scheduler)
+    vars(made)["step"] = step
+    return made
+
+
+_STEP = (
+    *("model_output", "timestep", "sample", "generator", "return_dict", "eta", "use_clipped_model_output"),
+    *("timestep_back", "old_pred_original_sample", "prev_timestep", "pred_original_sample", "per_token_timesteps"),
+)
+"""Arguments of a step that are known, or of no meaning where steps are ours."""
+
+
+def _alike(value: Any, default: Any) -> bool:
+    return not isinstance(value, Tensor) and value == default
+
+
+def _processors_of(module: nn.Module) -> dict[str, Any]:
+    found = getattr(module, "attn_processors", None)
+    return dict(found) if isinstance(found, dict) else {}
+
+
+def processors(pipe: Any) -> dict[int, dict[str, Any]]:
+    """The attention processors of a pipeline's networks, by the network's id."""
+    return {id(part): _processors_of(part) for part in pipe.components.values() if isinstance(part, nn.Module)}
+
+
+class SharedNetworkError(Exception):
+    """A pipeline changes its network while it runs, which samples in flight share."""
+
+
+def _set_timesteps(made: Any, scheduler: Any, loop: Loop) -> Callable[..., None]:
+    """The scheduler's own `set_timesteps`; its list is then walked where the loop is told."""
+    own = type(scheduler).set_timesteps
+    signature = inspect.signature(own)
+
+    @functools.wraps(scheduler.set_timesteps)
+    def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        own(made, *args, **kwargs)
+        given = signature.bind(made, *args, **kwargs).arguments
+        times = made.timesteps.clone()
+        custom = any(given.get(name) is not None for name in ("timesteps", "sigmas"))
+        start = loop.reading.first_timestep
+        if start is not None and not custom and len(times):
+            # Some spacings begin below the level of noise that the pipeline starts from.
+            times = times if times.is_floating_point() else times.to(torch.float32)
+            times[0] = start
+        loop.listed(times)
+        made.timesteps = _following(times, loop)
+        if isinstance(getattr(made, "sigmas", None), Tensor):
+            made.sigmas = made.sigmas.clone().as_subclass(Levels)
+            made.sigmas.loop = loop
+
+    return set_timesteps
+
+
+def _step(made: Any, scheduler: Any, loop: Loop) -> Callable[..., Any]:
+    """`step`, which the loop answers; called with the scheduler's own arguments."""
+    from diffusers.schedulers.scheduling_utils import SchedulerOutput
+
+    own = scheduler.step
+    again = "pred_original_sample" in inspect.signature(own).parameters and loop.steps_twice
+    signature = inspect.signature(own)
+
+    defaults = {key: p.default for key, p in signature.parameters.items()}
+
+    @functools.wraps(own)
+    def step(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        if given.get("eta"):
+            raise ValueError(f"eta must be 0; got {given['eta']}. Noise is solver=fastsde.ExponentialPC(eta=1.0).")
+        other = [
+            key
+            for key, value in given.items()
+            if key not in _STEP and value is not None and not _alike(value, defaults.get(key))
+        ]
+        if other:
+            raise ValueError(
+                f"this pipeline gives its scheduler's step {', '.join(other)}, which changes what a step means. Run it "
+                "with its own scheduler."
+            )
+        if not {"model_output", "timestep", "sample"} <= given.keys():
+            raise ValueError(
+                f"{type(scheduler).__name__} takes other steps than from a prediction, a time and a state. Run this "
+                "pipeline with its own scheduler."
+            )
+        out, sample = given["model_output"], given["sample"]
+        if given.get("per_token_timesteps") is not None:
+            out = -out  # with them a flow's scheduler goes up in time, so that pipelines turn the velocity's sign
+        if again and given.get("pred_original_sample") is None:
+            # The first of two: its denoised prediction is mixed, and given to the second.
+            return sample, loop.denoise(out, sample)
+        x = loop.step(out, sample, x_0=given.get("pred_original_sample"))
+        if not given.get("return_dict", True):
+            return x, loop.denoised
+        output = SchedulerOutput(prev_sample=x)
+        output["pred_original_sample"] = loop.denoised
+        return output
+
+    return step
+
+
+def _noised(reading: Reading, name: str, *args: Any, **kwargs: Any) -> Tensor:
+    """`add_noise(x_0, noise, timesteps)` and `scale_noise(x_0, timesteps, noise)`: alpha x_0 + sigma noise."""
+    names = ("original_samples", "noise", "timesteps") if name == "add_noise" else ("sample", "timestep", "noise")
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    x_0, noise = given[names[0]], given["noise"]
+    times = given.get("timesteps", given.get("timestep"))
+    k = torch.as_tensor(times).as_subclass(Tensor).double().reshape(-1)
+    return reading.noised(x_0, k, torch.zeros_like(x_0) if noise is None else noise)
+
+
+def served(module: nn.Module, *, counted: bool) -> nn.Module:
+    """The module itself, as an object of its class whose calls go to the loop that makes them."""
+    kind = type(module)
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _current().network(module, counted, args, kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
+        memory = _current().memory
+        before, memory.context = memory.context, (name, kwargs)
+        try:
+            yield
+        finally:
+            memory.context = before
+
+    space = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    space |= {"cache_context": cache_context} if hasattr(kind, "cache_context") else {}
+    made_kind = type(kind.__name__, (kind,), space)
+    made: nn.Module = object.__new__(made_kind)
+    object.__setattr__(made, "__dict__", vars(module))
+    return made
+
+
+def _current() -> Loop:
+    """The loop that is running."""
+    return getcurrent().run_of
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    """The networks of a pipeline whose calls count."""
+    parts = {key: part for key, part in pipe.components.items() if isinstance(part, nn.Module)}
+    return {key: part for key, part in parts.items() if not key.startswith((*_UNSERVED, *_UNCOUNTED))}
+
+
+def _own_call(pipe: Any, count: Callable[..., Any]) -> Callable[..., Any]:
+    """The pipeline's `__call__`, in which `enumerate` is ours.
+
+    Bare of torch's decorators, which switch gradients off: here they are.
+    """
+    function = type(pipe).__call__
+    while hasattr(function, "__wrapped__") and function.__code__.co_filename.endswith("_contextlib.py"):
+        function = function.__wrapped__
+    if not isinstance(function, types.FunctionType):
+        return functools.partial(type(pipe).__call__, pipe)
+    made = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, "enumerate": count},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return functools.partial(made, pipe)
+
+
+def _remembered(pipe: Any, memo: dict[Any, Any]) -> Callable[..., Any]:
+    """`encode_prompt`, which encodes a prompt once for all samples that have it."""
+    own = pipe.encode_prompt
+
+    @functools.wraps(own)
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        plain = (int, float, bool, str, type(None))
+        settings = {key: value for key, value in vars(pipe).items() if isinstance(value, plain)}
+        key = repr((args, kwargs, settings))
+        if "tensor(" in key or " at 0x" in key:  # not told apart by what it looks like
+            return own(*args, **kwargs)
+        if key not in memo:
+            memo[key] = own(*args, **kwargs)
+        return memo[key]
+
+    return encode_prompt

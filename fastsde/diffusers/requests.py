@@ -1,0 +1,178 @@
+"""What a pipeline is asked for, split into the arguments of its call for each sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsde.checks import check_count
+
+_TEXT = ("prompt", "negative_prompt")
+_EACH = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt")
+"""Names under which pipelines take a number of samples for each prompt."""
+_PICTURES = ("image", "mask", "video", "frames", "audio")
+
+
+class Request:
+    """The samples asked for: how many, and what the pipeline is called with for each.
+
+    Args:
+        pipe: the pipeline.
+        given: arguments of its call, for all samples.
+        per_sample: arguments with one value for each sample.
+        n: number of samples; repeats of one prompt.
+        index: sample numbers, which may say how many there are.
+
+    Raises:
+        TypeError: for an argument that the pipeline does not take.
+        ValueError: for lists that disagree, naming them.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        given: dict[str, Any],
+        per_sample: Mapping[str, Sequence[Any]],
+        n: int | None,
+        index: Sequence[int] | Tensor | None,
+    ) -> None:
+        self.takes = inspect.signature(type(pipe).__call__).parameters
+        name = type(pipe).__name__
+        open_ended = any(p.kind is p.VAR_KEYWORD for p in self.takes.values())
+        unknown = [key for key in (*given, *per_sample) if key not in self.takes]
+        if unknown and not open_ended:
+            known = ", ".join(key for key in self.takes if key != "self")
+            raise TypeError(f"{name} takes no {', '.join(unknown)}; its call takes {known}.")
+        twice = sorted(given.keys() & per_sample.keys())
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is given both for all samples and in per_sample=.")
+        given = dict(given)
+        self.generator = given.pop("generator", None)
+        each = 1
+        for key in _EACH:
+            each *= check_count(key, 1 if (k := given.pop(key, None)) is None else k, 1)
+        rows = {key: len(v) for key, v in given.items() if self._by_prompt(key, v)}
+        counts = {k for k in rows.values() if k > 1} or {1}
+        if len(counts) > 1:
+            said = ", ".join(f"{key} has {k}" for key, k in rows.items())
+            raise ValueError(f"how many prompts? {said}.")
+        prompts = counts.pop()
+        self.n = self._number(prompts, each, per_sample, given, n, index)
+        each = self.n // prompts
+        self.arguments = [
+            {key: self._of_prompt(key, v, k // each, k) for key, v in given.items()}
+            | {key: v[k] for key, v in per_sample.items()}
+            for k in range(self.n)
+        ]
+        one = {key: 1 for key in _EACH if key in self.takes}
+        if "batch_size" in self.takes:  # unconditional pipelines
+            one["batch_size"] = 1
+        for arguments in self.arguments:
+            arguments |= one
+
+    def _number(
+        self,
+        prompts: int,
+        each: int,
+        per_sample: Mapping[str, Sequence[Any]],
+        given: dict[str, Any],
+        n: int | None,
+        index: Sequence[int] | Tensor | None,
+    ) -> int:
+        """The number of samples, on which everything that says one must agree."""
+        said: dict[str, int] = {key: len(v) for key, v in per_sample.items()}
+        if n is not None:
+            said["n"] = check_count("n", n, 1)
+        if index is not None:
+            said["index"] = len(index)
+        if isinstance(self.generator, Sequence):
+            said["generator"] = len(self.generator)
+        if isinstance(given.get("latents"), Tensor) and len(given["latents"]) > 1:
+            said["latents"] = len(given["latents"])
+        whole = prompts * each
+        if whole > 1 or not said:
+            said["prompts times samples of each"] = whole
+        if len(set(said.values())) > 1:
+            raise ValueError(f"the number of samples disagrees: {', '.join(f'{k} says {v}' for k, v in said.items())}.")
+        number = next(iter(said.values()))
+        self._check_lists(given, number)
+        return number
+
+    def _check_lists(self, given: dict[str, Any], n: int) -> None:
+        """Refuses pictures of which it is not known whether they are one for each sample or several for all."""
+        for key, value in given.items():
+            many = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 3)
+            if n > 1 and many and len(value) == n and any(word in key for word in _PICTURES) and "embeds" not in key:
+                raise ValueError(
+                    f"{key} has {n} entries for {n} samples: one for each, or all of them for each? For the first, "
+                    f"give per_sample={{{key!r}: [...]}}; for the second, the same with {n} times the whole list."
+                )
+
+    @staticmethod
+    def _by_prompt(key: str, value: Any) -> bool:
+        """Whether an argument has one entry for each prompt."""
+        if key.startswith("ip_adapter"):
+            return False
+        if key.startswith(_TEXT) and isinstance(value, (list, tuple)) and value:
+            return all(isinstance(v, (str, Tensor)) or v is None for v in value)
+        if key == "class_labels":
+            return isinstance(value, (list, tuple, Tensor)) and (not isinstance(value, Tensor) or value.ndim > 0)
+        return isinstance(value, Tensor) and value.ndim > 1 and ("embeds" in key or key.endswith("attention_mask"))
+
+    def _of_prompt(self, key: str, value: Any, row: int, sample: int) -> Any:
+        """The argument for one sample."""
+        if key == "latents" and isinstance(value, Tensor) and len(value) > 1 and len(value) == self.n:
+            return value[sample : sample + 1]
+        if isinstance(value, (list, tuple)) and len(value) == self.n > 1 and self._is_number(key):
+            return value[sample]
+        if not self._by_prompt(key, value):
+            return value
+        row = row if len(value) > 1 else 0
+        if isinstance(value, Tensor) or not isinstance(value[row], str):
+            return value[row : row + 1]
+        return value[row] if key != "class_labels" else value[row : row + 1]
+
+    def _is_number(self, key: str) -> bool:
+        parameter = self.takes.get(key)
+        return parameter is not None and isinstance(parameter.default, Real)
+
+
+def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Tensor | None) -> tuple[int, list[Any]]:
+    """The seed of the noise, and for each sample the generator that its pipeline draws from, or None.
+
+    Raises:
+        TypeError, ValueError: naming the argument.
+    """
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("give either seed= or generator=, not both.")
+        return check_count("seed", seed, 0), [None] * n
+    if generator is None:
+        return int(torch.randint(1 << 62, (1,))), [None] * n
+    if isinstance(generator, torch.Generator):
+        if n == 1:
+            return generator.initial_seed() % (1 << 63), [generator]
+        return int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)), [None] * n
+    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+        raise TypeError(
+            f"generator must be a torch.Generator or a list of them, one for each sample; got {generator!r}."
+        )
+    if index is not None:
+        raise ValueError("a list of generators says all noise; leave index= out.")
+    return 0, list(generator)
+
+
+def own_generator(seed: int, number: int) -> torch.Generator:
+    """The generator of one sample: a function of (seed, number).
+
+    torch's generator of the CPU takes 32 bits of a seed. An odd multiple, both of it and the offset drawn from the
+    seed, gives all numbers of a seed different ones.
+    """
+    words = torch.randint(1 << 32, (2,), generator=torch.Generator().manual_seed(seed % (1 << 32))).tolist()
+    factor, offset = (words[0] + (seed >> 32)) | 1, words[1]
+    return torch.Generator().manual_seed((factor * number + offset) % (1 << 32))
