@@ -1,5 +1,7 @@
 """What tiny pipelines are built of: networks and autoencoders from configurations, embeddings, a picture."""
 
+import inspect
+
 import diffusers
 import numpy as np
 import tiny
@@ -9,6 +11,8 @@ from PIL import Image
 IMAGE = Image.fromarray((np.indices((16, 16)).sum(0)[..., None] * [8, 6, 4]).astype(np.uint8))
 SMALL = {"height": 16, "width": 16}
 TEXT = {"prompt": "a red cat"}
+EDIT = {"image": IMAGE, "strength": 0.5}
+MASKED = {"image": IMAGE, "mask_image": IMAGE.convert("L"), "strength": 1.0}
 
 
 def normal(*shape, seed=0):
@@ -35,6 +39,13 @@ def network(kind, **config):
             if not torch.isfinite(parameter).all() or not parameter.any():
                 parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     return made
+
+
+def assemble(kind, **parts):
+    """A pipeline of the class, of those parts that it has a place for."""
+    made = getattr(diffusers, kind)
+    places = inspect.signature(made.__init__).parameters
+    return made(**{name: value for name, value in parts.items() if name in places})
 
 
 def part(kind, **config):
