@@ -476,7 +476,7 @@ def kandinsky3(kind="Kandinsky3Pipeline", **more):
         time_embedding_dim=4,
         groups=2,
         attention_head_dim=4,
-        layers_per_block=1,
+        layers_per_block=3,
         block_out_channels=(8, 16),
         cross_attention_dim=4,
         encoder_hid_dim=16,
@@ -518,13 +518,15 @@ def kandinsky5_transformer(conditioned):
 
 
 def kandinsky5_texts():
-    texts = {"prompt_embeds_qwen": normal(1, 5, 16), "prompt_embeds_clip": normal(1, 16)}
-    others = {
-        "negative_prompt_embeds_qwen": normal(1, 5, 16, seed=1),
-        "negative_prompt_embeds_clip": normal(1, 16, seed=1),
+    return {
+        f"{name}prompt_{what}": value
+        for k, name in enumerate(["", "negative_"])
+        for what, value in {
+            "embeds_qwen": normal(1, 5, 16, seed=k),
+            "embeds_clip": normal(1, 16, seed=k),
+            "cu_seqlens": torch.tensor([0, 5], dtype=torch.int32),
+        }.items()
     }
-    ends = torch.tensor([0, 5], dtype=torch.int32)
-    return texts | others | {"prompt_cu_seqlens": ends, "negative_prompt_cu_seqlens": ends}
 
 
 def kandinsky5():
@@ -580,9 +582,9 @@ def hidream():
     )
     parts = {f"{kind}{k}": None for kind in ("text_encoder", "tokenizer") for k in ("", "_2", "_3", "_4")}
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
-    pipe = assemble(
-        "HiDreamImagePipeline", **parts, scheduler=scheduler, vae=vae(shift_factor=0.1), transformer=transformer
-    )
+    parts |= {"scheduler": scheduler, "vae": vae(shift_factor=0.1), "transformer": transformer}
+    pipe = assemble("HiDreamImagePipeline", **parts)
+    pipe.default_sample_size = 8  # sizes are set to its area
     texts = {
         f"{name}{kind}": normal(*shape, seed=k)
         for k, name in enumerate(["", "negative_"])
@@ -626,24 +628,7 @@ def ovis():
     )
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe = diffusers.OvisImagePipeline(scheduler, vae(shift_factor=0.1), None, None, transformer)
-    return pipe, embeddings(5, 32) | SMALL
-
-
-def longcat_image():
-    transformer = network(
-        "LongCatImageTransformer2DModel",
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=[4, 4, 8],
-    )
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
-    pipe = diffusers.LongCatImagePipeline(scheduler, vae(shift_factor=0.1), None, None, None, transformer)
-    return pipe, embeddings(5, 32) | SMALL | {"enable_prompt_rewrite": False}
+    return pipe, embeddings(5, 32) | SMALL | {"negative_prompt": None}
 
 
 def prx():
@@ -757,12 +742,12 @@ def latent_upscale():
         act_fn="gelu",
         attention_head_dim=8,
         norm_num_groups=None,
-        block_out_channels=[32, 32],
-        time_cond_proj_dim=64 + 2 * 16,
+        block_out_channels=[32, 32, 64, 64],
+        time_cond_proj_dim=2 * 64 + 16,
         conv_in_kernel=1,
         conv_out_kernel=1,
         cross_attention_dim=16,
-        down_block_types=("KDownBlock2D", "KCrossAttnDownBlock2D"),
+        down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
         in_channels=8,
         mid_block_type=None,
         only_cross_attention=False,
@@ -770,7 +755,7 @@ def latent_upscale():
         resnet_time_scale_shift="scale_shift",
         time_embedding_type="fourier",
         timestep_post_act="gelu",
-        up_block_types=("KCrossAttnUpBlock2D", "KUpBlock2D"),
+        up_block_types=(*("KCrossAttnUpBlock2D",) * 3, "KUpBlock2D"),
     )
     scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", prediction_type="sample")
     pipe = of_sd("StableDiffusionLatentUpscalePipeline", unet=unet, scheduler=scheduler)
@@ -778,9 +763,21 @@ def latent_upscale():
     return pipe, {**TEXT, "image": IMAGE}
 
 
+class Pooling(torch.nn.Module):
+    """An encoder that costs nothing: the means of square patches, repeated to `channels`."""
+
+    def __init__(self, size, channels):
+        super().__init__()
+        self.size, self.channels = size, channels
+
+    def forward(self, x, **_):
+        x = torch.nn.functional.avg_pool3d(x, (1, self.size, self.size))
+        return x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1, -1)
+
+
 def qwen_edit(kind):
     pipe, arguments = qwen()
-    # Pictures are set to an area of 1024 x 1024 before they are encoded: an autoencoder of 64 x 64 keeps that small.
+    # Pictures are set to an area of 1024 x 1024 before they are encoded.
     autoencoder = part(
         "AutoencoderKLQwenImage",
         base_dim=2,
@@ -791,8 +788,9 @@ def qwen_edit(kind):
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+    autoencoder.encoder = Pooling(64, 8)
     pipe = assemble(kind, **{**pipe.components, "vae": autoencoder, "processor": None})
-    return pipe, {**arguments, "image": IMAGE, "height": 128, "width": 128}
+    return pipe, {**arguments, "image": IMAGE, "height": 256, "width": 256}
 
 
 def krea2():
@@ -818,7 +816,8 @@ def krea2():
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
     pipe = assemble("Krea2Pipeline", **{**pipe.components, "transformer": transformer, "scheduler": scheduler})
     texts = {"prompt_embeds": normal(1, 5, 2, 16), "negative_prompt_embeds": normal(1, 5, 2, 16, seed=1)}
-    return pipe, arguments | texts
+    masks = {f"{name}_mask": ones(1, 5).bool() for name in texts}
+    return pipe, arguments | texts | masks
 
 
 def nucleus():
@@ -978,7 +977,6 @@ PIPELINES = {
     "HiDreamImagePipeline": hidream,
     "LuminaPipeline": lumina,
     "OvisImagePipeline": ovis,
-    "LongCatImagePipeline": longcat_image,
     "PRXPipeline": prx,
     "GlmImagePipeline": glm_image,
     "CogView3PlusPipeline": cogview3,
