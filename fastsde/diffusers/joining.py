@@ -113,35 +113,41 @@ class CannotJoinError(Exception):
 
 
 def answered(
-    calls: Sequence[Call], hooks: Mapping[int, Sequence[Any]], refused: Callable[[Call, Exception], None]
+    calls: Sequence[Call],
+    hooks: Mapping[int, Sequence[Any]],
+    apart: set[int],
+    refused: Callable[[Call, Exception], None],
 ) -> tuple[list[Any], int, str | None]:
     """The outputs of calls, in as few forwards as can be; how many those were, and why not fewer.
 
     Args:
         calls: the calls.
         hooks: hooks that remember earlier calls, by the id of their network: its calls stay apart.
+        apart: ids of networks whose calls failed together, and stay apart; networks are added.
         refused: told of a call for which memory did not suffice even alone; its output is None.
     """
     outputs: dict[int, Any] = {}
     forwards, why = 0, None
-    for group, together in _groups(calls, hooks):
-        for part, out in _forward([calls[k] for k in group], together, hooks, refused):
+    for group, together in _groups(calls, {*hooks, *apart}):
+        for part, out in _forward([calls[k] for k in group], together, hooks, apart, refused):
             outputs |= {group[k]: value for k, value in zip(part, out, strict=True)}
             forwards += 1
     modules = {id(call.module) for call in calls}
     if not hooks and forwards > len(modules):
         why = "their tensors have different shapes, or differ where a network takes one value for all"
+    if apart:
+        why = "the network takes a tensor that has no row for each sample, so that its calls cannot be one"
     return [outputs[k] for k in range(len(calls))], forwards, why
 
 
-def _groups(calls: Sequence[Call], hooks: Mapping[int, Sequence[Any]]) -> list[tuple[list[int], _Joint | None]]:
+def _groups(calls: Sequence[Call], apart: set[int]) -> list[tuple[list[int], _Joint | None]]:
     """Which calls make one forward, and its arguments if they are several."""
     groups: list[tuple[list[int], _Joint | None]] = []
     left = list(range(len(calls)))
     while left:
         same = [k for k in left if calls[k].module is calls[left[0]].module]
         group, together = same[:1], None
-        if len(same) > 1 and id(calls[same[0]].module) not in hooks:
+        if len(same) > 1 and id(calls[same[0]].module) not in apart:
             group, together = same, _joint([calls[k] for k in same])
             if together is None:
                 fit = [k for k in same[1:] if _joint([calls[same[0]], calls[k]]) is not None]
@@ -156,6 +162,7 @@ def _forward(
     calls: list[Call],
     together: _Joint | None,
     hooks: Mapping[int, Sequence[Any]],
+    apart: set[int],
     refused: Callable[[Call, Exception], None],
 ) -> list[tuple[list[int], list[Any]]]:
     """Forwards for a group of calls, one if memory suffices: which calls each answers, and with what."""
@@ -172,10 +179,17 @@ def _forward(
         if len(calls) == 1:
             refused(first, error)
             return [([0], [None])]
+    except Exception:
+        if len(calls) == 1:
+            raise
+        # What is wrong with a call itself, its own forward will say.
+        apart.add(id(first.module))
+        singles = [_forward([call], None, hooks, apart, refused)[0][1] for call in calls]
+        return [([k], out) for k, out in enumerate(singles)]
     # Out of the handler, which holds the frames of the failed forward and their tensors.
     half = len(calls) // 2
-    above = [([k + half for k in part], out) for part, out in _forward(calls[half:], None, hooks, refused)]
-    return _forward(calls[:half], None, hooks, refused) + above
+    above = [([k + half for k in part], out) for part, out in _forward(calls[half:], None, hooks, apart, refused)]
+    return _forward(calls[:half], None, hooks, apart, refused) + above
 
 
 _Joint = tuple[tuple[Any, ...], dict[str, Any]]
@@ -236,6 +250,9 @@ def _join(values: Sequence[Any], rows: Sequence[int], is_time: bool, lists: bool
     if isinstance(first, (list, tuple)) and any(isinstance(v, (Tensor, list, tuple, dict)) for v in first):
         if any(len(v) != len(first) for v in values):
             raise CannotJoinError
+        tensors = [v for v in first if isinstance(v, Tensor)]
+        if any(v.ndim == 0 or len(v) != rows[0] for v in tensors):  # positions, one axis each: rows in none of them
+            rows = [-1] * len(values)
         parts = [_join(list(part), rows, is_time, lists) for part in zip(*values, strict=True)]
         return type(first)(parts) if type(first) in (list, tuple) else type(first)(*parts)
     if is_time and isinstance(first, float) and any(v != first for v in values):

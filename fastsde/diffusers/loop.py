@@ -45,6 +45,7 @@ class Loop:
         memo: what `encode_prompt` returned before, shared by the samples of a run.
         processors: attention processors of the networks as they were before, by the network's id.
         alone: whether no other sample runs at the same time.
+        seed: of the random numbers that the pipeline draws without a generator.
     """
 
     def __init__(
@@ -56,8 +57,14 @@ class Loop:
         *,
         processors: dict[int, dict[str, Any]],
         alone: bool,
+        seed: int,
     ) -> None:
         self.reading, self.arguments, self.alone = reading, arguments, alone
+        self._device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+        outside = _random_states(self._device)
+        torch.manual_seed(seed)
+        self._random = _random_states(self._device)
+        _set_random_states(outside)
         self.call: Call | None = None
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
@@ -69,6 +76,7 @@ class Loop:
         self.given_x_0: Tensor | None = None
         self.begin: Tensor | None = None
         self.ready: Tensor | None = None
+        self.first: Tensor | None = None
         self.begun = False
         self.denoised = torch.empty(0)
         self._counted: list[int] = []
@@ -117,7 +125,8 @@ class Loop:
             Exception: whatever the pipeline raises; it has ended then.
         """
         self.call = None
-        grad = torch.is_grad_enabled()
+        grad, outside = torch.is_grad_enabled(), _random_states(self._device)
+        _set_random_states(self._random)
         try:
             self._greenlet.switch(answer)
         except BaseException as error:
@@ -125,6 +134,8 @@ class Loop:
             raise
         finally:
             torch.set_grad_enabled(grad)
+            self._random = _random_states(self._device)
+            _set_random_states(outside)
             self.ended = self._greenlet.dead
 
     def _pause(self) -> Any:
@@ -305,6 +316,17 @@ class Loop:
     def place(self) -> int | None:
         """The place of the loop in the pipeline's own list; None before it."""
         return self._place if self._walking or self._in_turn else None
+
+
+def _random_states(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's own generators, from which pipelines draw where they take no generator."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {str(device): torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def _set_random_states(states: dict[str, Tensor]) -> None:
+    for name, state in states.items():
+        torch.set_rng_state(state) if name == "cpu" else torch.cuda.set_rng_state(state, name)
 
 
 class Timesteps(Tensor):

@@ -56,12 +56,14 @@ class Request:
         each = 1
         for key in _EACH:
             each *= check_count(key, 1 if (k := given.pop(key, None)) is None else k, 1)
-        rows = {key: len(v) for key, v in given.items() if self._by_prompt(key, v)}
-        counts = {k for k in rows.values() if k > 1} or {1}
-        if len(counts) > 1:
+        rows = {key: len(v) for key, v in given.items() if _by_prompt(key, v)}
+        counts = sorted({k for k in rows.values() if k > 1})
+        # Some embeddings have another axis first, such as the layers of a text encoder; then most say 1.
+        prompts = 1 if not counts or 2 * list(rows.values()).count(1) > len(rows) else counts[0]
+        if prompts > 1 and len(counts) > 1:
             said = ", ".join(f"{key} has {k}" for key, k in rows.items())
-            raise ValueError(f"how many prompts? {said}.")
-        prompts = counts.pop()
+            raise ValueError(f"how many prompts? {said}. What has another axis first may be given in per_sample=.")
+        self.by_prompt = [key for key, k in rows.items() if prompts > 1 or k == 1]
         self.n = self._number(prompts, each, per_sample, given, n, index)
         each = self.n // prompts
         self.arguments = [
@@ -113,24 +115,13 @@ class Request:
                     f"give per_sample={{{key!r}: [...]}}; for the second, the same with {n} times the whole list."
                 )
 
-    @staticmethod
-    def _by_prompt(key: str, value: Any) -> bool:
-        """Whether an argument has one entry for each prompt."""
-        if key.startswith("ip_adapter"):
-            return False
-        if key.startswith(_TEXT) and isinstance(value, (list, tuple)) and value:
-            return all(isinstance(v, (str, Tensor)) or v is None for v in value)
-        if key == "class_labels":
-            return isinstance(value, (list, tuple, Tensor)) and (not isinstance(value, Tensor) or value.ndim > 0)
-        return isinstance(value, Tensor) and value.ndim > 1 and ("embeds" in key or key.endswith("attention_mask"))
-
     def _of_prompt(self, key: str, value: Any, row: int, sample: int) -> Any:
         """The argument for one sample."""
         if key == "latents" and isinstance(value, Tensor) and len(value) > 1 and len(value) == self.n:
             return value[sample : sample + 1]
         if isinstance(value, (list, tuple)) and len(value) == self.n > 1 and self._is_number(key):
             return value[sample]
-        if not self._by_prompt(key, value):
+        if key not in self.by_prompt:
             return value
         row = row if len(value) > 1 else 0
         if isinstance(value, Tensor) or not isinstance(value[row], str):
@@ -140,6 +131,17 @@ class Request:
     def _is_number(self, key: str) -> bool:
         parameter = self.takes.get(key)
         return parameter is not None and isinstance(parameter.default, Real)
+
+
+def _by_prompt(key: str, value: Any) -> bool:
+    """Whether an argument has one entry for each prompt."""
+    if key.startswith("ip_adapter"):
+        return False
+    if key.startswith(_TEXT) and isinstance(value, (list, tuple)) and value:
+        return all(isinstance(v, (str, Tensor)) or v is None for v in value)
+    if key == "class_labels":
+        return isinstance(value, (list, tuple, Tensor)) and (not isinstance(value, Tensor) or value.ndim > 0)
+    return isinstance(value, Tensor) and value.ndim > 1 and ("embeds" in key or key.endswith("attention_mask"))
 
 
 def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Tensor | None) -> tuple[int, list[Any]]:

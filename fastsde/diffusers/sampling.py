@@ -123,6 +123,7 @@ class PipelineModel(ScoreModel):
         self.errors: dict[int, BaseException] = {}
         self.stopped: set[int] = set()
         self.forwards = 0
+        self._apart: set[int] = set()
         self.separate: str | None = None
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
@@ -169,8 +170,8 @@ class PipelineModel(ScoreModel):
             loop = self.loops[i]
             if loop.begun:  # again: its caches know what came later
                 loop.memory.reset()
-                loop.ready = None
-            loop.begun = True
+            # The first prediction is known, and so it costs nothing again.
+            loop.begun, loop.ready = True, loop.first
         return torch.stack([self.loops[i].begin for i in numbers])
 
     def prepare(self, numbers: Sequence[int]) -> None:
@@ -183,7 +184,13 @@ class PipelineModel(ScoreModel):
             if "generator" in self.request.takes:
                 arguments["generator"] = self.generators[i]
             self.loops[i] = Loop(
-                self.pipe, arguments, self.reading, self._memo, processors=self.processors, alone=self.batch_size == 1
+                self.pipe,
+                arguments,
+                self.reading,
+                self._memo,
+                processors=self.processors,
+                alone=self.batch_size == 1,
+                seed=self.generators[i].initial_seed(),
             )
         self._advance([self.loops[i] for i in new])
         for i in new:
@@ -213,13 +220,13 @@ class PipelineModel(ScoreModel):
                 "own."
             )
         self.calls = max(self.calls, loop.cost)
-        loop.ready = self._denoised([loop], torch.tensor([given], dtype=torch.float64))[0]
-        x = loop.sample.reshape(event).to(loop.ready.dtype) * self._alpha(given)
+        loop.first = self._denoised([loop], torch.tensor([given], dtype=torch.float64))[0]
+        x = loop.sample.reshape(event).to(loop.first.dtype) * self._alpha(given)
         if given > start:
             # The end of a flow cannot be stepped from: along the first prediction to the first level below it.
             at, to = (sde.level(torch.tensor([t], dtype=torch.float64)) for t in (given, start))
             keep = float(to.sigma / at.sigma)
-            x = keep * x + float(to.alpha - keep * at.alpha) * loop.ready
+            x = keep * x + float(to.alpha - keep * at.alpha) * loop.first
         loop.begin = x
 
     def _ends(self, loop: Any) -> tuple[float, float]:
@@ -292,7 +299,7 @@ class PipelineModel(ScoreModel):
             remembering = {id(call.module): hooks for call in calls if (hooks := cache_hooks(call.module))}
             if remembering:
                 self.separate = "its network has cache hooks, which remember each sample's earlier calls"
-            answers, forwards, why = answered(calls, remembering, self._failed)
+            answers, forwards, why = answered(calls, remembering, self._apart, self._failed)
             self.forwards += forwards
             self.separate = why or self.separate
             waiting = [(c.loop, a) for c, a in zip(calls, answers, strict=True) if not c.loop.ended]
