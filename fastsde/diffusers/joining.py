@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastsde.score.network import unwrap
+
 _TIME = ("timestep", "timesteps", "t", "time", "timestep_r", "sigma", "noise_level")
 """Names of a network's argument that is its time, which may come without an axis."""
 
@@ -197,7 +199,7 @@ _Joint = tuple[tuple[Any, ...], dict[str, Any]]
 
 def joined(calls: Sequence[Call]) -> _Joint:
     """Arguments of one call in the place of several."""
-    names = _names(calls[0].module)
+    names = _names(type(unwrap(calls[0].module)).forward)
     rows = [call.rows for call in calls]
     lists = calls[0].lists
 
@@ -210,9 +212,10 @@ def joined(calls: Sequence[Call]) -> _Joint:
     return args, {key: merged[key] for key in calls[0].kwargs}
 
 
-def _names(module: nn.Module) -> list[str]:
-    inside = getattr(module, "_orig_mod", getattr(module, "module", module))
-    return list(inspect.signature(inside.forward if isinstance(inside, nn.Module) else inside).parameters)
+@functools.lru_cache
+def _names(forward: Callable[..., Any]) -> list[str]:
+    """Names of the arguments of a network's `forward`, a function of its class, after self."""
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def _joint(calls: Sequence[Call]) -> _Joint | None:

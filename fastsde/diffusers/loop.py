@@ -46,6 +46,7 @@ class Loop:
         processors: attention processors of the networks as they were before, by the network's id.
         alone: whether no other sample runs at the same time.
         seed: of the random numbers that the pipeline draws without a generator.
+        device: where it runs.
     """
 
     def __init__(
@@ -58,9 +59,10 @@ class Loop:
         processors: dict[int, dict[str, Any]],
         alone: bool,
         seed: int,
+        device: torch.device,
     ) -> None:
         self.reading, self.arguments, self.alone = reading, arguments, alone
-        self._device = torch.device(getattr(pipe, "_execution_device", "cpu"))
+        self._device = device
         outside = _random_states(self._device)
         torch.manual_seed(seed)
         self._random = _random_states(self._device)
@@ -84,7 +86,9 @@ class Loop:
         self._next: Tensor | None = None
         self._in_turn = self._walking = False
         self._place = 0
-        self._listed = self._walked = torch.empty(0)
+        self._listed: list[float] = []
+        self._walked: list[float] = []
+        self._t = 0.0
         self._processors, self._seen = processors, set[int]()
         self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
         # Cosmos takes each step twice, setting the scheduler's number back between.
@@ -99,6 +103,9 @@ class Loop:
     def _copied(self, pipe: Any, memo: dict[Any, Any]) -> Any:
         """A shallow copy of the pipeline whose scheduler and networks are answered from outside."""
         made = copy.copy(pipe)
+        if hasattr(type(pipe), "_execution_device"):  # which looks through all modules to find it, for every sample
+            kind, device = type(pipe), self._device
+            made.__class__ = type(kind.__name__, (kind,), {"_execution_device": device, "__module__": kind.__module__})
         own = vars(made)  # the pipeline's own __setattr__ would write into the configuration that both share
         own["scheduler"] = stand_in(pipe.scheduler, self)
         for name, module in pipe.components.items():
@@ -157,15 +164,15 @@ class Loop:
 
     # What whoever answers says and asks.
 
-    def give(self, x: State, timestep: Tensor) -> None:
-        """Says where the next evaluation is: a state, with the shape of `sample`, and the network's time."""
+    def give(self, x: State, t: float, timestep: Tensor) -> None:
+        """Says where the next evaluation is: a state, with the shape of `sample`, its time and the network's."""
         # A copy: pipelines edit their latents in place.
         given = x.to(self.sample.device, self.sample.dtype, copy=True).reshape(self.sample.shape)
-        self._handed, self._next = (given, given._version), timestep
+        self._handed, self._next, self._t = (given, given._version), timestep, t
 
     def finish(self, x: State) -> None:
         """Says that there is none, and what the pipeline goes on with after its loop."""
-        self.give(x, torch.empty(0))
+        self.give(x, 0.0, torch.empty(0))
         self._next = None
 
     @property
@@ -191,9 +198,8 @@ class Loop:
     @property
     def span(self) -> tuple[float, float | None]:
         """The process's times at which the walk began, and at which it ends if the pipeline cut its list's end."""
-        last = self._walked[-1]
-        after = self._listed[self._listed < last * (1 - 1e-6)]
-        return float(self._walked[0]), float(after[0]) if len(after) else None
+        after = [t for t in self._listed if t < self._walked[-1] * (1 - 1e-6)]
+        return self._walked[0], after[0] if after else None
 
     def listed(self, timesteps: Tensor) -> None:
         """Notes the scheduler's whole list."""
@@ -267,20 +273,16 @@ class Loop:
             return
         while self._next is not None:
             self._now, self._next = self._next, None
-            self._place = self._place_of(self._now)
+            # That of the last of the pipeline's own times that is not below it in noise.
+            self._place = max(0, sum(own >= self._t * (1 - 1e-6) for own in self._walked) - 1)
             self._in_turn = True
             yield self._now.to(own.device)
             if self._in_turn:  # it went on without a step: stopped by its own callback
                 self.stopped, self._in_turn = True, False
                 return
 
-    def _levels(self, timesteps: Tensor) -> Tensor:
-        return self.reading.time(timesteps.double().cpu().reshape(-1))
-
-    def _place_of(self, timestep: Tensor) -> int:
-        """The place of a time in the pipeline's own list: of the last one that is not below it in noise."""
-        t = self._levels(timestep)
-        return max(0, int((self._walked >= t * (1 - 1e-6)).sum()) - 1)
+    def _levels(self, timesteps: Tensor) -> list[float]:
+        return self.reading.time(timesteps.double().cpu().reshape(-1)).tolist()
 
     def _enumerate(self, things: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
         """`enumerate`, which over the loop's times counts by their place in the pipeline's own list.
@@ -488,22 +490,16 @@ def _step(made: Any, scheduler: Any, loop: Loop) -> Callable[..., Any]:
     from diffusers.schedulers.scheduling_utils import SchedulerOutput
 
     own = scheduler.step
-    again = "pred_original_sample" in inspect.signature(own).parameters and loop.steps_twice
-    signature = inspect.signature(own)
-
-    defaults = {key: p.default for key, p in signature.parameters.items()}
+    defaults = {key: p.default for key, p in inspect.signature(own).parameters.items()}
+    again = "pred_original_sample" in defaults and loop.steps_twice
 
     @functools.wraps(own)
     def step(*args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(*args, **kwargs).arguments
+        given = {**dict(zip(defaults, args, strict=False)), **kwargs}
         if given.get("eta"):
             raise ValueError(f"eta must be 0; got {given['eta']}. Noise is solver=fastsde.ExponentialPC(eta=1.0).")
-        other = [
-            key
-            for key, value in given.items()
-            if key not in _STEP and value is not None and not _alike(value, defaults.get(key))
-        ]
-        if other:
+        others = [key for key in given if key not in _STEP]
+        if other := [k for k in others if given[k] is not None and not _alike(given[k], defaults.get(k))]:
             raise ValueError(
                 f"this pipeline gives its scheduler's step {', '.join(other)}, which changes what a step means. Run it "
                 "with its own scheduler."

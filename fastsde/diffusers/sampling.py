@@ -124,6 +124,8 @@ class PipelineModel(ScoreModel):
         self.stopped: set[int] = set()
         self.forwards = 0
         self._apart: set[int] = set()
+        self._hooks: dict[int, list[Any]] = {}
+        self._place = torch.device(pipe._execution_device) if hasattr(pipe, "_execution_device") else super().device
         self.separate: str | None = None
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
@@ -132,7 +134,7 @@ class PipelineModel(ScoreModel):
 
     @property
     def device(self) -> torch.device:
-        return torch.device(self.pipe._execution_device) if hasattr(self.pipe, "_execution_device") else super().device
+        return self._place
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
@@ -191,6 +193,7 @@ class PipelineModel(ScoreModel):
                 processors=self.processors,
                 alone=self.batch_size == 1,
                 seed=self.generators[i].initial_seed(),
+                device=self._place,
             )
         self._advance([self.loops[i] for i in new])
         for i in new:
@@ -249,7 +252,8 @@ class PipelineModel(ScoreModel):
         if asked:
             times = self.reading.timestep(t[asked]).float()
             for k, timestep in zip(asked, times, strict=True):
-                self.loops[numbers[k]].give(x_t[k] / self._alpha(float(t[k])), timestep)
+                now = float(t[k])
+                self.loops[numbers[k]].give(x_t[k] / self._alpha(now), now, timestep)
             self._advance([self.loops[numbers[k]] for k in asked])
             there = [k for k in asked if not self.loops[numbers[k]].ended]
             if there:
@@ -296,7 +300,10 @@ class PipelineModel(ScoreModel):
             for loop, answer in waiting:
                 loop.resume(answer)
             calls = [loop.call for loop, _ in waiting if loop.call is not None]
-            remembering = {id(call.module): hooks for call in calls if (hooks := cache_hooks(call.module))}
+            for call in calls:
+                if id(call.module) not in self._hooks:
+                    self._hooks[id(call.module)] = cache_hooks(call.module)
+            remembering = {key: hooks for key, hooks in self._hooks.items() if hooks}
             if remembering:
                 self.separate = "its network has cache hooks, which remember each sample's earlier calls"
             answers, forwards, why = answered(calls, remembering, self._apart, self._failed)
