@@ -138,12 +138,12 @@ def path(sde=CLOCK, event=(2,)):
 
 def run(n, controller, *, solver=None, network=None, sde=CLOCK, **options):
     """Drives the real engine with n stub rows that start at x = (place in the queue, 0)."""
-    x_init = torch.zeros(n, 2, dtype=torch.float64)
-    x_init[:, 0] = torch.arange(n)
+    start = torch.zeros(n, 2, dtype=torch.float64)
+    start[:, 0] = torch.arange(n)
     defaults = {
         "index": torch.arange(n),
         "cond": {},
-        "x_init": x_init,
+        "start": start.__getitem__,
         "denoise": True,
         "max_nfe": 1000,
         "batch_size": n,

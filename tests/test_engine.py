@@ -161,7 +161,8 @@ def test_the_batch_shrinks_through_eighths_then_halves_and_padding_costs_no_samp
 def test_start_states_come_from_the_prior_of_each_index():
     network, index = Recorder(), torch.tensor([5, 0, 2, 11, 5])
     cond = {"number": index}
-    result = run(5, StubController(UNEVEN), network=network, index=index, x_init=None, cond=cond, batch_size=2)
+    start = lambda slots: CLOCK.prior(path().prior(index[slots]), CLOCK.t_max)  # noqa: E731
+    result = run(5, StubController(UNEVEN), network=network, index=index, start=start, cond=cond, batch_size=2)
     seen = {}
     for x, t, given_cond in network.calls:
         first = t == CLOCK.t_max

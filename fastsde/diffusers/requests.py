@@ -154,6 +154,8 @@ def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Ten
         if generator is not None:
             raise ValueError("give either seed= or generator=, not both.")
         return check_count("seed", seed, 0), [None] * n
+    if isinstance(generator, int) and not isinstance(generator, bool):
+        return check_count("generator", generator, 0), [None] * n
     if generator is None:
         return int(torch.randint(1 << 62, (1,))), [None] * n
     if isinstance(generator, torch.Generator):

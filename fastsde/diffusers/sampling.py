@@ -40,6 +40,7 @@ class PipelineResult:
         forwards: forwards of the networks that were made; fewer than the calls where those of several samples were one.
         separate: why calls of samples were not joined; None if nothing stood in the way.
         errors: what samples failed with, by their place.
+        process: the process that was walked, from where the pipeline's list starts; for grids of its times.
     """
 
     outputs: list[Any]
@@ -47,6 +48,7 @@ class PipelineResult:
     forwards: int = 0
     separate: str | None = None
     errors: Mapping[int, BaseException] = dataclasses.field(default_factory=dict)
+    process: SDE | None = None
 
     def gather(self, name: str) -> Any:
         """One field of all outputs, such as "images", in the order of the samples.
@@ -127,6 +129,7 @@ class PipelineModel(ScoreModel):
         self._hooks: dict[int, list[Any]] = {}
         self._place = torch.device(pipe._execution_device) if hasattr(pipe, "_execution_device") else super().device
         self.separate: str | None = None
+        self.process: SDE = reading.sde
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
         self._memo: dict[Any, Any] = {}
@@ -361,7 +364,7 @@ class PipelineModel(ScoreModel):
         failed = [i for i in self.errors if not torch.isfinite(result.samples[i]).all()]
         status[failed] = int(Status.FAILED)
         result = dataclasses.replace(result, status=status)
-        return PipelineResult(self.outputs, result, self.forwards, self.separate, self.errors)
+        return PipelineResult(self.outputs, result, self.forwards, self.separate, self.errors, self.process)
 
 
 def sample_pipeline(
@@ -452,7 +455,7 @@ def sample_pipeline(
     try:
         with torch.no_grad(), model.sampling():
             model.begin()
-            process = _between(pipe, model)
+            process = model.process = _between(pipe, model)
             denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
             chosen, first, last = parts(process)
             result = api.run(
