@@ -383,7 +383,7 @@ def flux(**scheduler):
 
 
 def of_flux(kind, parts=None, **arguments):
-    """Another class of Flux; text as embeddings, since the encoders' dropout would be on."""
+    """Another class of Flux, with text as embeddings."""
     pipe = tiny.flux_pipeline()
     text = {"prompt_embeds": normal(1, 5, 32), "pooled_prompt_embeds": normal(1, 16)}
     given = {**pipe.components, "text_encoder": None, "text_encoder_2": None, **(parts or {})}
