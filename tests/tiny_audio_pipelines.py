@@ -155,7 +155,7 @@ def audio_ldm2():
             attention_head_dim=4,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
             up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=((8, 16), (8, 16)),  # of the two texts
+            cross_attention_dim=((None, 8, 16),) * 2,  # attention to itself, and to the two texts
         )
     )
     projection = tiny.seeded(lambda: AudioLDM2ProjectionModel(16, 16, 8))

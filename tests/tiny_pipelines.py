@@ -36,9 +36,31 @@ READ = {
     "IFPipeline": {"guidance_scale": 1.0},
 }
 """What a pipeline is to be asked for to do what `from_diffusers` reads: the empty prompt, or no class, unguided."""
-AS_TEXT = ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3Img2ImgPipeline",
-           "FluxImg2ImgPipeline")  # fmt: skip
-"""Pipelines whose network is read as that of the text-to-image pipeline of the same parts."""
+AS_TEXT = (
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionPipeline, IP-Adapter",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGImg2ImgPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionGLIGENPipeline",
+    "StableDiffusionPanoramaPipeline",
+    "StableDiffusionSAGPipeline",
+    "SemanticStableDiffusionPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+    "StableDiffusion3PAGPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
+    "FluxKontextPipeline",
+    "PixArtSigmaPipeline",
+    "TextToVideoSDPipeline",
+    "AudioLDMPipeline",
+    "MusicLDMPipeline",
+    "LDMPipeline",
+    "RePaintPipeline",
+)
+"""Pipelines whose network is read as that of the text-to-image (or unconditional) pipeline of the same parts."""
 
 
 def limit_scheduler(scheduler):
