@@ -214,7 +214,7 @@ def ace_step():
         condition,
         FlowMatchEulerDiscreteScheduler(num_train_timesteps=1, shift=1.0),
     )
-    return pipe, {"prompt": "a red cat", "lyrics": "la la", "audio_duration": 4.0, "max_text_length": 16}
+    return pipe, {"prompt": "a red cat", "lyrics": "la la", "audio_duration": 4.0, "max_text_length": 256}
 
 
 def ltx2():

@@ -9,7 +9,7 @@ import tiny
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from diffusers.pipelines.shap_e import ShapERenderer
 from tiny_image_pipelines import kandinsky, of_sd
-from tiny_parts import IMAGE, SMALL, TEXT, assemble, network, normal, part
+from tiny_parts import IMAGE, SMALL, TEXT, assemble, network, normal, part, vae
 from tiny_video_pipelines import clip_vision
 
 
@@ -198,8 +198,14 @@ def dance():
 
 def gligen():
     """Boxes with phrases, for the first part of the steps."""
-    pipe = of_sd("StableDiffusionGLIGENPipeline", unet=tiny.text_unet(attention_type="gated"))
-    return pipe, {**TEXT, "gligen_phrases": ["a cat"], "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]]}
+    unet = network("UNet2DConditionModel", zeros=1.0, **{**tiny.text_unet().config, "attention_type": "gated"})
+    pipe = of_sd("StableDiffusionGLIGENPipeline", unet=unet)
+    return pipe, {
+        **TEXT,
+        "gligen_scheduled_sampling_beta": 0.5,
+        "gligen_phrases": ["a cat"],
+        "gligen_boxes": [[0.1, 0.1, 0.6, 0.6]],
+    }
 
 
 def semantic():
@@ -209,18 +215,8 @@ def semantic():
 
 
 def latent_diffusion():
-    unet = tiny.unet(channels=4)
-    book = part(
-        "VQModel",
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
     scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    return diffusers.LDMPipeline(book, unet, scheduler), {"batch_size": 1, "output_type": "np"}
+    return diffusers.LDMPipeline(vae(), tiny.unet(channels=4), scheduler), {"batch_size": 1, "output_type": "np"}
 
 
 def repaint():

@@ -74,6 +74,7 @@ def last_state(pipe, arguments, steps, seed=0):
     """What the pipeline's own loop ends in, from the noise of a seed."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # some draw an encoder's noise without the generator
     call = {"output_type": "latent", **arguments, "num_inference_steps": steps, "generator": generator}
     taken = inspect.signature(type(pipe).__call__).parameters
     call = {name: value for name, value in call.items() if name in taken}

@@ -457,6 +457,7 @@ def allegro():
         norm_num_groups=2,
         temporal_compression_ratio=4,
     )
+    autoencoder.enable_tiling()  # it decodes in no other way
     scheduler = diffusers.EulerAncestralDiscreteScheduler()
     pipe = diffusers.AllegroPipeline(None, None, autoencoder, transformer, scheduler)
     return pipe, embeddings(5, 24, masks=True) | SMALL | {"num_frames": 8, "negative_prompt": None}
@@ -481,8 +482,7 @@ def latte():
         norm_elementwise_affine=False,
         video_length=2,
     )
-    scheduler = diffusers.DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
-    pipe = diffusers.LattePipeline(None, None, vae(), transformer, scheduler)
+    pipe = diffusers.LattePipeline(None, None, vae(), transformer, sd_scheduler())
     return pipe, embeddings(5, 32) | SMALL | {"video_length": 2, "negative_prompt": None}
 
 
