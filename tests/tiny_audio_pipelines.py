@@ -10,7 +10,7 @@ from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
 from tiny_image_pipelines import sd_scheduler
-from tiny_parts import assemble, embeddings, network, normal, ones, part, vae
+from tiny_parts import IMAGE, assemble, embeddings, network, normal, ones, part, vae
 
 
 def oobleck(**config):
@@ -217,7 +217,7 @@ def ace_step():
     return pipe, {"prompt": "a red cat", "lyrics": "la la", "audio_duration": 4.0, "max_text_length": 256}
 
 
-def ltx2():
+def ltx2(kind="LTX2Pipeline", **arguments):
     """A video and its sound: two states, two schedulers."""
     transformer = network(
         "LTX2VideoTransformer3DModel",
@@ -295,14 +295,19 @@ def ltx2():
             output_sampling_rate=16000,
         )
     )
-    pipe = diffusers.LTX2Pipeline(
+    pipe = getattr(diffusers, kind)(
         FlowMatchEulerDiscreteScheduler(), autoencoder, sound, None, None, connectors, transformer, speaker
     )
     guidance = {"guidance_scale": 3.0, "stg_scale": 0.0, "modality_scale": 1.0}
     sounds = {f"audio_{name}": value for name, value in guidance.items()}
     # Two layers of the encoder, side by side.
     texts = embeddings(8, 32, masks=True)
-    return pipe, texts | guidance | sounds | {"height": 32, "width": 32, "num_frames": 5, "frame_rate": 25.0}
+    return pipe, texts | guidance | sounds | {
+        "height": 32,
+        "width": 32,
+        "num_frames": 5,
+        "frame_rate": 25.0,
+    } | arguments
 
 
 PIPELINES = {
@@ -313,4 +318,5 @@ PIPELINES = {
     "AudioLDM2Pipeline": audio_ldm2,
     "AceStepPipeline": ace_step,
     "LTX2Pipeline": ltx2,
+    "LTX2ImageToVideoPipeline": lambda: ltx2("LTX2ImageToVideoPipeline", image=IMAGE, crf=0),
 }

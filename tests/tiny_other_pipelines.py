@@ -8,6 +8,7 @@ import diffusers
 import tiny
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from diffusers.pipelines.shap_e import ShapERenderer
+from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
 from tiny_image_pipelines import kandinsky, of_sd
 from tiny_parts import IMAGE, SMALL, TEXT, assemble, network, normal, part, vae
 from tiny_video_pipelines import clip_vision
@@ -44,6 +45,31 @@ def kandinsky_combined():
     first = {f"prior_{name}": value for name, value in kandinsky_prior()[0].components.items()}
     pipe = diffusers.KandinskyV22CombinedPipeline(**pipe.components, **first)
     return pipe, {**TEXT, "height": 16, "width": 16, "prior_num_inference_steps": 2}
+
+
+def unclip():
+    """A prior and a decoder in one loop after the other, each with a scheduler."""
+    first = kandinsky_prior()[0]
+    unet = network(
+        "UNet2DConditionModel",
+        **{
+            **tiny.text_unet().config,
+            "class_embed_type": "projection",
+            "projection_class_embeddings_input_dim": 2 * 16,
+        },
+    )
+    parts = of_sd("StableDiffusionPipeline", unet=unet).components
+    pipe = assemble(
+        "StableUnCLIPPipeline",
+        **parts,
+        prior_tokenizer=first.tokenizer,
+        prior_text_encoder=first.text_encoder,
+        prior=first.prior,
+        prior_scheduler=first.scheduler,
+        image_normalizer=tiny.seeded(lambda: StableUnCLIPImageNormalizer(embedding_dim=16)),
+        image_noising_scheduler=diffusers.DDPMScheduler(),
+    )
+    return pipe, {**TEXT, **SMALL, "prior_num_inference_steps": 2}
 
 
 def cascade_unet(**config):
@@ -240,6 +266,7 @@ def self_attention_guidance():
 PIPELINES = {
     "KandinskyV22PriorPipeline": kandinsky_prior,
     "KandinskyV22CombinedPipeline": kandinsky_combined,
+    "StableUnCLIPPipeline": unclip,
     "StableCascadePriorPipeline": cascade_prior,
     "StableCascadeDecoderPipeline": cascade_decoder,
     "ShapEPipeline": shap_e,

@@ -27,7 +27,7 @@ def clip_vision(size=16, patch=8):
 
 
 def wan_transformer(kind="WanTransformer3DModel", **config):
-    defaults = {"in_channels": 4, "out_channels": 4}
+    defaults = {"in_channels": 4, "out_channels": 4, "rope_max_seq_len": 32}
     return network(
         kind,
         patch_size=(1, 2, 2),
@@ -38,8 +38,7 @@ def wan_transformer(kind="WanTransformer3DModel", **config):
         ffn_dim=32,
         num_layers=2,
         cross_attn_norm=True,
-        rope_max_seq_len=32,
-        **defaults | config,
+        **{name: value for name, value in (defaults | config).items() if value is not None},
     )
 
 
@@ -517,7 +516,7 @@ def easy_animate():
     return pipe, embeddings(5, 16, masks=True) | SMALL | {"num_frames": 5}
 
 
-def animate_diff():
+def animate_diff(kind="AnimateDiffPipeline", **arguments):
     """The UNet of Stable Diffusion with layers along the frames."""
     motion = network(
         "MotionAdapter",
@@ -527,7 +526,7 @@ def animate_diff():
         motion_num_attention_heads=2,
     )
     parts = {**tiny.stable_diffusion(sd_scheduler()).components, "motion_adapter": motion}
-    return assemble("AnimateDiffPipeline", **parts), {**TEXT, **SMALL, "num_frames": 2}
+    return assemble(kind, **parts), {**TEXT, **SMALL, **arguments}
 
 
 def stable_video():
@@ -589,6 +588,51 @@ def text_to_video():
     return assemble("TextToVideoSDPipeline", **parts), {**TEXT, **SMALL, "num_frames": 2}
 
 
+def wan_times():
+    """Wan 2.2 in one network: a time for every token."""
+    return wan(parts={"expand_timesteps": True})
+
+
+def helios():
+    """One trajectory after another, each a section of the video that sees those before it."""
+    transformer = wan_transformer(
+        "HeliosTransformer3DModel",
+        rope_dim=(4, 4, 4),
+        has_multi_term_memory_patch=True,
+        guidance_cross_attn=True,
+        zero_history_timestep=True,
+        rope_max_seq_len=None,
+    )
+    scheduler = diffusers.HeliosScheduler(stage_range=[0, 1], stages=1, use_dynamic_shifting=True)
+    return wan("HeliosPipeline", {"transformer": transformer, "scheduler": scheduler}, num_frames=40)
+
+
+def motif():
+    """Guidance that keeps a momentum over the steps."""
+    transformer = network(
+        "MotifVideoTransformer3DModel",
+        in_channels=2 * 4 + 1,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        num_layers=1,
+        num_single_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=32,
+        rope_axes_dim=(4, 4, 4),
+    )
+    pipe = assemble(
+        "MotifVideoPipeline",
+        **dict.fromkeys(("text_encoder", "tokenizer", "feature_extractor")),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=7.0),
+        vae=wan_vae(),
+        transformer=transformer,
+        guider=diffusers.AdaptiveProjectedGuidance(guidance_scale=3.0, adaptive_projected_guidance_momentum=-0.5),
+    )
+    return pipe, embeddings(5, 32, masks=True) | {"height": 32, "width": 32, "num_frames": 5}
+
+
 PIPELINES = {
     "WanPipeline": wan,
     "LTXPipeline": ltx,
@@ -628,7 +672,13 @@ PIPELINES = {
     "AllegroPipeline": allegro,
     "LattePipeline": latte,
     "EasyAnimatePipeline": easy_animate,
-    "AnimateDiffPipeline": animate_diff,
+    "AnimateDiffPipeline": lambda: animate_diff(num_frames=2),
+    "AnimateDiffVideoToVideoPipeline": lambda: animate_diff(
+        "AnimateDiffVideoToVideoPipeline", video=[IMAGE] * 2, strength=0.5
+    ),
     "StableVideoDiffusionPipeline": stable_video,
     "TextToVideoSDPipeline": text_to_video,
+    "WanPipeline, a time for every token": wan_times,
+    "HeliosPipeline": helios,
+    "MotifVideoPipeline": motif,
 }
