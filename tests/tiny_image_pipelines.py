@@ -70,6 +70,7 @@ def control_unet(**config):
     defaults = {"cross_attention_dim": 16}
     return network(
         "ControlNetModel",
+        zeros=0.3,
         in_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
@@ -134,7 +135,8 @@ def flux2(kind="Flux2Pipeline", **more):
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipe = getattr(diffusers, kind)(scheduler, autoencoder, None, None, transformer)
-    return pipe, embeddings(5, 16, negative=kind != "Flux2Pipeline") | SMALL | more
+    guided = kind not in ("Flux2Pipeline", "Flux2KleinKVPipeline")  # by itself, or distilled
+    return pipe, embeddings(5, 16, negative=guided) | SMALL | more
 
 
 def qwen(kind="QwenImagePipeline", **more):
@@ -205,7 +207,7 @@ def lumina2():
         cap_feat_dim=8,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=6.0)
-    pipe = diffusers.Lumina2Pipeline(transformer, scheduler, vae(), None, None)
+    pipe = diffusers.Lumina2Pipeline(transformer, scheduler, vae(shift_factor=0.1), None, None)
     return pipe, embeddings(5, 8, masks=True) | {"height": 32, "width": 32}
 
 
@@ -271,21 +273,45 @@ def sana_transformer(**config):
     )
 
 
-def sana():
+def sana_vae():
+    return part(
+        "AutoencoderDC",
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=("ResBlock", "ResBlock"),
+        decoder_block_types=("ResBlock", "ResBlock"),
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), ()),
+        decoder_qkv_multiscales=((), ()),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
+
+
+def sana(kind="SanaPipeline", **parts):
     transformer = sana_transformer()
     scheduler = diffusers.DPMSolverMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
-    pipe = diffusers.SanaPipeline(None, None, None, transformer, scheduler)
-    arguments = {"height": 256, "width": 256, "use_resolution_binning": False, "negative_prompt": None}
+    given = {"tokenizer": None, "text_encoder": None, "vae": sana_vae()}
+    given |= {"transformer": transformer, "scheduler": scheduler}
+    pipe = assemble(kind, **given | parts)
+    arguments = {"height": 32, "width": 32, "use_resolution_binning": False, "negative_prompt": None}
     return pipe, embeddings(5, 8, masks=True) | arguments
 
 
-def cogview4():
+def cogview4(kind="CogView4Pipeline", channels=4, **more):
     transformer = network(
         "CogView4Transformer2DModel",
         patch_size=2,
-        in_channels=4,
+        in_channels=channels,
         num_layers=2,
         attention_head_dim=4,
         num_attention_heads=4,
@@ -297,14 +323,13 @@ def cogview4():
     scheduler = FlowMatchEulerDiscreteScheduler(
         base_shift=0.25, max_shift=0.75, use_dynamic_shifting=True, time_shift_type="linear"
     )
-    pipe = diffusers.CogView4Pipeline(None, None, vae(), transformer, scheduler)
-    return pipe, embeddings(5, 32) | SMALL
+    pipe = getattr(diffusers, kind)(None, None, vae(), transformer, scheduler)
+    return pipe, embeddings(5, 32) | SMALL | more
 
 
-def kandinsky(kind, **more):
+def kandinsky(kind, config=None, **more):
     unet = network(
         "UNet2DConditionModel",
-        in_channels=4,
         out_channels=8,
         addition_embed_type="image",
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
@@ -318,6 +343,7 @@ def kandinsky(kind, **more):
         attention_head_dim=4,
         resnet_time_scale_shift="scale_shift",
         class_embed_type=None,
+        **{"in_channels": 4} | (config or {}),
     )
     movq = part(
         "VQModel",
@@ -338,7 +364,7 @@ def kandinsky(kind, **more):
     return pipe, image | {"height": 16, "width": 16} | more
 
 
-def deepfloyd():
+def deepfloyd(kind="IFPipeline", config=None, **more):
     unet = network(
         "UNet2DConditionModel",
         sample_size=16,
@@ -347,7 +373,6 @@ def deepfloyd():
         down_block_types=("ResnetDownsampleBlock2D", "SimpleCrossAttnDownBlock2D"),
         mid_block_type="UNetMidBlock2DSimpleCrossAttn",
         up_block_types=("SimpleCrossAttnUpBlock2D", "ResnetUpsampleBlock2D"),
-        in_channels=3,
         out_channels=6,
         cross_attention_dim=32,
         encoder_hid_dim=32,
@@ -357,6 +382,7 @@ def deepfloyd():
         cross_attention_norm="group_norm",
         resnet_time_scale_shift="scale_shift",
         act_fn="gelu",
+        **{"in_channels": 3} | (config or {}),
     )
     scheduler = diffusers.DDPMScheduler(
         beta_schedule="squaredcos_cap_v2",
@@ -365,9 +391,17 @@ def deepfloyd():
         sample_max_value=1.5,
         variance_type="learned_range",
     )
-    pipe = diffusers.IFPipeline(None, None, unet, scheduler, None, None, None, requires_safety_checker=False)
+    names = ("tokenizer", "text_encoder", "safety_checker", "feature_extractor", "watermarker")
+    pipe = assemble(
+        kind,
+        **dict.fromkeys(names),
+        unet=unet,
+        scheduler=scheduler,
+        image_noising_scheduler=diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+        requires_safety_checker=False,
+    )
     # Guided, a random network under thresholding is chaotic.
-    return pipe, embeddings(5, 32) | SMALL | {"output_type": "pt", "guidance_scale": 1.0}
+    return pipe, embeddings(5, 32) | SMALL | {"output_type": "pt", "guidance_scale": 1.0} | more
 
 
 def ddim():
@@ -383,7 +417,7 @@ def flux(**scheduler):
 
 
 def of_flux(kind, parts=None, **arguments):
-    """Another class of Flux; text as embeddings, since the encoders' dropout would be on."""
+    """Another class of Flux, with text as embeddings."""
     pipe = tiny.flux_pipeline()
     text = {"prompt_embeds": normal(1, 5, 32), "pooled_prompt_embeds": normal(1, 16)}
     given = {**pipe.components, "text_encoder": None, "text_encoder_2": None, **(parts or {})}
@@ -425,10 +459,10 @@ def flux_controlnet():
     }
 
 
-def pixart_sigma():
+def pixart_sigma(kind="PixArtSigmaPipeline"):
     transformer = tiny.pixart()
     scheduler = diffusers.DPMSolverMultistepScheduler()
-    pipe = diffusers.PixArtSigmaPipeline(None, None, vae(), transformer, scheduler)
+    pipe = getattr(diffusers, kind)(None, None, vae(), transformer, scheduler)
     arguments = {"negative_prompt": None, "use_resolution_binning": False}
     return pipe, embeddings(5, 32, masks=True) | arguments | SMALL
 
@@ -493,7 +527,7 @@ def kandinsky3(kind="Kandinsky3Pipeline", **more):
         norm_num_groups=4,
     )
     scheduler = diffusers.DDPMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="squaredcos_cap_v2", clip_sample=False
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False
     )
     pipe = assemble(kind, tokenizer=None, text_encoder=None, unet=unet, scheduler=scheduler, movq=movq)
     masks = {"attention_mask": ones(1, 5), "negative_attention_mask": ones(1, 5)}
@@ -542,7 +576,7 @@ def kandinsky5():
 def sana_sprint():
     pipe, arguments = sana()
     transformer = sana_transformer(guidance_embeds=True, qk_norm="rms_norm_across_heads")
-    pipe = diffusers.SanaSprintPipeline(None, None, None, transformer, diffusers.SCMScheduler())
+    pipe = diffusers.SanaSprintPipeline(None, None, pipe.vae, transformer, diffusers.SCMScheduler())
     given = {k: v for k, v in arguments.items() if "negative" not in k}
     return pipe, given | {"intermediate_timesteps": None}
 
@@ -643,7 +677,9 @@ def prx():
         depth=2,
         axes_dim=[4, 4],
     )
-    pipe = diffusers.PRXPipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, vae())
+    pipe = diffusers.PRXPipeline(
+        transformer, FlowMatchEulerDiscreteScheduler(shift=3.0), None, None, vae(shift_factor=0.1)
+    )
     masks = {f"{name}_attention_mask": ones(1, 5).bool() for name in ("prompt", "negative_prompt")}
     return pipe, embeddings(5, 8) | masks | SMALL | {"use_resolution_binning": False}
 
@@ -775,7 +811,7 @@ class Pooling(torch.nn.Module):
         return x.mean(1, keepdim=True).expand(-1, self.channels, -1, -1, -1)
 
 
-def qwen_edit(kind):
+def qwen_edit(kind, **more):
     pipe, arguments = qwen()
     # Pictures are set to an area of 1024 x 1024 before they are encoded.
     autoencoder = part(
@@ -790,7 +826,7 @@ def qwen_edit(kind):
     )
     autoencoder.encoder = Pooling(64, 8)
     pipe = assemble(kind, **{**pipe.components, "vae": autoencoder, "processor": None})
-    return pipe, {**arguments, "image": IMAGE, "height": 256, "width": 256}
+    return pipe, {**arguments, "image": IMAGE, "height": 256, "width": 256, **more}
 
 
 def krea2():
@@ -837,6 +873,68 @@ def nucleus():
     pipe, arguments = qwen()
     given = {**pipe.components, "transformer": transformer, "processor": None}
     return assemble("NucleusMoEImagePipeline", **given), arguments
+
+
+def qwen_controlnet():
+    net = network(
+        "QwenImageControlNetModel",
+        zeros=0.1,
+        patch_size=2,
+        in_channels=16,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        axes_dims_rope=(8, 4, 4),
+    )
+    pipe, arguments = qwen()
+    pipe = assemble("QwenImageControlNetPipeline", **pipe.components, controlnet=net)
+    return pipe, {**arguments, "control_image": IMAGE}
+
+
+def sana_controlnet():
+    net = network(
+        "SanaControlNetModel",
+        zeros=0.3,
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=8,
+        sample_size=8,
+    )
+    pipe, arguments = sana("SanaControlNetPipeline", controlnet=net)
+    return pipe, arguments | {"control_image": IMAGE}
+
+
+def adapter():
+    """A T2I adapter: features of a picture, computed once, added in the UNet."""
+    net = network("T2IAdapter", in_channels=3, channels=[8, 16], num_res_blocks=1, downscale_factor=2)
+    return of_sd("StableDiffusionAdapterPipeline", adapter=net), {**TEXT, "image": IMAGE}
+
+
+def ernie():
+    transformer = network(
+        "ErnieImageTransformer2DModel",
+        hidden_size=32,
+        num_attention_heads=2,
+        num_layers=1,
+        ffn_hidden_size=32,
+        in_channels=16,
+        out_channels=16,
+        text_in_dim=16,
+        rope_axes_dim=(4, 6, 6),
+    )
+    autoencoder = flux2()[0].vae
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    pipe = diffusers.ErnieImagePipeline(transformer, autoencoder, None, None, scheduler)
+    rows = {"prompt_embeds": [normal(5, 16)], "negative_prompt_embeds": [normal(5, 16, seed=1)]}
+    return pipe, rows | {"height": 16, "width": 16}
 
 
 PIPELINES = {
@@ -985,4 +1083,40 @@ PIPELINES = {
     "QwenImageEditPlusPipeline": lambda: qwen_edit("QwenImageEditPlusPipeline"),
     "Krea2Pipeline": krea2,
     "NucleusMoEImagePipeline": nucleus,
+    "KandinskyV22InpaintPipeline": lambda: kandinsky(
+        "KandinskyV22InpaintPipeline", {"in_channels": 9}, image=IMAGE, mask_image=IMAGE.convert("L")
+    ),
+    "PixArtSigmaPAGPipeline": lambda: pixart_sigma("PixArtSigmaPAGPipeline"),
+    "HunyuanDiTPAGPipeline": lambda: hunyuan_dit("HunyuanDiTPAGPipeline"),
+    "SanaPAGPipeline": lambda: sana("SanaPAGPipeline"),
+    "SanaControlNetPipeline": sana_controlnet,
+    "IFImg2ImgPipeline": lambda: deepfloyd("IFImg2ImgPipeline", **EDIT),
+    "IFInpaintingPipeline": lambda: deepfloyd("IFInpaintingPipeline", **MASKED),
+    "IFSuperResolutionPipeline": lambda: deepfloyd(
+        "IFSuperResolutionPipeline", {"in_channels": 6, "class_embed_type": "timestep"}, image=IMAGE
+    ),
+    "FluxKontextInpaintPipeline": lambda: of_flux(
+        "FluxKontextInpaintPipeline", **MASKED, max_area=256, _auto_resize=False
+    ),
+    "Flux2KleinKVPipeline": lambda: flux2("Flux2KleinKVPipeline", image=IMAGE.resize((64, 64))),
+    "QwenImageEditInpaintPipeline": lambda: qwen_edit("QwenImageEditInpaintPipeline", **MASKED),
+    "QwenImageControlNetPipeline": qwen_controlnet,
+    "CogView4ControlPipeline": lambda: cogview4("CogView4ControlPipeline", 8, control_image=IMAGE),
+    "StableDiffusionAdapterPipeline": adapter,
+    "LatentConsistencyModelImg2ImgPipeline": lambda: (
+        of_sd(
+            "LatentConsistencyModelImg2ImgPipeline",
+            unet=tiny.text_unet(time_cond_proj_dim=8),
+            scheduler=diffusers.LCMScheduler(),
+        ),
+        {**TEXT, **EDIT},
+    ),
+    "StableDiffusionXLInstructPix2PixPipeline": lambda: (
+        of_sdxl(
+            "StableDiffusionXLInstructPix2PixPipeline",
+            unet=network("UNet2DConditionModel", **{**tiny.sdxl_unet().config, "in_channels": 8}),
+        ),
+        {**TEXT, **SMALL, "image": IMAGE},
+    ),
+    "ErnieImagePipeline": ernie,
 }

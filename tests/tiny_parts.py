@@ -30,14 +30,17 @@ def embeddings(tokens, width, *, masks=False, negative=True):
     return given | ({f"{name}_attention_mask": ones(1, tokens) for name in names} if masks else {})
 
 
-def network(kind, **config):
-    """With weights of a size at which a random network says something of its input, and nothing left at zero."""
+def network(kind, zeros=0.02, **config):
+    """With weights of a size at which a random network says something of its input.
+
+    Parameters that start at zero, as gates and the ends of a ControlNet do, are normal with standard deviation `zeros`.
+    """
     made = tiny.seeded(lambda: getattr(diffusers, kind)(**config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in made.parameters():
             if not torch.isfinite(parameter).all() or not parameter.any():
-                parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+                parameter.copy_(zeros * torch.randn(parameter.shape, generator=generator))
     return made
 
 

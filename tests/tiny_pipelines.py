@@ -3,10 +3,13 @@
 Text goes in as embeddings where a pipeline takes them, so that no tokenizer and no encoder is needed.
 """
 
+import inspect
+
 import diffusers
 import numpy as np
 import tiny_audio_pipelines
 import tiny_image_pipelines
+import tiny_other_pipelines
 import tiny_video_pipelines
 import torch
 from tiny_parts import normal
@@ -14,7 +17,12 @@ from tiny_parts import normal
 import fastsde
 from fastsde.diffusers import FastSDEScheduler, decode_latents
 
-PIPELINES = {**tiny_image_pipelines.PIPELINES, **tiny_video_pipelines.PIPELINES, **tiny_audio_pipelines.PIPELINES}
+PIPELINES = (
+    tiny_image_pipelines.PIPELINES
+    | tiny_video_pipelines.PIPELINES
+    | tiny_audio_pipelines.PIPELINES
+    | tiny_other_pipelines.PIPELINES
+)
 """Name of a class -> function that gives (pipe, arguments of its call)."""
 READ = {
     "StableDiffusionPipeline": {"prompt": "", "guidance_scale": 1.0},
@@ -28,9 +36,31 @@ READ = {
     "IFPipeline": {"guidance_scale": 1.0},
 }
 """What a pipeline is to be asked for to do what `from_diffusers` reads: the empty prompt, or no class, unguided."""
-AS_TEXT = ("StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline", "StableDiffusion3Img2ImgPipeline",
-           "FluxImg2ImgPipeline")  # fmt: skip
-"""Pipelines whose network is read as that of the text-to-image pipeline of the same parts."""
+AS_TEXT = (
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionPipeline, IP-Adapter",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionPAGImg2ImgPipeline",
+    "StableDiffusionXLPAGPipeline",
+    "StableDiffusionGLIGENPipeline",
+    "StableDiffusionPanoramaPipeline",
+    "StableDiffusionSAGPipeline",
+    "SemanticStableDiffusionPipeline",
+    "StableDiffusion3Img2ImgPipeline",
+    "StableDiffusion3InpaintPipeline",
+    "StableDiffusion3PAGPipeline",
+    "FluxImg2ImgPipeline",
+    "FluxInpaintPipeline",
+    "FluxKontextPipeline",
+    "PixArtSigmaPipeline",
+    "TextToVideoSDPipeline",
+    "AudioLDMPipeline",
+    "MusicLDMPipeline",
+    "LDMPipeline",
+    "RePaintPipeline",
+)
+"""Pipelines whose network is read as that of the text-to-image (or unconditional) pipeline of the same parts."""
 
 
 def limit_scheduler(scheduler):
@@ -44,7 +74,10 @@ def last_state(pipe, arguments, steps, seed=0):
     """What the pipeline's own loop ends in, from the noise of a seed."""
     pipe.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)  # some draw an encoder's noise without the generator
     call = {"output_type": "latent", **arguments, "num_inference_steps": steps, "generator": generator}
+    taken = inspect.signature(type(pipe).__call__).parameters
+    call = {name: value for name, value in call.items() if name in taken}
     with torch.no_grad():
         out = pipe(**call, return_dict=False)[0]
     while isinstance(out, (list, tuple)):
