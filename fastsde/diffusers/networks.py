@@ -81,7 +81,7 @@ class DiffusersModel(ScoreModel):
         fourier = config.get("time_embedding_type") == "fourier" and not other
         _check_pair(network, config, reading, self.arguments, fourier=fourier)
         if not allow_distilled:
-            check_distilled(config, reading, self.arguments)
+            check_distilled(config, reading)
         super().__init__(
             network,
             reading.sde,
@@ -396,7 +396,7 @@ def _check_pair(
         raise ValueError(f"{name} is a flow-matching network, but the schedule predicts {reading.prediction!r}.")
 
 
-def check_distilled(config: Config, reading: Reading, arguments: Mapping[str, inspect.Parameter]) -> None:
+def check_distilled(config: Config, reading: Reading) -> None:
     """Refuses, with a ValueError, checkpoints that look distilled for a few steps."""
     path = str(config.get("_name_or_path", ""))
     # Of a local path, the last parts: a folder further up may be called anything.
@@ -406,7 +406,7 @@ def check_distilled(config: Config, reading: Reading, arguments: Mapping[str, in
         reason = f"its name is {tail!r}"
     elif config.get("time_cond_proj_dim") is not None:
         reason = "it embeds a guidance scale into its time (time_cond_proj_dim), as LCMs do"
-    elif "img_ids" in arguments and config.get("guidance_embeds") is False and reading.unshifted:
+    elif config.get("_class_name") == "FluxTransformer2DModel" and not config["guidance_embeds"] and reading.unshifted:
         reason = "a Flux transformer without guidance_embeds under a schedule without shift is FLUX.1-schnell"
     if reason is not None:
         raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +23,7 @@ from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unr
 from fastsde.job import EngineState
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import ScoreModel
-from fastsde.score.network import evaluation_mode, unwrap, weights_hash
+from fastsde.score.network import evaluation_mode, weights_hash
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, FittedSolver, Solver
 from fastsde.types import Cond, Index, State, Time
@@ -543,7 +542,7 @@ def _check_distilled(pipe: Any, reading: Reading) -> None:
     from fastsde.diffusers.loop import denoisers
 
     for network in denoisers(pipe).values():
-        check_distilled(config_of(network), reading, inspect.signature(unwrap(network).forward).parameters)
+        check_distilled(config_of(network), reading)
 
 
 def _between(pipe: Any, model: PipelineModel) -> SDE:
