@@ -35,8 +35,8 @@ def recorded(pipe):
 
         def forward(*args, own=network.forward, **kwargs):
             values = (*args, *kwargs.values())
-            state = next(v for v in values if isinstance(v, list) or (torch.is_tensor(v) and v.ndim > 1))
-            seen["rows"] += len(state)
+            states = (v for v in values if isinstance(v, list) or (torch.is_tensor(v) and v.ndim > 1))
+            seen["rows"] += len(next(states, ()))
             seen["forwards"] += 1
             return own(*args, **kwargs)
 

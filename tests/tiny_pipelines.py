@@ -65,7 +65,7 @@ AS_TEXT = (
 
 def limit_scheduler(scheduler):
     """One whose steps lead to the flow of a pipeline's own, where that adds noise."""
-    if isinstance(scheduler, diffusers.DDPMScheduler):
+    if isinstance(scheduler, (diffusers.DDPMScheduler, diffusers.EulerAncestralDiscreteScheduler)):
         return diffusers.DPMSolverMultistepScheduler.from_config(scheduler.config)
     return scheduler
 

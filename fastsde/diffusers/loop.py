@@ -109,6 +109,8 @@ class Loop:
         own = vars(made)  # the pipeline's own __setattr__ would write into the configuration that both share
         own["scheduler"] = stand_in(pipe.scheduler, self)
         for name, module in pipe.components.items():
+            if type(module).__module__.startswith("diffusers.guiders"):  # they remember steps
+                own[name] = copy.deepcopy(module)
             if hasattr(module, "set_timesteps") and name != "scheduler":
                 own[name] = _unstepped(module, name)
             if isinstance(module, nn.Module) and not name.startswith(_UNSERVED):

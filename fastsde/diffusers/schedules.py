@@ -167,10 +167,15 @@ class Reading:
 
 
 def read_loop(config: Config) -> Reading:
-    """`read_schedule` for a loop that calls the network itself, so that `invert_sigmas` (Mochi) is known too.
+    """`read_schedule` for a loop that calls the network itself, so that more is known.
 
-    Its times are then n (1 - t), and its velocity runs with them.
+    With `invert_sigmas` (Mochi) times are n (1 - t), and the velocity runs with them. A flow's scheduler with levels
+    above 1 (`sigma_max`; Cosmos 2) walks x_0 + sigma eps, whose derivative in sigma is eps.
     """
+    if config.get("shift") is not None and _exceeds_one(config):
+        n = _levels(config, least=1)
+        sde = EDM(t_min=_number(config, "sigma_min", 0.002), t_max=_number(config, "sigma_max", 80.0))
+        return Reading(sde, functools.partial(torch.mul, n), functools.partial(_share, n), "epsilon", levels=n)
     if not config.get("invert_sigmas"):
         return read_schedule(config)
     reading = read_schedule({**config, "invert_sigmas": None})
@@ -343,6 +348,11 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
             f"{name} has use_flow_sigmas=True with prediction_type={config['prediction_type']!r}; a flow's network "
             'predicts the velocity, "flow_prediction".'
         )
+    if _exceeds_one(config):
+        raise ValueError(
+            f"{name} has sigma_max={config['sigma_max']!r}, a level above 1, which no flow has (Cosmos 2). Its "
+            "pipeline knows: fastsde.sample_pipeline(pipe, ..)."
+        )
     n = _levels(config, least=1)
     shift = _number(config, "shift" if "shift" in config else "flow_shift", 1.0)
     if config.get("use_dynamic_shifting"):
@@ -355,6 +365,11 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
     sde = RectifiedFlow(t_min=shift * first / (1 + (shift - 1) * first), t_max=1 - first)
     timestep, time = functools.partial(torch.mul, n), functools.partial(_share, n)
     return Reading(sde, timestep, time, "flow_prediction", levels=n, unshifted=shift == 1.0)
+
+
+def _exceeds_one(config: Config) -> bool:
+    """Whether a flow's scheduler has levels above 1."""
+    return config.get("sigma_max") is not None and _number(config, "sigma_max", 1.0) > 1
 
 
 def _edm(config: Config, sigma_data: float) -> Reading:
