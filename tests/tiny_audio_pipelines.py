@@ -318,5 +318,5 @@ PIPELINES = {
     "AudioLDM2Pipeline": audio_ldm2,
     "AceStepPipeline": ace_step,
     "LTX2Pipeline": ltx2,
-    "LTX2ImageToVideoPipeline": lambda: ltx2("LTX2ImageToVideoPipeline", image=IMAGE, crf=0),
+    "LTX2ImageToVideoPipeline": lambda: ltx2("LTX2ImageToVideoPipeline", image=IMAGE, image_crf=0),
 }

@@ -261,7 +261,6 @@ def sana_transformer(**config):
         patch_size=1,
         in_channels=4,
         out_channels=4,
-        num_layers=1,
         num_attention_heads=2,
         attention_head_dim=4,
         num_cross_attention_heads=2,
@@ -269,7 +268,7 @@ def sana_transformer(**config):
         cross_attention_dim=8,
         caption_channels=8,
         sample_size=8,
-        **config,
+        **{"num_layers": 1} | config,
     )
 
 
@@ -401,7 +400,8 @@ def deepfloyd(kind="IFPipeline", config=None, **more):
         requires_safety_checker=False,
     )
     # Guided, a random network under thresholding is chaotic.
-    return pipe, embeddings(5, 32) | SMALL | {"output_type": "pt", "guidance_scale": 1.0} | more
+    sizes = {} if "image" in more else SMALL  # the picture's, but for a larger one
+    return pipe, embeddings(5, 32) | sizes | {"output_type": "pt", "guidance_scale": 1.0} | more
 
 
 def ddim():
@@ -908,7 +908,7 @@ def sana_controlnet():
         caption_channels=8,
         sample_size=8,
     )
-    pipe, arguments = sana("SanaControlNetPipeline", controlnet=net)
+    pipe, arguments = sana("SanaControlNetPipeline", controlnet=net, transformer=sana_transformer(num_layers=2))
     return pipe, arguments | {"control_image": IMAGE}
 
 
@@ -1093,7 +1093,7 @@ PIPELINES = {
     "IFImg2ImgPipeline": lambda: deepfloyd("IFImg2ImgPipeline", **EDIT),
     "IFInpaintingPipeline": lambda: deepfloyd("IFInpaintingPipeline", **MASKED),
     "IFSuperResolutionPipeline": lambda: deepfloyd(
-        "IFSuperResolutionPipeline", {"in_channels": 6, "class_embed_type": "timestep"}, image=IMAGE
+        "IFSuperResolutionPipeline", {"in_channels": 6, "class_embed_type": "timestep"}, **SMALL, image=IMAGE
     ),
     "FluxKontextInpaintPipeline": lambda: of_flux(
         "FluxKontextInpaintPipeline", **MASKED, max_area=256, _auto_resize=False

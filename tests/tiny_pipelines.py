@@ -41,6 +41,7 @@ AS_TEXT = (
     "StableDiffusionInpaintPipeline",
     "StableDiffusionPipeline, IP-Adapter",
     "StableDiffusionPAGPipeline",
+    "StableDiffusionAdapterPipeline",
     "StableDiffusionPAGImg2ImgPipeline",
     "StableDiffusionXLPAGPipeline",
     "StableDiffusionGLIGENPipeline",
@@ -53,7 +54,12 @@ AS_TEXT = (
     "FluxImg2ImgPipeline",
     "FluxInpaintPipeline",
     "FluxKontextPipeline",
+    "FluxKontextInpaintPipeline",
     "PixArtSigmaPipeline",
+    "PixArtSigmaPAGPipeline",
+    "IFImg2ImgPipeline",
+    "IFInpaintingPipeline",
+    "IFSuperResolutionPipeline",
     "TextToVideoSDPipeline",
     "AudioLDMPipeline",
     "MusicLDMPipeline",
@@ -76,8 +82,8 @@ def last_state(pipe, arguments, steps, seed=0):
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)  # some draw an encoder's noise without the generator
     call = {"output_type": "latent", **arguments, "num_inference_steps": steps, "generator": generator}
-    taken = inspect.signature(type(pipe).__call__).parameters
-    call = {name: value for name, value in call.items() if name in taken}
+    if "output_type" not in inspect.signature(type(pipe).__call__).parameters:
+        del call["output_type"]
     with torch.no_grad():
         out = pipe(**call, return_dict=False)[0]
     while isinstance(out, (list, tuple)):
