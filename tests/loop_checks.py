@@ -25,13 +25,15 @@ def networks(pipe):
     """The networks whose calls count."""
     from fastsde.diffusers.loop import denoisers
 
-    return denoisers(pipe).values()
+    return denoisers(pipe).items()
 
 
 def recorded(pipe):
     """Counts the rows that its networks are called with, and their forwards, from now on."""
     seen = {"rows": 0, "forwards": 0}
-    for network in networks(pipe):
+    for name, network in networks(pipe):
+        if not name.startswith(("unet", "transformer")):  # others are called before the loop
+            continue
 
         def forward(*args, own=network.forward, **kwargs):
             values = (*args, *kwargs.values())

@@ -319,7 +319,6 @@ def test_a_loop_that_its_callback_stops():
         ("StableDiffusionPipeline", {"index": [2**33]}, "index must be in"),
         ("StableDiffusionPipeline", {"batch_size": 0}, "batch_size must be"),
         ("StableDiffusionPipeline", {"nfe": 2}, "nfe must be at least"),
-        ("StableDiffusionPipeline", {"height": 17}, "divisible by"),
         ("StableDiffusionImg2ImgPipeline", {"image": [IMAGE, IMAGE], "n": 2}, "one for each, or all of them"),
         ("StableDiffusionImg2ImgPipeline", {"strength": 2.0}, "strength should in"),
         ("LTX2Pipeline", {}, "copies its scheduler"),
@@ -344,7 +343,7 @@ def test_what_is_no_pipeline_with_one_scheduler():
     with pytest.raises(TypeError, match="pipe must be a pipeline"):
         sample(tiny.vae())
     with pytest.raises(TypeError, match="must have one scheduler, named scheduler; it has none"):
-        sample(Bare())
+        sample(Bare(tiny.unet()))
     pipe, arguments = built("StableDiffusionPipeline")
     pipe.unet.register_to_config(_name_or_path="some/sd-turbo")
     with pytest.raises(ValueError, match="distilled"):
@@ -353,6 +352,10 @@ def test_what_is_no_pipeline_with_one_scheduler():
 
 
 class Bare(diffusers.DiffusionPipeline):
+    def __init__(self, unet):
+        super().__init__()
+        self.register_modules(unet=unet)
+
     def __call__(self):
         raise AssertionError
 
@@ -398,7 +401,7 @@ def test_ctrl_c_hands_over_what_is_finished():
         sample(pipe, n=3, nfe=6, batch_size=1, callback_on_step_end=stop, **arguments)
     r = caught.value.result
     assert r.result.counts() == {"SUCCESS": 1, "PENDING": 2}
-    assert [image is None for image in r.images] == [False, True, True]
+    assert torch.isnan(r.images).any(2).any(1).tolist() == [False, True, True]
     assert sample(pipe, nfe=6, **arguments).result.success.all()  # the pipeline is as it was
 
 
@@ -427,7 +430,7 @@ def test_memory_that_suffices_for_fewer_samples():
     pipe.transformer.forward = none_for_one
     r = sample(pipe, n=3, nfe=6, guidance_scale=[3.0, 6.0, 4.0], **arguments)
     assert r.result.counts() == {"SUCCESS": 2, "FAILED": 1}
-    assert [image is None for image in r.images] == [False, True, False]
+    assert torch.isnan(r.images).any(2).any(1).tolist() == [False, True, False]
     assert isinstance(r.errors[1], torch.OutOfMemoryError)
 
 
@@ -463,20 +466,26 @@ def test_a_sample_that_is_not_finite_harms_no_other():
 
 CACHES = {
     "first block": lambda pipe: diffusers.FirstBlockCacheConfig(threshold=0.5),
-    "taylor": lambda pipe: diffusers.TaylorSeerCacheConfig(cache_interval=3, disable_cache_before_step=2),
+    "taylor": lambda pipe: diffusers.TaylorSeerCacheConfig(
+        cache_interval=3, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d+"]
+    ),
     "pyramid": lambda pipe: diffusers.PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(100, 900),
         current_timestep_callback=lambda: pipe.current_timestep,
-        spatial_attention_block_identifiers=["transformer_blocks"],
+    ),
+    "faster": lambda pipe: diffusers.FasterCacheConfig(
+        spatial_attention_timestep_skip_range=(100, 900),
+        attention_weight_callback=lambda _: 0.3,
+        current_timestep_callback=lambda: pipe.current_timestep,
+        is_guidance_distilled=True,
     ),
 }
 
 
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_remember_each_sample_alone(cache):
-    name = "WanPipeline" if cache != "pyramid" else "FluxPipeline"
-    pipe, arguments = built(name)
+    pipe, arguments = built("WanPipeline")
     plain = sample(pipe, n=2, nfe=24, **arguments).result.samples
     pipe.transformer.enable_cache(CACHES[cache](pipe))
     r = sample(pipe, n=3, nfe=24, batch_size=2, **arguments)

@@ -64,10 +64,10 @@ def _memories(hook: Any) -> Iterator[tuple[Any, str]]:
             yield hook, name
 
 
-def cache_hooks(module: nn.Module) -> list[Any]:
+def cache_hooks(module: object) -> list[Any]:
     """The hooks of diffusers in a network that remember earlier calls."""
     found = []
-    for part in module.modules():
+    for part in module.modules() if isinstance(module, nn.Module) else ():
         registry = vars(part).get("_diffusers_hook")
         for hook in () if registry is None else registry.hooks.values():
             if getattr(hook, "_is_stateful", False):
@@ -173,7 +173,7 @@ def _forward(
         if len(calls) == 1:
             run = functools.partial(first.module, *first.args, **first.kwargs)
             found = hooks.get(id(first.module))
-            return [([0], [first.loop.memory.call(first.module, found, run) if found else run()])]
+            return [([0], [first.loop.remembering(first.module, found, run) if found else run()])]
         args, kwargs = together or joined(calls)
         out = first.module(*args, **kwargs)
         return [(list(range(len(calls))), parted(out, [call.rows for call in calls], first.lists))]

@@ -14,7 +14,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -79,7 +79,8 @@ class Loop:
         self.begin: Tensor | None = None
         self.ready: Tensor | None = None
         self.first: Tensor | None = None
-        self.begun = False
+        self.begun = self.again = False
+        self._start: tuple[Tensor, float, Tensor] | None = None
         self.denoised = torch.empty(0)
         self._counted: list[int] = []
         self._handed: tuple[Tensor, int] | None = None
@@ -88,13 +89,13 @@ class Loop:
         self._place = 0
         self._listed: list[float] = []
         self._walked: list[float] = []
-        self._t = 0.0
+        self.at = 0.0
         self._processors, self._seen = processors, set[int]()
         self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
         # Cosmos takes each step twice, setting the scheduler's number back between.
         code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
         self.steps_twice = "_step_index" in getattr(code, "co_names", ())
-        self.pipe = self._copied(pipe, memo)
+        self._original, self.pipe = pipe, self._copied(pipe, memo)
         self._greenlet = greenlet(self._run)
         self._greenlet.run_of = self
         # Greenlets begin with an empty context; attention backends and the like are context variables.
@@ -164,13 +165,36 @@ class Loop:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return _refuse_copy(self, memo)
 
+    def remembering(self, module: nn.Module, hooks: Sequence[Any], run: Callable[[], Any]) -> Any:
+        """A forward of a network with cache hooks, which remember this sample alone.
+
+        Some ask the pipeline, which is not the copy that runs, for its time.
+        """
+        inside, outside = vars(self.pipe), vars(self._original)
+        before = outside.get("_current_timestep")
+        outside["_current_timestep"] = inside.get("_current_timestep")
+        try:
+            return self.memory.call(module, hooks, run)
+        finally:
+            outside["_current_timestep"] = before
+
     # What whoever answers says and asks.
 
     def give(self, x: State, t: float, timestep: Tensor) -> None:
         """Says where the next evaluation is: a state, with the shape of `sample`, its time and the network's."""
         # A copy: pipelines edit their latents in place.
         given = x.to(self.sample.device, self.sample.dtype, copy=True).reshape(self.sample.shape)
-        self._handed, self._next, self._t = (given, given._version), timestep, t
+        self._handed, self._next, self.at = (given, given._version), timestep, t
+
+    def note_start(self, t: float) -> None:
+        """Notes the first evaluation, for `give_again`."""
+        self._start = (self.sample.clone(), t, self._now)
+
+    def give_again(self) -> None:
+        """Says that the next evaluation is the first once more."""
+        assert self._start is not None
+        self.again = False
+        self.give(*self._start)
 
     def finish(self, x: State) -> None:
         """Says that there is none, and what the pipeline goes on with after its loop."""
@@ -276,7 +300,7 @@ class Loop:
         while self._next is not None:
             self._now, self._next = self._next, None
             # That of the last of the pipeline's own times that is not below it in noise.
-            self._place = max(0, sum(own >= self._t * (1 - 1e-6) for own in self._walked) - 1)
+            self._place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
             self._in_turn = True
             yield self._now.to(own.device)
             if self._in_turn:  # it went on without a step: stopped by its own callback

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
 from fastsde.checks import check_labels
+from fastsde.diffusers.joining import cache_hooks
 from fastsde.diffusers.schedules import Config, Reading
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import Clipped
@@ -113,6 +114,11 @@ class DiffusersModel(ScoreModel):
 
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
+        if cache_hooks(self.network):
+            raise ValueError(
+                "the network has a cache of diffusers (enable_cache), which remembers one sample's earlier calls. Take it "
+                "off with network.disable_cache(), or sample its pipeline: fastsde.sample_pipeline(pipe, ..)."
+            )
         # Modules are looked at once and not at every call.
         before = self._plain, self._dtype
         self._plain = _keeps_nothing(self.network)

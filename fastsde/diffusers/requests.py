@@ -43,10 +43,9 @@ class Request:
     ) -> None:
         self.takes = inspect.signature(type(pipe).__call__).parameters
         name = type(pipe).__name__
-        open_ended = any(p.kind is p.VAR_KEYWORD for p in self.takes.values())
-        unknown = [key for key in (*given, *per_sample) if key not in self.takes]
-        if unknown and not open_ended:
-            known = ", ".join(key for key in self.takes if key != "self")
+        # Also where a pipeline takes anything, as some do for what is out of use.
+        if unknown := [key for key in (*given, *per_sample) if key not in self.takes]:
+            known = ", ".join(key for key, p in self.takes.items() if key != "self" and p.kind is not p.VAR_KEYWORD)
             raise TypeError(f"{name} takes no {', '.join(unknown)}; its call takes {known}.")
         twice = sorted(given.keys() & per_sample.keys())
         if twice:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.arguments import resolve_controller, resolve_dtype
+from fastsde.arguments import resolve_controller, resolve_dtype, resolve_shape
 from fastsde.batching import expand_like
-from fastsde.checks import check_kind
+from fastsde.checks import check_count, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.networks import LATENT_RANGE, check_distilled, config_of
 from fastsde.diffusers.requests import Request, own_generator, streams
@@ -172,10 +172,11 @@ class PipelineModel(ScoreModel):
         self.prepare(numbers)
         for i in numbers:
             loop = self.loops[i]
-            if loop.begun:  # again: its caches know what came later
-                loop.memory.reset()
-            # The first prediction is known, and so it costs nothing again.
-            loop.begun, loop.ready = True, loop.first
+            if loop.begun:
+                loop.memory.reset()  # which knows what came later
+            # The first prediction is known, and costs nothing again; but caches are to see the first call once more.
+            loop.again = loop.begun and any(self._hooks.values())
+            loop.begun, loop.ready = True, None if loop.again else loop.first
         return torch.stack([self.loops[i].begin for i in numbers])
 
     def prepare(self, numbers: Sequence[int]) -> None:
@@ -225,6 +226,7 @@ class PipelineModel(ScoreModel):
                 "own."
             )
         self.calls = max(self.calls, loop.cost)
+        loop.note_start(given)
         loop.first = self._denoised([loop], torch.tensor([given], dtype=torch.float64))[0]
         x = loop.sample.reshape(event).to(loop.first.dtype) * self._alpha(given)
         if given > start:
@@ -254,13 +256,16 @@ class PipelineModel(ScoreModel):
         if asked:
             times = self.reading.timestep(t[asked]).float()
             for k, timestep in zip(asked, times, strict=True):
-                now = float(t[k])
-                self.loops[numbers[k]].give(x_t[k] / self._alpha(now), now, timestep)
+                loop, now = self.loops[numbers[k]], float(t[k])
+                if loop.again and torch.equal(x_t[k], loop.begin.to(x_t)):
+                    loop.give_again()
+                else:
+                    loop.give(x_t[k] / self._alpha(now), now, timestep)
             self._advance([self.loops[numbers[k]] for k in asked])
             there = [k for k in asked if not self.loops[numbers[k]].ended]
             if there:
                 loops = [self.loops[numbers[k]] for k in there]
-                x_0[there] = self._denoised(loops, t[there].cpu()).to(x_t)
+                x_0[there] = self._denoised(loops, torch.tensor([loop.at for loop in loops]).double()).to(x_t)
                 edits = {k: e for k, loop in zip(there, loops, strict=True) if (e := loop.edit) is not None}
                 if edits:
                     edit = torch.zeros_like(x_t)
@@ -438,9 +443,10 @@ def sample_pipeline(
     steps = arguments.get("num_inference_steps")
     counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
     seed, own = streams(request.generator, seed, request.n, index)
-    numbers = torch.arange(request.n) if index is None else torch.as_tensor(index).reshape(-1).long()
+    _, _, numbers = resolve_shape(ScoreModel(pipe, reading.sde), None, (request.n, 1), None, index)
     generators = [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
-    model = PipelineModel(pipe, request, reading, generators, min(batch_size, request.n))
+    batch = min(check_count("batch_size", batch_size, 1), request.n)
+    model = PipelineModel(pipe, request, reading, generators, batch)
     if isinstance(solver, FittedSolver):
         solver = _for_network(solver, model)
 
