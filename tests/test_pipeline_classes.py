@@ -1,13 +1,12 @@
-"""Pipeline classes of diffusers: the drop-in leads where the own loop leads, and what cannot work is refused.
+"""The drop-in scheduler in pipelines of diffusers: it leads where the own loop leads, and what cannot work is refused.
 
 `benchmarks/pipelines.py` runs all of `tiny_pipelines.PIPELINES` with more steps and writes docs/pipelines.md.
 """
 
 import pytest
 import tiny_pipelines
-from tiny_pipelines import AS_TEXT, READ, drop_in, read
+from tiny_pipelines import drop_in
 
-import fastsde
 from fastsde.diffusers import FastSDEScheduler
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -30,12 +29,6 @@ def test_the_drop_in_leads_where_the_own_loop_leads(name):
     assert ours < 2.5 * own + 0.01
 
 
-@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "DDIMPipeline"])
-def test_from_diffusers_leads_where_the_own_loop_leads(name):
-    ours, own = read(name, 12)
-    assert ours < 2.5 * own + 0.01
-
-
 def needs_torchsde(name):
     """Stable Audio's scheduler cannot be made without it."""
     if name == "StableAudioPipeline":
@@ -47,15 +40,6 @@ def test_what_the_drop_in_cannot_do_is_refused(name):
     needs_torchsde(name)
     with pytest.raises(ValueError, match="with its own scheduler"):
         drop_in(name, 2)
-
-
-@pytest.mark.parametrize("name", [name for name in tiny_pipelines.PIPELINES if name not in {*READ, *AS_TEXT}])
-def test_pipelines_that_from_diffusers_does_not_know_are_refused(name):
-    needs_torchsde(name)
-    pipe, _ = tiny_pipelines.PIPELINES[name]()
-    with pytest.raises((ValueError, TypeError)) as refusal:
-        fastsde.from_diffusers(pipe)
-    assert len(str(refusal.value)) > 40  # a sentence
 
 
 def test_the_drop_in_keeps_a_pipelines_keys():

@@ -116,7 +116,7 @@ class DiffusersModel(ScoreModel):
     def sampling(self) -> Iterator[None]:
         if cache_hooks(self.network):
             raise ValueError(
-                "the network has a cache of diffusers (enable_cache), which remembers one sample's earlier calls. Take it "
+                "the network has a cache of diffusers (enable_cache), which remembers a sample. Take it "
                 "off with network.disable_cache(), or sample its pipeline: fastsde.sample_pipeline(pipe, ..)."
             )
         # Modules are looked at once and not at every call.
@@ -250,7 +250,8 @@ def check_known(network: object) -> None:
     if theirs and not any(name in _KNOWN for name in names):
         raise ValueError(
             f"fastsde does not know how {theirs[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
-            "output noise minus data or the reverse. Its pipeline knows: fastsde.sample_pipeline(pipe, ..). Or say how "
+            "output noise minus data or the reverse. Its pipeline knows: fastsde.sample_pipeline(pipe, ..), or where "
+            "another program runs it, pipe.scheduler = fastsde.diffusers.FastSDEScheduler.from_config(..). Or say how "
             "it is called, with fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check "
             "that with fastsde.diagnose."
         )
@@ -395,6 +396,11 @@ def _check_pair(
         raise ValueError(
             f"{name} has time_embedding_type={config.get('time_embedding_type')!r} and the schedule is {reading.sde}: "
             "networks whose time is sigma ('fourier') and variance exploding schedules belong together."
+        )
+    if config.get("encoder_hid_dim_type") == "ip_image_proj":
+        raise ValueError(
+            f"{name} has an IP adapter, whose pictures are no rows of a tensor. Its pipeline takes them: "
+            "fastsde.sample_pipeline(pipe, .., ip_adapter_image=..)."
         )
     if config.get("time_embedding_type") == "learned":
         raise ValueError(f"{name} knows integer timesteps only (time_embedding_type='learned'), not the times between.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -249,7 +250,7 @@ class PipelineModel(ScoreModel):
         for k, i in enumerate(numbers):
             loop = self.loops[i]
             ready, loop.ready = loop.ready, None
-            if ready is not None and torch.equal(x_t[k], loop.begin.to(x_t)):
+            if ready is not None and float(t[k]) == self.t_start and torch.equal(x_t[k], loop.begin.to(x_t)):
                 x_0[k] = ready
             elif not loop.ended:
                 asked.append(k)
@@ -446,6 +447,7 @@ def sample_pipeline(
     _, _, numbers = resolve_shape(ScoreModel(pipe, reading.sde), None, (request.n, 1), None, index)
     generators = [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
     batch = min(check_count("batch_size", batch_size, 1), request.n)
+    reading = _started(reading, controller)
     model = PipelineModel(pipe, request, reading, generators, batch)
     if isinstance(solver, FittedSolver):
         solver = _for_network(solver, model)
@@ -463,6 +465,11 @@ def sample_pipeline(
             process = model.process = _between(pipe, model)
             denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
             chosen, first, last = parts(process)
+            if not math.isclose(first, process.t_max, rel_tol=1e-6):
+                raise ValueError(
+                    f"controller starts at t = {first:.6g}, the pipeline at {process.t_max:.6g}. Its times are in "
+                    ".process of a result: fastsde.Grid.log_snr(r.process, 20)."
+                )
             result = api.run(
                 model,
                 process,
@@ -542,6 +549,16 @@ def _reading(pipe: Any) -> Reading:
     reading = read_loop({key: value for key, value in filled(config).items() if key not in unread(config)})
     exploding = hasattr(scheduler, "is_scale_input_called") and not reading.is_flow
     return dataclasses.replace(reading, exploding=exploding)
+
+
+def _started(reading: Reading, controller: Controller | None) -> Reading:
+    """The reading, from where a controller starts; a flow's loops start at t = 1, whatever comes."""
+    if not isinstance(controller, Controller) or reading.is_flow:
+        return reading
+    first, _ = controller.span(reading.sde.t_min, reading.sde.t_max)
+    sde = copy.copy(reading.sde)
+    sde.t_max = min(max(first, sde.t_min), sde.t_max)
+    return dataclasses.replace(reading, sde=sde) if sde.t_max > sde.t_min else reading
 
 
 def _check_distilled(pipe: Any, reading: Reading) -> None:
