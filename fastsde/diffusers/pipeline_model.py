@@ -1,0 +1,288 @@
+"""Samples in their pipelines' own loops, as a score model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastsde.batching import expand_like
+from fastsde.diffusers.joining import answered, cache_hooks
+from fastsde.diffusers.loop import Loop, SharedNetworkError, denoisers, processors, processors_of
+from fastsde.diffusers.networks import LATENT_RANGE
+from fastsde.diffusers.requests import Request
+from fastsde.diffusers.schedules import Reading
+from fastsde.result import Status
+from fastsde.score.base import ScoreModel
+from fastsde.score.network import evaluation_mode
+from fastsde.sde.base import SDE
+from fastsde.types import Cond, Index, State, Time
+
+
+class PipelineModel(ScoreModel):
+    """The denoised prediction of a pipeline for samples that each stand in a loop of their own.
+
+    Args:
+        pipe: the pipeline.
+        request: what it is asked for.
+        reading: how its schedule is read.
+        generators: for each sample.
+        batch_size: samples in flight.
+    """
+
+    per_row = True
+
+    def __init__(
+        self, pipe: Any, request: Request, reading: Reading, generators: Sequence[torch.Generator], batch_size: int
+    ) -> None:
+        networks = denoisers(pipe)
+        latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
+        super().__init__(
+            next(iter(networks.values())) if len(networks) == 1 else nn.ModuleList(networks.values()),
+            reading.sde,
+            "sample",
+            data_range=LATENT_RANGE if latent else None,
+        )
+        self.pipe, self.request, self.reading, self.generators = pipe, request, reading, generators
+        self.batch_size, self.ends_denoised = batch_size, True
+        self.loops: dict[int, Loop] = {}
+        self.outputs: list[Any] = [None] * request.n
+        self.errors: dict[int, BaseException] = {}
+        self.stopped: set[int] = set()
+        self.forwards = 0
+        self._apart: set[int] = set()
+        self._hooks: dict[int, list[Any]] = {}
+        self._place = torch.device(pipe._execution_device) if hasattr(pipe, "_execution_device") else super().device
+        self.separate: str | None = None
+        self.process: SDE = reading.sde
+        self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
+        self._costs: Tensor = torch.empty(0, dtype=torch.int64)
+        self._memo: dict[Any, Any] = {}
+        self.processors = processors(pipe)
+
+    @property
+    def device(self) -> torch.device:
+        return self._place
+
+    @contextlib.contextmanager
+    def sampling(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for part in self.pipe.components.values():
+                if isinstance(part, nn.Module):
+                    stack.enter_context(evaluation_mode(part))
+            yield
+
+    def check_cond(self, cond: Cond) -> None:
+        """Conditioning is the pipeline's own."""
+
+    def begin(self) -> None:
+        """Runs the first samples to their first step, which tells shape, start and cost of a sample."""
+        try:
+            self.prepare(range(self.batch_size))
+        except SharedNetworkError:  # before the first network call: nothing is lost
+            self._drop()
+            self.batch_size = 1
+            self.separate = "the pipeline changes its network while it runs, so that samples ran one after another"
+            self.prepare([0])
+
+    def start(self, slots: Tensor) -> State:
+        """The states that samples start from, or start from again."""
+        numbers = slots.tolist()
+        self.prepare(numbers)
+        for i in numbers:
+            loop = self.loops[i]
+            if loop.begun:
+                loop.memory.reset()  # which knows what came later
+            # The first prediction is known, and costs nothing again; but caches are to see the first call once more.
+            loop.again = loop.begun and any(self._hooks.values())
+            loop.begun, loop.ready = True, None if loop.again else loop.first
+        return torch.stack([self.loops[i].begin for i in numbers])
+
+    def prepare(self, numbers: Sequence[int]) -> None:
+        """Runs the pipelines of samples that have none yet to their first step."""
+        new = [i for i in numbers if i not in self.loops]
+        for i in new:
+            arguments = dict(self.request.arguments[i])
+            if "generator" in self.request.takes:
+                arguments["generator"] = self.generators[i]
+            self.loops[i] = Loop(
+                self.pipe,
+                arguments,
+                self.reading,
+                self._memo,
+                processors=self.processors,
+                alone=self.batch_size == 1,
+                seed=self.generators[i].initial_seed(),
+                device=self._place,
+            )
+        self._advance([self.loops[i] for i in new])
+        for i in new:
+            self._begin(i, self.loops[i])
+
+    def _begin(self, i: int, loop: Loop) -> None:
+        """Reads where a sample starts off its first evaluation."""
+        if self.event_shape is not None and (i in self.errors or loop.stopped):
+            loop.begin = torch.zeros(self.event_shape, device=self.device)
+            return
+        if loop.ended:
+            raise ValueError(
+                f"{type(self.pipe).__name__} came to its end without a step of its scheduler; it is not sampled by a "
+                "loop over scheduler.timesteps. Run it with its own scheduler."
+            )
+        shape, sde = loop.sample.shape, self.sde
+        event = tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
+        given, end = self._ends(loop)
+        start = min(given, sde.t_max)
+        if self.event_shape is None:
+            self.event_shape, self.t_start, self.t_end = event, start, end
+            self.calls = max(1, loop.cost)
+        if (event, start, end) != (self.event_shape, self.t_start, self.t_end):
+            raise ValueError(
+                f"samples of one call must have one shape and one start; one has {self.event_shape} from t = "
+                f"{self.t_start:.4g}, another {event} from {start:.4g}. Give other sizes or strengths a call of their "
+                "own."
+            )
+        self.calls = max(self.calls, loop.cost)
+        loop.note_start(given)
+        loop.first = self._denoised([loop], torch.tensor([given], dtype=torch.float64))[0]
+        x = loop.sample.reshape(event).to(loop.first.dtype) * self._alpha(given)
+        if given > start:
+            # The end of a flow cannot be stepped from: along the first prediction to the first level below it.
+            at, to = (sde.level(torch.tensor([t], dtype=torch.float64)) for t in (given, start))
+            keep = float(to.sigma / at.sigma)
+            x = keep * x + float(to.alpha - keep * at.alpha) * loop.first
+        loop.begin = x
+
+    def _ends(self, loop: Loop) -> tuple[float, float]:
+        """The process's times at which a loop begins and ends: where its list was cut, else the process's own."""
+        first, end = loop.span
+        given = max(min(first, 1.0) if self.reading.is_flow else first, self.sde.t_min)
+        return given, self.sde.t_min if end is None else max(end, self.sde.t_min)
+
+    def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        numbers = (cond or {})["sample"].tolist()
+        now = t.tolist()
+        x_0, edit = torch.full_like(x_t, torch.nan), None
+        asked = []
+        for k, i in enumerate(numbers):
+            loop = self.loops[i]
+            ready, loop.ready = loop.ready, None
+            if ready is not None and now[k] == self.t_start and torch.equal(x_t[k], loop.begin.to(x_t)):
+                x_0[k] = ready
+            elif not loop.ended:
+                asked.append(k)
+        if asked:
+            times = self.reading.timestep(t[asked]).float()
+            for k, timestep in zip(asked, times, strict=True):
+                loop = self.loops[numbers[k]]
+                if loop.again and torch.equal(x_t[k], loop.begin.to(x_t)):
+                    loop.give_again()
+                else:
+                    loop.give(x_t[k] / self._alpha(now[k]), now[k], timestep)
+            self._advance([self.loops[numbers[k]] for k in asked])
+            there = [k for k in asked if not self.loops[numbers[k]].ended]
+            if there:
+                loops = [self.loops[numbers[k]] for k in there]
+                x_0[there] = self._denoised(loops, torch.tensor([loop.at for loop in loops]).double()).to(x_t)
+                edits = {k: e for k, loop in zip(there, loops, strict=True) if (e := loop.edit) is not None}
+                if edits:
+                    edit = torch.zeros_like(x_t)
+                    for k, value in edits.items():
+                        edit[k] = value.reshape(x_t[k].shape).to(x_t) * self._alpha(now[k])
+        self.edit = edit
+        self._costs = torch.tensor([self.loops[i].take_cost() for i in numbers], device=t.device)
+        return x_0
+
+    def _alpha(self, t: float) -> float:
+        """What a loop's state is to be multiplied by."""
+        return float(self.sde.alpha(torch.tensor([t], dtype=torch.float64))) if self.reading.exploding else 1.0
+
+    def cost(self, t: Time, cond: Cond) -> Index | int:
+        return self._costs if len(self._costs) == len(t) else self.calls
+
+    def _denoised(self, loops: Sequence[Any], t: Time) -> State:
+        """The denoised predictions of loops that stand at their step, with shape (B, *event)."""
+        sample = torch.stack([loop.sample.reshape(self.event_shape) for loop in loops])
+        out = torch.stack([loop.out.reshape(self.event_shape) for loop in loops])
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        level, sample = self.sde.level(t.to(sample.device)), sample.to(dtype)
+        if self.reading.exploding:
+            sample = expand_like(level.alpha, sample) * sample
+        x_0 = self.reading.clip(self.reading.read(out.to(dtype), sample, level).x_0)
+        for loop, row in zip(loops, x_0, strict=True):
+            if loop.given_x_0 is not None:
+                row.copy_(loop.given_x_0.reshape(row.shape))
+        for loop, one in zip(loops, x_0, strict=True):
+            loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
+        return x_0
+
+    def _advance(self, loops: Sequence[Loop]) -> None:
+        """Runs loops to their next step or their end, and serves their networks' calls together."""
+        waiting = [(loop, None) for loop in loops]
+        while waiting:
+            for loop, answer in waiting:
+                loop.resume(answer)
+            calls = [loop.call for loop, _ in waiting if loop.call is not None]
+            for call in calls:
+                if id(call.module) not in self._hooks:
+                    self._hooks[id(call.module)] = cache_hooks(call.module)
+            remembering = {key: hooks for key, hooks in self._hooks.items() if hooks}
+            if remembering:
+                self.separate = "its network has cache hooks, which remember each sample's earlier calls"
+            answers, forwards, why = answered(calls, remembering, self._apart, self._failed)
+            self.forwards += forwards
+            self.separate = why or self.separate
+            waiting = [(c.loop, a) for c, a in zip(calls, answers, strict=True) if not c.loop.ended]
+
+    def _failed(self, call: Any, error: Exception) -> None:
+        """Ends a sample for which memory did not suffice."""
+        i = next(i for i, loop in self.loops.items() if loop is call.loop)
+        if self.event_shape is None:  # nothing runs yet
+            raise error
+        self.errors[i] = error
+        call.loop.close()
+
+    def finished(self, slots: Tensor, x: State, status: Tensor) -> None:
+        """Lets the pipelines of samples that have ended go on from their last states, to their outputs."""
+        for i, last, how in zip(slots.tolist(), x, status.tolist(), strict=True):
+            loop = self.loops.pop(i, None)
+            if loop is None:
+                continue
+            if loop.stopped or (loop.ended and loop.output is not None):  # by its callback, or by its own decision
+                self.stopped.add(i)
+            elif loop.ended or how == Status.NON_FINITE:
+                loop.close()
+                continue
+            else:
+                # The last state is denoised as a rule, and then it is data.
+                loop.finish(last if self.ends_denoised else last / self._alpha(self.t_end))
+                try:
+                    while not loop.ended:
+                        self._advance([loop])
+                        if not loop.ended:
+                            raise ValueError(
+                                "this pipeline takes another step after its loop; it is not known for what."
+                            )
+                except Exception as error:  # noqa: BLE001 - its last state is in the result, and others go on
+                    self.errors[i] = error
+                    loop.close()
+                    continue
+            self.outputs[i] = loop.output
+
+    def close(self) -> None:
+        """Ends what still runs, and lets the pipeline put its models where they belong."""
+        self._drop()
+        if hasattr(self.pipe, "maybe_free_model_hooks"):
+            self.pipe.maybe_free_model_hooks()
+
+    def _drop(self) -> None:
+        """Ends all loops, and undoes what they would have undone at their end."""
+        for loop in self.loops.values():
+            loop.close()
+        self.loops.clear()
+        for part in self.pipe.components.values():
+            if processors_of(part) != self.processors.get(id(part), {}):
+                part.set_attn_processor(dict(self.processors[id(part)]))
