@@ -333,9 +333,9 @@ def run(
 ) -> SampleResult:
     """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
 
-    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`; `noise` stands in
-    for the seed's. From `t_start` up to `t_end`, the engine's clock, which always falls, is u = -t, and solver and
-    controller must be made for it: see `Forward` and `Controller.reversed`.
+    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`; `noise` is used
+    rather than the seed's. From `t_start` up to `t_end`, the engine's clock, which always falls, is u = -t, and solver
+    and controller must be made for it: see `Forward` and `Controller.reversed`.
     """
     solver.check(sde, controller.times if isinstance(controller, Grid) else None)
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
