@@ -200,7 +200,7 @@ class _Host(ScoreModel):
         missing = len(rows) < len(self.x)
         if missing:  # of items that have failed, which the model's prompts and masks still count
             whole = whole[:1].repeat(len(self.x), *[1] * (x_t.ndim - 1)).index_copy(0, rows, whole)
-        denoised = self.network(whole, sigma.to(whole.dtype).repeat(len(whole)), **self.extra_args)
+        denoised = self.network(whole, sigma.to(whole).repeat(len(whole)), **self.extra_args)
         denoised = check_output(denoised, whole, self.role)
         if self.tell is not None and self.calls_made < self.told:
             self.tell({"x": whole, "i": self.calls_made, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
