@@ -1,6 +1,6 @@
 """fastsde: samples from pretrained diffusion models, with no schedule to tune."""
 
-from fastsde import score
+from fastsde import kdiffusion, score
 from fastsde.api import encode, sample
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.diagnosis import Diagnosis, diagnose
@@ -113,6 +113,7 @@ __all__ = [
     "fit",
     "from_diffusers",
     "integrate",
+    "kdiffusion",
     "log_likelihood",
     "pretrained",
     "sample",

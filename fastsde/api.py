@@ -332,13 +332,14 @@ def run(
     saved_by: str = "trajectory",
     start: Callable[[Tensor], Tensor] | None = None,
     finished: Callable[[Tensor, Tensor, Tensor], None] | None = None,
+    noise: Noise | None = None,
 ) -> SampleResult:
     """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
 
     Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`; `start` and `finished`
-    are the job's, where start states are no tensor of all of them. From `t_start` up to
-    `t_end`, the engine's clock, which always falls, is u = -t, and solver and controller must be made for it: see
-    `Forward` and `Controller.reversed`.
+    are the job's, where start states are no tensor of all of them; `noise` is used rather than the seed's. From
+    `t_start` up to `t_end`, the engine's clock, which always falls, is u = -t, and solver and controller must be made
+    for it: see `Forward` and `Controller.reversed`.
     """
     solver.check(sde, controller.times if isinstance(controller, Grid) else None)
     count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
@@ -355,7 +356,7 @@ def run(
         affordable = max(1, sum(calls <= max_nfe for calls in paid))
         if affordable < len(walks):
             controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
-    noise = noise_of(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
+    noise = noise or noise_of(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
     index = index.to(device)
     if x_data is not None:
         times = torch.full((count,), t_start, dtype=torch.float64, device=device)
