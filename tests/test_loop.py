@@ -218,10 +218,19 @@ def test_edits_of_a_callback_stay_in_the_state():
         return {"latents": pull(kwargs["latents"], dt)}
 
     own = [last_state(pipe, {**arguments, "callback_on_step_end": callback}, k) for k in (100, 200)]
-    generator = torch.Generator().manual_seed(0)
-    r = fastsde.sample_pipeline(
-        pipe, num_inference_steps=100, callback_on_step_end=callback, generator=generator, progress=False, **arguments
-    )
+
+    def in_place(inner, i, t, kwargs):
+        kwargs["latents"].copy_(callback(inner, i, t, kwargs)["latents"])
+        return kwargs
+
+    def ours(edit):
+        generator = torch.Generator().manual_seed(0)
+        shared = {"num_inference_steps": 100, "generator": generator, "progress": False}
+        return fastsde.sample_pipeline(pipe, callback_on_step_end=edit, **shared, **arguments)
+
+    r = ours(callback)
+    for again in (ours(in_place), torch.inference_mode()(ours)(in_place)):
+        assert distance(again.result.samples, r.result.samples) < 1e-6
     plain = last_state(pipe, arguments, 200)
     assert distance(plain, own[1]) > 0.5
     # Edits of first order in the step, at other times than those of the own loop.

@@ -84,7 +84,9 @@ class Loop:
         self._start: tuple[Tensor, float, Tensor] | None = None
         self.denoised = torch.empty(0)
         self._counted: list[int] = []
-        self._handed: tuple[Tensor, int] | None = None
+        self._handed: Tensor | None = None
+        self._asked = torch.empty(0)
+        self._edits = 0
         self._next: Tensor | None = None
         self._in_turn = self._walking = False
         self._place = 0
@@ -185,7 +187,8 @@ class Loop:
         """Says where the next evaluation is: a state, with the shape of `sample`, its time and the network's."""
         # A copy: pipelines edit their latents in place.
         given = x.to(self.sample.device, self.sample.dtype, copy=True).reshape(self.sample.shape)
-        self._handed, self._next, self.at = (given, given._version), timestep, t
+        self._handed, self._asked, self._edits = given, x, _edits(given)
+        self._next, self.at = timestep, t
 
     def note_start(self, t: float) -> None:
         """Notes the first evaluation, for `give_again`."""
@@ -205,11 +208,10 @@ class Loop:
     @property
     def edit(self) -> State | None:
         """What the pipeline added to the state that it was given before it evaluated it; None if nothing."""
-        if self._handed is None:
+        if self._handed is None or (self.sample is self._handed and _edits(self._handed) == self._edits >= 0):
             return None
-        handed, version = self._handed
-        same = self.sample is handed and handed._version == version
-        return None if same or torch.equal(self.sample, handed) else self.sample - handed
+        asked = self._asked.to(self.sample).reshape(self.sample.shape)
+        return None if torch.equal(self.sample, asked) else self.sample - asked
 
     @property
     def cost(self) -> int:
@@ -279,7 +281,7 @@ class Loop:
         self.out, self.sample, self.given_x_0 = out, sample, x_0
         self._pause()
         assert self._handed is not None
-        return self._handed[0]
+        return self._handed
 
     def walk(self, timesteps: Timesteps) -> Iterator[Tensor]:
         """The times of the loop: the first is the pipeline's own, the others those that were asked for.
@@ -345,6 +347,11 @@ class Loop:
     def place(self) -> int | None:
         """The place of the loop in the pipeline's own list; None before it."""
         return self._place if self._walking or self._in_turn else None
+
+
+def _edits(x: Tensor) -> int:
+    """How often a tensor was changed in place; -1 for those of inference mode, which do not count."""
+    return -1 if x.is_inference() else x._version
 
 
 def _random_states(device: torch.device) -> dict[str, Tensor]:
