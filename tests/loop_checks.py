@@ -85,7 +85,7 @@ def restarted(name):
     sde = fastsde.sample_pipeline(pipe, nfe=8, seed=3, progress=False, **arguments).process
     coarse, fine = (Grid.log_snr(sde, k) for k in (4, 6))
     never = AdaptiveGrid([coarse, fine], rtol=1e-9, atol=1e-12)
-    shared = {"n": 2, "seed": 3, "progress": False, **arguments}
+    shared = {"seed": 3, "progress": False, **arguments}
     again = fastsde.sample_pipeline(pipe, controller=never, **shared).result
     whole = fastsde.sample_pipeline(pipe, controller=fine, **shared).result
     return distance(again.samples, whole.samples), again

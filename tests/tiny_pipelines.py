@@ -58,9 +58,10 @@ def drop_in(name, steps, more_steps=None):
         ValueError: where the drop-in refuses.
     """
     pipe, arguments = PIPELINES[name]()
-    own, ours = pipe.scheduler, FastSDEScheduler.from_config(pipe.scheduler.config)
+    own = limit_scheduler(pipe.scheduler)
+    ours = FastSDEScheduler.from_config(own.config)
     if name != "CosmosTextToWorldPipeline":
-        pipe.scheduler = limit_scheduler(own)
+        pipe.scheduler = own
         half, whole = (last_state(pipe, arguments, n) for n in (steps // 2, steps))
     pipe.scheduler = ours
     return distance(last_state(pipe, arguments, more_steps or steps), whole), distance(half, whole)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -159,7 +160,7 @@ def sample_pipeline(
     if not allow_distilled:
         _check_distilled(pipe, reading)
     check_kind("per_sample", per_sample, Mapping, "a dict of lists")
-    if prompt is not None:
+    if prompt is not None or _needs_prompt(pipe):
         arguments["prompt"] = prompt
     request = Request(pipe, arguments, per_sample or {}, n, index)
     solver = ExponentialPC() if solver is None else solver
@@ -237,6 +238,12 @@ def _whole(model: PipelineModel, result: SampleResult) -> PipelineResult:
     status[[i for i in model.errors if not torch.isfinite(result.samples[i]).all()]] = int(Status.FAILED)
     result = dataclasses.replace(result, status=status)
     return PipelineResult(model.outputs, result, model.forwards, model.separate, model.errors, model.process)
+
+
+def _needs_prompt(pipe: Any) -> bool:
+    """Whether the pipeline's call has no default for its prompt."""
+    parameter = inspect.signature(type(pipe).__call__).parameters.get("prompt")
+    return parameter is not None and parameter.default is parameter.empty
 
 
 def _takes_grid(solver: Solver) -> bool:
