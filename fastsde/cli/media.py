@@ -167,9 +167,9 @@ class Media:
             value = np.asarray(value)
         if isinstance(value, Image.Image):
             self._add_image(f"{stem}.png", value)
-        elif _are_images(value) and name in ("frames", "videos", "video"):
+        elif are_images(value) and name in ("frames", "videos", "video"):
             self._add_video(f"{stem}.webp", value)
-        elif _are_images(value):
+        elif are_images(value):
             for k, image in enumerate(value):
                 self._add_image(f"{stem}-{k}.png", image)
         elif (array := _as_array(value)) is not None:
@@ -204,7 +204,7 @@ class Media:
             for image in stills:
                 image.thumbnail((_THUMBNAIL, _THUMBNAIL))
             sheet = np.stack([np.asarray(image) for image in stills if image.size == stills[0].size])
-            self.writers["grid.png"] = lambda path: image_grid(sheet).save(path)
+            self.writers["grid.png"] = lambda path: image_grid(sheet, columns=min(len(sheet), 8)).save(path)
         if self._arrays:
             arrays: dict[str, Any] = {}
             for name, of in self._arrays.items():
@@ -251,7 +251,8 @@ def _alone(value: Any) -> Any:
     return value
 
 
-def _are_images(value: Any) -> bool:
+def are_images(value: Any) -> bool:
+    """Whether it is a list of images."""
     return isinstance(value, (list, tuple)) and bool(value) and all(isinstance(v, Image.Image) for v in value)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.arguments import DEFAULT_RTOL
-from fastsde.cli.media import MADE, Media, read_value
+from fastsde.cli.media import MADE, Media, are_images, read_value
 from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
 from fastsde.cli.solver_options import chosen_solver
 from fastsde.diffusers import PipelineResult, load, sample_pipeline
@@ -79,8 +79,8 @@ class Call:
             n = n or len(prompts)
             per_sample["prompt"] = [prompts[k % len(prompts)] for k in range(n)]
         for key, value in given.items():
-            # Pictures of a folder belong together, also where there are as many as samples.
-            if n is not None and isinstance(record[key], list) and isinstance(value, list) and value is not record[key]:
+            # Pictures of a folder or a video belong together, also where there are as many as samples.
+            if n is not None and are_images(value):
                 per_sample[key] = [value] * n
         values = {key: value for key, value in given.items() if key not in per_sample}
         if len(prompts) == 1:
@@ -95,11 +95,10 @@ class Call:
         """
         takes = {k: p for k, p in inspect.signature(kind.__call__).parameters.items() if p.kind is not p.VAR_KEYWORD}
         if unknown := [key for key in self.record if key not in takes]:
-            said = ", ".join(_OPTIONS.get(key, f"--set {key}") for key in unknown)
             known = ", ".join(key for key in takes if key not in ("self", *_OURS))
             raise ValueError(
-                f"{kind.__name__} takes no {said}. Its call takes {known}. Another class of diffusers for the same "
-                "parts can be chosen with --class."
+                f"{kind.__name__} takes no {', '.join(unknown)}; its call takes {known}. --class chooses another class "
+                "of diffusers for the same parts."
             )
 
     def placed(self, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -174,7 +173,7 @@ def run_pipeline(
             pipe,
             **call.placed(device, dtype),
             per_sample=call.per_sample,
-            n=None if call.per_sample else call.n,
+            n=call.n,
             solver=solver,
             rtol=said["--rtol"],
             atol=said["--atol"],

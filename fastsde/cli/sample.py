@@ -249,16 +249,17 @@ def sample(
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:
     """Refuses options of models with --pipeline, and the reverse."""
-    others, wanted = (_OF_PIPELINES, "--pipeline") if pipeline is None else (_OF_MODELS, "--model")
+    wrong, mode = (_OF_PIPELINES, "--model") if pipeline is None else (_OF_MODELS, "--pipeline")
     said = [
         max(parameter.opts, key=len)
         for parameter in ctx.command.params
-        if parameter.name in others and ctx.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+        if parameter.name in wrong and ctx.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
     ]
+    if "--model" in said:
+        raise ValueError("give either --model or --pipeline.")
     if said:
-        other = "--model" if pipeline is None else "--pipeline"
         jobs = " Jobs of shards are for --model." if {"--shard-size", "--rank", "--world-size"} & {*said} else ""
-        raise ValueError(f"{', '.join(said)}: for {wanted} and not with {other}.{jobs}")
+        raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
 
 
 def _solver(sde: SDE, name: str, fitted: Path | None, said: dict[str, Any]) -> tuple[Solver, Controller | None]:
