@@ -103,6 +103,23 @@ def test_a_video_is_written_with_its_rate(tmp_path):
         assert np.array_equal(first, np.round(output.frames[0][0] * 255).astype(np.uint8))
 
 
+def test_the_frames_of_a_folder_belong_together_also_where_there_are_as_many_as_samples(tmp_path):
+    pipe, arguments = saved("AnimateDiffVideoToVideoPipeline", tmp_path / "video")
+    frames = arguments["video"]
+    (tmp_path / "in").mkdir()
+    for k, frame in enumerate(frames):
+        frame.save(tmp_path / "in" / f"{k}.png")
+    sets = [f"video=@{tmp_path / 'in'}", *(f"{k}={v}" for k, v in arguments.items() if k not in ("video", "prompt"))]
+    options = ["--prompt", arguments["prompt"], "--nfe", 4, "-n", len(frames), "--seed", 0]
+    record = drawn(
+        tmp_path / "out", "--pipeline", tmp_path / "video", *options, *(p for s in sets for p in ("--set", s))
+    )
+    assert len(record["arguments"]["video"]) == len(frames) == record["n"]
+    alone = fastsde.sample_pipeline(pipe, **arguments, nfe=4, seed=0, index=[1], progress=False)
+    with Image.open(tmp_path / "out" / "00001.webp") as video:
+        assert video.n_frames == len(alone.frames[0])
+
+
 def test_sound_is_written_in_16_bits_at_its_rate(tmp_path):
     pipe, arguments = saved("AceStepPipeline", tmp_path / "sound")
     sets = [
@@ -137,6 +154,19 @@ def test_arrays_and_a_second_run_in_the_same_folder(folder, tmp_path):
         assert np.array_equal(arrays["images"], r.images.numpy())
 
 
+def test_classes_and_no_prompt_at_all(tmp_path):
+    tiny.dit_pipeline().save_pretrained(tmp_path / "dit")
+    tiny.ddpm().save_pretrained(tmp_path / "ddpm")
+    record = drawn(tmp_path / "a", "--pipeline", tmp_path / "dit", "--set", "class_labels=[3, 7, 7]", "--nfe", 4)
+    assert record["files"] == [["00000.png"], ["00001.png"], ["00002.png"]]
+    other = drawn(tmp_path / "b", "--pipeline", tmp_path / "dit", "--set", "class_labels=[5]", "--nfe", 4)
+    assert other["n"] == 1
+    assert not np.array_equal(pixels(tmp_path / "a" / "00000.png"), pixels(tmp_path / "b" / "00000.png"))
+    record = drawn(tmp_path / "c", "--pipeline", tmp_path / "ddpm", "-n", 2, "--solver", "DDIM", "--steps", 3)
+    assert record["solver"] == repr(fastsde.DDIM(steps=3))
+    assert record["nfe"] == [4, 4]  # and one to denoise
+
+
 def test_json_on_standard_output_is_the_record(folder, tmp_path):
     result = run("--pipeline", folder, "--prompt", "a", "--set", "num_inference_steps=3", "--json", "--out", tmp_path)
     assert json.loads(result.stdout) == json.loads((tmp_path / "samples.json").read_text())
@@ -158,6 +188,8 @@ def test_an_unknown_argument_is_refused_before_weights_are_read(tmp_path):
         (["--set", "height=8", "--set", "height=16"], "height is given twice"),
         (["--set", "prompt=b"], "prompt is given twice: --set prompt and --prompt"),
         (["--set", "generator=1"], "--seed says the noise"),
+        (["--set", "batch_size=2"], "-n says how many"),
+        (["--set", "controller=2"], "this is fastsde's, not the pipeline's"),
         (["--set", "latents=@none.npy"], "--set latents: no file none.npy"),
         (["--class", "Magic"], "--class Magic: diffusers"),
         (["--class", "FluxPipeline"], "needs text_encoder_2, tokenizer_2, transformer, which"),

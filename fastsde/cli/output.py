@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -97,9 +98,11 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
 
 
 def versions(*more: str) -> dict[str, str]:
-    """Versions of everything that can change a sample, those of more packages by name included."""
+    """Versions of everything that can change a sample, those of more packages included where they are installed."""
     found = {"fastsde": fastsde.__version__, "torch": torch.__version__, "numpy": np.__version__}
-    found |= {name: importlib.metadata.version(name) for name in more}
+    for name in more:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
 
 

@@ -26,8 +26,9 @@ from fastsde.solvers import Solver
 
 _OPTIONS = {"prompt": "--prompt", "negative_prompt": "--negative-prompt", "guidance_scale": "--guidance-scale"}
 """Arguments of calls that have an option of their own."""
-_OURS = {"generator": "--seed says the noise", "return_dict": "the files decide"}
+_OURS = {"generator": "--seed says the noise", "return_dict": "files are written", "batch_size": "-n says how many"}
 """Arguments of calls that the command gives itself, and why."""
+_RESERVED = inspect.signature(sample_pipeline).parameters.keys() - {"prompt", "arguments"}
 _RECORD = "samples.json"
 
 
@@ -67,6 +68,8 @@ class Call:
                 raise ValueError(f"--set must be KEY=VALUE, such as height=512 or image=@in.png; got {text[:80]!r}.")
             if key in _OURS:
                 raise ValueError(f"--set {key}: {_OURS[key]}.")
+            if key in _RESERVED:
+                raise ValueError(f"--set {key}: this is fastsde's, not the pipeline's; see fastsde sample --help.")
             if key in given:
                 raise ValueError(f"{key} is given twice: --set {key} and {_OPTIONS.get(key, 'another --set')}.")
             try:
@@ -345,5 +348,5 @@ def _earlier(out: Path) -> set[str]:
         files = read_json(out / _RECORD).get("files", [])
     except (OSError, ValueError):
         return names
-    found = {name for some in files for name in some} if isinstance(files, list) else set()
-    return names | {name for name in found if isinstance(name, str) and MADE.fullmatch(name)}
+    lists = [some for some in files if isinstance(some, list)] if isinstance(files, list) else []
+    return names | {name for some in lists for name in some if isinstance(name, str) and MADE.fullmatch(name)}
