@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import os
 import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 
 import fastsde
 from fastsde.files import naming
+from fastsde.result import SampleResult, Status
 
 
 class _Path(click.Path):
@@ -94,10 +97,48 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
     return [path for _, path in pairs]
 
 
-def versions() -> dict[str, str]:
-    """Versions of everything that can change a sample."""
+def versions(*more: str) -> dict[str, str]:
+    """Versions of everything that can change a sample, those of more packages included where they are installed."""
     found = {"fastsde": fastsde.__version__, "torch": torch.__version__, "numpy": np.__version__}
+    for name in more:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
     return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+
+
+def result_record(result: SampleResult) -> dict[str, Any]:
+    """What a record says of samples: totals, then lists with an entry for each."""
+    nfe = result.nfe[result.status != Status.PENDING].double()
+    return {
+        "n": len(result.nfe),
+        "finished": len(nfe),
+        "status_counts": result.counts(),
+        "outside_data_range": None if result.outside is None else int(result.outside.sum()),
+        "mean_nfe": float(nfe.mean()) if len(nfe) else None,
+        "seconds": round(result.seconds, 3),
+        "seed": result.seed,
+        "index": result.index.tolist(),
+        "nfe": result.nfe.tolist(),
+        "accepted": result.accepted.tolist(),
+        "rejected": result.rejected.tolist(),
+        "status": [Status(s).name for s in result.status.tolist()],
+    }
+
+
+def summary(result: SampleResult, more: Sequence[str], files: Sequence[Path | str]) -> str:
+    """The lines that a command ends with: what samples cost and how they ended, more lines, and the files."""
+    ended = result.status != Status.PENDING
+    nfe, steps = result.nfe[ended].double(), int((result.accepted + result.rejected).sum())
+    lines = [f"{int(result.success.sum())} of {len(result.nfe)} samples in {result.seconds:.1f} s"]
+    if len(nfe):
+        lines.append(
+            f"network calls per sample: mean {nfe.mean():.1f}, least {int(nfe.min())}, most {int(nfe.max())}; "
+            f"{int(result.rejected.sum()) / max(steps, 1):.1%} of the steps rejected"
+        )
+    lines.extend(more)
+    if not result.success.all():
+        lines.append(f"not all succeeded: {result.counts()}; see samples.json")
+    return "\n".join([*lines, *(f"  {path}" for path in files)])
 
 
 def dump_json(value: dict[str, Any]) -> str:

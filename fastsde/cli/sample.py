@@ -13,19 +13,25 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from click.core import ParameterSource
 from torch import Tensor
 
 from fastsde.arguments import DEFAULT_RTOL
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
-from fastsde.cli.output import PATH, dump_json, prepare_folder, versions, write_atomic
-from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, build_solver, check_request
+from fastsde.cli.output import PATH, dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.pipeline import Call, run_pipeline
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, check_request, chosen_solver
 from fastsde.control import Controller
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.sde.base import SDE
-from fastsde.solvers import FittedSolver, Solver
+from fastsde.solvers import Solver
+
+_OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size")
+_OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
+"""Options that go with --model alone, and with --pipeline alone."""
 
 
 @click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
@@ -34,7 +40,26 @@ from fastsde.solvers import FittedSolver, Solver
     default="fashion-mnist",
     help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
 )
-@click.option("-n", "--number", "n", default=64, type=click.IntRange(1, 1 << 32), help="Number of samples.")
+@click.option("--pipeline", help="A diffusers pipeline, in its own loop: a folder or a name on the hub.")
+@click.option("--class", "kind", metavar="NAME", help="A class of diffusers for the pipeline's parts, not its own.")
+@click.option("--prompt", "prompts", multiple=True, help="Of a pipeline; several are for the samples in turn.")
+@click.option("--negative-prompt", help="Of a pipeline.")
+@click.option(
+    "--set",
+    "settings",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="An argument of the pipeline's call: JSON, a text, or @FILE; may be repeated.",
+)
+@click.option("--fps", default=8.0, type=click.FloatRange(0.1, 1000), help="Frames a second of a pipeline's videos.")
+@click.option(
+    "-n",
+    "--number",
+    "n",
+    type=click.IntRange(1, 1 << 32),
+    show_default="64; of a pipeline one for each prompt",
+    help="Number of samples.",
+)
 @click.option(
     "--solver",
     "solver_name",
@@ -58,22 +83,42 @@ from fastsde.solvers import FittedSolver, Solver
 @click.option(
     "--label", default="cycle", help='A class number, "cycle" for all in turn, or "none" for the model\'s own mix.'
 )
-@click.option("--guidance-scale", type=float, help="Of diffusers' models with classes; two calls for one if above 1.")
 @click.option(
-    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
+    "--guidance-scale",
+    type=float,
+    help="Of diffusers' models with classes, and of pipelines; as a rule two calls for one if above 1.",
 )
-@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
+@click.option(
+    "--dtype",
+    default="float32",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="Of the network alone; of a pipeline's parts.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1, 1 << 20),
+    show_default="64; of a pipeline 8",
+    help="Samples evaluated at a time.",
+)
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
 @click.option(
     "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="More samples than that make a job of shards."
 )
 @click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
 @click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
-@click.option("--out", default="samples", type=PATH, help="Folder; its three files are replaced.")
+@click.option("--out", default="samples", type=PATH, help="Folder; what an earlier run wrote there is replaced.")
 @click.option("--json", "as_json", is_flag=True, help="Print the JSON record instead of the summary.")
+@click.pass_context
 def sample(
+    ctx: click.Context,
     model: str,
-    n: int,
+    pipeline: str | None,
+    kind: str | None,
+    prompts: tuple[str, ...],
+    negative_prompt: str | None,
+    settings: tuple[str, ...],
+    fps: float,
+    n: int | None,
     solver_name: str,
     rtol: float | None,
     atol: float | None,
@@ -86,7 +131,7 @@ def sample(
     label: str,
     guidance_scale: float | None,
     dtype: str,
-    batch_size: int,
+    batch_size: int | None,
     device: str,
     shard_size: int,
     rank: int | None,
@@ -106,6 +151,12 @@ def sample(
     Killed at any moment, the same command goes on where it stopped; other settings are refused. Processes share a job
     by --rank and --world-size, or under `torchrun` and `accelerate launch`; none waits for another.
 
+    With --pipeline a pipeline of diffusers runs in its own loop, and --set says arguments of its call. VALUE is JSON
+    (numbers, true, lists), else a text. @FILE is an image, a video (.gif, .webp), an array (.npy, .npz, .safetensors:
+    a tensor) or a text (.txt); @FOLDER its images in order. Images become 00000.png and so on, videos .webp, sound
+    .wav, all else, such as latents and what --set output_type=np asks for, samples.npz; grid.png shows the images or
+    first frames, samples.json holds the record. What a decoder fails on is in latents.npz.
+
     \b
     Examples:
       fastsde sample --model fashion-mnist -n 64 --rtol 0.05 --seed 1 --out samples
@@ -115,9 +166,32 @@ def sample(
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
       fastsde sample -n 50000 --nfe 12 --out runs/fifty-thousand
+      fastsde sample --pipeline stabilityai/stable-diffusion-2-1 --prompt "a lighthouse in fog" -n 4 --dtype float16
+      fastsde sample --pipeline folder --class StableDiffusionImg2ImgPipeline --prompt "in oil" --set image=@in.png
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
-    failed = False
+    _check_options(ctx, pipeline)
+    if pipeline is not None:
+        if processes(None, None, os.environ)[1] > 1:
+            raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
+        guidance = {"prompt": prompts or None, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+        run_pipeline(
+            pipeline,
+            kind,
+            Call.read(guidance, settings, n),
+            solver_name=solver_name,
+            fitted=fitted,
+            said={"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "-o": options},
+            seed=seed,
+            batch_size=8 if batch_size is None else batch_size,
+            dtype=getattr(torch, dtype),
+            device=own_device(device, os.environ),
+            fps=fps,
+            out=out,
+            as_json=as_json,
+        )
+        return
+    n, batch_size, failed = n or 64, batch_size or 64, False
     try:
         opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype), guidance_scale)
         sde = opened.model.sde
@@ -129,7 +203,7 @@ def sample(
         prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
         chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
         draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
-        settings = {
+        record: dict[str, Any] = {
             "model": model,
             **opened.source,
             "guidance_scale": guidance_scale,
@@ -146,11 +220,11 @@ def sample(
         shares = processes(rank, world_size, os.environ)
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
             check_request(opened.model, solver, controller, rtol, atol, nfe)
-            settings |= {"seed": seed, "label": label}
+            record |= {"seed": seed, "label": label}
             if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
                 channels, *size = opened.model.event_shape
-                settings["image_shape"] = [*size, channels]
-            job = ShardedJob.begin(out, n, shard_size, settings)
+                record["image_shape"] = [*size, channels]
+            job = ShardedJob.begin(out, n, shard_size, record)
             run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
             return
         labels = labels_of(torch.arange(n))
@@ -162,13 +236,30 @@ def sample(
         result = interruption.result
     except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
         raise click.ClickException(str(error)) from error
-    record = _record(result, labels) | settings
+    record = result_record(result) | record
+    record["label"] = None if labels is None else labels.tolist()
+    record["in_npz"] = result.index[_whole(result)].tolist()
     if not (result.status != Status.PENDING).any():
         raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
     files = _write(out, result, labels, record, opened)
-    click.echo(dump_json(record) if as_json else _summary(result, files), nl=not as_json)
+    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
+
+
+def _check_options(ctx: click.Context, pipeline: str | None) -> None:
+    """Refuses options of models with --pipeline, and the reverse."""
+    wrong, mode = (_OF_PIPELINES, "--model") if pipeline is None else (_OF_MODELS, "--pipeline")
+    said = [
+        max(parameter.opts, key=len)
+        for parameter in ctx.command.params
+        if parameter.name in wrong and ctx.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
+    if "--model" in said:
+        raise ValueError("give either --model or --pipeline.")
+    if said:
+        jobs = " Jobs of shards are for --model." if {"--shard-size", "--rank", "--world-size"} & {*said} else ""
+        raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
 
 
 def _solver(sde: SDE, name: str, fitted: Path | None, said: dict[str, Any]) -> tuple[Solver, Controller | None]:
@@ -177,14 +268,12 @@ def _solver(sde: SDE, name: str, fitted: Path | None, said: dict[str, Any]) -> t
     Raises:
         ValueError: if they do not go together.
     """
-    if fitted is None:
-        solver = build_solver(name, said["-o"])
-        tolerances = (said["--rtol"], said["--atol"]) != (None, None)
-        budget = said["--nfe"] is not None
-        return solver, build_controller(sde, solver, said["--steps"], said["--grid"], rtol=tolerances, budget=budget)
-    if others := [key for key, value in said.items() if value not in (None, ())]:
-        raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
-    return FittedSolver.load(fitted), None
+    solver = chosen_solver(name, fitted, said)
+    if fitted is not None:
+        return solver, None
+    tolerances = (said["--rtol"], said["--atol"]) != (None, None)
+    budget = said["--nfe"] is not None
+    return solver, build_controller(sde, solver, said["--steps"], said["--grid"], rtol=tolerances, budget=budget)
 
 
 def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
@@ -208,26 +297,6 @@ def _labels(label: str, classes: int, index: Tensor) -> Tensor | None:
 def _whole(result: SampleResult) -> Tensor:
     """Which samples are there: neither missing nor lost, with shape (n,)."""
     return torch.isfinite(result.samples.flatten(1)).all(1)
-
-
-def _record(result: SampleResult, labels: Tensor | None) -> dict[str, Any]:
-    nfe = result.nfe[result.status != Status.PENDING].double()
-    return {
-        "n": len(result.nfe),
-        "finished": int((result.status != Status.PENDING).sum()),
-        "status_counts": result.counts(),
-        "outside_data_range": None if result.outside is None else int(result.outside.sum()),
-        "mean_nfe": float(nfe.mean()) if len(nfe) else None,
-        "seconds": round(result.seconds, 3),
-        "seed": result.seed,
-        "index": result.index.tolist(),
-        "label": None if labels is None else labels.tolist(),
-        "in_npz": result.index[_whole(result)].tolist(),
-        "nfe": result.nfe.tolist(),
-        "accepted": result.accepted.tolist(),
-        "rejected": result.rejected.tolist(),
-        "status": [Status(s).name for s in result.status.tolist()],
-    }
 
 
 def _write(
@@ -262,17 +331,3 @@ def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
     except RuntimeError as error:
         write_atomic(out, {"latents.npz": lambda path: np.savez(path, arr_0=samples.float().cpu().numpy())})
         raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error
-
-
-def _summary(result: SampleResult, files: list[Path]) -> str:
-    ended = result.status != Status.PENDING
-    nfe, steps = result.nfe[ended].double(), int((result.accepted + result.rejected).sum())
-    lines = [f"{int(result.success.sum())} of {len(result.nfe)} samples in {result.seconds:.1f} s"]
-    if len(nfe):
-        lines.append(
-            f"network calls per sample: mean {nfe.mean():.1f}, least {int(nfe.min())}, most {int(nfe.max())}; "
-            f"{int(result.rejected.sum()) / max(steps, 1):.1%} of the steps rejected"
-        )
-    if not result.success.all():
-        lines.append(f"not all succeeded: {result.counts()}; see samples.json")
-    return "\n".join([*lines, *(f"  {path}" for path in files)])

@@ -6,13 +6,14 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from fastsde.arguments import own_grid, resolve_controller
 from fastsde.control import Controller, Grid
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
-from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, Langevin, Solver, Tableau
+from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, FittedSolver, Langevin, Solver, Tableau
 
 SOLVER_NAMES = {solver.__name__: solver for solver in SOLVERS}
 GRIDS = {
@@ -45,6 +46,24 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
             raise ValueError(f"--option must be KEY=VALUE; got {option!r}.")
         solver = _replaced(solver, key.split("."), _value(text))
     return solver
+
+
+def chosen_solver(name: str, fitted: Path | None, said: dict[str, Any]) -> Solver:
+    """The fitted solver in a file, or that of a name with its options.
+
+    Args:
+        name: of `--solver`.
+        fitted: of `--fitted`.
+        said: what else was said of steps and solver, by option; `-o` among them.
+
+    Raises:
+        ValueError, OSError: if they do not go together, or the file holds none.
+    """
+    if fitted is None:
+        return build_solver(name, said["-o"])
+    if others := [key for key, value in said.items() if value not in (None, ())]:
+        raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
+    return FittedSolver.load(fitted)
 
 
 def build_controller(
