@@ -92,7 +92,9 @@ def load(
             raise ValueError(
                 f"{source} names a pipeline or part that this diffusers does not have: {error}."
             ) from error
-        name = "transformer" if getattr(pipe, "transformer", None) is not None else "unet"
+        name = next((k for k in ("transformer", "unet") if getattr(pipe, k, None) is not None), None)
+        if name is None:  # priors and decoders of several stages
+            return pipe, scheduler
         if averaged is not None and ema is not False:
             network = diffusers.AutoModel.from_pretrained(str(source), subfolder=averaged, **options)
             pipe.register_modules(**{name: network.to(getattr(pipe, name).device)})
