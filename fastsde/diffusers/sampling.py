@@ -303,7 +303,10 @@ def _check_distilled(pipe: Any, reading: Reading) -> None:
     from fastsde.diffusers.loop import denoisers
 
     for network in denoisers(pipe).values():
-        check_distilled(config_of(network), reading)
+        config = dict(config_of(network))
+        if not hasattr(pipe, "get_guidance_scale_embedding"):  # then it is something else that joins the time
+            config.pop("time_cond_proj_dim", None)
+        check_distilled(config, reading)
 
 
 def _between(pipe: Any, model: PipelineModel) -> SDE:
