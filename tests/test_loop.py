@@ -30,50 +30,76 @@ def sample(pipe, **arguments):
     return fastsde.sample_pipeline(pipe, **{**QUIET, **arguments})
 
 
-LEAD = [
+CLASSES = [
+    "StableDiffusionPipeline",
+    "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",  # edits of latents, by the time of the next step
     "StableDiffusionControlNetPipeline",  # a second network, and lists by the step's number
-    "StableDiffusionXLImg2ImgPipeline",  # states of Karras et al.'s schedulers
+    "StableDiffusionPipeline, IP-Adapter",
+    "StableDiffusionPAGPipeline",  # changes its network while it runs
+    "StableDiffusionXLPipeline",  # states of Karras et al.'s schedulers
+    "StableDiffusionXLImg2ImgPipeline",
+    "StableDiffusionLatentUpscalePipeline",  # levels in its own formulas
+    "StableDiffusion3Pipeline",
+    "FluxPipeline",
+    "FluxImg2ImgPipeline",
     "FluxFillPipeline",
     "Flux2Pipeline",
-    "QwenImageEditPipeline",  # two calls for guidance
+    "QwenImagePipeline",  # two calls for guidance
+    "QwenImageEditPipeline",
+    "ChromaPipeline",
+    "Lumina2Pipeline",  # another time and another sign
+    "AuraFlowPipeline",
     "ZImagePipeline",  # lists of tensors
+    "SanaPipeline",
+    "CogView4Pipeline",
+    "PixArtAlphaPipeline",
     "DiTPipeline",  # a doubled state
-    "MochiPipeline",  # time the other way
+    "KandinskyV22Pipeline",
+    "Kandinsky5T2IPipeline",
+    "HiDreamImagePipeline",  # its first joint call fails, and is made again in parts
+    "WanPipeline",
     "WanPipeline, two experts",
+    "LTXPipeline",
     "LTXImageToVideoPipeline",  # steps on a part of the latents
     "LTXConditionPipeline",  # a time for every token, and the other sign
+    "HunyuanVideoPipeline",
+    "MochiPipeline",  # time the other way
     "CogVideoXPipeline",
     "CosmosTextToWorldPipeline",  # each step twice
     "Cosmos2TextToImagePipeline",  # levels in the place of times
-    "Kandinsky5T2IPipeline",
     "AudioLDM2Pipeline",
+    "AceStepPipeline",
     "MotifVideoPipeline",  # a guider that remembers steps
 ]
+APART = ("StableDiffusionPAGPipeline", "HiDreamImagePipeline", "AceStepPipeline")
+"""Those whose calls are not, or not all, joined."""
+REMEMBERING = ("LTXConditionPipeline", "AceStepPipeline", "MotifVideoPipeline")
+"""Those whose prediction is no function of state and time: guidance with momentum, noise on a condition each turn."""
 
 
-@pytest.mark.parametrize("name", LEAD)
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_leads_where_its_own_loop_leads(name):
-    ours, own = agreement(name, 20)
-    # Own loops are of first order and as far from their limit as 20 steps are from 10; both may err, on either side. A
+    ours, own = agreement(name, 10)
+    # Own loops are of first order and as far from their limit as 10 steps are from 5; both may err, on either side. A
     # wrong sign, time or start is 0.2 or more.
-    assert ours < 2.5 * own + 0.01
+    assert ours < 2.5 * own + 0.02
 
 
-@pytest.mark.parametrize("name", [*LEAD[:3], *LEAD[5:8], "StableDiffusionPAGPipeline", "HiDreamImagePipeline"])
+@pytest.mark.parametrize("name", CLASSES)
 def test_a_sample_is_the_same_alone_and_among_others_at_other_times(name):
     difference, r, made = mixed(name)
-    # Rounding in float32, over some 60 calls; another prompt, time or scale is 0.01 or more.
+    # Rounding in float32, over dozens of calls; another prompt, time or scale is 0.01 or more.
     assert difference < 1e-4
     assert r.result.success.all()
-    if name != "HiDreamImagePipeline":  # whose first joint call fails, and is made again in parts
+    if name != "HiDreamImagePipeline":
         assert made == int(r.result.nfe.sum())
-    if name not in ("StableDiffusionPAGPipeline", "HiDreamImagePipeline"):
+    if name not in APART:
         assert r.separate is None
-        assert r.forwards < made
+        assert r.forwards < made or "ControlNet" in name
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionInpaintPipeline", "ZImagePipeline", "WanPipeline, two experts"])
+@pytest.mark.parametrize("name", [name for name in CLASSES if name not in REMEMBERING])
 def test_a_restart_forgets_the_coarser_grid(name):
     difference, again = restarted(name)
     assert again.rejected.tolist() == [1]

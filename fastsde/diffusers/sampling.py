@@ -160,7 +160,7 @@ def sample_pipeline(
     if not allow_distilled:
         _check_distilled(pipe, reading)
     check_kind("per_sample", per_sample, Mapping, "a dict of lists")
-    if prompt is not None or _needs_prompt(pipe):
+    if prompt is not None or (_needs_prompt(pipe) and "prompt" not in (per_sample or {})):
         arguments["prompt"] = prompt
     request = Request(pipe, arguments, per_sample or {}, n, index)
     solver = ExponentialPC() if solver is None else solver

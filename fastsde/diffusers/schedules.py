@@ -136,7 +136,7 @@ class Reading:
             return 1 - t if self.inverted else t
         return (-0.5 * self.sde.log_snr(self.time_of(timestep))).exp()
 
-    def scaled(self, x: State, timestep: Tensor | float | None) -> State:
+    def scaled(self, x: Tensor, timestep: Tensor | float | None) -> Tensor:
         """What the network is given of a loop's state: c_in x for EDM's, alpha x where states are x / alpha, else x."""
         if timestep is None or (self.sigma_data is None and not self.exploding):
             return x
