@@ -4,6 +4,7 @@
 docs/pipelines.md.
 """
 
+import inspect
 import math
 
 import diffusers
@@ -182,6 +183,15 @@ def test_samples_are_functions_of_the_seed_and_their_number():
 def test_noise_of_a_sample_is_its_own():
     pipe, arguments = built("FluxPipeline")
     solver = ExponentialPC(eta=1.0)
+    start = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(9))
+
+    def drawn(*seeds):
+        each = [torch.Generator().manual_seed(k) for k in seeds]
+        run = {"nfe": 10, "solver": solver, "latents": start.expand(len(seeds), -1, -1), "progress": False}
+        return fastsde.sample_pipeline(pipe, generator=each, **run, **arguments).result.samples
+
+    assert distance(drawn(1, 2)[0], drawn(3)[0]) > 0.01
+    assert distance(drawn(1, 2)[1], drawn(2)[0]) < 1e-4
     whole = sample(pipe, n=3, nfe=10, solver=solver, **arguments).result.samples
     alone = sample(pipe, index=[2], nfe=10, solver=solver, **arguments).result.samples
     assert distance(alone[0], whole[2]) < 1e-4
@@ -232,6 +242,110 @@ def test_the_end_of_one_pipeline_is_the_start_of_another():
     assert distance(half.images, x) < 0.05  # 24 steps of first order
     assert distance(whole.images, theirs) < 0.1
     assert distance(whole.images, straight.images) < 0.05
+
+
+def test_turns_are_numbered_as_in_the_own_loop_where_there_are_as_many():
+    pipe, arguments = built("StableDiffusionPipeline")
+    arguments["guidance_scale"] = 6.0
+    cutoff = diffusers.callbacks.SDCFGCutoffCallback(cutoff_step_ratio=0.4)  # waits for one number
+    seen = recorded(pipe)
+    r = sample(pipe, num_inference_steps=20, callback_on_step_end=cutoff, **arguments)
+    assert r.result.nfe.tolist() == [seen["rows"]] == [9 * 2 + 11]
+    edit, arguments = built("StableDiffusionImg2ImgPipeline")  # half of the way
+    seen = recorded(edit)
+    assert sample(edit, num_inference_steps=20, **arguments).result.nfe.tolist() == [seen["rows"]] == [20]
+
+
+def test_samples_share_nothing_that_pipelines_or_callbacks_write_into():
+    pipe, arguments = built("FluxPipeline")
+    scale = {"scale": 1.0, "more": {}}
+
+    def note(inner, i, t, kwargs):
+        inner._joint_attention_kwargs["more"]["last"] = i
+        kwargs["prompt_embeds"].mul_(0.9)
+        return kwargs
+
+    run = {"nfe": 8, "callback_on_step_end": note, "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"]}
+    pipe.transformer.forward = without(pipe.transformer.forward, "joint_attention_kwargs")
+    whole = sample(pipe, n=3, joint_attention_kwargs=scale, **run, **arguments)
+    alone = sample(pipe, index=[2], joint_attention_kwargs=scale, **run, **arguments)
+    assert distance(alone.result.samples[0], whole.result.samples[2]) < 1e-5
+    assert scale == {"scale": 1.0, "more": {}}
+
+
+def without(forward, name):
+    """A network that takes no argument of that name."""
+
+    def call(*args, **kwargs):
+        kwargs.pop(name)
+        return forward(*args, **kwargs)
+
+    return call
+
+
+def test_a_subclass_counts_as_its_base_does():
+    class Own(diffusers.StableDiffusionControlNetPipeline):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+        __call__.__signature__ = inspect.signature(diffusers.StableDiffusionControlNetPipeline.__call__)
+
+    pipe, arguments = built("StableDiffusionControlNetPipeline")
+    mine = Own(**pipe.components, requires_safety_checker=False)
+    window = {"control_guidance_end": 0.5, "num_inference_steps": 10, "nfe": 40}
+    assert torch.equal(
+        sample(mine, **window, **arguments).result.samples, sample(pipe, **window, **arguments).result.samples
+    )
+    space = inspect.unwrap(diffusers.StableDiffusionControlNetPipeline.__call__).__globals__
+    assert "enumerate" not in space
+
+
+def test_what_a_guider_hangs_on_its_network_is_taken_off():
+    pipe, arguments = built("HunyuanImagePipeline")
+    layers = diffusers.LayerSkipConfig([0], fqn="transformer_blocks")
+    pipe.guider = diffusers.SkipLayerGuidance(
+        3.0, skip_layer_guidance_start=0.0, skip_layer_guidance_stop=0.5, skip_layer_config=[layers]
+    )
+    r = sample(pipe, n=2, nfe=24, **arguments)
+    assert "one after another" in r.separate
+    alone = sample(pipe, index=[1], nfe=24, **arguments)
+    assert distance(alone.result.samples[0], r.result.samples[1]) < 1e-5
+    assert torch.isfinite(last_state(pipe, arguments, 2)).all()
+
+
+def test_processors_that_look_across_the_batch():
+    pipe, arguments = built("StableDiffusionPipeline")
+    expected = sample(pipe, n=2, nfe=16, **arguments)
+
+    class Mixing(type(next(iter(pipe.unet.attn_processors.values())))):
+        def __call__(self, attn, hidden_states, *args, **kwargs):
+            out = super().__call__(attn, hidden_states, *args, **kwargs)
+            return out + out.mean(0, keepdim=True) * (len(out) > 2)
+
+    pipe.unet.set_attn_processor(Mixing())
+    r = sample(pipe, n=2, nfe=16, **arguments)
+    assert distance(r.result.samples, expected.result.samples) < 1e-5
+    assert r.separate is not None
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_a_loop_inside_of_a_mode_leaves_it(inside):
+    class Inside(Echo):
+        def __call__(self, num_inference_steps=10, generator=None):
+            with inside():
+                return super().__call__(num_inference_steps, generator)
+
+    pipe = Inside(diffusers.DDIMScheduler(), tiny.unet())
+    with pytest.raises(ValueError, match="put it around sample_pipeline"):
+        sample(pipe, nfe=6)
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    with inside():
+        assert sample(echo_pipe(), nfe=6).result.success.all()
+
+
+def echo_pipe():
+    return Echo(diffusers.DDIMScheduler(), tiny.unet())
 
 
 def test_edits_of_a_callback_stay_in_the_state():
@@ -347,6 +461,16 @@ def test_a_loop_that_its_callback_stops():
         ("StableDiffusionPipeline", {"colour": "red"}, "takes no colour; its call takes prompt"),
         ("StableDiffusionPipeline", {"prompt": PROMPTS, "n": 2}, "number of samples disagrees: n says 2, prompts"),
         ("StableDiffusionPipeline", {"per_sample": {"prompt": PROMPTS}}, "both for all samples and in per_sample"),
+        ("StableDiffusionPipeline", {"per_sample": {"guidance_scale": 3.0}}, "must be a list with one value"),
+        ("StableDiffusionPipeline", {"per_sample": {"prompt": "cat"}}, "must be a list with one value"),
+        ("StableDiffusionPipeline", {"prompt": []}, "got an empty list"),
+        ("StableDiffusionPipeline", {"index": []}, "index must name at least one"),
+        ("StableDiffusionPipeline", {"seed": None, "generator": []}, "generator must be"),
+        (
+            "StableDiffusionControlNetPipeline",
+            {"n": 2, "controlnet_conditioning_scale": [0.0, 2.0]},
+            "one for each, or",
+        ),
         ("StableDiffusionPipeline", {"per_sample": {"guidance_scale": [1.0]}, "n": 2}, "number of samples disagrees"),
         ("StableDiffusionPipeline", {"rtol": -1.0}, "rtol must be"),
         ("StableDiffusionPipeline", {"nfe": 10, "rtol": 0.1}, "either nfe= or rtol"),
@@ -363,7 +487,7 @@ def test_a_loop_that_its_callback_stops():
         ("LatentConsistencyModelPipeline", {}, "distilled"),
     ],
 )
-def test_bad_input_is_refused_before_the_first_call(name, arguments, match):
+def test_bad_input_is_refused_before_the_first_call(name, arguments, match, without_type_checks):
     if name == "StableAudioPipeline":
         pytest.importorskip("torchsde")  # its scheduler cannot be made without it
     pipe, own = built(name)

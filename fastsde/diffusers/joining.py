@@ -18,6 +18,10 @@ _TIME = ("timestep", "timesteps", "t", "time", "timestep_r", "sigma", "noise_lev
 """Names of a network's argument that is its time, which may come without an axis."""
 
 
+_POSITIONS = ("img_ids", "txt_ids", "latent_ids", "image_rotary_emb")
+"""Names of arguments of which networks read one for all rows, whatever axes they have."""
+
+
 class Memory:
     """What diffusers' cache hooks remember of one sample, while others are called.
 
@@ -43,11 +47,11 @@ class Memory:
         for key, (owner, name) in places.items():
             setattr(owner, name, self._kept[key] if key in self._kept else copy.deepcopy(before[key]))
         name, further = self.context or ("fastsde", {})
-        _set_cache_context(module, CacheContext(name, **further))
+        _set_cache_context(unwrap(module), CacheContext(name, **further))
         try:
             return run()
         finally:
-            _set_cache_context(module, None)
+            _set_cache_context(unwrap(module), None)
             for key, (owner, name) in places.items():
                 self._kept[key] = getattr(owner, name)
                 setattr(owner, name, before[key])
@@ -205,7 +209,8 @@ def joined(calls: Sequence[Call]) -> _Joint:
 
     def one(key: int | str) -> Any:
         name = (names[key] if key < len(names) else "") if isinstance(key, int) else key
-        return _join([call.named()[key] for call in calls], rows, name in _TIME, lists)
+        values = [call.named()[key] for call in calls]
+        return _join(values, [-1] * len(rows) if name in _POSITIONS else rows, name in _TIME, lists)
 
     merged = {key: one(key) for key in calls[0].named()}
     args = tuple(merged[k] for k in range(len(calls[0].args)))
@@ -283,7 +288,7 @@ def _join_tensors(values: Sequence[Any], rows: Sequence[int], is_time: bool) -> 
         return torch.cat(list(values))
     if all(v is first or (v.shape == first.shape and torch.equal(v, first)) for v in values):
         return first
-    if (first.ndim == 0 and is_time) or (first.ndim and all(len(v) == 1 for v in values)):
+    if rows[0] > 0 and ((first.ndim == 0 and is_time) or (first.ndim and all(len(v) == 1 for v in values))):
         wide = [v.expand(n, *v.shape[1:]) for v, n in zip(values, rows, strict=True)]
         if any(v.shape[1:] != wide[0].shape[1:] for v in wide):
             raise CannotJoinError

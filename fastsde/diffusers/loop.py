@@ -8,6 +8,7 @@ family of pipelines: what a loop may do is told by what it does.
 from __future__ import annotations
 
 import builtins
+import collections
 import contextlib
 import contextvars
 import copy
@@ -44,7 +45,8 @@ class Loop:
         arguments: of the pipeline's call, for this sample alone.
         reading: how its schedule is read.
         memo: what `encode_prompt` returned before, shared by the samples of a run.
-        processors: attention processors of the networks as they were before, by the network's id.
+        untouched: what `touched` says of the pipeline before any sample ran.
+        counts_turns: whether turns are numbered, rather than places in the pipeline's own list.
         alone: whether no other sample runs at the same time.
         seed: of the random numbers that the pipeline draws without a generator.
         device: where it runs.
@@ -57,17 +59,16 @@ class Loop:
         reading: Reading,
         memo: dict[Any, Any],
         *,
-        processors: dict[int, dict[str, Any]],
+        untouched: Touched,
+        counts_turns: bool,
         alone: bool,
         seed: int,
         device: torch.device,
     ) -> None:
         self.reading, self.arguments, self.alone = reading, arguments, alone
         self._device = device
-        outside = _random_states(self._device)
-        torch.manual_seed(seed)
-        self._random = _random_states(self._device)
-        _set_random_states(outside)
+        own = {str(place): torch.Generator(place).manual_seed(seed) for place in {torch.device("cpu"), device}}
+        self._random = {name: generator.get_state() for name, generator in own.items()}
         self.call: Call | None = None
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
@@ -93,7 +94,9 @@ class Loop:
         self._listed: list[float] = []
         self._walked: list[float] = []
         self.at = 0.0
-        self._processors, self._seen = processors, set[int]()
+        self._untouched, self._seen = untouched, set[int]()
+        self._counts_turns, self._turn = counts_turns, 0
+        self._inference = torch.is_inference_mode_enabled()
         self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
         # Cosmos takes each step twice, setting the scheduler's number back between.
         code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
@@ -126,7 +129,7 @@ class Loop:
         return made
 
     def _run(self, _: Any = None) -> None:
-        self.output = _own_call(self.pipe, self._enumerate)(**self.arguments)
+        self.output = self.pipe(**self.arguments)
 
     def resume(self, answer: Any = None) -> None:
         """Runs on to the next pause.
@@ -230,6 +233,11 @@ class Loop:
         after = [t for t in self._listed if t < self._walked[-1] * (1 - 1e-6)]
         return self._walked[0], after[0] if after else None
 
+    @property
+    def listed_turns(self) -> int:
+        """The number of times in the list that the loop walks."""
+        return len(self._walked)
+
     def listed(self, timesteps: Tensor) -> None:
         """Notes the scheduler's whole list."""
         self._listed = self._levels(timesteps)
@@ -246,7 +254,8 @@ class Loop:
             self._counted.append(call.rows)
         device = "cpu" if call.device is None else call.device.type
         autocast = torch.is_autocast_enabled(device)
-        if torch.is_grad_enabled() or autocast != self._autocast.get(device, autocast):
+        inference = torch.is_inference_mode_enabled() != self._inference
+        if inference or torch.is_grad_enabled() or autocast != self._autocast.get(device, autocast):
             return module(*args, **kwargs)  # its own business, in its own context
         self.call = call
         return self._pause()
@@ -256,7 +265,7 @@ class Loop:
         if self.alone or id(module) in self._seen:
             return
         self._seen.add(id(module))
-        if self._processors.get(id(module), {}) != processors_of(module):
+        if self._untouched.get(id(module)) != (processors_of(module), _hooks_of(module)):
             raise SharedNetworkError
 
     def denoise(self, out: Tensor, sample: Tensor) -> Tensor:
@@ -276,6 +285,13 @@ class Loop:
             raise ValueError(
                 f"this pipeline's step has a prediction with shape {tuple(out.shape)} and a state with shape "
                 f"{tuple(sample.shape)}; one of the state's shape was expected. Run it with its own scheduler."
+            )
+        place = sample.device.type
+        autocast = torch.is_autocast_enabled(place)
+        if torch.is_inference_mode_enabled() != self._inference or autocast != self._autocast.get(place, autocast):
+            raise ValueError(
+                "this pipeline's loop runs inside of torch.inference_mode() or torch.autocast(), where other samples "
+                "would be too. Take it out of its call and put it around sample_pipeline."
             )
         self._in_turn, self._walking = False, True
         self.out, self.sample, self.given_x_0 = out, sample, x_0
@@ -302,8 +318,10 @@ class Loop:
             return
         while self._next is not None:
             self._now, self._next = self._next, None
+            self._turn += 1
             # That of the last of the pipeline's own times that is not below it in noise.
-            self._place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
+            place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
+            self._place = min(self._turn, len(self._walked) - 1) if self._counts_turns else place
             self._in_turn = True
             yield self._now.to(own.device)
             if self._in_turn:  # it went on without a step: stopped by its own callback
@@ -313,16 +331,9 @@ class Loop:
     def _levels(self, timesteps: Tensor) -> list[float]:
         return self.reading.time(timesteps.double().cpu().reshape(-1)).tolist()
 
-    def _enumerate(self, things: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
-        """`enumerate`, which over the loop's times counts by their place in the pipeline's own list.
-
-        Pipelines look things up by that number, in lists as long as their own: whether a control net is on, levels.
-        """
-        if not isinstance(getattr(things, "iterable", things), Timesteps):
-            yield from builtins.enumerate(things, start)
-            return
-        for k, t in builtins.enumerate(things):
-            yield start + (self._place if self._walking else k), t
+    def number(self, k: int) -> int:
+        """What `enumerate` says of the entry that it was given as number k."""
+        return self._place if self._walking else k
 
     def length(self, own: int) -> int:
         """Number of the list's entries: one more than the place of the last evaluation, once that is known."""
@@ -371,9 +382,32 @@ def denoisers(pipe: Any) -> dict[str, nn.Module]:
     return {key: part for key, part in parts.items() if not key.startswith((*_UNSERVED, *_UNCOUNTED))}
 
 
-def processors(pipe: Any) -> dict[int, dict[str, Any]]:
-    """The attention processors of a pipeline's networks, by the network's id."""
-    return {id(part): processors_of(part) for part in pipe.components.values() if isinstance(part, nn.Module)}
+Touched = dict[int, tuple[dict[str, Any], dict[str, list[str]]]]
+
+
+def touched(pipe: Any) -> Touched:
+    """What pipelines change of their networks while they run: attention processors and hooks, by the network's id."""
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    return {id(part): (processors_of(part), _hooks_of(part)) for part in parts}
+
+
+def restore(pipe: Any, before: Touched) -> None:
+    """Gives a pipeline's networks what `touched` has found before."""
+    for part in pipe.components.values():
+        if id(part) not in before:
+            continue
+        kept, hooks = before[id(part)]
+        if processors_of(part) != kept:
+            part.set_attn_processor(dict(kept))
+        for name, names in _hooks_of(part).items():
+            for hook in set(names) - set(hooks.get(name, ())):
+                part.get_submodule(name)._diffusers_hook.remove_hook(hook, recurse=False)
+
+
+def _hooks_of(module: nn.Module) -> dict[str, list[str]]:
+    """Names of diffusers' hooks on a network, by the part that has them."""
+    found = {name: vars(part).get("_diffusers_hook") for name, part in module.named_modules()}
+    return {name: sorted(registry.hooks) for name, registry in found.items() if registry is not None and registry.hooks}
 
 
 def processors_of(module: object) -> dict[str, Any]:
@@ -391,25 +425,35 @@ def _current() -> Loop:
     return getcurrent().run_of
 
 
-def _own_call(pipe: Any, count: Callable[..., Any]) -> Callable[..., Any]:
-    """The pipeline's `__call__`, in which `enumerate` is ours.
+_injected: collections.Counter[int] = collections.Counter()
 
-    Bare of torch's decorators, which switch gradients off: here they are.
+
+@contextlib.contextmanager
+def counting(pipe: Any) -> Iterator[None]:
+    """Within it, the functions of a pipeline's `__call__` see an `enumerate` of ours, which knows a loop's times."""
+    calls = [vars(kind)["__call__"] for kind in type(pipe).__mro__ if "__call__" in vars(kind)]
+    spaces = [f.__globals__ for call in calls if isinstance(f := inspect.unwrap(call), types.FunctionType)]
+    spaces = [space for space in spaces if space.get("enumerate", _enumerate) is _enumerate]
+    for space in spaces:
+        _injected[id(space)] += 1
+        space["enumerate"] = _enumerate
+    try:
+        yield
+    finally:
+        for space in spaces:
+            _injected[id(space)] -= 1
+            if not _injected[id(space)]:
+                del space["enumerate"], _injected[id(space)]
+
+
+def _enumerate(things: Iterable[Any], start: int = 0) -> Iterator[tuple[int, Any]]:
+    """`enumerate`, which over a loop's times counts by their place in the pipeline's own list.
+
+    Pipelines look things up by that number, in lists as long as their own: whether a control net is on, levels.
     """
-    function = type(pipe).__call__
-    while hasattr(function, "__wrapped__") and function.__code__.co_filename.endswith("_contextlib.py"):
-        function = function.__wrapped__
-    if not isinstance(function, types.FunctionType):
-        return functools.partial(type(pipe).__call__, pipe)
-    made = types.FunctionType(
-        function.__code__,
-        {**function.__globals__, "enumerate": count},
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
-    return functools.partial(made, pipe)
+    times = getattr(things, "iterable", things)
+    for k, t in builtins.enumerate(things):
+        yield start + (times.loop.number(k) if isinstance(times, Timesteps) else k), t
 
 
 def _remembered(pipe: Any, memo: dict[Any, Any]) -> Callable[..., Any]:
@@ -418,13 +462,33 @@ def _remembered(pipe: Any, memo: dict[Any, Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-        plain = (int, float, bool, str, type(None))
-        settings = {key: value for key, value in vars(pipe).items() if isinstance(value, plain)}
-        key = repr((args, kwargs, settings))
-        if "tensor(" in key or " at 0x" in key:  # not told apart by what it looks like
+        # Some read the pipeline's settings, too.
+        settings = {key: value for key, value in vars(pipe).items() if isinstance(value, _PLAIN)}
+        if not _is_plain([*args, *kwargs.values()]):
             return own(*args, **kwargs)
+        key = repr((args, kwargs, settings))
         if key not in memo:
             memo[key] = own(*args, **kwargs)
-        return memo[key]
+        return _cloned(memo[key])  # callbacks may edit them in place
 
     return encode_prompt
+
+
+_PLAIN = (int, float, bool, str, type(None), torch.device, torch.dtype)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether what it looks like tells a value from others."""
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(part) for part in value)
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(part) for key, part in value.items())
+    return isinstance(value, _PLAIN)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    if type(value) in (list, tuple):
+        return type(value)(_cloned(part) for part in value)
+    return {key: _cloned(part) for key, part in value.items()} if type(value) is dict else value

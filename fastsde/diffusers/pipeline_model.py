@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastsde.batching import expand_like
 from fastsde.diffusers.joining import answered, cache_hooks
-from fastsde.diffusers.loop import Loop, SharedNetworkError, denoisers, processors, processors_of
+from fastsde.diffusers.loop import Loop, SharedNetworkError, denoisers, processors_of, restore, touched
 from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.diffusers.requests import Request
 from fastsde.diffusers.schedules import Reading
@@ -20,6 +20,8 @@ from fastsde.score.base import ScoreModel
 from fastsde.score.network import evaluation_mode
 from fastsde.sde.base import SDE
 from fastsde.types import Cond, Index, State, Time
+
+_CHANGES = "the pipeline changes its network while it runs, so that samples ran one after another"
 
 
 class PipelineModel(ScoreModel):
@@ -31,12 +33,20 @@ class PipelineModel(ScoreModel):
         reading: how its schedule is read.
         generators: for each sample.
         batch_size: samples in flight.
+        counts_turns: whether loops number their turns, of which there are then as many as in their own lists.
     """
 
     per_row = True
 
     def __init__(
-        self, pipe: Any, request: Request, reading: Reading, generators: Sequence[torch.Generator], batch_size: int
+        self,
+        pipe: Any,
+        request: Request,
+        reading: Reading,
+        generators: Sequence[torch.Generator],
+        batch_size: int,
+        *,
+        counts_turns: bool = False,
     ) -> None:
         networks = denoisers(pipe)
         latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
@@ -47,7 +57,9 @@ class PipelineModel(ScoreModel):
             data_range=LATENT_RANGE if latent else None,
         )
         self.pipe, self.request, self.reading, self.generators = pipe, request, reading, generators
-        self.batch_size, self.ends_denoised = batch_size, True
+        self.batch_size, self.ends_denoised, self.separate = batch_size, True, None
+        if any(_hangs_hooks(part) for part in pipe.components.values()):
+            self.batch_size, self.separate = 1, _CHANGES
         self.loops: dict[int, Loop] = {}
         self.outputs: list[Any] = [None] * request.n
         self.errors: dict[int, BaseException] = {}
@@ -56,12 +68,15 @@ class PipelineModel(ScoreModel):
         self._apart: set[int] = set()
         self._hooks: dict[int, list[Any]] = {}
         self._place = torch.device(pipe._execution_device) if hasattr(pipe, "_execution_device") else super().device
-        self.separate: str | None = None
         self.process: SDE = reading.sde
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
         self._memo: dict[Any, Any] = {}
-        self.processors = processors(pipe)
+        self.counts_turns, self.listed = counts_turns, 0
+        self.untouched = touched(pipe)
+        for network in networks.values():
+            if not all(type(p).__module__.startswith("diffusers.models") for p in processors_of(network).values()):
+                self._apart.add(id(network))
 
     @property
     def device(self) -> torch.device:
@@ -85,7 +100,7 @@ class PipelineModel(ScoreModel):
         except SharedNetworkError:  # before the first network call: nothing is lost
             self._drop()
             self.batch_size = 1
-            self.separate = "the pipeline changes its network while it runs, so that samples ran one after another"
+            self.separate = _CHANGES
             self.prepare([0])
 
     def start(self, slots: Tensor) -> State:
@@ -113,7 +128,8 @@ class PipelineModel(ScoreModel):
                 arguments,
                 self.reading,
                 self._memo,
-                processors=self.processors,
+                untouched=self.untouched,
+                counts_turns=self.counts_turns,
                 alone=self.batch_size == 1,
                 seed=self.generators[i].initial_seed(),
                 device=self._place,
@@ -138,7 +154,7 @@ class PipelineModel(ScoreModel):
         start = min(given, sde.t_max)
         if self.event_shape is None:
             self.event_shape, self.t_start, self.t_end = event, start, end
-            self.calls = max(1, loop.cost)
+            self.calls, self.listed = max(1, loop.cost), loop.listed_turns
         if (event, start, end) != (self.event_shape, self.t_start, self.t_end):
             raise ValueError(
                 f"samples of one call must have one shape and one start; one has {self.event_shape} from t = "
@@ -283,6 +299,14 @@ class PipelineModel(ScoreModel):
         for loop in self.loops.values():
             loop.close()
         self.loops.clear()
-        for part in self.pipe.components.values():
-            if processors_of(part) != self.processors.get(id(part), {}):
-                part.set_attn_processor(dict(self.processors[id(part)]))
+        restore(self.pipe, self.untouched)
+
+
+def _hangs_hooks(part: object) -> bool:
+    """Whether a component is a guider of diffusers that changes the network for some of its calls."""
+    kind = type(part)
+    if not kind.__module__.startswith("diffusers.guiders"):
+        return False
+    from diffusers.guiders.guider_utils import BaseGuidance
+
+    return kind.prepare_models is not BaseGuidance.prepare_models  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,8 @@ from fastsde.checks import check_count
 _TEXT = ("prompt", "negative_prompt")
 _EACH = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt")
 """Names under which pipelines take a number of samples for each prompt."""
+_SCALES = ("guidance_scale", "true_cfg_scale")
+"""Numbers of which a list has one for each sample; other lists of numbers are for several networks or pictures."""
 _PICTURES = ("image", "mask", "video", "frames", "audio")
 
 
@@ -47,6 +50,9 @@ class Request:
         if unknown := [key for key in (*given, *per_sample) if key not in self.takes]:
             known = ", ".join(key for key, p in self.takes.items() if key != "self" and p.kind is not p.VAR_KEYWORD)
             raise TypeError(f"{name} takes no {', '.join(unknown)}; its call takes {known}.")
+        for key, values in per_sample.items():
+            if not isinstance(values, (list, tuple, Tensor, np.ndarray)) or len(values) == 0:
+                raise ValueError(f"per_sample[{key!r}] must be a list with one value for each sample; got {values!r}.")
         twice = sorted(given.keys() & per_sample.keys())
         if twice:
             raise ValueError(f"{', '.join(twice)} is given both for all samples and in per_sample=.")
@@ -55,6 +61,9 @@ class Request:
         each = 1
         for key in _EACH:
             each *= check_count(key, 1 if (k := given.pop(key, None)) is None else k, 1)
+        empty = [key for key, v in given.items() if isinstance(v, (list, tuple)) and not v and key.startswith(_TEXT)]
+        if empty:
+            raise ValueError(f"{', '.join(empty)} must be a string or a list of them; got an empty list.")
         rows = {key: len(v) for key, v in given.items() if _by_prompt(key, v)}
         counts = sorted({k for k in rows.values() if k > 1})
         # Some embeddings have another axis first, such as the layers of a text encoder; then most say 1.
@@ -66,8 +75,8 @@ class Request:
         self.n = self._number(prompts, each, per_sample, given, n, index)
         each = self.n // prompts
         self.arguments = [
-            {key: self._of_prompt(key, v, k // each, k) for key, v in given.items()}
-            | {key: v[k] for key, v in per_sample.items()}
+            {key: _fresh(self._of_prompt(key, v, k // each, k)) for key, v in given.items()}
+            | {key: _fresh(v[k]) for key, v in per_sample.items()}
             for k in range(self.n)
         ]
         one = {key: 1 for key in _EACH if key in self.takes}
@@ -108,7 +117,8 @@ class Request:
         """Refuses pictures of which it is not known whether they are one for each sample or several for all."""
         for key, value in given.items():
             many = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 3)
-            if n > 1 and many and len(value) == n and any(word in key for word in _PICTURES) and "embeds" not in key:
+            picture = any(word in key for word in _PICTURES) and "embeds" not in key
+            if n > 1 and many and len(value) == n and (picture or (self._is_number(key) and key not in _SCALES)):
                 raise ValueError(
                     f"{key} has {n} entries for {n} samples: one for each, or all of them for each? For the first, "
                     f"give per_sample={{{key!r}: [...]}}; for the second, the same with {n} times the whole list."
@@ -118,7 +128,7 @@ class Request:
         """The argument for one sample."""
         if key == "latents" and isinstance(value, Tensor) and len(value) > 1 and len(value) == self.n:
             return value[sample : sample + 1]
-        if isinstance(value, (list, tuple)) and len(value) == self.n > 1 and self._is_number(key):
+        if isinstance(value, (list, tuple)) and len(value) == self.n > 1 and key in _SCALES:
             return value[sample]
         if key not in self.by_prompt:
             return value
@@ -143,6 +153,13 @@ def _by_prompt(key: str, value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 1 and ("embeds" in key or key.endswith("attention_mask"))
 
 
+def _fresh(value: Any) -> Any:
+    """The value with dicts and lists of its own: pipelines write into those that they are given."""
+    if isinstance(value, dict):
+        return {key: _fresh(part) for key, part in value.items()}
+    return [_fresh(part) for part in value] if type(value) is list else value
+
+
 def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Tensor | None) -> tuple[int, list[Any]]:
     """The seed of the noise, and for each sample the generator that its pipeline draws from, or None.
 
@@ -158,16 +175,24 @@ def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Ten
     if generator is None:
         return int(torch.randint(1 << 62, (1,))), [None] * n
     if isinstance(generator, torch.Generator):
-        if n == 1:
-            return generator.initial_seed() % (1 << 63), [generator]
+        if n == 1 and index is None:
+            return 0, [generator]
         return int(torch.randint(1 << 62, (1,), generator=generator, device=generator.device)), [None] * n
-    if not isinstance(generator, Sequence) or not all(isinstance(g, torch.Generator) for g in generator):
+    each = generator if isinstance(generator, Sequence) else ()
+    if not each or not all(isinstance(g, torch.Generator) for g in each):
         raise TypeError(
             f"generator must be a torch.Generator or a list of them, one for each sample; got {generator!r}."
         )
     if index is not None:
         raise ValueError("a list of generators says all noise; leave index= out.")
-    return 0, list(generator)
+    return 0, list(each)
+
+
+def number_of(generator: torch.Generator) -> int:
+    """A number in [0, 2^32) that a generator's state decides, which stays as it is."""
+    copy = torch.Generator(generator.device)
+    copy.set_state(generator.get_state())
+    return int(torch.randint(1 << 32, (1,), generator=copy, device=generator.device))
 
 
 def own_generator(seed: int, number: int) -> torch.Generator:

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from fastsde import api
-from fastsde.arguments import resolve_controller, resolve_dtype, resolve_shape
+from fastsde.arguments import fewest_calls, resolve_controller, resolve_dtype, resolve_shape
 from fastsde.checks import check_count, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.networks import check_distilled, config_of
-from fastsde.diffusers.requests import Request, own_generator, streams
+from fastsde.diffusers.requests import Request, number_of, own_generator, streams
 from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unread
 from fastsde.job import EngineState
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
@@ -125,24 +125,26 @@ def sample_pipeline(
 
     The pipeline's number of steps, its default or `num_inference_steps`, is the length of its own list of times. It
     says how finely `strength` cuts, and what a share of the steps is, as in `control_guidance_end`; what counts steps,
-    such as `callback_on_step_end`, sees the place of the time in that list. It does not say how many steps are taken,
-    unless it is given without rtol, nfe, solver and controller: then there are as many evaluations.
+    such as `callback_on_step_end`, sees the place of the time in that list, and some places may be skipped. It does not
+    say how many steps are taken, unless it is given without rtol, nfe, controller and steps of the solver: then there
+    are as many evaluations as in its own loop, numbered as there.
 
     Args:
         pipe: a pipeline whose loop takes one step of one scheduler a turn.
         prompt: as the pipeline's; a list for several samples.
         n: number of samples, where there is one prompt or none.
         rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback.
-        nfe: network calls that no sample exceeds; both halves of guidance count. Known by the first evaluation.
+        nfe: network calls that no sample exceeds; both halves of guidance count. An evaluation is taken to cost what
+            the first one does; where a pipeline makes later ones dearer, samples cost more.
         seed: in [0, 2^64); drawn by torch by default, and then in `.result.seed`. Sample i, its start and all noise of
             its pipeline, is a function of (seed, i), at any batch size.
         batch_size: samples in flight.
         per_sample: arguments of the pipeline with one value for each sample, such as `{"image": [a, b]}`. Lists of
-            prompts, of embeddings (by their leading axis), class labels, latents, generators, and of numbers where the
-            pipeline takes a number, need not stand here.
+            prompts, of embeddings (by their leading axis), class labels, latents, generators and guidance scales need
+            not stand here.
         allow_distilled: do not refuse checkpoints that look distilled.
         arguments: those of the pipeline's call. With `generator=` of one sample, or a list, its pipeline draws from
-            that one.
+            that one, and its state decides the solver's noise.
 
     Returns:
         A `PipelineResult`.
@@ -154,6 +156,7 @@ def sample_pipeline(
             `PipelineResult` with what there is is in `.result`.
         Interrupted: at Ctrl-C; likewise.
     """
+    from fastsde.diffusers.loop import counting
     from fastsde.diffusers.pipeline_model import PipelineModel
 
     reading = _reading(pipe)
@@ -167,23 +170,29 @@ def sample_pipeline(
     steps = arguments.get("num_inference_steps")
     counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
     seed, own = streams(request.generator, seed, request.n, index)
+    if index is not None and len(index) == 0:
+        raise ValueError("index must name at least one sample; got an empty list.")
+    if any(g is not None for g in own):
+        index = [number_of(g) for g in own]
     _, _, numbers = resolve_shape(ScoreModel(pipe, reading.sde), None, (request.n, 1), None, index)
     generators = [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
     batch = min(check_count("batch_size", batch_size, 1), request.n)
     reading = _started(reading, controller)
-    model = PipelineModel(pipe, request, reading, generators, batch)
+    model = PipelineModel(pipe, request, reading, generators, batch, counts_turns=counted)
     if isinstance(solver, FittedSolver):
         solver = _for_network(solver, model)
 
     def parts(process: SDE) -> tuple[Controller, float, float]:
-        budget = steps * model.calls if steps is not None and counted else nfe
+        # As many evaluations as its own loop makes: of an image a share of the steps.
+        own_loop = max((model.listed or steps or 1) * model.calls, fewest_calls(model, solver, denoise))
+        budget = own_loop if counted else nfe
         made = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
         return made, *made.span(process.t_min, process.t_max)
 
     denoise = True
     parts(reading.sde)  # what cannot work is refused before the pipeline starts
     try:
-        with torch.no_grad(), model.sampling():
+        with torch.no_grad(), model.sampling(), counting(pipe):
             model.begin()
             process = model.process = _between(pipe, model)
             denoise = model.ends_denoised = model.t_end <= reading.sde.t_min

@@ -226,7 +226,7 @@ def served(module: nn.Module, current: Callable[[], Loop], *, counted: bool) -> 
             memory.context = before
 
     space = {"__call__": call, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    space |= {"cache_context": cache_context} if hasattr(kind, "cache_context") else {}
+    space |= {"cache_context": cache_context} if hasattr(module, "cache_context") else {}
     made_kind = type(kind.__name__, (kind,), space)
     made: nn.Module = object.__new__(made_kind)
     object.__setattr__(made, "__dict__", vars(module))
