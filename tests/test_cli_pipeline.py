@@ -170,7 +170,7 @@ def test_classes_and_no_prompt_at_all(tmp_path):
 def test_json_on_standard_output_is_the_record(folder, tmp_path):
     result = run("--pipeline", folder, "--prompt", "a", "--set", "num_inference_steps=3", "--json", "--out", tmp_path)
     assert json.loads(result.stdout) == json.loads((tmp_path / "samples.json").read_text())
-    assert json.loads(result.stdout)["nfe"] == [6]  # three evaluations, guided
+    assert json.loads(result.stdout)["nfe"] == [8]  # four evaluations, as in the loop of PNDM, guided
 
 
 def test_an_unknown_argument_is_refused_before_weights_are_read(tmp_path):
