@@ -196,6 +196,11 @@ def sample_pipeline(
             model.begin()
             process = model.process = _between(pipe, model)
             denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
+            if isinstance(solver, FittedSolver) and process.t_max < solver.times[0] * (1 - 1e-6):
+                raise ValueError(
+                    f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}, from an image. Leave "
+                    "solver= out."
+                )
             chosen, first, last = parts(process)
             if not math.isclose(first, process.t_max, rel_tol=1e-6):
                 raise ValueError(
