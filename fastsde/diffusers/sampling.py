@@ -198,7 +198,7 @@ def sample_pipeline(
             denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
             if isinstance(solver, FittedSolver) and process.t_max < solver.times[0] * (1 - 1e-6):
                 raise ValueError(
-                    f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}, from an image. Leave "
+                    f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave "
                     "solver= out."
                 )
             chosen, first, last = parts(process)
