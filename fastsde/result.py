@@ -11,24 +11,28 @@ from torch import Tensor
 
 
 class Status(enum.IntEnum):
-    """How a sample ended."""
+    """How a sample ended.
+
+    PENDING: not finished; sampling was interrupted. Its row of `samples` is NaN.
+    SUCCESS: reached t_min.
+    MAX_NFE: would have exceeded `max_nfe`; the sample is the denoised state where it stopped.
+    MIN_STEP: the tolerance asked for a step below the smallest allowed; the sample is the denoised state where it
+        stopped.
+    NON_FINITE: the network or the step gave NaN or infinity. Its row of `samples` is NaN.
+    NOT_DENOISED: reached t_min, but the run failed or was interrupted before its last call; the sample is the state
+        there.
+    STOPPED: a callback stopped its pipeline on the way; the output is the pipeline's, its row of `samples` is NaN.
+    FAILED: memory did not suffice for it alone. Its row of `samples` is NaN.
+    """
 
     PENDING = 0
-    """Not finished: sampling was interrupted. Its row of `samples` is NaN."""
     SUCCESS = 1
-    """Reached t_min."""
     MAX_NFE = 2
-    """Would have exceeded `max_nfe`; the sample is the denoised state where it stopped."""
     MIN_STEP = 3
-    """The tolerance asked for a step below the smallest allowed; the sample is the denoised state where it stopped."""
     NON_FINITE = 4
-    """The network or the step gave NaN or infinity. Its row of `samples` is NaN."""
     NOT_DENOISED = 5
-    """Reached t_min, but the run failed or was interrupted before its last call; the sample is the state there."""
     STOPPED = 6
-    """A callback of its pipeline stopped it on its way. Its row of `samples` is NaN."""
     FAILED = 7
-    """Memory did not suffice for it alone, or its pipeline ended early. Its row of `samples` is NaN."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -257,6 +257,7 @@ def test_fastsde_pipeline_is_saved_and_loaded(tmp_path):
     torch.testing.assert_close(output.images, expected.images, rtol=0, atol=1e-5)
     assert type(output) is type(expected.outputs[0])
     assert output.result.result.nfe.tolist() == expected.result.nfe.tolist()
+    assert again(PROMPTS, guidance_scale=2.0, nfe=8, **run).result.result.nfe.tolist() == [8, 8]
     # What diffusers itself loads from there is the pipeline.
     assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path), diffusers.StableDiffusionPipeline)
     assert torch.equal(again(PROMPTS, guidance_scale=2.0, return_dict=False, **run)[0], output.images)

@@ -20,6 +20,7 @@ from torch import nn
 
 import fastsde
 from fastsde import ExponentialPC, Interrupted, SamplingError
+from fastsde.diffusers import FastSDEScheduler
 from fastsde.diffusers.joining import Call, CannotJoinError, joined, parted
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
@@ -178,6 +179,23 @@ def test_samples_are_functions_of_the_seed_and_their_number():
     first, second = (fastsde.sample_pipeline(pipe, nfe=8, progress=False, **arguments) for _ in range(2))
     assert first.result.seed != second.result.seed
     assert torch.equal(sample(pipe, nfe=8, seed=second.result.seed, **arguments).result.samples, second.result.samples)
+
+
+def test_a_pipeline_with_our_scheduler():
+    pipe, arguments = built("FluxPipeline")
+    expected = sample(pipe, nfe=8, **arguments)
+    pipe.scheduler = FastSDEScheduler.from_config(pipe.scheduler.config)
+    # Its list begins at the first level below t = 1, where the other pipeline's own loop begins.
+    assert distance(sample(pipe, nfe=8, **arguments).result.samples, expected.result.samples) < 5e-3
+    assert torch.isfinite(last_state(pipe, arguments, 3)).all()
+
+
+def test_a_budget_is_kept_by_solvers_that_change_variables():
+    pipe, arguments = built("FluxPipeline")
+    seen = recorded(pipe)
+    r = sample(pipe, nfe=12, solver=fastsde.ProbabilityFlow(), **arguments)
+    assert r.result.nfe.tolist() == [seen["rows"]]
+    assert seen["rows"] <= 12
 
 
 def test_noise_of_a_sample_is_its_own():
@@ -450,6 +468,12 @@ def test_a_loop_that_its_callback_stops():
         inner._interrupt = float(t) < 500
         return kwargs
 
+    def stop_outside(inner, i, t, kwargs):
+        pipe._interrupt = float(t) < 500
+        return kwargs
+
+    r = sample(pipe, n=2, nfe=20, callback_on_step_end=stop_outside, **arguments)
+    assert r.result.counts() == {"STOPPED": 2}
     r = sample(pipe, n=2, nfe=20, callback_on_step_end=stop, **{**arguments, "output_type": "pt"})
     assert r.result.counts() == {"STOPPED": 2}
     assert torch.isfinite(r.images).all()
@@ -463,6 +487,9 @@ def test_a_loop_that_its_callback_stops():
         ("StableDiffusionPipeline", {"per_sample": {"prompt": PROMPTS}}, "both for all samples and in per_sample"),
         ("StableDiffusionPipeline", {"per_sample": {"guidance_scale": 3.0}}, "must be a list with one value"),
         ("StableDiffusionPipeline", {"per_sample": {"prompt": "cat"}}, "must be a list with one value"),
+        ("StableDiffusionPipeline", {"solver": "DDIM"}, "solver must be an object"),
+        ("StableDiffusionPipeline", {"guidance_scale": [3.0, 4.0]}, "one for each of 1 samples"),
+        ("StableDiffusionPipeline", {"seed": None, "index": [3]}, "index= names samples of a seed"),
         ("StableDiffusionPipeline", {"prompt": []}, "got an empty list"),
         ("StableDiffusionPipeline", {"index": []}, "index must name at least one"),
         ("StableDiffusionPipeline", {"seed": None, "generator": []}, "generator must be"),

@@ -323,6 +323,8 @@ class Loop:
             place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
             self._place = min(self._turn, len(self._walked) - 1) if self._counts_turns else place
             self._in_turn = True
+            if vars(self._original).get("_interrupt"):  # from outside, where nobody knows of copies
+                vars(self.pipe)["_interrupt"] = True
             yield self._now.to(own.device)
             if self._in_turn:  # it went on without a step: stopped by its own callback
                 self.stopped, self._in_turn = True, False

@@ -12,6 +12,8 @@ from fastsde.diffusers.sampling import sample_pipeline
 from fastsde.files import read_json
 
 _SETTINGS = "fastsde.json"
+_STEPS = {"rtol", "atol", "nfe", "controller", "num_inference_steps"}
+"""Arguments that say how many steps are taken."""
 
 
 def _arguments() -> set[str]:
@@ -98,6 +100,8 @@ class FastSDEPipeline:
         """
         bar = getattr(self.pipe, "_progress_bar_config", {})
         settings = {"progress": not bar.get("disable", False), **self.settings}
+        if arguments.keys() & _STEPS:  # what this call says of steps is in the place of what was said before
+            settings = {key: value for key, value in settings.items() if key not in _STEPS}
         r = sample_pipeline(self.pipe, prompt, **{**settings, **arguments})
         first = next((out for out in r.outputs if out is not None), None)
         if first is None:

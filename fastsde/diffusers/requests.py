@@ -120,9 +120,11 @@ class Request:
             picture = any(word in key for word in _PICTURES) and "embeds" not in key
             if n > 1 and many and len(value) == n and (picture or (self._is_number(key) and key not in _SCALES)):
                 raise ValueError(
-                    f"{key} has {n} entries for {n} samples: one for each, or all of them for each? For the first, "
-                    f"give per_sample={{{key!r}: [...]}}; for the second, the same with {n} times the whole list."
+                    f"{key} has {n} entries for {n} samples: one for each, or all of them for each? For one each give "
+                    f"per_sample={{{key!r}: [a, b]}}, for all of them per_sample={{{key!r}: [[a, b], [a, b]]}}."
                 )
+            if key in _SCALES and isinstance(value, (list, tuple)) and len(value) != n:
+                raise ValueError(f"{key} must be a number, or one for each of {n} samples; got {value!r}.")
 
     def _of_prompt(self, key: str, value: Any, row: int, sample: int) -> Any:
         """The argument for one sample."""

@@ -68,6 +68,10 @@ class PipelineResult:
             flat.extend([None] if part is None else part if isinstance(part, (list, tuple)) else [part])
         return flat
 
+    def __repr__(self) -> str:
+        kinds = sorted({type(out).__name__ for out in self.outputs if out is not None})
+        return f"PipelineResult(outputs={len(self.outputs)} of {kinds}, {self.result}, forwards={self.forwards})"
+
     @property
     def images(self) -> Any:
         """The images of all samples; the like for videos, `frames`, and for sound, `audios`."""
@@ -133,7 +137,8 @@ def sample_pipeline(
         pipe: a pipeline whose loop takes one step of one scheduler a turn.
         prompt: as the pipeline's; a list for several samples.
         n: number of samples, where there is one prompt or none.
-        rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback.
+        rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback; 0.05 where
+            nothing says how many steps. Of a fitted solver the network's weights are compared, its guidance is not.
         nfe: network calls that no sample exceeds; both halves of guidance count. An evaluation is taken to cost what
             the first one does; where a pipeline makes later ones dearer, samples cost more.
         seed: in [0, 2^64); drawn by torch by default, and then in `.result.seed`. Sample i, its start and all noise of
@@ -167,6 +172,10 @@ def sample_pipeline(
         arguments["prompt"] = prompt
     request = Request(pipe, arguments, per_sample or {}, n, index)
     solver = ExponentialPC() if solver is None else solver
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
+    if index is not None and seed is None and request.generator is None:
+        raise ValueError("index= names samples of a seed; give seed=, too.")
     steps = arguments.get("num_inference_steps")
     counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
     seed, own = streams(request.generator, seed, request.n, index)
@@ -192,6 +201,8 @@ def sample_pipeline(
     denoise = True
     parts(reading.sde)  # what cannot work is refused before the pipeline starts
     try:
+        if "_interrupt" in vars(pipe):
+            vars(pipe)["_interrupt"] = False
         with torch.no_grad(), model.sampling(), counting(pipe):
             model.begin()
             process = model.process = _between(pipe, model)

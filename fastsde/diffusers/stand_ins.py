@@ -92,6 +92,8 @@ def stand_in(scheduler: Any, loop: Loop) -> Any:
         "__module__": kind.__module__,
     }
     made = copy.copy(scheduler)
+    # Our own scheduler has properties in the place of these.
+    space |= {name: _kept(name, getattr(kind, name)) for name in ("timesteps", "sigmas") if hasattr(kind, name)}
     vars(made).pop("init_noise_sigma", None)
     vars(made).pop("_step_index", None)
     made.__class__ = type(kind.__name__, (kind,), space)
@@ -102,6 +104,14 @@ def stand_in(scheduler: Any, loop: Loop) -> Any:
         if hasattr(kind, name):
             own[name] = functools.wraps(getattr(scheduler, name))(functools.partial(_noised, reading, name))
     return made
+
+
+def _kept(name: str, other: property) -> property:
+    """A property that keeps what it is set to, and is another one before."""
+    return property(
+        lambda self: vars(self)[name] if name in vars(self) else other.__get__(self),
+        lambda self, value: vars(self).__setitem__(name, value),
+    )
 
 
 def refuse_copy(self: Any, memo: dict[int, Any]) -> Any:
@@ -141,9 +151,10 @@ def _set_timesteps(made: Any, scheduler: Any, loop: Loop) -> Callable[..., None]
 
     @functools.wraps(scheduler.set_timesteps)
     def set_timesteps(*args: Any, **kwargs: Any) -> None:
+        vars(made).pop("timesteps", None), vars(made).pop("sigmas", None)
         own(made, *args, **kwargs)
         given = signature.bind(made, *args, **kwargs).arguments
-        times = made.timesteps.clone()
+        times = made.timesteps.as_subclass(Tensor).clone()
         custom = any(given.get(name) is not None for name in ("timesteps", "sigmas"))
         start = loop.reading.first_timestep
         if start is not None and not custom and len(times):
