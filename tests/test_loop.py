@@ -25,6 +25,16 @@ from fastsde.diffusers.joining import Call, CannotJoinError, joined, parted
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 QUIET = {"progress": False, "seed": 0}
+
+
+@pytest.fixture(autouse=True)
+def modes():
+    """Whatever becomes of a run, the modes of torch are as before it."""
+    yield
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
 LATENT = {"output_type": "latent"}
 
 
@@ -571,6 +581,7 @@ def test_nothing_finished_is_lost_when_a_callback_raises():
     assert [out is None for out in r.outputs] == [False, False, True]
     with pytest.raises(ArithmeticError, match="mine"):  # nothing was finished
         sample(pipe, **shared)
+    assert torch.is_grad_enabled()
 
 
 def test_ctrl_c_hands_over_what_is_finished():
@@ -588,6 +599,7 @@ def test_ctrl_c_hands_over_what_is_finished():
     r = caught.value.result
     assert r.result.counts() == {"SUCCESS": 1, "PENDING": 2}
     assert torch.isnan(r.images).any(2).any(1).tolist() == [False, True, True]
+    assert torch.is_grad_enabled()
     assert sample(pipe, nfe=6, **arguments).result.success.all()  # the pipeline is as it was
 
 

@@ -164,8 +164,10 @@ class Loop:
     def close(self) -> None:
         """Ends the run where it stands."""
         if not self._greenlet.dead and self._greenlet:
+            grad = torch.is_grad_enabled()
             with contextlib.suppress(Exception):
                 self._greenlet.throw(GreenletExit)
+            torch.set_grad_enabled(grad)  # which its decorators have set as they found it
         self.ended = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
