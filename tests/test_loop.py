@@ -723,17 +723,29 @@ class Rows(nn.Module):
         return (out if isinstance(x, list) else torch.stack(out), [torch.stack([o.sum() for o in out])])
 
 
+class Wrapped(nn.Module):
+    """Says nothing of its arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.inside = Rows()
+
+    def forward(self, *args, **kwargs):
+        return self.inside(*args, **kwargs)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     rows=st.lists(st.integers(1, 3), min_size=2, max_size=4),
+    kind=st.sampled_from([Rows, Wrapped]),
     lists=st.booleans(),
     scalar=st.booleans(),
     texts=st.sampled_from(["none", "own", "shared size"]),
     seed=st.integers(0, 1000),
 )
-def test_a_joint_call_is_the_calls_it_joins(rows, lists, scalar, texts, seed):
+def test_a_joint_call_is_the_calls_it_joins(rows, kind, lists, scalar, texts, seed):
     g = torch.Generator().manual_seed(seed)
-    network, calls = Rows(), []
+    network, calls = kind(), []
     for k, n in enumerate(rows):
         x = torch.randn(n, 2, 3, generator=g)
         t = torch.rand((), generator=g) if scalar and not lists else torch.rand(n, generator=g)

@@ -210,7 +210,8 @@ def joined(calls: Sequence[Call]) -> _Joint:
     def one(key: int | str) -> Any:
         name = (names[key] if key < len(names) else "") if isinstance(key, int) else key
         values = [call.named()[key] for call in calls]
-        return _join(values, [-1] * len(rows) if name in _POSITIONS else rows, name in _TIME, lists)
+        is_time = name in _TIME or key == 1  # by position the time is second, also of wrappers that take anything
+        return _join(values, [-1] * len(rows) if name in _POSITIONS else rows, is_time, lists)
 
     merged = {key: one(key) for key in calls[0].named()}
     args = tuple(merged[k] for k in range(len(calls[0].args)))
