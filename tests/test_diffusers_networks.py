@@ -1,20 +1,18 @@
 """Networks read under a scheduler's configuration: what they are given, and what becomes of their answers."""
 
-import contextlib
 from types import SimpleNamespace
 
 import diffusers
 import pytest
 import tiny
 import torch
-from diffusers.models.attention_processor import AttnProcessor2_0
 from oracles import vector
 
 import fastsde
 from fastsde import DDIM, Grid
 from fastsde.diffusers import DiffusersModel, from_diffusers, read_schedule
 from fastsde.score import MixtureScore
-from fastsde.score.base import BoundModel, Wrapper
+from fastsde.score.base import BoundModel
 
 DDPM = diffusers.DDPMScheduler(clip_sample=False).config
 GENERATOR = torch.Generator().manual_seed(0)
@@ -205,6 +203,10 @@ def by_hand(name, network, x, t, cond):
     return network(x, timestep=time.float(), **cond).sample[:, : x.shape[1]]
 
 
+def of_channels(name):
+    return 4 if name in ("text", "sdxl", "dit", "sd3") or "pixart" in name else 3
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_every_family_is_called_as_its_pipeline_does(name):
     build, config, cond = NETWORKS[name]
@@ -226,64 +228,7 @@ def test_every_family_is_called_as_its_pipeline_does(name):
         torch.testing.assert_close(one[0], r.samples[1], rtol=1e-4, atol=1e-4 * float(r.samples.abs().max()))
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """Whether layers ran in inference mode."""
-    modes = set()
-    forward = torch.nn.Linear.forward
-
-    def noting(self, x):
-        modes.add(torch.is_inference_mode_enabled())
-        return forward(self, x)
-
-    monkeypatch.setattr(torch.nn.Linear, "forward", noting)
-    return modes
-
-
-def of_channels(name):
-    return 4 if name in ("text", "sdxl", "dit", "sd3") or "pixart" in name else 3
-
-
-@pytest.mark.parametrize("name", NETWORKS)
-def test_calls_in_inference_mode_leave_nothing_behind(name, seen):
-    build, config, cond = NETWORKS[name]
-    network, outs, shape = build(), [], (of_channels(name), 8, 8)
-
-    class Scaled(Wrapper):
-        """Works in place on what the network returns."""
-
-        def output(self, x_t, t, cond=None):
-            outs.append(self.model.output(x_t, t, cond))
-            return outs[-1].mul_(0.9)
-
-    model, _ = from_diffusers(network, config, event_shape=shape)
-    r = fastsde.sample(model, n=2, nfe=4, cond=cond)
-    assert seen == {True}
-    fastsde.sample(Scaled(model), n=2, nfe=4, cond=cond)
-    with torch.no_grad(), model.sampling():  # where they get no copies
-        x, given = torch.randn(2, *shape, generator=GENERATOR), {key: value.clone() for key, value in cond.items()}
-        before = x.clone()
-        assert not model.writes_inputs
-        model(x, vector(0.3, 0.71), given)
-        assert torch.equal(x, before)
-        assert all(torch.equal(given[key], value) for key, value in cond.items())
-    assert not any(x.is_inference() for x in (r.samples, *outs, *network.parameters(), *network.buffers()))
-    # Gradients after it and through the same model, by hand and while samples are drawn; not by hand alone.
-    x = torch.randn(2, *shape, generator=GENERATOR).requires_grad_()
-    for state in (contextlib.nullcontext(), model.sampling()):
-        seen.clear()
-        with state:
-            model(x, vector(0.3, 0.71), cond).x_0.square().sum().backward()
-        assert seen == {False}
-    assert x.grad.isfinite().all()
-    assert sum(p.grad is not None for p in network.parameters()) > 10
-    seen.clear()
-    with torch.no_grad():
-        model(x, vector(0.3, 0.71), cond)
-    assert seen == {False}
-
-
-def test_derivatives_forward_are_not_lost_in_inference_mode():
+def test_forward_derivatives_of_a_network():
     # Attention on a CPU has none.
     model, _ = from_diffusers(tiny.unet(add_attention=False).double(), DDPM)
     x, v = torch.randn(2, 2, 3, 8, 8, generator=GENERATOR, dtype=torch.float64)
@@ -293,37 +238,6 @@ def test_derivatives_forward_are_not_lost_in_inference_mode():
         differences = (model.output(x + 1e-5 * v, t) - model.output(x - 1e-5 * v, t)) / 2e-5
     # Errors of the differences: 1e-10 from the step squared, and 1e-16 / 1e-5 from rounding.
     torch.testing.assert_close(along, differences, rtol=1e-7, atol=1e-7)
-
-
-class Storing(AttnProcessor2_0):
-    """A processor of somebody's own."""
-
-
-class Other(diffusers.UNet2DModel):
-    """A network of somebody's own."""
-
-
-HOOKS = {
-    "forward": lambda network: network.conv_out.register_forward_hook(lambda *_: None),
-    "before": lambda network: network.conv_in.register_forward_pre_hook(lambda *_: None),
-    "cast": lambda network: network.enable_layerwise_casting(torch.bfloat16, torch.float32),
-    "offloaded": lambda network: pytest.importorskip("accelerate").cpu_offload(network, torch.device("cpu")),
-    "replaced": lambda network: setattr(network.conv_in, "forward", network.conv_in.forward),
-    "processor": lambda network: network.mid_block.attentions[0].set_processor(Storing()),
-    "network": lambda network: setattr(network, "__class__", Other),
-    "in place": lambda network: setattr(network, "conv_act", torch.nn.SiLU(inplace=True)),
-    "compiled": lambda network: network.conv_in.compile(backend="eager"),
-}
-
-
-@pytest.mark.parametrize("hook", HOOKS.values(), ids=HOOKS)
-def test_whoever_looks_into_a_network_sees_ordinary_tensors(hook, seen):
-    network = tiny.unet()
-    model, _ = from_diffusers(network, DDPM)
-    hook(network)
-    assert fastsde.sample(model, n=2, nfe=4).success.all()
-    assert seen == {False}
-    assert not any(p.is_inference() for p in network.parameters())
 
 
 def test_weights_kept_in_eight_bits_are_used_in_more():

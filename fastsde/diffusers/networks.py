@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastsde.batching import expand_like
 from fastsde.checks import check_labels
@@ -27,14 +26,9 @@ _ADDED = ("text_embeds", "time_ids", "image_embeds", "resolution", "aspect_ratio
 _ALWAYS = ("encoder_hidden_states", "pooled_projections")
 """Arguments that text networks need even where their signature gives them a default of None."""
 _DISTILLED = re.compile(r"turbo|lightning|(?<![a-z])lcm|schnell|hyper-?sd|(?<![a-z])dmd|distill", re.IGNORECASE)
-_STATELESS = ("UNet2DModel", "UNet2DConditionModel", "DiTTransformer2DModel", "PixArtTransformer2DModel",
-              "SD3Transformer2DModel")  # fmt: skip
-"""Networks of diffusers that keep no tensor of a call, as others do positions and lengths, and write into none."""
 _KNOWN = ("UNet1DModel", "UNet2DModel", "UNet2DConditionModel", "UNet3DConditionModel", "DiTTransformer2DModel",
           "PixArtTransformer2DModel", "SD3Transformer2DModel")  # fmt: skip
 """Networks of diffusers that take the scheduler's timestep and predict what the scheduler says."""
-_REPLACED = ("forward", "_hf_hook", "_diffusers_hook", "_compiled_call_impl")
-"""Attributes of a module that is called in another way than its class says."""
 LATENT_RANGE = (-2.0, 2.0)
 """Two standard deviations of scaled latents, whose variance is about 1; images in [-1, 1] have about 0.5."""
 
@@ -98,7 +92,6 @@ class DiffusersModel(ScoreModel):
         # DiT's last label is "none".
         self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
         self._dtype: torch.dtype | None = None
-        self._plain = False
 
     @property
     def device(self) -> torch.device:
@@ -108,10 +101,6 @@ class DiffusersModel(ScoreModel):
     def compute_dtype(self) -> torch.dtype | None:
         return self._dtype or _cast_to(self.network) or super().compute_dtype
 
-    @property
-    def writes_inputs(self) -> bool:  # type: ignore[override]
-        return not self._plain
-
     @contextlib.contextmanager
     def sampling(self) -> Iterator[None]:
         if cache_hooks(self.network):
@@ -120,14 +109,12 @@ class DiffusersModel(ScoreModel):
                 "off with network.disable_cache(), or sample its pipeline: fastsde.sample_pipeline(pipe, ..)."
             )
         # Modules are looked at once and not at every call.
-        before = self._plain, self._dtype
-        self._plain = _keeps_nothing(self.network)
-        self._dtype = super().compute_dtype if self._plain else self.compute_dtype
+        before, self._dtype = self._dtype, self.compute_dtype
         try:
             with super().sampling():
                 yield
         finally:
-            self._plain, self._dtype = before
+            self._dtype = before
 
     def check_cond(self, cond: Cond) -> None:
         missing = [key for key in self.required if key not in cond]
@@ -194,21 +181,10 @@ class DiffusersModel(ScoreModel):
         if added:
             given["added_cond_kwargs"] = added
         by_name = "timestep" in self.arguments
-        return self._forward(x, **given, timestep=time) if by_name else self._forward(x, time, **given)
-
-    def _forward(self, x: Tensor, *rest: Tensor, **given: Any) -> object:
-        """The network's output; without autograd's bookkeeping where nobody can want a derivative or find a trace."""
-        wanted = torch.is_grad_enabled() or getattr(forward_ad, "_current_level", 0) >= 0
-        plain = self._plain and not wanted and not torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
-        if plain and x.is_cpu and x.ndim == 4:  # most are faster so (benchmarks/diffusers_overhead.py)
-            x = x.contiguous(memory_format=torch.channels_last)
-        with torch.inference_mode() if plain else contextlib.nullcontext():
-            out = tensor_of(self.network(x, *rest, **given))
-        if not isinstance(out, Tensor):
-            return out
-        if out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
-            out = out[:, : x.shape[1]]
-        return out.clone(memory_format=torch.contiguous_format) if plain else out  # an ordinary tensor again
+        out = tensor_of(self.network(x, **given, timestep=time) if by_name else self.network(x, time, **given))
+        if isinstance(out, Tensor) and out.ndim > 1 and out.shape[1] == 2 * x.shape[1]:
+            return out[:, : x.shape[1]]  # the other half is a learned variance
+        return out
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         s = self.reading.sigma_data
@@ -284,23 +260,6 @@ def _cast_to(network: object) -> torch.dtype | None:
         if hook is not None:
             return hook.compute_dtype
     return None
-
-
-def _keeps_nothing(network: object) -> bool:
-    """Whether a call leaves no tensor behind, and those it is given as they were.
-
-    What is kept of a call in inference mode, as weights are that a hook moves or casts, is lost to training.
-    """
-    if not isinstance(network, nn.Module) or type(network).__name__ not in _STATELESS:
-        return False
-    kinds = set()
-    for part in network.modules():
-        own = vars(part)
-        kinds |= {type(part), type(own.get("processor", part))}
-        changed = own["_forward_hooks"] or own["_forward_pre_hooks"] or not own.keys().isdisjoint(_REPLACED)
-        if changed or own.get("inplace"):
-            return False
-    return all(kind.__module__.startswith(("torch.", "diffusers.")) for kind in kinds)
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:

@@ -130,8 +130,6 @@ class ScoreModel:
     """What the network is called in messages."""
     preconditioned = False
     """Whether the network's output is read with more than `prediction` says, so that no other reading can be tried."""
-    writes_inputs = True
-    """Whether the network may work in place on what it is given, so that it gets copies."""
 
     per_row = False
     """Whether each row is evaluated by itself, so that rows of samples that have ended do not stay in the batch."""
@@ -226,13 +224,12 @@ class ScoreModel:
         if not isinstance(time, Tensor) or time.shape != t.shape:
             came = tuple(time.shape) if isinstance(time, Tensor) else type(time).__name__
             raise ValueError(f"timestep must map times with shape (B,) to a tensor of that shape; it returned {came}.")
-        copy = self.writes_inputs
-        # Another dtype is the caller's wish.
+        # Copies, because a network may work in place. Another dtype is the caller's wish.
         wanted = time.dtype if time.dtype != torch.float64 or dtype == torch.float64 else torch.float32
-        time = time.to(wanted, copy=copy)
-        given = {key: value.clone() if copy else value for key, value in (cond or {}).items()}
+        time = time.to(wanted, copy=True)
+        given = {key: value.clone() for key, value in (cond or {}).items()}
         try:
-            out = self.call(x_t.to(dtype, copy=copy), time, given)
+            out = self.call(x_t.to(dtype, copy=True), time, given)
         except (RuntimeError, IndexError) as error:
             hint = hint_at(error, len(t), dtype, time.dtype)
             if hint is None:
