@@ -643,6 +643,18 @@ def test_nothing_is_lost_when_the_decoder_fails(monkeypatch):
     with pytest.raises(SamplingError, match=r"after its loop for 2 of 2 samples, .* MemoryError: too large") as caught:
         sample(pipe, n=2, nfe=8, **{**arguments, "output_type": "pt"})
     assert torch.equal(caught.value.result.result.samples, kept)
+    own, dog = pipe.unet.forward, pipe.encode_prompt("dog", "cpu", 1, False)[0]
+
+    def none_for_dogs(x, t, **kwargs):
+        if float(t.max()) < 700 and torch.equal(kwargs["encoder_hidden_states"][-1:], dog):
+            raise torch.OutOfMemoryError("too large")
+        return own(x, t, **kwargs)
+
+    # Memory that did not suffice for one sample hides nothing of the others.
+    pipe.unet.forward = none_for_dogs
+    with pytest.raises(SamplingError, match="after its loop for 1 of 2 samples") as caught:
+        sample(pipe, nfe=8, **{**arguments, "prompt": ["a", "dog"], "output_type": "pt"})
+    assert caught.value.result.result.counts() == {"SUCCESS": 1, "FAILED": 1}
 
 
 def test_a_sample_that_is_not_finite_harms_no_other():

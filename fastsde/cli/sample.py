@@ -197,26 +197,14 @@ def sample(
         sde = opened.model.sde
         said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
         solver, controller = _solver(sde, solver_name, fitted, said)
-        adaptive = solver.adaptive and nfe is None and controller is None
         labels_of = partial(_labels, label, opened.classes)
         labels_of(torch.arange(1))  # refuses a label before the folder is made
         prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
         chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
         draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
-        record: dict[str, Any] = {
-            "model": model,
-            **opened.source,
-            "guidance_scale": guidance_scale,
-            "sde": repr(sde),
-            "solver": repr(solver),
-            "nfe_budget": nfe,
-            "steps": steps,
-            **controller_record(controller),
-            **(_tolerances(rtol, atol, opened.model.data_range) if adaptive else {}),
-            "batch_size": batch_size,
-            "device": torch.device(device).type,
-            "versions": versions(),
-        }
+        record = {"model": model, **opened.source, "guidance_scale": guidance_scale}
+        record |= _walk_record(opened, solver, controller, rtol, atol, nfe, steps)
+        record |= {"batch_size": batch_size, "device": torch.device(device).type, "versions": versions()}
         shares = processes(rank, world_size, os.environ)
         if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
             check_request(opened.model, solver, controller, rtol, atol, nfe)
@@ -245,6 +233,21 @@ def sample(
     click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
+
+
+def _walk_record(
+    opened: Opened,
+    solver: Solver,
+    controller: Controller | None,
+    rtol: float | None,
+    atol: float | None,
+    nfe: int | None,
+    steps: int | None,
+) -> dict[str, Any]:
+    """The process, the solver and what says its steps, for the record."""
+    said = {"sde": repr(opened.model.sde), "solver": repr(solver), "nfe_budget": nfe, "steps": steps}
+    adaptive = solver.adaptive and nfe is None and controller is None
+    return said | controller_record(controller) | (_tolerances(rtol, atol, opened.model.data_range) if adaptive else {})
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:

@@ -37,8 +37,8 @@ class Loop:
     """A sample's run of its pipeline.
 
     Between two answers it stands at one of three places: at a network's call (`call`), in the scheduler's step (then
-    `call` is None and `out`, `sample` are what the step was given), or it has ended (`ended`, with `output` or
-    `error`).
+    `call` is None and `out`, `sample` are what the step was given), or it has ended (`ended`, as a rule with
+    `output`).
 
     Args:
         pipe: the pipeline; it works on a shallow copy.
@@ -73,7 +73,6 @@ class Loop:
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
         self.output: Any = None
-        self.error: BaseException | None = None
         self.ended = False
         self.stopped = False
         self.memory = Memory()
@@ -145,9 +144,6 @@ class Loop:
         _set_random_states(self._random)
         try:
             self._greenlet.switch(answer)
-        except BaseException as error:
-            self.error = error
-            raise
         finally:
             torch.set_grad_enabled(grad)
             self._random = _random_states(self._device)

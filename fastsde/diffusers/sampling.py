@@ -26,6 +26,7 @@ from fastsde.score.base import ScoreModel
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, FittedSolver, Solver
+from fastsde.types import Index
 
 if TYPE_CHECKING:  # which needs greenlet
     from fastsde.diffusers.pipeline_model import PipelineModel
@@ -174,17 +175,9 @@ def sample_pipeline(
     solver = ExponentialPC() if solver is None else solver
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
-    if index is not None and seed is None and request.generator is None:
-        raise ValueError("index= names samples of a seed; give seed=, too.")
     steps = arguments.get("num_inference_steps")
     counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
-    seed, own = streams(request.generator, seed, request.n, index)
-    if index is not None and len(index) == 0:
-        raise ValueError("index must name at least one sample; got an empty list.")
-    if any(g is not None for g in own):
-        index = [number_of(g) for g in own]
-    _, _, numbers = resolve_shape(ScoreModel(pipe, reading.sde), None, (request.n, 1), None, index)
-    generators = [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
+    seed, numbers, generators = _noise(request, seed, index, ScoreModel(pipe, reading.sde))
     batch = min(check_count("batch_size", batch_size, 1), request.n)
     reading = _started(reading, controller)
     model = PipelineModel(pipe, request, reading, generators, batch, counts_turns=counted)
@@ -213,11 +206,7 @@ def sample_pipeline(
                     "solver= out."
                 )
             chosen, first, last = parts(process)
-            if not math.isclose(first, process.t_max, rel_tol=1e-6):
-                raise ValueError(
-                    f"controller starts at t = {first:.6g}, the pipeline at {process.t_max:.6g}. Its times are in "
-                    ".process of a result: fastsde.Grid.log_snr(r.process, 20)."
-                )
+            _check_first(first, process)
             result = api.run(
                 model,
                 process,
@@ -246,14 +235,49 @@ def sample_pipeline(
         raise
     finally:
         model.close()
-    if whole.errors and not any(s == Status.FAILED for s in whole.result.status.tolist()):
-        place, error = next(iter(whole.errors.items()))
-        raise SamplingError(
-            f"the pipeline failed after its loop for {len(whole.errors)} of {request.n} samples, sample {place} with "
-            f"{type(error).__name__}: {error}; their last states are in .result of this exception.",
-            whole,
-        ) from error
+    _raise_late(whole)
     return whole
+
+
+def _noise(
+    request: Request, seed: int | None, index: Sequence[int] | Tensor | None, model: ScoreModel
+) -> tuple[int, Index, list[torch.Generator]]:
+    """The seed, the sample numbers with shape (n,), and what each pipeline draws from.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if index is not None and seed is None and request.generator is None:
+        raise ValueError("index= names samples of a seed; give seed=, too.")
+    if index is not None and len(index) == 0:
+        raise ValueError("index must name at least one sample; got an empty list.")
+    seed, own = streams(request.generator, seed, request.n, index)
+    if any(g is not None for g in own):
+        index = [number_of(g) for g in own]
+    _, _, numbers = resolve_shape(model, None, (request.n, 1), None, index)
+    return seed, numbers, [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
+
+
+def _check_first(first: float, process: SDE) -> None:
+    """Refuses, with a ValueError, a controller that does not start where the pipeline does."""
+    if not math.isclose(first, process.t_max, rel_tol=1e-6):
+        raise ValueError(
+            f"controller starts at t = {first:.6g}, the pipeline at {process.t_max:.6g}. Its times are in .process of "
+            "a result: fastsde.Grid.log_snr(r.process, 20)."
+        )
+
+
+def _raise_late(whole: PipelineResult) -> None:
+    """Raises a SamplingError, with the result, if pipelines failed after their loops; memory is a status."""
+    late = {k: error for k, error in whole.errors.items() if whole.result.status[k] != Status.FAILED}
+    if not late:
+        return
+    place, error = next(iter(late.items()))
+    raise SamplingError(
+        f"the pipeline failed after its loop for {len(late)} of {len(whole.outputs)} samples, sample {place} with "
+        f"{type(error).__name__}: {error}; their last states are in .result of this exception.",
+        whole,
+    ) from error
 
 
 def _whole(model: PipelineModel, result: SampleResult) -> PipelineResult:
