@@ -3,38 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastsde.arguments import (
-    as_model,
-    check_start,
-    fewest_calls,
-    resolve_cond,
-    resolve_controller,
-    resolve_device,
-    resolve_dtype,
-    resolve_shape,
-    started,
-    warn,
-)
-from fastsde.checks import check_count, check_flags, check_states
-from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
+from fastsde.arguments import as_model, resolve_samples, started, warn
+from fastsde.checks import check_flags, check_states
+from fastsde.control import Controller
 from fastsde.engine import Engine
-from fastsde.job import EngineState, Job
-from fastsde.noise import BrownianPath, FreshNoise, Noise
+from fastsde.job import EngineState, Options, Samples, make_job
+from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, ProbabilityFlow, Solver
 from fastsde.solvers.forward import Forward
-from fastsde.trajectory import Recorder
-from fastsde.types import Carry, Cond, ScoreFn
+from fastsde.steps import check_start, resolve_controller
+from fastsde.types import Cond, ScoreFn
 
 
 def sample(
@@ -136,52 +123,34 @@ def sample(
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    _, event, numbers = resolve_shape(model, n, shape, given, index, name)
-    dtype = resolve_dtype(dtype, given)
+    samples = resolve_samples(
+        model,
+        n=n,
+        shape=shape,
+        given=given,
+        name=name,
+        index=index,
+        seed=0 if seed is None else seed,
+        cond=cond,
+        dtype=dtype,
+        device=device,
+    )
     solver = ExponentialPC() if solver is None else solver
     check_flags(denoise=denoise)
     process = started(process, given, strength, t_start, controller)
-    if seed is None:
-        seed = 0
-        asked = (
-            event,
-            tuple(numbers.tolist()),
-            process.t_max,
-            repr(solver),
-            rtol,
-            atol,
-            nfe,
-            id(controller),
-            id(given),
-        )
-        _warn_of_repetition(model.network, asked)
-    controller = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
+    steps = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     solver.check_model(model)
-    first, last = controller.span(process.t_min, process.t_max)
+    span = steps.span(process.t_min, process.t_max)
     if given is None:
-        check_start(process, first)
-    result = run(
-        model,
-        process,
-        solver,
-        controller,
-        t_start=first,
-        t_end=last,
-        event=event,
-        index=numbers,
-        x_init=x_init,
-        x_data=x_data,
-        seed=seed,
-        batch_size=batch_size,
-        cond=cond,
-        denoise=denoise,
-        max_nfe=max_nfe,
-        dtype=dtype,
-        device=resolve_device(model, device, given),
-        trajectory=trajectory,
-        progress=progress,
-        callback=callback,
-    )
+        check_start(process, span[0])
+    if x_data is not None:
+        samples = dataclasses.replace(samples, start=_edited(process, x_data, span[0], samples))
+    options = Options(batch_size, max_nfe, trajectory, progress, callback)
+    job = make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
+    if seed is None:
+        numbers, asked = tuple(samples.index.tolist()), (samples.event, process.t_max, repr(solver), rtol, atol, nfe)
+        _warn_of_repetition(model.network, (numbers, *asked, id(controller), id(given)))
+    result = Engine(job).run()
     return _with_range(result, model) if denoise else result
 
 
@@ -277,7 +246,7 @@ def encode(
     check_states("x", x)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    _, event, numbers = resolve_shape(model, None, None, x, None, "x")
+    samples = resolve_samples(model, given=x, name="x", cond=cond, dtype=dtype, device=device)
     solver = ProbabilityFlow() if solver is None else solver
     if controller is None and isinstance(solver, Solver) and solver.adaptive:
         rtol, atol = 1e-3 if rtol is None else rtol, 1e-3 if atol is None else atol
@@ -285,176 +254,13 @@ def encode(
         raise ValueError(f"{type(solver).__name__} goes from noise to data only; encode with another solver.")
     controller = resolve_controller(model, process, solver, controller, rtol, atol, denoise=False)
     t_start, t_end = controller.span(process.t_min, process.t_max)
-    solver.check(process, controller.times if isinstance(controller, Grid) else None)
-    return run(
-        model,
-        process,
-        Forward(solver),
-        controller.reversed(),
-        t_start=t_end,
-        t_end=t_start,
-        event=event,
-        index=numbers,
-        x_init=x,
-        seed=0,
-        batch_size=batch_size,
-        cond=cond,
-        max_nfe=max_nfe,
-        dtype=resolve_dtype(dtype, x),
-        device=resolve_device(model, device, x),
-        trajectory=trajectory,
-        progress=progress,
-    )
+    options = Options(batch_size, max_nfe, trajectory, progress)
+    solver, controller = Forward(solver), controller.reversed()
+    return Engine(make_job(model, process, solver, controller, (t_end, t_start), samples, options)).run()
 
 
-def run(
-    model: ScoreModel,
-    sde: SDE,
-    solver: Solver,
-    controller: Controller,
-    *,
-    t_start: float,
-    t_end: float,
-    event: tuple[int, ...],
-    index: Tensor,
-    x_init: Tensor | None,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    batch_size: int | None,
-    cond: Cond | None,
-    max_nfe: int | None,
-    x_data: Tensor | None = None,
-    denoise: bool = False,
-    trajectory: bool | Iterable[float] | Tensor = False,
-    progress: bool = False,
-    callback: Callable[[EngineState], None] | None = None,
-    saved_by: str = "trajectory",
-    start: Callable[[Tensor], Tensor] | None = None,
-    finished: Callable[[Tensor, Tensor, Tensor], None] | None = None,
-    noise: Noise | None = None,
-) -> SampleResult:
-    """Builds the noise, the recorder and the job, and runs the engine; for `sample` and its relatives.
-
-    Arguments are those of `sample`, resolved; `saved_by` is what the caller calls `trajectory`; `start` and `finished`
-    are the job's, where start states are no tensor of all of them; `noise` is used rather than the seed's. From
-    `t_start` up to `t_end`, the engine's clock, which always falls, is u = -t, and solver and controller must be made
-    for it: see `Forward` and `Controller.reversed`.
-    """
-    solver.check(sde, controller.times if isinstance(controller, Grid) else None)
-    count, batch = len(index), 64 if batch_size is None else check_count("batch_size", batch_size, 1)
-    seed = check_count("seed", seed, 0)
-    least = fewest_calls(model, solver, denoise)
-    sign = 1.0 if t_end < t_start else -1.0
-    t_start, t_end = sign * t_start, sign * t_end
-    recorder, controller = _recorder(trajectory, saved_by, controller, count, t_start, t_end, sign)
-    each = model.calls * solver.calls_per_step
-    walks = controller.walks if isinstance(controller, (Grid, AdaptiveGrid)) else ()
-    paid = list(itertools.accumulate(least + (walk.steps - 1) * each for walk in walks))  # at the end of each walk
-    max_nfe = max([10_000, *paid]) if max_nfe is None else check_count("max_nfe", max_nfe, least)
-    if isinstance(controller, AdaptiveGrid):
-        affordable = max(1, sum(calls <= max_nfe for calls in paid))
-        if affordable < len(walks):
-            controller = dataclasses.replace(controller, grids=controller.grids[:affordable])
-    noise = noise or noise_of(seed, event, dtype, solver, sde, (t_end, t_start) if sign < 0 else (sde.t_min, sde.t_max))
-    index = index.to(device)
-    if x_data is not None:
-        times = torch.full((count,), t_start, dtype=torch.float64, device=device)
-        x_init = sde.marginal(x_data.to(device, dtype), times, noise.prior(index))
-    if x_init is not None:
-        start = x_init.to(device, dtype).__getitem__
-    elif start is None:
-        start = functools.partial(_from_prior, sde, noise, index, t_start)
-    job = Job(
-        model=model,
-        sde=sde,
-        solver=solver,
-        controller=controller,
-        noise=noise,
-        t_start=t_start,
-        t_end=t_end,
-        index=index,
-        cond=resolve_cond(model, cond, count, device),
-        start=start,
-        denoise=denoise,
-        max_nfe=max_nfe,
-        batch_size=min(batch, count),
-        progress=progress,
-        callback=callback,
-        lag=1 if device.type == "cuda" and not model.per_row else 0,
-        plan=_plan(solver, sde, controller, device, dtype),
-        recorder=recorder,
-        finished=finished,
-    )
-    with torch.no_grad(), model.sampling():
-        return Engine(job).run()
-
-
-def _from_prior(sde: SDE, noise: Noise, index: Tensor, t_start: float, slots: Tensor) -> Tensor:
-    """Draws from the prior, of the samples at the given places of the queue."""
-    return sde.prior(noise.prior(index[slots]), t_start)
-
-
-def _plan(solver: Solver, sde: SDE, controller: Controller, device: torch.device, dtype: torch.dtype) -> Carry:
-    """What the solver can work out for a grid, or several, if they alone say where steps go."""
-    if not isinstance(controller, (Grid, AdaptiveGrid)):
-        return {}
-    known, kind = AdaptiveGrid if isinstance(controller, AdaptiveGrid) else Grid, type(controller)
-    if (kind.target, kind.update) != (known.target, known.update):
-        return {}
-    with torch.no_grad():
-        # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
-        plans = [solver.plan(sde, grid.times.cpu(), errors=controller.adaptive) for grid in controller.walks]
-    # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
-    plan = {key: torch.cat([*(plan[key] for plan in plans), plans[-1][key][-1:]]) for key in plans[0]}
-    # Rounded here, because it is used beside states, rather than once a step; but for what a prediction is read with.
-    kept = torch.promote_types(dtype, torch.float32)
-    return {k: v.to(device, kept if v.is_floating_point() and k != "level" else v.dtype) for k, v in plan.items()}
-
-
-def noise_of(
-    seed: int, event: tuple[int, ...], dtype: torch.dtype, solver: Solver, sde: SDE, span: tuple[float, float]
-) -> Noise:
-    """Fresh noise, or a path in the solver's clock over the whole range of the process."""
-    if not solver.keep_path:
-        return FreshNoise(seed, event, dtype)
-    low, high = span
-    if solver.clock_power is None:
-        return BrownianPath(seed, event, dtype, t_min=low, t_max=high)
-    return BrownianPath(seed, event, dtype, t_min=low, t_max=high, log_snr=sde.log_snr, power=solver.clock_power)
-
-
-def _recorder(
-    trajectory: bool | Iterable[float] | Tensor,
-    name: str,
-    controller: Controller,
-    n: int,
-    t_start: float,
-    t_end: float,
-    sign: float,
-) -> tuple[Recorder | None, Controller]:
-    """The recorder that `trajectory` asks for, and the controller, which then stops at its times."""
-    if isinstance(trajectory, bool):
-        return (Recorder(n, sign=sign) if trajectory else None), controller
-    try:
-        given = [float(t) for t in trajectory]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name} must be True, False or a sequence of times; got {trajectory!r}.") from error
-    low, high = sorted((sign * t_start, sign * t_end))
-    outside = [t for t in given if not low <= t <= high]
-    if outside or not given:
-        raise ValueError(f"{name} must hold times from {low} to {high}; got {outside or given}.")
-    times = [sign * t for t in given]
-    if isinstance(controller, (Adaptive, AdaptiveGrid)):
-        controller = dataclasses.replace(controller, stops=(*controller.stops, *times))
-    elif isinstance(controller, Grid):
-        # Times that went through a rounding or a single precision are still meant.
-        grid = controller.times
-        nearest = [int((grid - t).abs().argmin()) for t in times]
-        missing = [
-            t for t, k in zip(given, nearest, strict=True) if abs(float(grid[k]) - sign * t) > 1e-6 * (high - low)
-        ]
-        if missing:
-            raise ValueError(f"{name} has times that are not on the grid: {missing[:5]}.")
-        times = [float(grid[k]) for k in nearest]
-    return Recorder(n, times, sign=sign), controller
+def _edited(sde: SDE, x_data: Tensor, t: float, samples: Samples) -> Tensor:
+    """alpha x_data + sigma z at the time t, with the noise z that is each sample's start, with shape (n, *event)."""
+    z = FreshNoise(samples.seed, samples.event, samples.dtype).prior(samples.index)
+    times = torch.full(samples.index.shape, t, dtype=torch.float64, device=samples.device)
+    return sde.marginal(x_data.to(samples.device, samples.dtype), times, z)

@@ -3,51 +3,36 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import inspect
 import math
 import os
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastsde.checks import check_count, check_kind, check_number, check_positive, check_tensor
-from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
-from fastsde.noise import ALL_NOISE
+from fastsde.checks import check_count, check_kind, check_number, check_tensor
+from fastsde.control import Controller
+from fastsde.job import Samples
 from fastsde.score.base import ScoreModel, innermost
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
-from fastsde.sde.flow import RectifiedFlow
-from fastsde.solvers import Solver
 from fastsde.types import Cond, ScoreFn
-
-DEFAULT_RTOL = 0.05
-"""Relative tolerance when nothing is said: the thesis's setting for fast results."""
-_FLOW_WIDTH, _TABLE_WIDTH = 1.2, 100.0
-"""Widths of `Grid.central` for flows and, as good as equal steps in log-SNR, for short tables."""
-_SHORT_TABLE = 250
-"""Levels of a table up to which it counts as short; 100 were measured, 1000 do not."""
-_MOST_GRID = 1_000_000
-"""Steps of a grid that is asked for: more would take days, and memory before the first call."""
-_MOST_STEPS = 4096
-"""Steps beyond which a tolerance is refused: single precision cannot tell such steps apart."""
 
 
 def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
     """The score model that the caller means.
 
     Raises:
-        TypeError, ValueError: if there is no process, or another than the model's, or the weights are not finite.
+        TypeError, ValueError: if there is no process, or another than the model's.
     """
     if isinstance(score_fn, (str, os.PathLike)):
         raise TypeError(
             f"score_fn must be a score model or a function; got {score_fn!r}. Open it first: "
-            "sample(*fastsde.pretrained(...)) or, for models of diffusers, sample(*fastsde.from_diffusers(...))."
+            "sample(fastsde.pretrained(...)) or, for models of diffusers, sample(fastsde.from_diffusers(...))."
         )
     if isinstance(score_fn, ScoreModel) and (sde is None or isinstance(sde, SDE)):
         model = score_fn
@@ -60,8 +45,6 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
         raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
     else:
         model = ScoreModel(score_fn, sde)
-    if isinstance(model.network, nn.Module):
-        _check_weights(model.network)
     _check_time(model)
     return model
 
@@ -88,66 +71,71 @@ def warn(message: str, category: type[Warning]) -> None:
     warnings.warn(message, category, stacklevel=level + 1)
 
 
-_FINITE: weakref.WeakKeyDictionary[nn.Module, list[tuple[int, torch.dtype, int]]] = weakref.WeakKeyDictionary()
-"""Networks whose weights were finite, and which tensors in which version those were: reading them all takes time."""
-
-
-@torch.no_grad()
-def _check_weights(network: nn.Module) -> None:
-    """Refuses, with a ValueError that names the first, weights that hold NaN or infinity.
-
-    They are read again after a cast, or a change that autograd would notice; writing through `.data` is none.
-    """
-
-    def wide(p: Tensor) -> Tensor:
-        return p.float() if torch.finfo(p.dtype).bits == 8 else p  # such floats have no arithmetic
-
-    weights = list(network.parameters())
-    state = [(id(p), p.dtype, -1 if p.is_inference() else p._version) for p in weights]
-    if _FINITE.get(network) == state and all(version >= 0 for *_, version in state):
-        return
-    # Offloaded weights are elsewhere.
-    held = [p for p in weights if p.is_floating_point() and not p.is_meta]
-    # Sums are many times faster than asking each weight, and a device is waited for once; but they may overflow.
-    sums: dict[torch.device, list[Tensor]] = {}
-    for p in held:
-        sums.setdefault(p.device, []).append(wide(p).sum())
-    if not all(bool(torch.stack(each).isfinite().all()) for each in sums.values()):
-        for name, p in network.named_parameters():
-            if p.is_floating_point() and not p.is_meta and not torch.isfinite(wide(p)).all():
-                raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
-    _FINITE[network] = state
-
-
-def resolve_shape(
+def resolve_samples(
     model: ScoreModel,
-    n: int | None,
-    shape: Sequence[int] | None,
-    x_init: Tensor | None,
-    index: Sequence[int] | Tensor | None,
+    *,
+    n: int | None = None,
+    shape: Sequence[int] | None = None,
+    given: Tensor | None = None,
     name: str = "x_init",
-) -> tuple[int, tuple[int, ...], Tensor]:
-    """Number of samples, event shape and sample numbers, from whichever arguments say so.
-
-    `x_init` stands for any given states; `name` is what the caller calls them.
+    index: Sequence[int] | Tensor | None = None,
+    seed: int = 0,
+    cond: Cond | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Samples:
+    """Which samples to draw, from whichever arguments say so; they start at the states `given`, called `name`.
 
     Raises:
         TypeError, ValueError: if they say too little, disagree or hold numbers that are none.
     """
-    if n is not None:
-        n = check_count("n", n, 1)
+    numbers = check_index(index)
+    full = _shape(model, n, shape, given, name, numbers)
+    place = resolve_device(model, device, given)
+    return Samples(
+        index=(torch.arange(full[0]) if numbers is None else numbers).to(place),
+        event=full[1:],
+        dtype=resolve_dtype(dtype, given),
+        seed=check_count("seed", seed, 0),
+        cond=resolve_cond(model, cond, full[0], place),
+        start=given,
+    )
+
+
+def check_index(index: Sequence[int] | Tensor | None) -> Tensor | None:
+    """The sample numbers that are asked for, with shape (n,).
+
+    Raises:
+        ValueError: if they are none.
+    """
+    if index is None:
+        return None
     try:
-        numbers = None if index is None else torch.as_tensor(index)
+        numbers = torch.as_tensor(index)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"index must be a vector of sample numbers; got {str(index)[:80]}.") from error
-    if numbers is not None and (numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32)):
+    if numbers.ndim != 1 or numbers.dtype not in (torch.int64, torch.int32):
         raise ValueError(f"index must be a vector of sample numbers; got {tuple(numbers.shape)} of {numbers.dtype}.")
-    if numbers is not None and len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
+    if len(numbers) and not 0 <= int(numbers.min()) <= int(numbers.max()) < 1 << 32:
         raise ValueError(f"index must be in [0, 2^32); got {int(numbers.min())} .. {int(numbers.max())}.")
-    if shape is None and x_init is not None:
-        shape = tuple(x_init.shape)
+    return numbers.long()
+
+
+def _shape(
+    model: ScoreModel,
+    n: int | None,
+    shape: Sequence[int] | None,
+    given: Tensor | None,
+    name: str,
+    index: Tensor | None,
+) -> tuple[int, ...]:
+    """(n, *event)."""
+    if n is not None:
+        n = check_count("n", n, 1)
+    if shape is None and given is not None:
+        shape = tuple(given.shape)
     if shape is None:
-        count = n if numbers is None or n is not None else len(numbers)
+        count = n if index is None or n is not None else len(index)
         if model.event_shape is None or count is None:
             hint = "shape=(n, *event)" if model.event_shape is None else "n= or shape=(n, *event)"
             raise ValueError(f"how many samples of which shape? Give {hint}, for example shape=(64, 3, 32, 32).")
@@ -157,7 +145,7 @@ def resolve_shape(
     shape = tuple(int(k) if isinstance(k, Integral) and not isinstance(k, bool) else k for k in shape)
     if not shape or any(not isinstance(k, int) or isinstance(k, bool) for k in shape) or min(shape) < 1:
         raise ValueError(f"shape must be (n, *event) with positive integers; got {shape}.")
-    counts = {"n": n, "shape": shape[0], "index": None if numbers is None else len(numbers)}
+    counts = {"n": n, "shape": shape[0], "index": None if index is None else len(index)}
     said = {name: count for name, count in counts.items() if count is not None}
     if len(set(said.values())) > 1:
         raise ValueError(f"the number of samples disagrees: {', '.join(f'{k} says {c}' for k, c in said.items())}.")
@@ -165,15 +153,15 @@ def resolve_shape(
         raise ValueError(
             f"the model's samples have shape {tuple(model.event_shape)}; got {shape[1:]} in shape={shape}."
         )
-    if x_init is not None and tuple(x_init.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}; got {tuple(x_init.shape)}.")
+    if given is not None and tuple(given.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}; got {tuple(given.shape)}.")
     most = _memory()
     if 8 * math.prod(shape) > most:
         raise ValueError(
             f"shape={str(shape)[:80]} is more numbers than this machine holds, {most / 1e9:.3g} GB. Draw the samples "
             "in parts: index=range(k, k + 1000) draws these numbers of the same seed."
         )
-    return shape[0], shape[1:], torch.arange(shape[0]) if numbers is None else numbers.long()
+    return shape
 
 
 def resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dtype:
@@ -244,166 +232,6 @@ def started(
     cut = copy.copy(sde)
     cut.t_max = check_number("t_start", t_start, sde.t_min, sde.t_max, ends="(]")
     return cut
-
-
-def check_start(sde: SDE, t: float) -> None:
-    """Refuses, with a ValueError, to draw the start from the prior where data are seen already."""
-    noise = math.exp(-0.5 * float(sde.log_snr(torch.tensor([t], dtype=torch.float64))))
-    if t < sde.t_max and noise < ALL_NOISE:
-        raise ValueError(
-            f"the grid starts at t = {t:g}, below t_max = {sde.t_max:g}, where sigma / alpha is {noise:.3g}: noise "
-            "alone is not the law there. Give x_data=, the data to edit, or x_init=, states of that time; or let it "
-            "start at t_max."
-        )
-
-
-def resolve_controller(
-    model: ScoreModel,
-    sde: SDE,
-    solver: Solver,
-    controller: Controller | None,
-    rtol: float | None,
-    atol: float | None,
-    nfe: int | None = None,
-    denoise: bool = True,
-) -> Controller:
-    """The controller asked for, after refusing pairs that cannot work.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what to use instead.
-    """
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an object such as fastsde.EulerMaruyama(steps=1000); got {solver!r}.")
-    name = type(solver).__name__
-    tolerances = {k: v for k, v in (("rtol", rtol), ("atol", atol)) if v is not None}
-    said = [*tolerances, *(["solver.steps"] if solver.steps is not None else [])]
-    if solver.times is not None:
-        said += [*(["nfe"] if nfe is not None else []), *(["controller"] if controller is not None else [])]
-        if said:
-            raise ValueError(f"{name} walks its own times and takes no {' or '.join(said)}.")
-        return Grid(list(solver.times))
-    if controller is not None:
-        if not isinstance(controller, Controller):
-            raise TypeError(f"controller must be a fastsde.Grid, AdaptiveGrid or Adaptive; got {controller!r}.")
-        said += ["nfe"] * (nfe is not None)
-        if said:
-            raise ValueError(f"give either controller= or {', '.join(said)}, not both.")
-        if controller.adaptive and not solver.adaptive:
-            raise ValueError(f"{name} has no error estimate, so it cannot be adaptive; use Grid or ExponentialPC().")
-        return controller
-    if nfe is not None:
-        if said:
-            raise ValueError(f"give either nfe= or {', '.join(said)}, not both.")
-        return own_grid(sde, solver, affordable(model, solver, check_count("nfe", nfe, 1), denoise), denoise)
-    if solver.adaptive:
-        low, high = model.data_range
-        level = (high - low) / 256 if atol is None else atol
-        return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level, denoise)
-    if tolerances:
-        raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
-    if solver.steps is None:
-        raise ValueError(
-            f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
-        )
-    return own_grid(sde, solver, solver.steps, denoise)
-
-
-def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool) -> Controller:
-    """The controller of an adaptive solver: a grid of as many steps as the tolerance asks for, or steps from errors.
-
-    The grid is an `AdaptiveGrid` without finer ones: nobody starts again, and steps go through the times of a
-    trajectory. Restarts are on request: on trained networks they cost more than they gave (docs/solver.md).
-    """
-    rtol, atol = check_positive("rtol", rtol), check_positive("atol", atol)
-    rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
-    step = solver.base_step(rtol)
-    if step is not None:
-        first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
-        # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first shortens the rest.
-        steps = max(3, round((last - first) / 2 / step + 0.45))
-        if steps > _MOST_STEPS:
-            least = rtol * (steps / _MOST_STEPS) ** 2
-            raise ValueError(
-                f"rtol must be at least {least:.1g} for {type(solver).__name__}: {rtol} asks for {steps} steps. "
-                "ProbabilityFlow() is of higher order."
-            )
-        if solver.keep_path and steps > 1 / solver.resolution:
-            least = rtol * (steps * solver.resolution) ** 2
-            raise ValueError(
-                f"rtol must be at least {least:.1g} with noise, or steps fall below its path's; got {rtol}."
-            )
-        return AdaptiveGrid([own_grid(sde, solver, steps, denoise)], rtol, atol)
-    if solver.log_snr_steps:
-        # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
-        return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
-    return rule
-
-
-def affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> int:
-    """The number of steps that `nfe` calls pay for, the first and the last call of a sample included."""
-    least = fewest_calls(model, solver, denoise)
-    if nfe < least:
-        raise ValueError(f"nfe must be at least {least} for one step of {type(solver).__name__}; got {nfe}.")
-    return 1 + (nfe - least) // (model.calls * solver.calls_per_step)
-
-
-def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
-    """Network calls of a sample that takes one step, the first and the last call included."""
-    return model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
-
-
-def own_grid(sde: SDE, solver: Solver, steps: int, denoise: bool = True) -> Grid:
-    """The grid that a solver walks when only the number of steps is said.
-
-    Args:
-        sde: the process.
-        solver: the solver.
-        steps: number of steps, at least 1.
-        denoise: whether the result is the denoised sample; else it is the state at t_min, where the grid then ends.
-
-    Raises:
-        ValueError: for more steps than a run could take.
-    """
-    if steps > _MOST_GRID:
-        raise ValueError(f"nfe and steps may say at most {_MOST_GRID:,} steps of a grid; got {steps:,}.")
-    if solver.tapered_steps:
-        grid = plain_grid(sde, steps) if denoise else Grid.tapered(sde, steps)
-    else:
-        # EDM's time is the noise, of which equal steps would leave nothing for where data are decided.
-        equal = Grid.log_snr if solver.log_snr_steps or isinstance(sde, EDM) else Grid.uniform
-        grid = equal(sde, steps)
-    return grid if solver.clock_power is None or not solver.keep_path else _on_cells(grid, sde)
-
-
-def plain_grid(sde: SDE, steps: int) -> Grid:
-    """The grid of `ExponentialPC` for a process: `Grid.central` on flows and short tables, else `Grid.tapered`.
-
-    The ends of a flow are no levels that somebody chose: beyond 1 / steps nothing is decided, and half of the steps in
-    log-SNR would be spent there. Nor has the network of a short table learned what lies between its lowest levels,
-    which are up to 0.7 apart in half the log-SNR.
-    """
-    if isinstance(sde, RectifiedFlow):
-        return Grid.central(sde, steps, _FLOW_WIDTH)
-    if isinstance(sde, DiscreteVPSDE) and sde.levels <= _SHORT_TABLE:
-        return Grid.central(sde, steps, _TABLE_WIDTH, first=None)
-    return Grid.tapered(sde, steps)
-
-
-def _on_cells(grid: Grid, sde: SDE) -> Grid:
-    """A grid with its times on borders of the cells of a `BrownianPath` over the process, in the log-SNR.
-
-    There its value takes few normals. A border is a multiple of 2^-k of the range of the log-SNR; with
-    k = 4 + ceil(log2 n) one is a 32nd of the mean of n steps away at most. n is the number of steps, or more where one
-    is shorter than half of their mean, so that times stay apart. Ends of the process stay as they are.
-    """
-    start, end = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
-    share = (sde.log_snr(grid.times) - start) / (end - start)
-    cells = 16 * 2.0 ** math.ceil(math.log2(max(grid.steps, 0.5 / float(share.diff().min()))))
-    times = sde.t_of_log_snr(start + (share * cells).round() / cells * (end - start))
-    times[0] = grid.times[0]
-    if grid.times[-1] == sde.t_min:
-        times[-1] = sde.t_min
-    return Grid(times)
 
 
 def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:

@@ -48,13 +48,8 @@ def all_finite(x: State) -> Mask:
     return x.reshape(x.shape[0], -1).abs().amax(dim=1) < math.inf  # false for NaN too
 
 
-def where_rows(mask: Mask | None, new: Carry, old: Carry) -> Carry:
-    """Takes each row from `new` where `mask` is set, or everywhere if it is None, and from `old` elsewhere.
-
-    The keys are those of `old`.
-    """
-    if mask is None:
-        return {key: new[key] for key in old}
+def where_rows(mask: Mask, new: Carry, old: Carry) -> Carry:
+    """Takes each row from `new` where `mask` is set, and from `old` elsewhere. The keys are those of `old`."""
     return {key: torch.where(expand_like(mask, new[key]), new[key], old[key]) for key in old}
 
 

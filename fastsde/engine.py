@@ -7,7 +7,7 @@ controller sends back starts again in its slot. No step waits for the slowest ro
 
 from __future__ import annotations
 
-import math
+import enum
 import time
 from itertools import islice
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
+from fastsde.control.base import Verdict
 from fastsde.flags import LateFlags
 from fastsde.job import EngineState, Job
 from fastsde.noise import StepNoise
@@ -23,10 +24,23 @@ from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import BoundModel
 from fastsde.types import Carry
 
-_EMPTY = -1
-"""Status of a row whose sample has left and whose slot nobody took: padding until the batch shrinks."""
-_AGAIN = -2
-"""Status of a row that goes back to its start."""
+
+class _Row(enum.IntEnum):
+    """What a row of the batch does, where it is no `Status` above PENDING, with which its sample has ended."""
+
+    EMPTY = -2  # its sample has left and nobody took the slot: padding until the batch shrinks
+    RESTART = -1
+    ACTIVE = Status.PENDING
+
+
+_AFTER = {
+    Verdict.ACCEPT: _Row.ACTIVE,
+    Verdict.REJECT: _Row.ACTIVE,
+    Verdict.RESTART: _Row.RESTART,
+    Verdict.TOO_SHORT: Status.MIN_STEP,
+    Verdict.NOT_FINITE: Status.NON_FINITE,
+}
+"""What a row does after a step that its controller has judged."""
 _SIZES = 8
 """The batch shrinks through multiples of batch_size / 8, then halves of that: few sizes, so that what was made for a
 size is reused, and the last samples do not pay for many empty rows."""
@@ -52,8 +66,8 @@ class Engine:
         self.denoising_call = job.denoise and not job.solver.keeps_x_0
         # Above this many calls of a sample there are not enough left for a step and the denoising.
         self.most_nfe = job.max_nfe - job.model.calls * (job.solver.calls_per_step + self.denoising_call)
-        self.turn, self.most_a_turn = 0, job.model.calls * job.solver.calls_per_step
-        self.nfe_finished = 0
+        self.after = torch.tensor([int(_AFTER[verdict]) for verdict in Verdict], device=self.device)
+        self.turn, self.nfe_finished = 0, 0
         self.finished = 0
 
     def run(self) -> SampleResult:
@@ -63,6 +77,10 @@ class Engine:
             Interrupted: at Ctrl-C; it carries what is finished.
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
+        with torch.no_grad(), self.job.model.sampling():
+            return self._run()
+
+    def _run(self) -> SampleResult:
         start = time.perf_counter()
         bar = tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=not self.job.progress)
         try:
@@ -139,8 +157,7 @@ class Engine:
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.t_end
         self.turn += 1
-        enough = self.turn * self.most_a_turn <= self.most_nfe  # calls for every row, whatever it spent
-        x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Status.PENDING
+        x, t, position, active = row["x"], row["t"], row["position"], row["status"] == _Row.ACTIVE
         moving = active & (position > 0) if job.solver.warm_up else active
         control = rows["control"] | {"position": position}
         s = torch.where(moving, job.controller.target(t, t_end, control), t)
@@ -148,46 +165,36 @@ class Engine:
             self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active, row["nfe"])
-        carry = rows["solver"] | select_rows(job.controller.plan_row(control), job.plan)
-        step = job.solver.step(model, job.sde, x, t, s, noise, carry)
-        edit = job.model.edit
-        proposal = step.x if edit is None else step.x + edit
+        if job.plan is None:
+            step = job.solver.step(model, job.sde, x, t, s, noise, rows["solver"])
+        else:
+            plan = job.plan.rows(job.controller.plan_row(control))
+            step = job.solver.planned_step(model, job.sde, x, t, s, noise, rows["solver"], plan)
+        proposal = step.x if job.model.edit is None else step.x + job.model.edit
         decision = job.controller.update(t, s, t_end, step.error, step.scale, control)
 
-        # What is not finite survives a sum, which costs the host less; a sum that overflows only costs the rest.
-        whole = x.is_cpu and math.isfinite(proposal.sum())
-        finite = accept = active if whole else active & all_finite(proposal)
-        if decision.accept is not None:
-            accept = accept & (decision.accept | ~moving)
-        # The host sees at once that every row moves on, and saves the copies; a device would have to be waited for.
-        mask = None if accept.is_cpu and all(accept.tolist()) else accept
-        row |= where_rows(mask, {"x": proposal, "t": s}, {"x": x, "t": t})
-        rows["solver"] = where_rows(mask, step.carry, rows["solver"])
-        rows["noise"] = where_rows(mask, noise.carry, rows["noise"])
+        finite = all_finite(proposal)
+        accept = active & finite & ((decision.verdict == Verdict.ACCEPT) | ~moving)
+        row |= where_rows(accept, {"x": proposal, "t": s}, {"x": x, "t": t})
+        rows["solver"] = where_rows(accept, step.carry, rows["solver"])
+        rows["noise"] = where_rows(accept, noise.carry, rows["noise"])
         rows["control"] = where_rows(moving, decision.carry, rows["control"])
         row["nfe"] = model.nfe
         row["attempt"] = row["attempt"] + moving
         row["position"] = position + accept
 
-        status = row["status"]
-        if not enough:
-            status = status.masked_fill(active & (row["nfe"] > self.most_nfe), int(Status.MAX_NFE))
-        if decision.failure is not None:
-            status = torch.where(moving & (decision.failure != Status.PENDING), decision.failure, status)
-        if decision.restart is not None:
-            status = status.masked_fill(moving & decision.restart & (status == Status.PENDING), _AGAIN)
-        there = s <= t_end
-        if mask is not None:
-            there, status = there & accept, status.masked_fill(active > finite, int(Status.NON_FINITE))
-        row["status"] = status.masked_fill(there, int(Status.SUCCESS))
+        status = torch.where(moving, self.after[decision.verdict], row["status"])
+        spent = active & (row["nfe"] > self.most_nfe) & (status <= _Row.ACTIVE)
+        status = status.masked_fill(spent, int(Status.MAX_NFE))
+        status = status.masked_fill(active & ~finite, int(Status.NON_FINITE))
+        row["status"] = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
-        done = row["status"] > Status.PENDING
-        return done if decision.restart is None else done | (row["status"] == _AGAIN)
+        return (row["status"] > _Row.ACTIVE) | (row["status"] == _Row.RESTART)
 
     def _pool_ended(self) -> None:
         """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
-        done = (self.rows["row"]["status"] > Status.PENDING).nonzero().flatten().tolist() if self.rows else []
+        done = (self.rows["row"]["status"] > _Row.ACTIVE).nonzero().flatten().tolist() if self.rows else []
         if done:
             self._finish(done)
 
@@ -203,7 +210,7 @@ class Engine:
             self.pool.append({"row": row, "cond": select_rows(ids, self.rows["cond"])})
         else:
             self._put(row)
-        self.rows["row"]["status"].index_fill_(0, ids, _EMPTY)
+        self.rows["row"]["status"].index_fill_(0, ids, int(_Row.EMPTY))
         self.finished += len(done)
         self.nfe_finished += int(row["nfe"].sum())
         if self.denoising_call:
@@ -229,10 +236,10 @@ class Engine:
         """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
         self.flags.clear()
         status = self.rows["row"]["status"].tolist()
-        again = [i for i, value in enumerate(status) if value == _AGAIN]
+        again = [i for i, value in enumerate(status) if value == _Row.RESTART]
         if again:
             self._start_again(again)
-        done = [i for i, value in enumerate(status) if value > Status.PENDING]
+        done = [i for i, value in enumerate(status) if value > _Row.ACTIVE]
         if not done:
             return
         ids = self._finish(done)

@@ -23,18 +23,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsde.api import noise_of, sample
-from fastsde.arguments import as_model, own_grid, resolve_cond, resolve_device, warn
+from fastsde.api import sample
+from fastsde.arguments import as_model, resolve_samples, warn
 from fastsde.batching import select_rows
 from fastsde.checks import check_count, check_kind, check_number
 from fastsde.control import Grid
 from fastsde.files import ArrayFile, json_hash, write_whole
+from fastsde.job import Samples, noise_of
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, ScoreModel, check_shape, reading_hash
 from fastsde.score.network import tensors_hash, weights_hash
-from fastsde.sde.base import SDE, Level
+from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC
 from fastsde.solvers.fitted import FittedSolver, Row, standard_weights
+from fastsde.steps import own_grid
 from fastsde.types import Carry, Cond, ScoreFn, State
 
 PRICE = 8_000
@@ -163,37 +165,25 @@ def fit(
             f"calls must be at least {least * model.calls:,} for {wanted[0]} evaluations a sample and {count} pilot "
             f"samples; got {calls:,}."
         )
-    where = resolve_device(model, device, None)
-    full_cond = resolve_cond(model, cond, count, where)
+    # The last numbers of the stream, which no run from 0 on reaches.
+    numbers = torch.arange((1 << 32) - count, 1 << 32)
+    samples = resolve_samples(model, shape=(count, *event), index=numbers, seed=seed, cond=cond, device=device)
     settings = {
         "asked": {"evaluations": list(wanted), "rtol": rtol, "eta": eta, "calls": calls, "history": history},
         "times": None if given is None else given.times.tolist(),
         "pilots": count,
-        "seed": check_count("seed", seed, 0),
+        "seed": samples.seed,
         "sde": repr(process),
         "log_snr": process.log_snr(torch.linspace(process.t_min, process.t_max, 5, dtype=torch.float64)).tolist(),
         "shape": list(event),
-        "cond_sha256": tensors_hash(full_cond),
+        "cond_sha256": tensors_hash(samples.cond),
         "weights_sha256": weights_hash(model.network),
         "reading_sha256": reading_hash(model),
     }
     kept = None if cache is None else _Kept(Path(cache), settings)
     if kept is not None and (found := kept.finished()) is not None:
         return found
-    pilot = _Pilot(
-        model,
-        process,
-        event,
-        full_cond,
-        count,
-        seed,
-        eta,
-        check_count("batch_size", batch_size, 1),
-        where,
-        given,
-        history,
-        teacher,
-    )
+    pilot = _Pilot(model, process, samples, eta, check_count("batch_size", batch_size, 1), given, history, teacher)
     if calls is None:
         price = max(price, float(count * teacher + _cost(wanted[0], count, history, moving=given is None)))
     total = round(price * model.calls)
@@ -338,22 +328,17 @@ class _Pilot:
         self,
         model: ScoreModel,
         sde: SDE,
-        event: tuple[int, ...],
-        cond: dict[str, Tensor],
-        count: int,
-        seed: int,
+        samples: Samples,
         eta: float,
         batch_size: int,
-        device: torch.device,
         given: Grid | None,
         history: int,
         teacher: int,
     ) -> None:
         self.given, self.history, self.teacher_calls = given, history, teacher
-        self.model, self.sde, self.event, self.cond = model, sde, event, cond
-        self.count, self.seed, self.eta, self.batch_size, self.device = count, seed, eta, batch_size, device
-        # The last numbers of the stream, which no run from 0 on reaches.
-        self.index = torch.arange((1 << 32) - count, 1 << 32, device=device)
+        self.model, self.sde, self.samples, self.eta, self.batch_size = model, sde, samples, eta, batch_size
+        self.index, self.device, self.count = samples.index, samples.device, len(samples.index)
+        count, seed = self.count, samples.seed
         # Conditioning may come in order.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed % (1 << 63)))
         held = max(2, count // 3)
@@ -361,8 +346,7 @@ class _Pilot:
         self.held[order[:held]] = True
         self.scouts = order[held : held + _scouts(count)].sort().values
         self.cost, self.bar = 0, tqdm(disable=True)
-        span = sde.t_min, sde.t_max
-        self.noise = noise_of(seed, event, torch.float32, ExponentialPC(eta=eta), sde, span)
+        self.noise = noise_of(samples, ExponentialPC(eta=eta), sde, (sde.t_min, sde.t_max))
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
@@ -380,10 +364,10 @@ class _Pilot:
                 self.sde,
                 solver=solver,
                 controller=self._fine(self.teacher_calls - 1),
-                shape=(self.count, *self.event),
+                shape=(self.count, *self.samples.event),
                 index=self.index.cpu(),
-                seed=self.seed,
-                cond=self.cond or None,
+                seed=self.samples.seed,
+                cond=self.samples.cond or None,
                 batch_size=self.batch_size,
                 device=self.device,
             )
@@ -458,20 +442,18 @@ class _Pilot:
     def walk(self, solver: FittedSolver, rows: Tensor, first: int = 0, state: Carry | None = None) -> list[Carry]:
         """States after each level from number `first` on, from the state before it, or from the start."""
         times = torch.tensor(solver.times, dtype=torch.float64)
-        plan = solver.plan(self.sde, times)
-        plan |= {k: v.float() for k, v in plan.items() if v.is_floating_point() and k != "level"}
+        plan = solver.plan(self.sde, times).map(lambda v: v.float() if v.is_floating_point() else v)
         active = torch.ones(len(rows), dtype=torch.bool, device=self.device)
-        model = BoundModel(self.model, select_rows(rows.to(self.device), self.cond), active)
+        model = BoundModel(self.model, select_rows(rows.to(self.device), self.samples.cond), active)
         normals = self.normals(times, rows.to(self.device))
         if state is None:
             x = self.start[rows.to(self.device)]
             state = {"x": x, **solver.init(x)}
         states = []
         for k in range(first, len(times)):
-            c = {key: v[k : k + 1].expand(len(rows), *v.shape[1:]).to(self.device) for key, v in plan.items()}
+            c = plan.rows(torch.full((len(rows),), k)).map(lambda value: value.to(self.device))
             ahead = solver.predict(state["x"], c, state, normals[k])
-            t = times[k].expand(len(rows)).to(self.device)
-            prediction = model(ahead.x, t, Level(*c["level"].unbind(1)))
+            prediction = model(ahead.x, times[k].expand(len(rows)).to(self.device))
             x, carry = solver.correct(ahead, prediction, c, state)
             state = {**carry, "x": x}
             states.append(state)

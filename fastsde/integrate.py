@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fastsde.api import run
-from fastsde.arguments import resolve_shape
+from fastsde.arguments import resolve_samples
 from fastsde.batching import expand_like
 from fastsde.checks import check_flags, check_real, check_states, check_steps
 from fastsde.control import Adaptive, Controller, Grid
+from fastsde.engine import Engine
+from fastsde.job import Options, make_job
 from fastsde.noise import StepNoise
 from fastsde.result import SampleResult
 from fastsde.score.base import BoundModel, ScoreModel
@@ -114,7 +115,8 @@ def integrate(
         raise ValueError("extrapolate=False is Euler-Maruyama, which solves Ito SDEs; this one is Stratonovich.")
     if dense and save_at is not None:
         raise ValueError("give either save_at= or dense=True, not both.")
-    _, event, numbers = resolve_shape(_Drift(drift), None, None, x0, index, "x0")
+    model = _Drift(drift)
+    samples = resolve_samples(model, given=x0, name="x0", index=index, seed=seed, dtype=x0.dtype)
     solver = _ImprovedEuler(diffusion, diffusion is not None and ito and not additive, extrapolate)
     check_steps(steps)
     controller: Controller
@@ -122,26 +124,9 @@ def integrate(
         controller = _rule(solver, rtol, atol, size, x0.dtype)
     else:
         controller = Grid(torch.linspace(-t0, -t1, steps + 1, dtype=torch.float64))
-    return run(
-        _Drift(drift),
-        _PROCESS,
-        solver,
-        controller,
-        t_start=float(t0),
-        t_end=float(t1),
-        event=event,
-        index=numbers,
-        x_init=x0,
-        dtype=x0.dtype,
-        device=x0.device,
-        seed=seed,
-        batch_size=batch_size,
-        cond=None,
-        max_nfe=max_nfe,
-        trajectory=dense if save_at is None else save_at,
-        saved_by="save_at",
-        progress=progress,
-    )
+    kept = dense if save_at is None else save_at
+    options = Options(batch_size, max_nfe, kept, progress, saved_by="save_at")
+    return Engine(make_job(model, _PROCESS, solver, controller, (float(t0), float(t1)), samples, options)).run()
 
 
 def _rule(solver: _ImprovedEuler, rtol: float, atol: float, size: float, dtype: torch.dtype) -> Adaptive:

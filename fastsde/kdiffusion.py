@@ -25,11 +25,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsde.api import run
-from fastsde.arguments import resolve_controller, resolve_dtype, resolve_shape
+from fastsde.arguments import resolve_samples
 from fastsde.batching import expand_like
 from fastsde.checks import check_count, check_kind, check_number, check_positive, check_states, check_tensor
-from fastsde.control import AdaptiveGrid, Grid
+from fastsde.control import Grid
+from fastsde.engine import Engine
+from fastsde.job import Options, make_job
 from fastsde.noise import Noise
 from fastsde.result import SamplingError
 from fastsde.score.base import ScoreModel
@@ -37,6 +38,7 @@ from fastsde.score.network import check_output
 from fastsde.sde.edm import EDM
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, FittedSolver
+from fastsde.steps import resolve_controller
 from fastsde.types import Carry, Coef, Cond, Index, State, Time
 
 Model = Callable[..., Tensor]
@@ -217,8 +219,7 @@ class _Host(ScoreModel):
         top = min(first, _PLANNED) if self.flow and low < _PLANNED else first
         part = RectifiedFlow(t_min=low, t_max=min(top, _ALL_NOISE)) if self.flow else EDM(t_min=low, t_max=top)
         controller = resolve_controller(self, part, solver, None, rtol, None, denoise=last == 0)
-        assert isinstance(controller, AdaptiveGrid)  # what the solver's tolerance asks for
-        return [first, *controller.grids[0].times[1:].tolist(), *([0.0] if last == 0 else [])]
+        return [first, *controller.all_grids()[0].times[1:].tolist(), *([0.0] if last == 0 else [])]
 
     def refitted(self, solver: FittedSolver) -> FittedSolver:
         """The solver at its log-SNR in the host's process, in which its weights, of x / alpha and x_0, are the same.
@@ -247,43 +248,34 @@ class _Host(ScoreModel):
         index: Sequence[int] | Tensor | None,
     ) -> Tensor:
         """What the two samplers return, for the given solver and levels; arguments are theirs."""
-        _, event, numbers = resolve_shape(self, None, None, self.x, index, "x")
         check_kind("noise_sampler", noise_sampler, Callable, "a function of two levels")
+        stochastic = not solver.deterministic
         denoise, items = levels[-1] == 0, torch.arange(len(self.x), device=self.x.device)
+        samples = resolve_samples(
+            self,
+            given=self.x,
+            name="x",
+            index=index,
+            seed=self._seed(seed, needed=noise_sampler is None and stochastic),
+            cond={"row": items},
+        )
+        samples = dataclasses.replace(samples, start=self.x * self.scale)
+        if noise_sampler is not None and stochastic:
+            noise = _HostNoise(noise_sampler, self.level_at, samples.event, samples.dtype)
+            samples = dataclasses.replace(samples, noise=noise, index=items)
         # One start for every level that the process does not tell from pure noise.
         times = list(dict.fromkeys(min(v, self.sde.t_max) for v in levels if v > 0))
         self.start = times[0] if levels[0] == self.levels[0] else math.inf
-        dtype = resolve_dtype(None, self.x)
-        noise: Noise | None = None
-        if noise_sampler is not None and not solver.deterministic:
-            noise, numbers = _HostNoise(noise_sampler, self.level_at, event, dtype), items
-        seed = self._seed(seed, needed=noise is None and not solver.deterministic)
         self.told = len(times) if denoise else len(times) - 1
         x = self.x * self.scale
         with tqdm(total=len(times), disable=disable) as self.bar:
             if len(times) == 1:
                 with torch.no_grad():
                     return self.output(x, torch.full((len(x),), times[0], dtype=torch.float64), {"row": items})
+            span, options = (times[0], times[-1]), Options(batch_size=len(x))
             try:
-                result = run(
-                    self,
-                    self.sde,
-                    solver,
-                    Grid(times),
-                    t_start=times[0],
-                    t_end=times[-1],
-                    event=event,
-                    index=numbers,
-                    x_init=x,
-                    dtype=dtype,
-                    device=x.device,
-                    seed=seed,
-                    batch_size=len(x),
-                    cond={"row": items},
-                    max_nfe=None,
-                    denoise=denoise,
-                    noise=noise,
-                )
+                job = make_job(self, self.sde, solver, Grid(times), span, samples, options, denoise=denoise)
+                result = Engine(job).run()
             except SamplingError as error:  # hosts know their own exceptions, such as for a stop
                 raise (error.__cause__ or error) from None
         return result.samples.to(x.dtype)

@@ -8,18 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from fastsde.api import run
-from fastsde.arguments import (
-    as_model,
-    resolve_cond,
-    resolve_controller,
-    resolve_device,
-    resolve_dtype,
-    resolve_shape,
-)
+from fastsde.arguments import as_model, resolve_samples
 from fastsde.batching import expand_like
 from fastsde.checks import check_count, check_flags, check_positive, check_states
 from fastsde.control import Controller
+from fastsde.engine import Engine
+from fastsde.job import Options, Samples, make_job
 from fastsde.noise import FreshNoise, StepNoise
 from fastsde.result import Interrupted, Status
 from fastsde.score.base import BoundModel, ScoreModel
@@ -29,6 +23,7 @@ from fastsde.solvers.forward import Forward
 from fastsde.solvers.probability_flow import ProbabilityFlow
 from fastsde.solvers.runge_kutta import noise_level, runge_kutta_step
 from fastsde.solvers.tableaus import DORMAND_PRINCE, Tableau
+from fastsde.steps import resolve_controller
 from fastsde.types import Carry, Cond, ScoreFn, State, Time
 
 
@@ -123,13 +118,13 @@ def log_likelihood(
     check_flags(exact=exact, gaussian=gaussian)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    n, event, _ = resolve_shape(model, None, None, x, None, "x")
-    dtype, device = resolve_dtype(dtype, x), resolve_device(model, device, x)
-    probes, draws, seed = check_count("probes", probes, 1), check_count("draws", draws, 1), check_count("seed", seed, 0)
+    asked = resolve_samples(model, given=x, name="x", seed=seed, cond=cond, dtype=dtype, device=device)
+    n, event, dtype, device = len(asked.index), asked.event, asked.dtype, asked.device
+    probes, draws = check_count("probes", probes, 1), check_count("draws", draws, 1)
     bin_width = None if bin_width is None else check_positive("bin_width", bin_width)
     if bin_width is None and draws > 1:
         raise ValueError("draws counts dequantisations; it needs bin_width=.")
-    flow, given = ProbabilityFlow(tableau=tableau), resolve_cond(model, cond, n, device)
+    flow = ProbabilityFlow(tableau=tableau)
     if controller is None:
         if not flow.adaptive:
             raise ValueError(f"tableau {tableau} has no error estimate to choose steps by; give controller=Grid(...).")
@@ -141,30 +136,24 @@ def log_likelihood(
     data = x.to(device, dtype).repeat_interleave(draws, 0)
     if bin_width is not None:
         # The normal distribution function makes a uniform draw of a normal one.
-        data = data + bin_width * (torch.special.ndtr(FreshNoise(seed, event, dtype).prior(index)) - 0.5)
+        data = data + bin_width * (torch.special.ndtr(FreshNoise(asked.seed, event, dtype).prior(index)) - 0.5)
     ends, columns = torch.tensor([t_end, t_start], dtype=torch.float64, device=device), 1 if exact else probes
     y_start = data.reshape(len(data), -1) / float(process.alpha(ends)[0])
     d = y_start.shape[1]
+    samples = Samples(
+        index=index,
+        event=(d + columns,),
+        dtype=dtype,
+        seed=asked.seed,
+        cond={key: value.repeat_interleave(draws, 0) for key, value in asked.cond.items()},
+        start=torch.nn.functional.pad(y_start, (0, columns)),
+    )
+    solver = Forward(_Density(tableau, event, columns, exact, gaussian))
+    options = Options(batch_size, max_nfe, progress=progress)
+    job = make_job(model, process, solver, controller.reversed(), (t_end, t_start), samples, options)
     stopped = None
     try:
-        result = run(
-            model,
-            process,
-            Forward(_Density(tableau, event, columns, exact, gaussian)),
-            controller.reversed(),
-            t_start=t_end,
-            t_end=t_start,
-            event=(d + columns,),
-            index=index,
-            x_init=torch.nn.functional.pad(y_start, (0, columns)),
-            dtype=dtype,
-            device=device,
-            seed=seed,
-            batch_size=batch_size,
-            cond={key: value.repeat_interleave(draws, 0) for key, value in given.items()},
-            max_nfe=max_nfe,
-            progress=progress,
-        )
+        result = Engine(job).run()
     except Interrupted as interruption:
         result, stopped = interruption.result, interruption
     y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
@@ -203,6 +192,7 @@ class _Density(Solver):
 
     convergence = "that of the tableau"
     noise = "none"
+    deterministic = True
     use = "log_likelihood"
 
     tableau: Tableau

@@ -29,8 +29,6 @@ RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
-_PARTS = 8
-"""Cells of a path, a power of two, whose ends travel with a sample. With more, each would be left too soon."""
 _CHUNK, _CHUNK_ON_DEVICE = 1 << 19, 1 << 22
 """Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
 
@@ -160,10 +158,9 @@ class BrownianPath(Noise):
     exactly Brownian. Two times inside one cell, closer than 2^-depth of the range, would see too much noise: that is
     `RESOLUTION`, below which the adaptive controller does not step.
 
-    With a sample travel the value at its last accepted time and, on the CPU, those at the ends of the eighth of the
-    range that holds it: between them the root and the first three levels are linear in T(u), so they are drawn once for
-    each end. All are functions of (seed, sample, time), so a rejected step sees the path again, and runs at other
-    tolerances or step counts see the same path. Source: Levy 1948; McKean, "Stochastic Integrals", 1969, sec. 1.2.
+    A value is a function of (seed, sample, time), so a rejected step sees the path again, and runs at other tolerances
+    or step counts see the same path. The value at the last accepted time travels with its sample. Source: Levy 1948;
+    McKean, "Stochastic Integrals", 1969, sec. 1.2.
 
     By default u runs with t and T(u) = u, for increments of variance t - s. A solver that integrates the linear part of
     the SDE exactly needs the path in another clock, tau = (sigma / alpha)^-power: then u runs with the log-SNR and
@@ -223,11 +220,8 @@ class BrownianPath(Noise):
         """
         return self.start(index, t)["w"]
 
-    def _basis(self, u: Time) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """T(u) as a share of the way through each level's cell, (B, L - 1), and the normals that make up W(u).
-
-        They have weights (B, L), positions (B, L) and purposes (L,).
-        """
+    def _basis(self, u: Time) -> tuple[Tensor, Tensor, Tensor]:
+        """The normals that make up W(u): their weights (B, L), positions (B, L) and purposes (L,)."""
         level = torch.arange(self.depth + 1, device=u.device)
         cells = 2.0 ** level.double()
         cell = torch.minimum((u[:, None] * cells).floor(), cells - 1)
@@ -241,7 +235,7 @@ class BrownianPath(Noise):
         position = torch.cat([torch.zeros_like(time_key)[:, None], cell[:, :-1].long(), time_key[:, None]], 1)
         first, last = (torch.full((1,), word, device=u.device) for word in (_ROOT, _LEAF))
         purpose = torch.cat([first, _NODE + (level[:-1] << 8), last])
-        return (now - low) / (high - low), (weight * math.sqrt(self._scale), position, purpose)
+        return weight * math.sqrt(self._scale), position, purpose
 
     def _sum(self, index: Index, weight: Tensor, position: Tensor, purpose: Tensor) -> State:
         """The sum of the given normals with their weights, with shape (B, *event)."""
@@ -259,39 +253,12 @@ class BrownianPath(Noise):
                 w.addcmul_(part_weight[:, k, None], z[:, k])
         return w.reshape(len(index), *self.event_shape)
 
-    def _visit(self, index: Index, u: Time, carry: Carry) -> Carry:
-        """W(u) and its values at the ends of the eighth that holds u, drawn where the last visit did not have them."""
-        share, basis = self._basis(u)
-        trunk = _PARTS.bit_length()  # the root and the levels of cells larger than an eighth
-        cell, share = basis[1][:, trunk], share[:, trunk - 1]
-        low, high = carry["low"], carry["high"]
-        if not torch.equal(cell, carry["cell"]):
-            low, high = (self._end(index, end, carry) for end in (cell, cell + 1))
-        rest = self._sum(index, *(a[..., trunk:] for a in basis))
-        w = torch.lerp(low, high, expand_like(share, low)) + rest
-        return {"w": w, "at": self._variance(u), "cell": cell, "low": low, "high": high}
-
-    def _end(self, index: Index, end: Index, carry: Carry) -> State:
-        """W at the given end of an eighth of each sample."""
-        place = end - carry["cell"]
-        value = torch.where(expand_like(place == 0, carry["low"]), carry["low"], carry["high"])
-        missing = ((place != 0) & (place != 1)).nonzero().squeeze(1)
-        if len(missing):
-            value[missing] = self._sum(index[missing], *self._basis(end[missing].double() / _PARTS)[1])
-        return value
-
     def start(self, index: Index, t: Time) -> Carry:
         u = self._position(t)
-        if not index.is_cpu:  # whose ends are missing is not known without waiting
-            return {"w": self._sum(index, *self._basis(u)[1]), "at": self._variance(u)}
-        nothing = torch.zeros(len(index), *self.event_shape, dtype=self.dtype)
-        nowhere = torch.full((len(index),), -2)
-        return self._visit(index, u, {"cell": nowhere, "low": nothing, "high": nothing})
+        return {"w": self._sum(index, *self._basis(u)), "at": self._variance(u)}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
-        if s.is_cpu and torch.equal(t, s):  # a warm-up turn; a device would have to be waited for
-            return torch.zeros_like(carry["w"]), torch.zeros_like(carry["at"]), carry
-        after = self._visit(index, self._position(s), carry) if index.is_cpu else self.start(index, s)
+        after = self.start(index, s)
         return carry["w"] - after["w"], self._scale * (carry["at"] - after["at"]).abs(), after
 
 

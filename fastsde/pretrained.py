@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastsde.checks import check_count, check_labels, check_number
 from fastsde.files import read_json, sha256, write_whole
 from fastsde.score.base import ScoreModel
-from fastsde.sde.base import SDE
+from fastsde.score.network import check_weights
 from fastsde.sde.vp import VPSDE
 from fastsde.types import Cond, Time
 
@@ -86,10 +86,10 @@ def weight_hash(name: str | Path) -> str:
     return sha256((find_checkpoint(name) / WEIGHTS).read_bytes())
 
 
-def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple[ScoreModel, SDE]:
+def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> ScoreModel:
     """Loads a packaged model by name, or a checkpoint written by `fastsde train` by its folder.
 
-        r = fastsde.sample(*fastsde.pretrained("fashion-mnist"), n=64, rtol=0.05)
+        r = fastsde.sample(fastsde.pretrained("fashion-mnist"), n=64, rtol=0.05)
 
     Class-conditional models take `cond={"class_labels": ...}`, int64 with shape (n,); without it they draw from all
     classes through their "no label" class.
@@ -99,7 +99,7 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
         device: where the network goes; its weights become float32.
 
     Returns:
-        The score model and its SDE.
+        The score model; its process is `.sde`, and `model, sde = pretrained(...)` gives both.
 
     Raises:
         FileNotFoundError: if there is no such model or a file of it is missing.
@@ -128,8 +128,9 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> tuple
         raise ValueError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
+    check_weights(network)
     network.to(device)
-    return model, sde
+    return model
 
 
 class PackagedModel(ScoreModel):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastsde import EDM, Controller, ScoreModel, Solver, Status
-from fastsde.control import Decision
+from fastsde import EDM, Controller, ScoreModel, Solver
+from fastsde.control import Decision, Verdict
 from fastsde.engine import Engine
 from fastsde.job import Job
 from fastsde.noise import BrownianPath
@@ -84,10 +84,9 @@ class StubController(Controller):
 
     def update(self, t, s, t_end, error, scale, carry):
         script = self._script(carry)
-        accept = torch.tensor([attempt not in self.reject | self.restart for attempt in script])
-        restart = torch.tensor([attempt in self.restart for attempt in script]) if self.restart else None
-        failure = torch.tensor([int(self.fail.get(attempt, Status.PENDING)) for attempt in script])
-        return Decision(accept, {"place": carry["place"], "attempt": carry["attempt"] + 1}, failure, restart)
+        verdicts = dict.fromkeys(self.reject, Verdict.REJECT) | dict.fromkeys(self.restart, Verdict.RESTART) | self.fail
+        verdict = torch.tensor([int(verdicts.get(attempt, Verdict.ACCEPT)) for attempt in script])
+        return Decision(verdict, {"place": carry["place"], "attempt": carry["attempt"] + 1})
 
     def counts(self, i, t=CLOCK.t_max, t_end=CLOCK.t_min):
         """Accepted and rejected steps of sample i, from the script alone."""
@@ -150,7 +149,7 @@ def run(n, controller, *, solver=None, network=None, sde=CLOCK, **options):
         "progress": False,
         "callback": None,
         "lag": 0,
-        "plan": {},
+        "plan": None,
         "noise": path(sde),
         "t_start": sde.t_max,
         "t_end": sde.t_min,

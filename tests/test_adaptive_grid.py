@@ -8,7 +8,8 @@ import torch
 from oracles import GivenNoise, fitted_order, vector
 
 import fastsde
-from fastsde import EDM, VPSDE, AdaptiveGrid, ExponentialPC, Grid, Status
+from fastsde import EDM, VPSDE, AdaptiveGrid, ExponentialPC, Grid
+from fastsde.control import Verdict
 from fastsde.score import GaussianScore, MixtureScore
 
 VP = VPSDE()
@@ -19,8 +20,8 @@ CLOCK = EDM(t_min=1.0, t_max=math.exp(4.0))
 class Harsh(ExponentialPC):
     """Takes all of the difference for an error, noise-driven or not."""
 
-    def estimate(self, difference, x_0, h, lam):
-        return ExponentialPC().estimate(difference, x_0, h, lam)
+    def estimate(self, difference, x_0, c):
+        return ExponentialPC().estimate(difference, x_0, c)
 
 
 BOTH = pytest.mark.parametrize(("solver", "limit"), [(ExponentialPC(), 0.3), (Harsh(eta=1.0), 3.0)], ids=["ode", "sde"])
@@ -41,8 +42,8 @@ def walk(errors, grids=3, **options):
         s = rule.target(t, CLOCK.t_min, carry)
         one = torch.ones(1, 2, dtype=torch.float64)
         decision = rule.update(t, s, CLOCK.t_min, 0.1 * value * one, one, carry)
-        carry, again = decision.carry, bool(decision.restart)
-        assert bool(decision.accept) != again
+        carry, again = decision.carry, bool(decision.verdict == Verdict.RESTART)
+        assert again or decision.verdict == Verdict.ACCEPT
         tried.append((round(float(CLOCK.log_snr(s)), 9), "again" if again else "taken"))
         t, position = (start, torch.ones_like(position)) if again else (s, position + 1)
     return tried
@@ -73,9 +74,7 @@ def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
     s = rule.target(t, CLOCK.t_min, carry)
     error = torch.tensor([[math.nan, 0.0], [0.0, 0.0]], dtype=torch.float64)
     decision = rule.update(t, s, CLOCK.t_min, error, torch.ones_like(error), carry)
-    assert decision.failure.tolist() == [Status.NON_FINITE, Status.PENDING]
-    assert decision.accept.tolist() == [False, True]
-    assert decision.restart.tolist() == [False, False]
+    assert decision.verdict.tolist() == [Verdict.NOT_FINITE, Verdict.ACCEPT]
 
 
 @pytest.mark.parametrize(
@@ -101,8 +100,8 @@ def test_refusals(change, message, without_type_checks):
 class Replanned(AdaptiveGrid):
     """The same, which does not let a solver plan ahead."""
 
-    def target(self, t, t_end, carry):
-        return super().target(t, t_end, carry)
+    def all_grids(self):
+        return ()
 
 
 @BOTH
@@ -321,7 +320,7 @@ def test_a_trajectory_stops_at_the_times_asked_for():
 class Touchy(ExponentialPC):
     """Takes the denoised sample for an error: who is far from zero is refused, and that depends on the noise."""
 
-    def estimate(self, difference, x_0, h, lam):
+    def estimate(self, difference, x_0, c):
         return x_0, torch.ones_like(x_0)
 
 
@@ -362,8 +361,8 @@ def test_redrawing_the_noise_after_a_rejection_would_not():
 class Linear(ExponentialPC):
     """Reads the first value as it is: by its norm, which is chance in few dimensions, would not be linear."""
 
-    def coefficients(self, *args):
-        return {key: value for key, value in super().coefficients(*args).items() if key != "first"}
+    def revised(self, before, after, c):
+        return before
 
 
 def impulse(k, elements):

@@ -29,7 +29,7 @@ from fastsde import (
     SubVPSDE,
 )
 from fastsde.batching import expand_like
-from fastsde.control import Decision
+from fastsde.control import Decision, Verdict
 from fastsde.score.analytic import GaussianScore, MixtureScore
 from fastsde.solvers import Step
 
@@ -187,7 +187,7 @@ class RefuseLarge(Controller):
         size = error.double().square().mean(1) / (t - s).clamp(min=1e-9)
         accept = carry["retry"] | (size < 1.1)
         h = torch.where(accept, 0.5, 0.25).double()
-        return Decision(accept, {"h": h, "retry": ~accept}, torch.zeros_like(t, dtype=torch.int64))
+        return Decision(torch.where(accept, Verdict.ACCEPT, Verdict.REJECT), {"h": h, "retry": ~accept})
 
 
 @pytest.mark.parametrize("keep_path", [True, False])
@@ -233,12 +233,6 @@ def model(**options):
     return ScoreModel(never, VP, **{"event_shape": (2,)} | options)
 
 
-def broken(value):
-    network = nn.Linear(2, 2)
-    network.weight.data[1, 0] = value
-    return network
-
-
 REFUSED = {
     "no shape": (never, {"sde": VP}, r"Give shape=\(n, \*event\)"),
     "n without event shape": (never, {"sde": VP, "n": 3}, r"Give shape=\(n, \*event\)"),
@@ -265,10 +259,8 @@ REFUSED = {
         {"shape": (3, 2), "x_init": torch.zeros(3, 3)},
         r"x_init must have shape \(3, 2\); got \(3, 3\)",
     ),
-    "NaN weights": (ScoreModel(broken(torch.nan), VP), {"shape": (3, 2)}, "not finite: weight holds NaN"),
-    "infinite weights": (broken(torch.inf), {"sde": VP, "shape": (3, 2)}, "not finite: weight holds NaN or infinity"),
     "no sde": (never, {"shape": (3, 2)}, r"sde must be an SDE such as fastsde.VPSDE\(\); got None"),
-    "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(\*fastsde.pretrained"),
+    "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(fastsde.pretrained"),
     "sde in words": (never, {"sde": "vp", "shape": (3, 2)}, "sde must be an SDE .*; got 'vp'"),
     "sde as a class": (never, {"sde": VPSDE, "shape": (3, 2)}, "sde must be an SDE .*; got <class"),
     "sde in words beside a model": (model(), {"sde": "vp", "n": 3}, "sde must be an SDE .*; got 'vp'"),

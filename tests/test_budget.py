@@ -17,8 +17,8 @@ from fastsde import (
     ScoreModel,
     UniPC,
 )
-from fastsde.arguments import own_grid
 from fastsde.score import GaussianScore
+from fastsde.steps import own_grid
 
 VP = VPSDE()
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from oracles import LINEAR_BETAS, SDES, vector
 
-from fastsde import EDM, VPSDE, Adaptive, DiscreteVPSDE, Grid, Status
+from fastsde import EDM, VPSDE, Adaptive, DiscreteVPSDE, Grid
+from fastsde.control import Verdict
 from fastsde.noise import RESOLUTION
 
 T_END = 1e-3
@@ -56,7 +57,7 @@ def test_error_acceptance_and_next_step(rows, size, seed, rtol, atol, r, safety,
         ratio = error[row] / np.maximum(atol, rtol * scale[row])
         # ||.||_q / d^(1/q): the root mean square for q = 2, the largest element for q = infinity
         e = np.sqrt(np.sum(ratio**2) / size) if norm == 2 else ratio.max()
-        assert bool(decision.accept[row]) == (e <= 1)
+        assert (decision.verdict[row] == Verdict.ACCEPT) == (e <= 1)
         wanted = 0.1 * min(safety * e**-r, 10)
         assert_rounded(float(decision.carry["h"][row]), wanted, UNIT, down=e > 1)
 
@@ -65,9 +66,9 @@ def test_error_acceptance_and_next_step(rows, size, seed, rtol, atol, r, safety,
 def test_acceptance_includes_an_error_of_exactly_one(norm):
     # Powers of two, so that the error is exactly 1, and the next larger number is not.
     control = Adaptive(0.25, 0.5, norm=norm)
-    assert judge(control, [[0.5, -0.5]], [[1.0, 2.0]]).accept.tolist() == [True]
+    assert judge(control, [[0.5, -0.5]], [[1.0, 2.0]]).verdict.tolist() == [Verdict.ACCEPT]
     above = math.nextafter(0.5, 1)
-    assert judge(control, [[above, -above]], [[1.0, 2.0]]).accept.tolist() == [False]
+    assert judge(control, [[above, -above]], [[1.0, 2.0]]).verdict.tolist() == [Verdict.REJECT]
 
 
 def test_norms_divide_by_the_elements_of_one_row():
@@ -120,36 +121,34 @@ def test_first_step(h_init):
 def test_failures_are_told_per_row():
     # Accepted; rejected; asks for 0.9 * 0.1 * 1e5^-0.9 = 3e-6, a fifth of a unit; NaN; infinite. The tolerance is 0.1.
     decision = judge(Adaptive(0.1, 0.01), [[0.05], [0.2], [1e4], [math.nan], [math.inf]], [[1.0]] * 5)
-    assert decision.accept.tolist() == [True, False, False, False, False]
     # The smallest step is tried before a row gives up.
-    expected = [Status.PENDING, Status.PENDING, Status.PENDING, Status.NON_FINITE, Status.NON_FINITE]
-    assert decision.failure.tolist() == [int(status) for status in expected]
+    expected = [Verdict.ACCEPT, Verdict.REJECT, Verdict.REJECT, Verdict.NOT_FINITE, Verdict.NOT_FINITE]
+    assert decision.verdict.tolist() == expected
     assert float(decision.carry["h"][2]) == UNIT
 
 
 def test_error_zero_takes_the_whole_range_and_nan_scale_fails():
     free = judge(Adaptive(0.1, 0.01), [[0.0]], [[1.0]])
-    assert free.accept.tolist() == [True]
+    assert free.verdict.tolist() == [Verdict.ACCEPT]
     assert float(free.carry["h"]) == pytest.approx(1 - T_END, rel=1e-15)
     decision = judge(Adaptive(0.1, 0.01), [[0.1]], [[math.nan]])
-    assert not decision.accept
-    assert decision.failure.tolist() == [int(Status.NON_FINITE)]
+    assert decision.verdict.tolist() == [Verdict.NOT_FINITE]
 
 
 @pytest.mark.parametrize("units", [1.0, 1.3, 1.9])
 def test_a_row_gives_up_when_the_next_try_would_be_the_same(units):
     # Below two units from the end no shorter step can be tried: a remainder below one unit is taken along.
     control, h = Adaptive(0.1, 0.01), units * UNIT
-    assert judge(control, [[0.2]], [[1.0]], t=T_END + h, h=h).failure.tolist() == [int(Status.MIN_STEP)]
+    assert judge(control, [[0.2]], [[1.0]], t=T_END + h, h=h).verdict.tolist() == [Verdict.TOO_SHORT]
     # The same step, accepted, is no failure, whatever it would have next; nor is one that can be halved.
-    assert judge(control, [[0.1]], [[1.0]], t=0.5, h=UNIT).failure.tolist() == [int(Status.PENDING)]
-    assert judge(control, [[0.2]], [[1.0]], t=T_END + 2 * UNIT, h=2 * UNIT).failure.tolist() == [int(Status.PENDING)]
+    assert judge(control, [[0.1]], [[1.0]], t=0.5, h=UNIT).verdict.tolist() == [Verdict.ACCEPT]
+    assert judge(control, [[0.2]], [[1.0]], t=T_END + 2 * UNIT, h=2 * UNIT).verdict.tolist() == [Verdict.REJECT]
 
 
 def test_a_limit_above_one_rejects_only_what_is_above_it():
     # E = 1, 3, 30 and 31; the next step follows from E as ever.
     decision = judge(Adaptive(0.1, 0.01, limit=30.0), [[0.1], [0.3], [2.9999], [3.1]], [[1.0]] * 4)
-    assert decision.accept.tolist() == [True, True, True, False]
+    assert decision.verdict.tolist() == [Verdict.ACCEPT, Verdict.ACCEPT, Verdict.ACCEPT, Verdict.REJECT]
     for h, e in zip(decision.carry["h"].tolist(), (1, 3, 29.999, 31), strict=True):
         assert_rounded(h, 0.09 * e**-0.9, UNIT, down=e > 30)
 
@@ -221,7 +220,7 @@ def test_rows_of_a_grid_walk_it_each_at_its_own_place():
     s = grid.target(t, 0.1, carry)
     assert s.tolist() == [1.0, 0.7, 0.1, 0.1]
     decision = grid.update(t, s, 0.1, None, None, carry)
-    assert decision.accept is decision.failure is None  # every row takes it and goes on
+    assert not decision.verdict.any()  # every row takes it and goes on
     assert decision.carry == grid.init(t, 0.1) == {}  # the engine knows where a row is
 
 
@@ -236,7 +235,7 @@ def test_a_step_of_few_units_shrinks_when_asked_to():
     h = torch.tensor([2, 3, 4, 5, 31, 33], dtype=torch.float64) * unit
     error = torch.full((6, 1), 1.001, dtype=torch.float64)  # just rejected
     decision = controller.update(t, t - h, 0.0, error, torch.ones(6, 1, dtype=torch.float64), carry)
-    assert not decision.accept.any()
+    assert decision.verdict.tolist() == [Verdict.REJECT] * len(decision.verdict)
     assert (decision.carry["h"] < h).all()
 
 

@@ -1,5 +1,7 @@
 """DDIM and the exponential predictor-corrector against closed forms."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,6 @@ from oracles import GivenNoise
 import fastsde
 from fastsde.score import GaussianScore, MixtureScore
 from fastsde.score.base import BoundModel
-from fastsde.solvers.adams_weights import revised
 
 SDES = [
     fastsde.VPSDE(),
@@ -191,15 +192,17 @@ def test_the_first_correction(order, end, steps, first, share, eta):
     assert float(x - base) == pytest.approx(alpha_s * k * ((1 - g) * read + (1 + g) * 0.5) / 2, rel=1e-9)
 
 
-def test_values_are_revised_in_the_given_rows_by_what_their_norm_has_above_the_next():
+def test_first_values_are_revised_by_what_their_norm_has_above_the_next():
     before = torch.tensor([[3.0, 4.0], [3.0, 4.0], [0.0, 0.6], [0.1, 0.2], [0.0, 0.0]], dtype=torch.float64)
     after = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.5, 0.0], [0.0, 0.0], [0.2, 0.1]], dtype=torch.float64)
-    rows = torch.tensor([True, False, True, True, True])
-    # Shares: 24 cut to 1, none asked for, 0.36 / 0.25 - 1, all of what has nothing after it, less than nothing.
+    solver = fastsde.ExponentialPC()
+    plan = solver.plan(fastsde.VPSDE(), fastsde.Grid.uniform(fastsde.VPSDE(), 4).times)
+    first = dataclasses.replace(plan, count=torch.tensor([1, 2, 1, 1, 1]), a=torch.ones(5))
+    # Shares: 24 cut to 1, no first value, 0.36 / 0.25 - 1, all of what has nothing after it, less than nothing.
     expected = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.22, 0.336], [0.0, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(revised(before, after, rows), expected, rtol=1e-14, atol=1e-15)
-    assert revised(before, after, rows & False) is before
-    assert revised(before, after, None) is before
+    torch.testing.assert_close(solver.revised(before, after, first), expected, rtol=1e-14, atol=1e-15)
+    back = dataclasses.replace(first, a=-first.a)  # on the way back to noise the first value is the best
+    assert torch.equal(solver.revised(before, after, back), before)
 
 
 @pytest.mark.parametrize("first", [0.3, 0.9])  # below D_1, and above it, which is no sign of an error here

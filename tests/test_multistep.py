@@ -1,13 +1,11 @@
 """The multistep solvers and EDM's sampler: weights against quadrature, orders measured, histories that stay put."""
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 from oracles import GivenNoise, exact_variance, fitted_order, vector
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastsde
 from fastsde import (
@@ -19,7 +17,6 @@ from fastsde import (
     HEUN,
     RK4,
     VPSDE,
-    DiscreteVPSDE,
     DPMSolverPP,
     ExponentialPC,
     Grid,
@@ -399,34 +396,11 @@ def test_a_grid_planned_at_once_gives_the_steps_taken_one_by_one(solver, monkeyp
     fails = torch.tensor([0.0, 0.5, 0.0, 0.9, 0.0], dtype=torch.float64)
     job = {"n": 5, "batch_size": 2, "dtype": torch.float64, "controller": grid, "cond": {"fails": fails}}
     planned = fastsde.sample(model, solver=solver, **job)
-    monkeypatch.setattr(type(solver), "plan", lambda self, sde, times, *, errors=False: {})
+    monkeypatch.setattr(type(solver), "plan", lambda self, sde, times: None)
     alone = fastsde.sample(model, solver=solver, **job)
     assert planned.success.tolist() == [True, False, True, False, True]
     # Weights of up to four values from systems solved in another batch: roundings, times their size of a hundred.
     torch.testing.assert_close(planned.samples, alone.samples, rtol=0, atol=1e-12, equal_nan=True)
-
-
-def test_few_operations_beside_a_call():
-    """After a large forward the code of each is out of the cache and takes as long as some of the network's own."""
-    count, at_call = [0], []
-
-    class Counted(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            count[0] += 1
-            return function(*args, **(kwargs or {}))
-
-    def network(x, t):
-        at_call.append(count[0])
-        return x
-
-    sde = DiscreteVPSDE(torch.linspace(1e-4, 0.02, 1000))
-    model = fastsde.ScoreModel(network, sde, "epsilon", event_shape=(3,), timestep=lambda t: 1000 * t - 1)
-    with Counted():
-        fastsde.sample(model, n=4, nfe=12)
-    between = [after - before for before, after in itertools.pairwise(at_call)]
-    # The first step also revises the first value. 42; 55 if it worked alpha and sigma out anew.
-    assert between[1] <= 57
-    assert max(between[:1] + between[2:]) <= 42
 
 
 def test_a_plan_is_not_for_other_steps():
@@ -440,6 +414,9 @@ def test_a_plan_is_not_for_other_steps():
             return super().step(model, sde, half.x, (t + s) / 2, s, noise, half.carry)
 
     class Short(Grid):
+        def all_grids(self):
+            return ()
+
         def target(self, t, t_end, carry):
             s = super().target(t, t_end, carry)
             return torch.where(s > t_end, 0.8 * s + 0.2 * t, s)

@@ -7,11 +7,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stubs import never
 
 import fastsde
 from fastsde import pretrained as load
 from fastsde.pretrained import ASSETS, CARD, CONFIG, WEIGHTS, packaged, read_card, weight_hash
+from fastsde.score.network import check_weights
 
 PACKAGED = "fashion-mnist"
 
@@ -129,82 +129,23 @@ def test_weights_of_another_network(folder):
         load(folder)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2])
-def test_finite_weights_pass_that_overflow_as_a_sum_or_have_none(dtype):
-    network = torch.nn.Module()
-    network.weight = torch.nn.Parameter(torch.full((100,), 5e4).to(dtype), requires_grad=False)
-    network.forward = lambda x, t: torch.zeros_like(x)
-    assert fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5, seed=1).success.all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
 def test_a_single_nan_is_found_in_any_dtype(dtype):
     network = torch.nn.Module()
     network.fine = torch.nn.Parameter(torch.full((100,), 5e4).half(), requires_grad=False)  # a sum that overflows
+    network.count = torch.nn.Parameter(torch.arange(3), requires_grad=False)
+    check_weights(network)
     network.weight = torch.nn.Parameter(torch.tensor([1.0, torch.nan]).to(dtype), requires_grad=False)
-    network.forward = never
     with pytest.raises(ValueError, match=r"weights are not finite: weight holds NaN"):
-        fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
+        check_weights(network)
 
 
-def in_place(network):
-    with torch.no_grad():
-        network.weight[1] = torch.nan
-
-
-def by_an_optimizer(network):
-    network.weight.grad = torch.full((2,), torch.nan)
-    torch.optim.SGD([network.weight], lr=1.0).step()
-
-
-def replaced(network):
-    network.weight = torch.nn.Parameter(torch.tensor([1.0, torch.nan]))
-
-
-def one_more(network):
-    network.register_parameter("other", torch.nn.Parameter(torch.tensor([torch.nan])))
-
-
-def loaded(network):
-    network.load_state_dict({"weight": torch.tensor([torch.nan, 1.0])})
-
-
-def cast(network):
-    with torch.no_grad():
-        network.weight.fill_(1e5)
-    fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
-    network.half()  # whose largest number is 65504
-
-
-def in_inference_mode(network):
-    with torch.inference_mode():
-        network.weight = torch.nn.Parameter(torch.ones(2), requires_grad=False)
-    fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
-    with torch.inference_mode():
-        network.weight[0] = torch.nan  # which nobody counts
-
-
-@pytest.mark.parametrize("change", [in_place, by_an_optimizer, replaced, one_more, loaded, cast, in_inference_mode])
-def test_weights_that_were_finite_once_are_read_again_after_a_change(change):
-    network = torch.nn.Module()
-    network.weight = torch.nn.Parameter(torch.ones(2))
-    network.forward = lambda x, t: torch.zeros_like(x)
-    for _ in range(2):
-        assert fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5).success.all()
-    change(network)
-    network.forward = never
-    for _ in range(2):
-        with pytest.raises(ValueError, match="weights are not finite"):
-            fastsde.sample(network, fastsde.VPSDE(), shape=(2, 3), nfe=5)
-
-
-def test_nan_weights_are_refused_before_sampling(folder):
+def test_nan_weights_are_refused_at_loading(folder):
     weights = load_file(folder / WEIGHTS)
     weights["conv_in.bias"][0] = torch.nan
     save_file(weights, folder / WEIGHTS)
-    model, sde = load(folder)
     with pytest.raises(ValueError, match=r"weights are not finite: conv_in\.bias"):
-        fastsde.sample(model, sde, n=1)
+        load(folder)
 
 
 def test_samples_do_not_depend_on_the_batch():

@@ -14,7 +14,6 @@ import click
 import torch
 from tqdm import tqdm
 
-from fastsde.arguments import affordable
 from fastsde.checks import check_count
 from fastsde.cli.measuring import FEATURES, reference_of
 from fastsde.cli.models import open_model, own_device
@@ -26,6 +25,7 @@ from fastsde.evaluation.report import page, plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
 from fastsde.files import write_whole
 from fastsde.score.base import ScoreModel
+from fastsde.steps import affordable
 
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
 

@@ -74,7 +74,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
     if ours or not (theirs or looks_like_a_hub_name):
         if guidance_scale is not None:
             raise ValueError("--guidance-scale is for diffusers' models; this one has no guidance.")
-        model, _ = pretrained(name, device=device)
+        model = pretrained(name, device=device)
         nn.Module.to(cast(nn.Module, model.network), dtype)  # diffusers' own `to` warns of layers that this one has not
         ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
         return Opened(model, len(read_card(name)["classes"]), ours_source)
@@ -85,7 +85,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
             f"{name} is prompted by text; draw from it with `fastsde sample --pipeline {name} --prompt ..`."
         )
     loaded.to(device)
-    model, _ = from_diffusers(loaded, scheduler, guidance_scale=guidance_scale)
+    model = from_diffusers(loaded, scheduler, guidance_scale=guidance_scale)
     network = loaded if pipe is None else network_of(pipe)
     source = {"weights_sha256": weights_hash(model.network), "source": network.fastsde_source, "dtype": str(dtype)}
     return Opened(model, getattr(innermost(model), "labels", 0), source, pipe)

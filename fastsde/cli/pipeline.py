@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastsde.arguments import DEFAULT_RTOL
 from fastsde.cli.media import MADE, Media, are_images, read_value
 from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
 from fastsde.cli.solver_options import chosen_solver
@@ -23,6 +22,7 @@ from fastsde.files import read_json
 from fastsde.result import SamplingError, Status
 from fastsde.score.network import weights_hash
 from fastsde.solvers import Solver
+from fastsde.steps import DEFAULT_RTOL
 
 _OPTIONS = {"prompt": "--prompt", "negative_prompt": "--negative-prompt", "guidance_scale": "--guidance-scale"}
 """Arguments of calls that have an option of their own."""

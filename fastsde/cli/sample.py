@@ -16,7 +16,6 @@ import torch
 from click.core import ParameterSource
 from torch import Tensor
 
-from fastsde.arguments import DEFAULT_RTOL
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model, own_device
 from fastsde.cli.output import PATH, dump_json, prepare_folder, result_record, summary, versions, write_atomic
@@ -28,6 +27,7 @@ from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, pro
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.sde.base import SDE
 from fastsde.solvers import Solver
+from fastsde.steps import DEFAULT_RTOL
 
 _OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size")
 _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")

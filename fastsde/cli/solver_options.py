@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastsde.arguments import own_grid, resolve_controller
 from fastsde.control import Controller, Grid
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import DORMAND_PRINCE, EULER, HEUN, RK4, SOLVERS, FittedSolver, Langevin, Solver, Tableau
+from fastsde.steps import own_grid, resolve_controller
 
 SOLVER_NAMES = {solver.__name__: solver for solver in SOLVERS}
 GRIDS = {
@@ -103,7 +103,7 @@ def check_request(
     """
     steps = resolve_controller(model, model.sde, solver, controller, rtol, atol, nfe)
     steps.span(model.sde.t_min, model.sde.t_max)
-    solver.check(model.sde, steps.times if isinstance(steps, Grid) else None)
+    solver.check(model.sde, grids[0].times if (grids := steps.all_grids()) else None)
     solver.check_model(model)
 
 

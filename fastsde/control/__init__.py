@@ -2,7 +2,7 @@
 
 from fastsde.control.adaptive import Adaptive
 from fastsde.control.adaptive_grid import AdaptiveGrid
-from fastsde.control.base import Controller, Decision
+from fastsde.control.base import Controller, Decision, Verdict
 from fastsde.control.grid import Grid
 
-__all__ = ["Adaptive", "AdaptiveGrid", "Controller", "Decision", "Grid"]
+__all__ = ["Adaptive", "AdaptiveGrid", "Controller", "Decision", "Grid", "Verdict"]

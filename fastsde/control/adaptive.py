@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
 from fastsde.batching import row_norm
 from fastsde.checks import check_number, check_positive
-from fastsde.control.base import Clock, Controller, Decision
+from fastsde.control.base import Clock, Controller, Decision, Verdict
 from fastsde.noise import RESOLUTION
-from fastsde.result import Status
 from fastsde.types import Carry, Coef, Mask, State, Time
 
 
@@ -88,6 +88,9 @@ class Adaptive(Controller):
             raise ValueError(f"stops must lie within t_min={t_min} .. t_max={t_max}; got {outside}.")
         return t_max, t_min
 
+    def stopping_at(self, times: Sequence[float]) -> tuple[Adaptive, list[float]]:
+        return dataclasses.replace(self, stops=(*self.stops, *times)), list(times)
+
     def reversed(self) -> Adaptive:
         return dataclasses.replace(self, stops=tuple(-t for t in self.stops), mirrored=not self.mirrored)
 
@@ -133,11 +136,10 @@ class Adaptive(Controller):
         carry = {"h": h.maximum(h_min), "h_min": h_min}
         # On a kept path the same step would be rejected for ever.
         stuck = ~accept & (self.target(t, t_end, carry) <= s)
-        # masked_fill rather than indexing: a boolean index would wait for the device.
-        failure = torch.full(t.shape, int(Status.PENDING), device=t.device)
-        failure = failure.masked_fill(stuck, int(Status.MIN_STEP))
-        failure = failure.masked_fill(~torch.isfinite(scaled), int(Status.NON_FINITE))
-        return Decision(accept, carry, failure)
+        verdict = torch.where(accept, int(Verdict.ACCEPT), int(Verdict.REJECT))
+        verdict = verdict.masked_fill(stuck, int(Verdict.TOO_SHORT))
+        verdict = verdict.masked_fill(~torch.isfinite(scaled), int(Verdict.NOT_FINITE))
+        return Decision(verdict, carry)
 
     def _round(self, h: Coef, unit: Coef, down: Mask) -> Coef:
         """h to six significant bits of a whole number of units, at most the whole range, with shape (B,).

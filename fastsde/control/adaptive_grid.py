@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-import functools
 import itertools
 from collections.abc import Sequence
 
@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fastsde.batching import row_norm
 from fastsde.checks import check_number, check_positive
-from fastsde.control.base import Controller, Decision
+from fastsde.control.base import Controller, Decision, Verdict
 from fastsde.control.grid import Grid
-from fastsde.result import Status
 from fastsde.types import Carry, Index, State, Time
 
 
@@ -57,6 +56,8 @@ class AdaptiveGrid(Controller):
     atol: float
     limit: float = 1.0
     stops: tuple[float, ...] = ()
+    # The times of all grids, one after another; which steps to them are judged; where each grid begins.
+    _tables: tuple[Tensor, Tensor, Tensor] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
@@ -65,11 +66,19 @@ class AdaptiveGrid(Controller):
         grids = self.grids
         if not isinstance(grids, Sequence) or not grids or not all(isinstance(grid, Grid) for grid in grids):
             raise TypeError(f"grids must be a sequence of fastsde.Grid, the coarsest first; got {grids!r}.")
-        object.__setattr__(self, "grids", tuple(grids))
         if len(ends := {grid.ends for grid in grids}) > 1:
             raise ValueError(f"grids must have the same ends, exactly; got {sorted(ends)}.")
         if any(fine.steps <= coarse.steps for coarse, fine in itertools.pairwise(grids)):
             raise ValueError(f"grids must have more and more steps; got {[grid.steps for grid in grids]}.")
+        grids = tuple(grid.through(self.stops) if self.stops else grid for grid in grids)
+        object.__setattr__(self, "grids", grids)
+        counts = torch.tensor([grid.steps + 1 for grid in grids])
+        # The last one twice, for rows that have ended.
+        times = torch.cat([*(grid.times for grid in grids), grids[-1].times[-1:]])
+        stop = torch.isin(times, torch.tensor(self.stops, dtype=torch.float64))
+        # The steps to a stop and from it, and the one after, which extrapolates from those.
+        near = stop | stop.roll(1) | stop.roll(2)
+        object.__setattr__(self, "_tables", (times, ~near, counts.cumsum(0) - counts))
 
     def span(self, t_min: float, t_max: float) -> tuple[float, float]:
         return self.grids[0].span(t_min, t_max)
@@ -78,56 +87,39 @@ class AdaptiveGrid(Controller):
         grids = tuple(grid.reversed() for grid in self.grids)
         return dataclasses.replace(self, grids=grids, stops=tuple(-t for t in self.stops))
 
-    @functools.cached_property
-    def walks(self) -> tuple[Grid, ...]:
-        """The grids, with the stops in them: in place of a time that is as good as the same."""
-        walks = []
-        for grid in self.grids:
-            times = grid.times.cpu()
-            gaps = times.diff().abs()
-            room = 0.01 * torch.minimum(gaps[:-1], gaps[1:])
-            apart = (times[1:-1, None] - torch.tensor(self.stops, dtype=torch.float64)).abs() > room[:, None]
-            kept = torch.cat([times[:1], times[1:-1][apart.all(1)], times[-1:]])
-            walks.append(Grid(kept).through(list(self.stops)))
-        return tuple(walks)
+    def all_grids(self) -> tuple[Grid, ...]:
+        return tuple(self.grids)
 
-    @functools.cached_property
-    def _tables(self) -> dict[torch.device, tuple[Tensor, Tensor, Tensor]]:
-        """By device: the times of all walks, one after another, which steps to them are judged, where each begins."""
-        counts = torch.tensor([walk.steps + 1 for walk in self.walks])
-        # The last one twice, for rows that have ended.
-        times = torch.cat([*(walk.times.cpu() for walk in self.walks), self.walks[-1].times[-1:].cpu()])
-        stop = torch.isin(times, torch.tensor(self.stops, dtype=torch.float64))
-        # The steps to a stop and from it, and the one after, which extrapolates from those.
-        near = stop | stop.roll(1) | stop.roll(2)
-        return {torch.device("cpu"): (times, ~near, counts.cumsum(0) - counts)}
+    def coarsest(self, count: int) -> AdaptiveGrid:
+        return dataclasses.replace(self, grids=self.grids[: max(1, count)])
 
-    def _on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        if device not in self._tables:
-            self._tables[device] = tuple(table.to(device) for table in self._tables[torch.device("cpu")])  # type: ignore[assignment]
-        return self._tables[device]
+    def stopping_at(self, times: Sequence[float]) -> tuple[AdaptiveGrid, list[float]]:
+        return dataclasses.replace(self, stops=(*self.stops, *times)), list(times)
+
+    def to(self, device: torch.device) -> AdaptiveGrid:
+        moved = copy.copy(self)
+        object.__setattr__(moved, "_tables", tuple(table.to(device) for table in self._tables))
+        return moved
 
     def init(self, t: Time, t_end: float) -> Carry:
-        zero = torch.zeros(t.shape, dtype=torch.int64, device=t.device)
-        return {"grid": zero, "first": zero}
+        return {"grid": torch.zeros(t.shape, dtype=torch.int64, device=t.device)}
 
     def plan_row(self, carry: Carry) -> Index:
-        return carry["first"] + carry["position"]
+        return self._tables[2].take(carry["grid"]) + carry["position"]
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
-        return self._on(t.device)[0].take(self.plan_row(carry))
+        return self._tables[0].take(self.plan_row(carry))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
+        if len(self.grids) == 1:
+            return Decision(torch.zeros_like(carry["grid"]), {"grid": carry["grid"]})
         if error is None or scale is None:
             raise ValueError("the solver gives no error estimate; it needs a Grid.")
         scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
-        finite = torch.isfinite(scaled)
-        _, judged, first = self._on(t.device)
-        asked = judged.take(self.plan_row(carry))
-        restart = (scaled > self.limit) & finite & asked & (carry["grid"] < len(self.grids) - 1)
-        grid = carry["grid"] + restart
-        after = {"grid": grid, "first": first.take(grid)}
-        failure = torch.full(t.shape, int(Status.NON_FINITE), device=t.device).masked_fill(finite, int(Status.PENDING))
-        return Decision(finite & ~restart, after, failure, restart)
+        finer = carry["grid"] < len(self.grids) - 1
+        restart = (scaled > self.limit) & finer & self._tables[1].take(self.plan_row(carry))
+        verdict = torch.where(restart, int(Verdict.RESTART), int(Verdict.ACCEPT))
+        verdict = verdict.masked_fill(~torch.isfinite(scaled), int(Verdict.NOT_FINITE))
+        return Decision(verdict, {"grid": carry["grid"] + (verdict == Verdict.RESTART)})

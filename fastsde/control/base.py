@@ -3,10 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from abc import ABC, abstractmethod
-from typing import ClassVar, Protocol, runtime_checkable
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
-from fastsde.types import Carry, Coef, Index, Mask, State, Time
+import torch
+
+from fastsde.types import Carry, Coef, Index, State, Time
+
+if TYPE_CHECKING:
+    from fastsde.control.grid import Grid
+
+
+class Verdict(enum.IntEnum):
+    """What becomes of a proposed step.
+
+    ACCEPT: the row moves to the proposal.
+    REJECT: it stays, and tries the step that the controller's memory now says.
+    RESTART: it goes back to its start. What it cost stays counted. Noise from a path is the same again.
+    TOO_SHORT: its sample ends with `Status.MIN_STEP`.
+    NOT_FINITE: its sample ends with `Status.NON_FINITE`.
+    """
+
+    ACCEPT = 0
+    REJECT = 1
+    RESTART = 2
+    TOO_SHORT = 3
+    NOT_FINITE = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,17 +38,12 @@ class Decision:
     """What becomes of a proposed step, per row.
 
     Attributes:
-        accept: whether to take it, with shape (B,); None to take it in every row.
-        carry: the controller's memory, whether or not the step is taken.
-        failure: a `Status` that ends the row, or `Status.PENDING` to go on, with shape (B,); None to go on everywhere.
-        restart: which rows, none of them accepted, go back to their start with `carry`, with shape (B,); None for none.
-            What they cost stays counted. Noise from a path is the same again.
+        verdict: a `Verdict` for each row, with shape (B,).
+        carry: the controller's memory from now on, whatever the verdict.
     """
 
-    accept: Mask | None
+    verdict: Index
     carry: Carry
-    failure: Index | None = None
-    restart: Mask | None = None
 
 
 @runtime_checkable
@@ -66,6 +85,31 @@ class Controller(ABC):
     def reversed(self) -> Controller:
         """The same on the clock u = -t, for a walk from t_min up to t_max."""
         return self
+
+    def all_grids(self) -> tuple[Grid, ...]:
+        """The grids that a sample may walk, the coarsest first; empty where errors decide every step."""
+        return ()
+
+    def coarsest(self, count: int) -> Controller:
+        """The same with only so many of its grids, at least one."""
+        return self
+
+    def stopping_at(self, times: Sequence[float]) -> tuple[Controller, list[float]]:
+        """The same with steps that end exactly at the given times, and these; or at the nearest that it can.
+
+        Raises:
+            ValueError: if it cannot say where its steps end, which is the default.
+        """
+        raise ValueError(f"{type(self).__name__} does not step on given times; keep every state instead.")
+
+    def to(self, device: torch.device) -> Controller:
+        """The same with its tables on a device."""
+        return self
+
+    def record(self) -> dict[str, Any]:
+        """What tells it from another one, as JSON can hold it."""
+        grids = [grid.times.tolist() for grid in self.all_grids()]
+        return {"grid": repr(self), **({"grid_times": grids[0] if len(grids) == 1 else grids} if grids else {})}
 
     def plan_row(self, carry: Carry) -> Index:
         """Which row of the solver's plan, if there is one, the step reads, with shape (B,)."""

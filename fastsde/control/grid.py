@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -171,9 +173,7 @@ class Grid(Controller):
         times[0], times[-1] = clock.t_max, clock.t_min
         return cls(times)
 
-    @property
-    def walks(self) -> tuple[Grid, ...]:
-        """Itself: the grids that a sample may walk, one after another."""
+    def all_grids(self) -> tuple[Grid, ...]:
         return (self,)
 
     @property
@@ -190,9 +190,18 @@ class Grid(Controller):
             )
         return first, last
 
-    def through(self, times: list[float]) -> Grid:
-        """The same grid with further times, which lie within it."""
-        return Grid(torch.cat([self.times.cpu(), torch.tensor(times, dtype=torch.float64)]).unique().flip(0))
+    def through(self, times: Sequence[float]) -> Grid:
+        """The same grid with further times, which lie within it: in place of a time that is as good as the same."""
+        further = torch.tensor(times, dtype=torch.float64)
+        gaps = self.times.diff().abs()
+        room = 0.01 * torch.minimum(gaps[:-1], gaps[1:])
+        apart = ((self.times[1:-1, None] - further).abs() > room[:, None]).all(1)
+        kept = torch.cat([self.times[:1], self.times[1:-1][apart], self.times[-1:], further])
+        return Grid(kept.unique().flip(0))
+
+    def stopping_at(self, times: Sequence[float]) -> tuple[Grid, list[float]]:
+        nearest = (self.times[:, None] - torch.tensor(times, dtype=torch.float64)).abs().argmin(0)
+        return self, self.times[nearest].tolist()
 
     def reversed(self) -> Grid:
         """The same times from the last to the first, on the clock u = -t."""
@@ -201,20 +210,19 @@ class Grid(Controller):
     def init(self, t: Time, t_end: float) -> Carry:
         return {}
 
-    def times_on(self, device: torch.device) -> Tensor:
-        """The times, on the device, where they then stay."""
-        if self.times.device != device:
-            self.times = self.times.to(device)
-        return self.times
+    def to(self, device: torch.device) -> Grid:
+        grid = copy.copy(self)
+        grid.times = self.times.to(device)
+        return grid
 
     def target(self, t: Time, t_end: float, carry: Carry) -> Time:
         # Positions go one further where a row has ended.
-        return self.times_on(t.device).index_select(0, carry["position"].clamp(max=self.steps))
+        return self.times.index_select(0, carry["position"].clamp(max=self.steps))
 
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
-        return Decision(None, {})
+        return Decision(torch.zeros_like(carry["position"]), {})
 
     def __repr__(self) -> str:
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"

@@ -1,4 +1,4 @@
-"""`from_diffusers`: any pretrained diffusers model as a score model and its process."""
+"""`from_diffusers`: any pretrained diffusers model as a score model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import load
@@ -16,7 +16,7 @@ from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known
 from fastsde.diffusers.schedules import CLASSES, Config, Reading, read_schedule
 from fastsde.score.base import ScoreModel
 from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance
-from fastsde.sde.base import SDE
+from fastsde.score.network import check_weights
 from fastsde.sde.discrete import DiscreteVPSDE
 
 
@@ -32,10 +32,10 @@ def from_diffusers(
     data_range: tuple[float, float] | None = None,
     allow_distilled: bool = False,
     **loading: Any,
-) -> tuple[ScoreModel, SDE]:
-    r"""Any pretrained diffusers model as a score model and its process.
+) -> ScoreModel:
+    r"""Any pretrained diffusers model as a score model.
 
-        r = fastsde.sample(*fastsde.from_diffusers("google/ddpm-cifar10-32"), n=64, rtol=0.05)
+        r = fastsde.sample(fastsde.from_diffusers("google/ddpm-cifar10-32"), n=64, rtol=0.05)
 
     Read from configurations, never from a scheduler's class: the noise levels (`alphas_cumprod`), the network's time,
     what it predicts, whether predictions are clipped. Knows UNet2DModel (class labels and the score_sde networks, whose
@@ -61,11 +61,11 @@ def from_diffusers(
         loading: arguments of `fastsde.diffusers.load`.
 
     Returns:
-        The score model and its process, as `sample` takes them.
+        The score model; its process is `.sde`, and `model, sde = from_diffusers(...)` gives both.
 
     Raises:
         ValueError: for models that cannot work, with the reason: distilled ones (LCM, turbo, schnell), epsilon with
-            zero terminal SNR, networks that need an image beside the state, integer timesteps.
+            zero terminal SNR, networks that need an image beside the state, integer timesteps, weights not finite.
         TypeError: if it is neither a model nor where to find one, or there is no scheduler.
         FileNotFoundError: if there is nothing to load.
     """
@@ -79,7 +79,7 @@ def from_diffusers(
     model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
     latent = pipe is not None and autoencoder(pipe) is not None
     whole = guided(model, scale, guidance_rescale, guidance_interval)
-    return (clipped(whole, model.reading) if (not latent if clip is None else clip) else whole), model.sde
+    return clipped(whole, model.reading) if (not latent if clip is None else clip) else whole
 
 
 def unguided(
@@ -99,6 +99,8 @@ def unguided(
         scheduler = pipe.scheduler
     latent = pipe is not None and autoencoder(pipe) is not None
     check_known(network)
+    if isinstance(network, nn.Module):
+        check_weights(network)
     reading = read_schedule(scheduler_config(scheduler))
     _check_table(scheduler, reading)
     return DiffusersModel(

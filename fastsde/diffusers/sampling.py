@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastsde import api
-from fastsde.arguments import fewest_calls, resolve_controller, resolve_dtype, resolve_shape
+from fastsde.arguments import check_index, resolve_dtype
 from fastsde.checks import check_count, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.networks import check_distilled, config_of
 from fastsde.diffusers.requests import Request, number_of, own_generator, streams
 from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unread
-from fastsde.job import EngineState
+from fastsde.engine import Engine
+from fastsde.job import EngineState, Options, Samples, fewest_calls, make_job
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
-from fastsde.score.base import ScoreModel
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, FittedSolver, Solver
+from fastsde.steps import resolve_controller
 from fastsde.types import Index
 
 if TYPE_CHECKING:  # which needs greenlet
@@ -177,22 +177,22 @@ def sample_pipeline(
         raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
     steps = arguments.get("num_inference_steps")
     counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
-    seed, numbers, generators = _noise(request, seed, index, ScoreModel(pipe, reading.sde))
+    seed, numbers, generators = _noise(request, seed, index)
     batch = min(check_count("batch_size", batch_size, 1), request.n)
     reading = _started(reading, controller)
     model = PipelineModel(pipe, request, reading, generators, batch, counts_turns=counted)
     if isinstance(solver, FittedSolver):
         solver = _for_network(solver, model)
 
-    def parts(process: SDE) -> tuple[Controller, float, float]:
+    def planned(process: SDE) -> tuple[Controller, tuple[float, float]]:
         # As many evaluations as its own loop makes: of an image a share of the steps.
         own_loop = max((model.listed or steps or 1) * model.calls, fewest_calls(model, solver, denoise))
         budget = own_loop if counted else nfe
-        made = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
-        return made, *made.span(process.t_min, process.t_max)
+        found = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
+        return found, found.span(process.t_min, process.t_max)
 
     denoise = True
-    parts(reading.sde)  # what cannot work is refused before the pipeline starts
+    planned(reading.sde)  # what cannot work is refused before the pipeline starts
     try:
         if "_interrupt" in vars(pipe):
             vars(pipe)["_interrupt"] = False
@@ -205,30 +205,19 @@ def sample_pipeline(
                     f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave "
                     "solver= out."
                 )
-            chosen, first, last = parts(process)
-            _check_first(first, process)
-            result = api.run(
-                model,
-                process,
-                solver,
-                chosen,
-                t_start=first,
-                t_end=last,
+            chosen, span = planned(process)
+            _check_first(span[0], process)
+            samples = Samples(
+                index=numbers.to(model.device),
                 event=model.event_shape or (),
-                index=numbers,
-                x_init=None,
+                dtype=resolve_dtype(dtype, None),
+                seed=seed,
+                cond={"sample": torch.arange(request.n, device=model.device)},
                 start=model.start,
                 finished=model.finished,
-                seed=seed,
-                batch_size=model.batch_size,
-                cond={"sample": torch.arange(request.n)},
-                denoise=denoise,
-                max_nfe=max_nfe,
-                dtype=resolve_dtype(dtype, None),
-                device=model.device,
-                progress=progress,
-                callback=callback,
             )
+            options = Options(model.batch_size, max_nfe, progress=progress, callback=callback)
+            result = Engine(make_job(model, process, solver, chosen, span, samples, options, denoise=denoise)).run()
         whole = _whole(model, result)
     except (Interrupted, SamplingError) as stopped:
         stopped.result = _whole(model, stopped.result)
@@ -240,7 +229,7 @@ def sample_pipeline(
 
 
 def _noise(
-    request: Request, seed: int | None, index: Sequence[int] | Tensor | None, model: ScoreModel
+    request: Request, seed: int | None, index: Sequence[int] | Tensor | None
 ) -> tuple[int, Index, list[torch.Generator]]:
     """The seed, the sample numbers with shape (n,), and what each pipeline draws from.
 
@@ -254,7 +243,11 @@ def _noise(
     seed, own = streams(request.generator, seed, request.n, index)
     if any(g is not None for g in own):
         index = [number_of(g) for g in own]
-    _, _, numbers = resolve_shape(model, None, (request.n, 1), None, index)
+    numbers = check_index(index)
+    if numbers is None:
+        numbers = torch.arange(request.n)
+    elif len(numbers) != request.n:
+        raise ValueError(f"the number of samples disagrees: index says {len(numbers)}, the call {request.n}.")
     return seed, numbers, [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
 
 

@@ -18,7 +18,6 @@ from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, Sch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from fastsde.arguments import own_grid, plain_grid
 from fastsde.batching import expand_like
 from fastsde.diffusers.schedules import Config, class_of, filled, read_loop, unread
 from fastsde.score.base import Prediction
@@ -26,7 +25,8 @@ from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, FittedSolver
-from fastsde.solvers.adams import Predicted
+from fastsde.solvers.adams import AdamsPlan, Predicted
+from fastsde.steps import own_grid, plain_grid
 from fastsde.types import Carry, State, Time
 
 
@@ -403,7 +403,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             k = self._index
             self._check_timestep(timestep, k)
         c = self._coefficients(k, x)
-        level = Level(*c["level"].unbind(1))
+        level = self.sde.level(self.times[k].to(x.device).expand(len(x)))
         prediction, edit = self._prediction(model_output.to(x.dtype), x, level, use_clipped_model_output)
         state, self._carry = self.solver.correct(self._ahead, prediction, c, self._carry)
         if not start:
@@ -444,10 +444,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         keep = level.sigma / given.sigma
         return expand_like(keep, x) * x + expand_like(level.alpha - keep * given.alpha, x) * x_0
 
-    def _coefficients(self, k: int, x: State) -> Carry:
+    def _coefficients(self, k: int, x: State) -> AdamsPlan:
         """Those of the step to timestep k, a row for each state."""
-        j = k - self._first
-        return {key: v[j : j + 1].to(x.device).expand(len(x), *v.shape[1:]) for key, v in self._plan.items()}
+        return self._plan.rows(torch.full((len(x),), k - self._first)).map(lambda value: value.to(x.device))
 
     def _prediction(self, out: Tensor, x: State, level: Level, whole: bool | None) -> tuple[Prediction, State | None]:
         """What the network said of the state it was called on, and how clipping moves the state, if it does."""

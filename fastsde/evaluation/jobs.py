@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastsde.checks import check_count
-from fastsde.control import AdaptiveGrid, Controller, Grid
+from fastsde.control import Controller
 from fastsde.files import ArrayFile, json_hash, read_json, write_whole
 from fastsde.result import SampleResult, Status
 
@@ -263,10 +263,7 @@ def _short(value: Any) -> str:
 
 def controller_record(controller: Controller | None) -> dict[str, Any]:
     """What tells a grid or a rule of steps from another one: its text, and the times of a grid."""
-    times: dict[str, Any] = {"grid_times": controller.times.tolist()} if isinstance(controller, Grid) else {}
-    if isinstance(controller, AdaptiveGrid):
-        times = {"grid_times": [grid.times.tolist() for grid in controller.grids]}
-    return {"grid": None if controller is None else repr(controller), **times}
+    return {"grid": None} if controller is None else controller.record()
 
 
 def shard_arrays(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from fastsde.batching import expand_like
 from fastsde.files import json_hash
 from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
-from fastsde.sde.base import SDE, Level
+from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
 _Reading = Callable[[Tensor, Tensor], tuple[Any, Any]]
@@ -160,6 +160,10 @@ class ScoreModel:
         self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
         self.timestep, self.default_cond = timestep, _checked_default(default_cond)
 
+    def __iter__(self) -> Iterator[Any]:
+        """The model and its process, for `model, sde = ..`."""
+        yield from (self, self.sde)
+
     def __repr__(self) -> str:
         name = getattr(self.network, "__name__", type(self.network).__name__)
         return f"{type(self).__name__}({name}, {self.sde}, {self.prediction!r}, event_shape={self.event_shape})"
@@ -237,20 +241,19 @@ class ScoreModel:
             raise type(error)(f"{self.role} failed: {error}. {hint}") from error
         return check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
-    def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
         """Evaluates the network once on every row.
 
         Args:
             x_t: with shape (B, *event).
             t: the SDE's time, with shape (B,).
             cond: keyword arguments of the network, each with leading axis B.
-            level: `sde.level(t)`, where the caller has it.
 
         Raises:
             ValueError: if the network returns another shape or device than it was given.
             TypeError: if it returns no floating-point tensor.
         """
-        level = level or self.sde.level(t)
+        level = self.sde.level(t)
         return Prediction(self.prediction, self.output(x_t, t, cond), x_t, level.alpha, level.sigma)
 
 
@@ -402,9 +405,9 @@ class BoundModel:
         self.model, self.cond, self.active = model, cond, active
         self.nfe = torch.zeros_like(active, dtype=torch.int64) if nfe is None else nfe
 
-    def __call__(self, x_t: State, t: Time, level: Level | None = None) -> Prediction:
-        """The prediction for every row, adding the calls it cost to `nfe`; `level` as for a score model."""
-        prediction = self.model(x_t, t, self.cond, level)
+    def __call__(self, x_t: State, t: Time) -> Prediction:
+        """The prediction for every row, adding the calls it cost to `nfe`."""
+        prediction = self.model(x_t, t, self.cond)
         self._count(t)
         return prediction
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from fastsde.batching import expand_like, write_rows
 from fastsde.checks import check_kind, check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
-from fastsde.sde.base import Level
 from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
@@ -207,8 +206,8 @@ class Clipped(Wrapper):
         self.limit = None if limit is None else check_number("limit", limit, 0.0, ends="()")
         self.ratio = None if ratio is None else check_number("ratio", ratio, 0.0, 1.0, ends="()")
 
-    def __call__(self, x_t: State, t: Time, cond: Cond | None = None, level: Level | None = None) -> Prediction:
-        inside = self.model(x_t, t, cond, level)
+    def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
+        inside = self.model(x_t, t, cond)
         low, high = self.data_range if self.limit is None else (-self.limit, self.limit)
         return Prediction(self.prediction, clip(inside.x_0, low, high, self.ratio), x_t, inside.alpha, inside.sigma)
 

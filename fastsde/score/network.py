@@ -121,6 +121,15 @@ def check_output(out: object, x_t: Tensor, role: str) -> Tensor:
     return out
 
 
+@torch.no_grad()
+def check_weights(network: nn.Module) -> None:
+    """Refuses, with a ValueError naming the first, weights that hold NaN or infinity; offloaded ones are not read."""
+    for name, p in network.named_parameters():
+        wide = p.float() if p.is_floating_point() and torch.finfo(p.dtype).bits == 8 else p  # 8 bits have no arithmetic
+        if not p.is_meta and not torch.isfinite(wide).all():
+            raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+
+
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()
 
 

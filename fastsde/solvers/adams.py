@@ -1,10 +1,10 @@
-"""What the multistep solvers share: exponential Adams methods in the log-SNR."""
+"""Exponential Adams methods in the log-SNR: what the multistep solvers share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,10 +14,9 @@ from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction
 from fastsde.sde.base import SDE, Level
-from fastsde.solvers.adams_coefficients import AdamsCoefficients
-from fastsde.solvers.adams_weights import add_weighted, columns, revised
-from fastsde.solvers.base import Step
-from fastsde.types import Carry, Coef, State, Time
+from fastsde.solvers.adams_weights import add_weighted, columns, stage_weights
+from fastsde.solvers.base import Plan, Solver, Step
+from fastsde.types import Carry, Coef, Index, State, Time
 
 
 class Predicted(NamedTuple):
@@ -35,7 +34,33 @@ class Predicted(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ExponentialAdams(AdamsCoefficients):
+class AdamsPlan(Plan):
+    """What steps need beside states, with leading axis B.
+
+    Attributes:
+        keep: factor of the state, with shape (B,).
+        std: standard deviation of the noise, with shape (B,).
+        weights: of the last predictions: the predictor's, and the corrector's if there is one, with shape (B, 1 or 2,
+            values).
+        a: c h, with shape (B,).
+        h: length in half the log-SNR, with shape (B,).
+        lam: half the log-SNR at the end, with shape (B,).
+        alpha: at the end, with shape (B,).
+        count: how many predictions there are before the step, with shape (B,).
+    """
+
+    keep: Tensor
+    std: Tensor
+    weights: Tensor
+    a: Tensor
+    h: Tensor
+    lam: Tensor
+    alpha: Tensor
+    count: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ExponentialAdams(Solver):
     r"""An exponential Adams method with one network call a step: predict, evaluate, and, if asked, correct.
 
     In y = x / alpha, rho = sigma / alpha and lam = -log rho, the backward dynamics with noise eta are
@@ -60,6 +85,8 @@ class ExponentialAdams(AdamsCoefficients):
     warm_up = True
     keeps_x_0 = True
     log_snr_steps = True
+    midpoint: ClassVar[bool] = True  # a polynomial of degree 1 gets m_0 / 2 rather than m_1: better at few calls
+    interpolates_noise: ClassVar[bool] = False  # interpolate eps rather than D: y / rho then grows, c = -1
 
     steps: int | None = None
     eta: float | Callable[[Coef], Coef] = 0.0
@@ -70,7 +97,12 @@ class ExponentialAdams(AdamsCoefficients):
             check_number("eta", self.eta, 0.0, 5.0)
 
     @property
-    def deterministic(self) -> bool:
+    def values(self) -> tuple[int, int]:
+        """How many predictions the predictor and the corrector (0: none) read."""
+        raise NotImplementedError
+
+    @property
+    def deterministic(self) -> bool:  # type: ignore[override]
         return self.eta == 0
 
     @property
@@ -81,9 +113,43 @@ class ExponentialAdams(AdamsCoefficients):
     def clock_power(self) -> float | None:
         return None if callable(self.eta) else 2 * self.eta**2
 
-    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
+    def combine_moments(self, m_0: Coef, m: Tensor) -> Tensor:
+        """The right-hand sides of the weights for as many differences as `m` has columns, with shape (B, q)."""
+        return m_0[:, None] / 2 if self.midpoint and m.shape[1] == 1 else m
+
+    def share(self, a: Coef) -> Coef | None:
+        """The share of the highest order, the rest being the order below, with shape (B,); None for all of it.
+
+        For solvers whose predictor and corrector read equally many values.
+        """
+        return None
+
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> AdamsPlan:
+        """The coefficients of steps.
+
+        Args:
+            now, end: of the process, where the steps start and where they end.
+            lams: where the last predictions were made, the newest first, with shape (B, values kept).
+            count: how many of them there are, with shape (B,).
+        """
+        lam, lam_s = now.log_snr / 2, end.log_snr / 2
+        h = lam_s - lam
+        eta = torch.as_tensor(self.eta((-lam).exp()) if callable(self.eta) else self.eta, dtype=h.dtype)
+        a = -h if self.interpolates_noise else (1 + eta**2) * h
+        ratio = end.alpha / now.alpha
+        keep, gain = (ratio, end.sigma) if self.interpolates_noise else (ratio * (-a).exp(), end.alpha)
+        std = end.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
+        nodes = (lams[:, 1:] - lam[:, None]) / torch.where(h == 0, 1.0, h)[:, None]  # warm-up: all weights vanish
+        weights = gain[:, None, None] * stage_weights(a, nodes, count, self.values, self.combine_moments, self.share(a))
+        return AdamsPlan(keep, std, weights, a, h, lam_s, end.alpha, count)
+
+    def estimate(self, difference: State, x_0: State, c: AdamsPlan) -> tuple[State | None, State | None]:
         """Error of a step and its scale, with shape (B, *event), from corrected less predicted y; None if unknown."""
         return None, None
+
+    def revised(self, before: State, after: State, c: AdamsPlan) -> State:
+        """The prediction at the step's start as the corrector reads it, given that at its end; shapes (B, *event)."""
+        return before
 
     def init(self, x_t: State) -> Carry:
         lam = torch.zeros(len(x_t), max(*self.values, 1), dtype=torch.float64, device=x_t.device)
@@ -91,31 +157,29 @@ class ExponentialAdams(AdamsCoefficients):
         nothing = torch.zeros_like(x_t)
         return {"x_0": nothing, "lam": lam, "count": count} | _past([nothing] * lam.shape[1])
 
-    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
+    def plan(self, sde: SDE, times: Tensor) -> AdamsPlan:
         count = torch.arange(len(times), device=times.device)
         before = (count[:, None] - 1 - torch.arange(max(*self.values, 1), device=times.device)).clamp(min=0)
         end, start = sde.level(times), before[:, 0]
         now = Level(end.alpha[start], end.sigma[start])
-        planned = self.coefficients(now, end, end.log_snr[before] / 2, count)
-        unneeded = {"a"} | ({"std"} if self.deterministic else set()) | (set() if errors else _FOR_ERRORS)
-        return {key: value for key, value in planned.items() if key not in unneeded}
+        return self.coefficients(now, end, end.log_snr[before] / 2, count)
 
-    def predict(self, x_t: State, c: Carry, carry: Carry, z: State | None = None) -> Predicted:
+    def predict(self, x_t: State, c: AdamsPlan, carry: Carry, z: State | None = None) -> Predicted:
         """The first half of a step, up to the network call.
 
         Args:
             x_t: the state, with shape (B, *event).
-            c: the `coefficients` of the step, or a row of a `plan` for each state; each with leading axis B.
+            c: the coefficients of the step.
             carry: the memory.
             z: noise of variance 1 with shape (B, *event), for eta > 0; None adds none.
         """
-        base = expand_like(c["keep"], x_t) * x_t
+        base = expand_like(c.keep, x_t) * x_t
         if z is not None:
-            base = base + expand_like(c["std"], x_t) * z
-        weights, past = columns(c["weights"], x_t), self._past(carry)
+            base = base + expand_like(c.std, x_t) * z
+        weights, past = columns(c.weights, x_t), self._past(carry)
         return Predicted(base, add_weighted(base, weights[: len(past)], past), weights[len(past) :])
 
-    def correct(self, ahead: Predicted, prediction: Prediction, c: Carry, carry: Carry) -> tuple[State, Carry]:
+    def correct(self, ahead: Predicted, prediction: Prediction, c: AdamsPlan, carry: Carry) -> tuple[State, Carry]:
         """The second half: the state at the end of the step, with shape (B, *event), and the memory there.
 
         Args:
@@ -127,28 +191,28 @@ class ExponentialAdams(AdamsCoefficients):
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0
         x_s = ahead.x
         if self.values[1]:
-            before = revised(past[0], new, c.get("first"))  # rows at a first step, of solvers that doubt its value
-            x_s = add_weighted(ahead.base, ahead.weights, [before, new, *past[1:-1]])
+            x_s = add_weighted(ahead.base, ahead.weights, [self.revised(past[0], new, c), new, *past[1:-1]])
         return x_s, {**carry, "x_0": prediction.x_0} | _past([new, *past[:-1]])
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         lam, count = carry["lam"], carry["count"]
-        c = carry if "keep" in carry else self.coefficients(sde.level(t), sde.level(s), lam, count)
-        ahead = self.predict(x_t, c, carry, None if self.deterministic else noise.z)
-        prediction = model(ahead.x, s, Level(*c["level"].unbind(1)))
-        x_s, kept = self.correct(ahead, prediction, c, carry)
-        if not c.keys() >= _FOR_ERRORS:
-            return Step(x_s, kept)  # a plan for a grid, where nobody asks for the error
-        if c is not carry:  # a plan knows the times
-            kept |= {"lam": torch.cat([c["lam_s"][:, None], lam[:, :-1]], 1), "count": count + 1}
-        difference = (x_s - ahead.x) / expand_like(c["level"][:, 0], x_t)
-        return Step(x_s, kept, *self.estimate(difference, prediction.x_0, c["h"], c["lam_s"]))
+        c = self.coefficients(sde.level(t), sde.level(s), lam, count)
+        step = self.planned_step(model, sde, x_t, t, s, noise, carry, c)
+        memory = {"lam": torch.cat([c.lam[:, None], lam[:, :-1]], 1), "count": count + 1}
+        return dataclasses.replace(step, carry=step.carry | memory)
+
+    def planned_step(
+        self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry, plan: Plan
+    ) -> Step:
+        assert isinstance(plan, AdamsPlan)  # for the types
+        ahead = self.predict(x_t, plan, carry, None if self.deterministic else noise.z)
+        prediction = model(ahead.x, s)
+        x_s, kept = self.correct(ahead, prediction, plan, carry)
+        difference = (x_s - ahead.x) / expand_like(plan.alpha, x_t)
+        return Step(x_s, kept, *self.estimate(difference, prediction.x_0, plan))
 
     def _past(self, carry: Carry) -> list[Tensor]:
         return [carry[f"past_{i}"] for i in range(max(*self.values, 1))]
-
-
-_FOR_ERRORS = {"h", "lam_s"}
 
 
 def _past(values: Sequence[Tensor]) -> Carry:

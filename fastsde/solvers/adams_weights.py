@@ -9,8 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like, row_norm
-from fastsde.types import Coef, Index, Mask, State
+from fastsde.types import Coef, Index, State
 
 
 def moments(a: Coef, count: int) -> Tensor:
@@ -93,18 +92,6 @@ def stage_weights(
         known = torch.cat([known, count.clamp(max=corrector - 1)])
         a, share = a.repeat(2), None if share is None else share.repeat(2)
     return adams_weights(a, nodes, known, rule, share).reshape(shape).transpose(0, 1)
-
-
-def revised(before: State, after: State, rows: Mask | None) -> State:
-    """before + j (after - before) in the given rows, with j = || before ||^2 / || after ||^2 - 1 within [0, 1].
-
-    All states have shape (B, *event).
-    """
-    if rows is None or (rows.is_cpu and not any(rows.tolist())):  # a device would have to be waited for
-        return before
-    was, now = row_norm(before), row_norm(after)
-    share = ((was / now.clamp(min=1e-15)).square() - 1).clamp(0, 1) * rows
-    return torch.lerp(before, after, expand_like(share, before))
 
 
 def columns(weights: Tensor, x: State) -> tuple[Tensor, ...]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from fastsde.noise import RESOLUTION, StepNoise
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
-from fastsde.types import Carry, State, Time
+from fastsde.types import Carry, Index, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,28 @@ class Step:
     scale: State | None = None
 
 
+P = TypeVar("P", bound="Plan")
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Coefficients of steps that depend on times alone: tensors with leading axis B, a row for each step."""
+
+    def map(self: P, change: Callable[[Tensor], Tensor]) -> P:
+        """The same with every tensor changed."""
+        return dataclasses.replace(self, **{f.name: change(getattr(self, f.name)) for f in dataclasses.fields(self)})
+
+    def rows(self: P, index: Index) -> P:
+        """The given rows."""
+        return self.map(lambda value: value.index_select(0, index))
+
+    @staticmethod
+    def joined(plans: Sequence[P]) -> P:
+        """The rows of several, one after another."""
+        names = [f.name for f in dataclasses.fields(plans[0])]
+        return dataclasses.replace(plans[0], **{k: torch.cat([getattr(plan, k) for plan in plans]) for k in names})
+
+
 class Solver(ABC):
     """One step from t to s < t, for every row. A pure function: no loop, no generator, no batch statistics.
 
@@ -40,6 +64,7 @@ class Solver(ABC):
         noise: which noise it uses, in words.
         sdes: which it takes.
         use: when to choose it.
+        deterministic: whether a step uses no noise at all.
         log_snr_steps, tapered_steps, grid_hint: steps uniform in log-SNR; tapered there; the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
         warm_up: the first turn has t = s, for a first prediction, or for work at the first level of noise.
@@ -57,6 +82,7 @@ class Solver(ABC):
     log_snr_steps: ClassVar[bool] = False
     tapered_steps: ClassVar[bool] = False
     grid_hint: ClassVar[str] = "steps=..."
+    deterministic: bool = False
     keep_path: bool = False
     warm_up: bool = False
     keeps_x_0: bool = False
@@ -88,11 +114,6 @@ class Solver(ABC):
         return None
 
     @property
-    def deterministic(self) -> bool:
-        """Whether a step uses no noise at all."""
-        return self.noise == "none"
-
-    @property
     def clock_power(self) -> float | None:
         """The power p of the clock (sigma / alpha)^-p in which a kept path runs; None for t."""
         return None
@@ -107,9 +128,9 @@ class Solver(ABC):
         """The solver's memory at the start, from the start state: tensors with leading axis B."""
         return {}
 
-    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
-        """What times alone say (with `errors`, of them too): row k, for the step to times[k], joins its carry."""
-        return {}
+    def plan(self, sde: SDE, times: Tensor) -> Plan | None:
+        """The coefficients of the steps of a grid, row k of the step to times[k]; None if there is nothing to plan."""
+        return None
 
     @abstractmethod
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
@@ -120,5 +141,11 @@ class Solver(ABC):
             sde: the forward process.
             x_t, t, s: the state with shape (B, *event), now, and the target, at most t; times with shape (B,).
             noise: `noise.dw` over [s, t], `noise.z` with variance 1, `noise.normal(k)`; each with shape (B, *event).
-            carry: memory of the last accepted step; on a grid also a row of the plan, but for `level` in x_t's dtype.
+            carry: memory of the last accepted step.
         """
+
+    def planned_step(
+        self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry, plan: Plan
+    ) -> Step:
+        """`step` for a solver with a `plan`, of which it is given a row for each state."""
+        raise NotImplementedError

@@ -46,7 +46,7 @@ class DDIM(Solver):
         check_number("eta", self.eta, 0.0, 1.0)
 
     @property
-    def deterministic(self) -> bool:
+    def deterministic(self) -> bool:  # type: ignore[override]
         return self.eta == 0
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:

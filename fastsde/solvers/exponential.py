@@ -12,8 +12,8 @@ from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_order
 from fastsde.noise import ALL_NOISE
 from fastsde.sde.base import Level
-from fastsde.solvers.adams import ExponentialAdams
-from fastsde.types import Carry, Coef, Index, State
+from fastsde.solvers.adams import AdamsPlan, ExponentialAdams
+from fastsde.types import Coef, Index, Mask, State
 
 _LONG, _POWER = 0.8, 3.2
 """Where c h is 0.8, the third order has half its share, and the first correction leans as far as it may."""
@@ -97,24 +97,36 @@ class ExponentialPC(ExponentialAdams):
     def share(self, a: Coef) -> Coef:
         return 1 / (1 + (a.abs() / _LONG) ** _POWER)  # a < 0 on the way back to noise
 
-    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> Carry:
+    def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> AdamsPlan:
         c = super().coefficients(now, end, lams, count)
         if self.order > 1:
-            c["first"] = (count == 1) & (c["a"] > 0)  # not on the way back to noise, where the first value is the best
-            lean = (c["a"] / _LONG).clamp(max=1) * (ALL_NOISE * c["lam_s"].exp()).clamp(max=1) ** 2
-            moved = torch.where(c["first"], lean, 0.0) * c["weights"][:, 1, 0]
-            c["weights"][:, 1, :2] += torch.stack([-moved, moved], 1)
+            lean = (c.a / _LONG).clamp(max=1) * (ALL_NOISE * c.lam.exp()).clamp(max=1) ** 2
+            moved = torch.where(_doubted(c), lean, 0.0) * c.weights[:, 1, 0]
+            c.weights[:, 1, :2] += torch.stack([-moved, moved], 1)
         return c
 
-    def estimate(self, difference: State, x_0: State, h: Coef, lam: Coef) -> tuple[State | None, State | None]:
+    def revised(self, before: State, after: State, c: AdamsPlan) -> State:
+        doubted = _doubted(c)
+        if doubted.is_cpu and not doubted.any():  # a device would have to be waited for
+            return before
+        was, now = row_norm(before), row_norm(after)
+        share = ((was / now.clamp(min=1e-15)).square() - 1).clamp(0, 1) * doubted
+        return torch.lerp(before, after, expand_like(share, before))
+
+    def estimate(self, difference: State, x_0: State, c: AdamsPlan) -> tuple[State | None, State | None]:
         if not self.adaptive:
             return None, None
         scale = row_norm(x_0)
         if not self.deterministic:
             # Noise moves D over any step: that part no step size removes, and it is no error of the law.
             share = _NOISE_SHARE * (1 + 2 / math.sqrt(x_0[0].numel()))
-            driven = share * scale * (-torch.expm1(-2 * float(self.eta) ** 2 * h)).sqrt()  # type: ignore[arg-type]
+            driven = share * scale * (-torch.expm1(-2 * float(self.eta) ** 2 * c.h)).sqrt()  # type: ignore[arg-type]
             rest = (1 - (driven / row_norm(difference).clamp(min=1e-30)) ** 2).clamp(min=0)
             difference = expand_like(rest.sqrt(), difference) * difference
-        weight = _AT_NOISE / (torch.exp(-2 * lam) + _LEAST_NOISE**2).sqrt()
+        weight = _AT_NOISE / (torch.exp(-2 * c.lam) + _LEAST_NOISE**2).sqrt()
         return expand_like(weight, difference) * difference, expand_like(scale, x_0).expand(x_0.shape)
+
+
+def _doubted(c: AdamsPlan) -> Mask:
+    """Which steps have a first prediction alone; not on the way back to noise, where that is the best of all."""
+    return (c.count == 1) & (c.a > 0)

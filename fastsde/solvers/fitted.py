@@ -17,7 +17,7 @@ from fastsde.files import json_hash, read_json, write_whole
 from fastsde.score.base import Prediction, ScoreModel, reading_hash
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE, Level
-from fastsde.solvers.adams import Predicted
+from fastsde.solvers.adams import AdamsPlan, Predicted
 from fastsde.solvers.adams_weights import add_weighted, columns
 from fastsde.solvers.exponential import ExponentialPC
 from fastsde.types import Carry, Coef, State
@@ -25,6 +25,13 @@ from fastsde.types import Carry, Coef, State
 Row = tuple[float, ...]
 _SAME = 1e-5
 """Difference of the log-SNR up to which two processes are the same at a time."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FittedPlan(AdamsPlan):
+    """The plan of a solver with fitted weights; `output` combines the last predictions to the sample, a row a step."""
+
+    output: Tensor
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -135,9 +142,9 @@ class FittedSolver(ExponentialPC):
         """The same solver, which no model is refused by."""
         return dataclasses.replace(self, weights_sha256=None, reading_sha256=None)
 
-    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
+    def plan(self, sde: SDE, times: Tensor) -> AdamsPlan:
         if not self.weights:
-            return super().plan(sde, times, errors=errors)
+            return super().plan(sde, times)
         at, history, levels = sde.level(times), self.values[0], len(times)
         before = (torch.arange(levels) - 1).clamp(min=0)
         h = (at.log_snr - at.log_snr[before]) / 2
@@ -149,20 +156,22 @@ class FittedSolver(ExponentialPC):
         output[:, 0] = 1.0
         output[-1, : len(self.output)] = torch.tensor(self.output, dtype=torch.float64)
         eta = float(self.eta)  # type: ignore[arg-type] # a number, as checked
-        plan = {
-            "keep": rows[:, 0] * at.alpha / at.alpha[before],
-            "weights": at.alpha[:, None, None] * rows[:, None, 1:],
-            "output": output,
-            "level": torch.stack([at.alpha, at.sigma], 1),
-        }
-        if not self.deterministic:
-            plan["std"] = at.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt()
-        return plan
+        return FittedPlan(
+            keep=rows[:, 0] * at.alpha / at.alpha[before],
+            std=at.sigma * (-torch.expm1(-2 * eta**2 * h)).sqrt(),
+            weights=at.alpha[:, None, None] * rows[:, None, 1:],
+            a=(1 + eta**2) * h,
+            h=h,
+            lam=at.log_snr / 2,
+            alpha=at.alpha,
+            count=torch.arange(levels),
+            output=output,
+        )
 
-    def correct(self, ahead: Predicted, prediction: Prediction, c: Carry, carry: Carry) -> tuple[State, Carry]:
+    def correct(self, ahead: Predicted, prediction: Prediction, c: AdamsPlan, carry: Carry) -> tuple[State, Carry]:
         x_s, kept = super().correct(ahead, prediction, c, carry)
-        if self.weights:
-            first, *rest = columns(c["output"], x_s)
+        if isinstance(c, FittedPlan):
+            first, *rest = columns(c.output, x_s)
             new, *past = self._past(kept)
             kept = {**kept, "x_0": add_weighted(first * new, rest, past)}
         return x_s, kept
@@ -274,7 +283,7 @@ def standard_weights(sde: SDE, times: Sequence[float], eta: float = 0.0, order: 
     before = (count[:, None] - 1 - torch.arange(kept)).clamp(min=0)
     start: Coef = before[:, 0]
     c = solver.coefficients(Level(scaled.alpha[start], scaled.sigma[start]), scaled, scaled.log_snr[before] / 2, count)
-    keep, weights = c["keep"].tolist(), c["weights"].tolist()
+    keep, weights = c.keep.tolist(), c.weights.tolist()
     rows, moved = list[Row](), dict[int, float]()  # what correction added to the last state, by the number of D
     for k in range(1, levels):
         row = {j: keep[k] * v for j, v in moved.items()}

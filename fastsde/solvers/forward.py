@@ -9,12 +9,13 @@ from torch import Tensor
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.base import Plan, Solver, Step
+from fastsde.solvers.wrapped import WrappedSolver
 from fastsde.types import Carry, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class Forward(Solver):
+class Forward(WrappedSolver):
     """Runs a solver forward in time, on a clock u = -t that runs down as the engine's does.
 
     Args:
@@ -25,6 +26,7 @@ class Forward(Solver):
     """
 
     noise = "none"
+    deterministic = True
     use = "encoding"
     convergence = "that of the solver"
 
@@ -35,22 +37,19 @@ class Forward(Solver):
             raise ValueError(f"{self.solver} uses noise; only a deterministic solver, such as DDIM(), has an inverse.")
 
     @property
-    def calls_per_step(self) -> int:
-        return self.solver.calls_per_step
+    def inner(self) -> Solver:
+        return self.solver
 
-    @property
-    def adaptive(self) -> bool:
-        return self.solver.adaptive
+    def check(self, sde: SDE, times: Tensor | None) -> None:
+        self.solver.check(sde, None if times is None else -times)
 
-    @property
-    def warm_up(self) -> bool:  # type: ignore[override]
-        return self.solver.warm_up
-
-    def init(self, x_t: State) -> Carry:
-        return self.solver.init(x_t)
-
-    def plan(self, sde: SDE, times: Tensor, *, errors: bool = False) -> Carry:
-        return self.solver.plan(sde, -times, errors=errors)
+    def plan(self, sde: SDE, times: Tensor) -> Plan | None:
+        return self.solver.plan(sde, -times)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         return self.solver.step(model, sde, x_t, -t, -s, noise, carry)
+
+    def planned_step(
+        self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry, plan: Plan
+    ) -> Step:
+        return self.solver.planned_step(model, sde, x_t, -t, -s, noise, carry, plan)

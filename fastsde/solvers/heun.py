@@ -62,7 +62,7 @@ class Heun(Solver):
         check_number("s_noise", self.s_noise, 0.0, ends="()")
 
     @property
-    def deterministic(self) -> bool:
+    def deterministic(self) -> bool:  # type: ignore[override]
         return self.churn == 0
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:

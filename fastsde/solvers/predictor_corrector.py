@@ -11,11 +11,12 @@ from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
 from fastsde.solvers.langevin import Langevin
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
+from fastsde.solvers.wrapped import WrappedSolver
 from fastsde.types import Carry, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class PredictorCorrector(Solver):
+class PredictorCorrector(WrappedSolver):
     r"""Algorithms 2 (VE) and 3 (VP): a predictor's step from t to s, then `n_corrector` Langevin steps at s.
 
     With `corrector_first`, the Langevin steps come first, at t, as in the released code; the state at t_min is then
@@ -57,26 +58,12 @@ class PredictorCorrector(Solver):
             )
 
     @property
-    def steps(self) -> int | None:
-        return self.predictor.steps
-
-    @property
-    def keep_path(self) -> bool:  # type: ignore[override]
-        return self.predictor.keep_path
-
-    @property
-    def log_snr_steps(self) -> bool:  # type: ignore[override]
-        return self.predictor.log_snr_steps
+    def inner(self) -> Solver:
+        return self.predictor
 
     @property
     def calls_per_step(self) -> int:
         return self.predictor.calls_per_step + self.n_corrector
-
-    def check(self, sde: SDE, times: object) -> None:
-        self.predictor.check(sde, times)  # type: ignore[arg-type]
-
-    def init(self, x_t: State) -> Carry:
-        return self.predictor.init(x_t)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         shrink = (sde.alpha(t) / sde.alpha(s)) ** 2

@@ -43,6 +43,7 @@ class ProbabilityFlow(Solver):
     convergence = "that of the tableau: 5, 4, 2, 1"
     cost = "6 (and 6 to start), 4, 2, 1"
     noise = "none"
+    deterministic = True
     use = "precise, reversible; likelihoods; 5(4) or 2(1) with rtol"
     log_snr_steps = True
     resolution = 2.0**-40

@@ -11,6 +11,7 @@ from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.ancestral import Ancestral
 from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.wrapped import WrappedSolver
 from fastsde.types import Carry, State, Time
 
 _OWN = 1 << 12
@@ -40,7 +41,7 @@ class _Repeated(StepNoise):
 
 
 @dataclasses.dataclass(frozen=True)
-class Resampling(Solver):
+class Resampling(WrappedSolver):
     r"""A solver's step from t to s, taken `repeats` times; before each further time, the state goes back by
 
         x_t = a x_s + b z,    a = alpha_t / alpha_s,    b^2 = sigma_t^2 - a^2 sigma_s^2
@@ -77,26 +78,12 @@ class Resampling(Solver):
             raise ValueError(f"{type(self.solver).__name__} cannot be resampled: use Ancestral, DDIM or EulerMaruyama.")
 
     @property
-    def steps(self) -> int | None:
-        return self.solver.steps
-
-    @property
-    def keep_path(self) -> bool:  # type: ignore[override]
-        return self.solver.keep_path
-
-    @property
-    def log_snr_steps(self) -> bool:  # type: ignore[override]
-        return self.solver.log_snr_steps
+    def inner(self) -> Solver:
+        return self.solver
 
     @property
     def calls_per_step(self) -> int:
         return self.repeats * self.solver.calls_per_step
-
-    def check(self, sde: SDE, times: object) -> None:
-        self.solver.check(sde, times)  # type: ignore[arg-type]
-
-    def init(self, x_t: State) -> Carry:
-        return self.solver.init(x_t)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         a, b2 = sde.transition(t, s)
