@@ -164,15 +164,17 @@ def test_the_same_samples_and_calls_in_every_dressing(eta):
 def test_an_error_counts_the_more_the_less_noise_is_left():
     rho = vector(100.0, 0.2, 0.02, 1e-5)
     difference, x_0 = torch.ones(4, 3, dtype=torch.float64), torch.full((4, 3), 0.5, dtype=torch.float64)
-    error, scale = ExponentialPC().estimate(difference, x_0, torch.ones_like(rho), -rho.log())
+    plan = ExponentialPC().plan(CLOCK, Grid.log_snr(CLOCK, 3).times)
+    short, long = (dataclasses.replace(plan, h=torch.full_like(rho, h), lam=-rho.log()) for h in (1.0, 50.0))
+    error, scale = ExponentialPC().estimate(difference, x_0, short)
     expected = [0.0025, 0.25 / 0.05**0.5, 0.25 / 0.0104**0.5, 2.5]
     assert error[:, 0].tolist() == pytest.approx(expected, rel=1e-6)  # the least noise, 0.1, is 1e-3 of 100's
     assert scale[:, 0].tolist() == [0.5] * 4
     # With noise, less what it makes of D over the step: for a long one 0.6 of its size, in three dimensions more.
-    long, share = torch.full_like(rho, 50.0), 0.5 * 0.6 * (1 + 2 / 3**0.5)
-    error, _ = ExponentialPC(eta=1.0).estimate(difference, x_0, long, -rho.log())
+    share = 0.5 * 0.6 * (1 + 2 / 3**0.5)
+    error, _ = ExponentialPC(eta=1.0).estimate(difference, x_0, long)
     assert error[:, 0].tolist() == pytest.approx([e * (1 - share**2) ** 0.5 for e in expected], rel=1e-6)
-    error, _ = ExponentialPC(eta=1.0).estimate(share * difference, x_0, long, -rho.log())
+    error, _ = ExponentialPC(eta=1.0).estimate(share * difference, x_0, long)
     assert error.abs().max() < 1e-6
 
 
