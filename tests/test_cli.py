@@ -206,8 +206,8 @@ def test_info_agrees_with_the_package():
 
 
 def test_solver_table_in_the_docs_is_the_generated_one(pytestconfig):
-    text = (pytestconfig.rootpath / "docs" / "solvers.md").read_text()
-    assert solver_table() in text, "run `fastsde info --markdown` and put its table into docs/solvers.md"
+    text = (pytestconfig.rootpath / "docs" / "reference" / "solver-table.md").read_text()
+    assert solver_table() in text, "run `fastsde info --markdown` and put its table into docs/reference/solver-table.md"
 
 
 @pytest.mark.parametrize("command", [[], ["sample"], ["train"], ["info"]])

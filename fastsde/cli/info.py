@@ -15,7 +15,7 @@ from fastsde.solvers import SOLVERS, FittedSolver, Solver
 @click.command(short_help="Versions, packaged models and solvers.")
 @click.argument("topic", required=False, type=click.Choice(["models", "solvers"]))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--markdown", is_flag=True, help="Print the solver table of docs/solvers.md.")
+@click.option("--markdown", is_flag=True, help="Print the solver table of docs/reference/solver-table.md.")
 def info(topic: str | None, as_json: bool, markdown: bool) -> None:
     """Show versions, the packaged models with their cards, and the solvers with their traits; or one TOPIC of these.
 
