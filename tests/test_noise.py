@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oracles import SDES, vector
 from scipy import stats
 
-import fastsde.noise as noise_module
 from fastsde import ExponentialPC
 from fastsde.arguments import own_grid
 from fastsde.noise import RESOLUTION, BrownianPath, FreshNoise, StepNoise, philox4x32
@@ -286,8 +285,8 @@ def test_start_of_the_second_clock_is_zero_and_its_increments_have_unit_normals(
 
 
 @pytest.mark.parametrize("sde", SDES.values(), ids=SDES.keys())
-@pytest.mark.parametrize("steps", [1, 7, 24, 1000])
-def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatch):
+@pytest.mark.parametrize("steps", [1, 7, 24])
+def test_our_own_grids_have_times_on_borders_and_see_the_same_path(sde, steps):
     base, grid = (own_grid(sde, ExponentialPC(eta=eta), steps) for eta in (0.0, 1.0))
     moved = sde.log_snr(grid.times) - sde.log_snr(base.times)
     assert grid.times[0] == base.times[0]
@@ -297,27 +296,14 @@ def test_our_own_grids_take_few_normals_for_the_same_path(sde, steps, monkeypatc
     # Up to a rounding of times, which the log-SNR near the ends of some processes magnifies.
     assert (moved.abs() <= span / steps / 32 * (1 + 1e-6)).all()
 
-    drawn, normals = [], noise_module._normals
-
-    def counted(seed, index, position, purpose, size, dtype):
-        drawn.append(len(purpose))
-        return normals(seed, index, position, purpose, size, dtype)
-
-    monkeypatch.setattr(noise_module, "_normals", counted)
     # Large enough, and in single precision, for sums to round by the way they are made.
     w = BrownianPath(2, (800,), torch.float32, t_min=sde.t_min, t_max=sde.t_max, log_snr=sde.log_snr, power=2.0)
     nine, never = torch.tensor([9]), torch.zeros(1, dtype=torch.int64)
     walk = [w.start(nine, grid.times[:1])]
     for t, s in itertools.pairwise(grid.times):
         walk.append(w.increment(nine, never, t[None], s[None], walk[-1])[2])
-    # Three levels are behind the ends of the trunk's cells, of which each end is drawn once: 25 normals for all nine.
-    finer = 0 if whole else 1  # its shortest steps are shorter than half of the mean over the whole process
-    assert sum(drawn) <= steps * (1 + finer + math.ceil(math.log2(steps))) + 25
-    # Times on borders of larger cells take fewer: 6.0 a step.
-    assert steps != 24 or sum(drawn) < (6.1 + finer) * steps
-
     # From anywhere, and beside a row whose times are on no border and move to other cells, it is the same to the bit.
-    for i in range(0, steps, max(1, steps // 24)):
+    for i in range(steps):
         t = torch.cat([grid.times[i, None], sde.t_of_log_snr(sde.log_snr(vector(sde.t_max)) + span * (i / steps) ** 2)])
         s = torch.cat([grid.times[i + 1, None], sde.t_of_log_snr(sde.log_snr(t[1:]) + span / steps / math.pi)])
         carry = w.start(nine.repeat(2), t)
