@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,9 +21,12 @@ from numpy.lib import format as npy
 _HEADERS: dict[tuple[int, int], Any] = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def sha256(content: bytes) -> str:
-    """SHA-256 in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
+def sha256(*parts: bytes | np.ndarray) -> str:
+    """SHA-256 of bytes and arrays, one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.tobytes())
+    return digest.hexdigest()
 
 
 def json_hash(value: Any) -> str:
@@ -41,7 +46,11 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
-def write_whole(path: Path, content: bytes) -> None:
+Content = bytes | Mapping[str, np.ndarray] | Callable[[Path], object]
+"""Bytes; arrays, for an .npz; or a function that writes to the path it is given, which has the suffix of the file."""
+
+
+def write_whole(path: Path, content: Content) -> None:
     """Writes a file that appears under its name only when it is whole and on the disk.
 
     Processes that write the same file have temporary names of their own.
@@ -49,18 +58,76 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: naming the file.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write_together({path: content})
+
+
+def write_together(files: Mapping[Path, Content]) -> None:
+    """Writes files that belong together: all of them whole under temporary names first, then renamed.
+
+    Raises:
+        OSError: naming the file that cannot be written; then none of them is.
+    """
+    pairs = {path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}"): path for path in files}
     try:
-        with naming(path), temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except FileNotFoundError:
-        if not path.is_file():  # another process may have taken the temporary file for a left-over, and `path` is there
-            raise
+        for temporary, path in pairs.items():
+            content = files[path]
+            with naming(path):
+                if isinstance(content, bytes):
+                    temporary.write_bytes(content)
+                elif isinstance(content, Mapping):
+                    with temporary.open("wb") as file:  # a name without .npz would get it
+                        np.savez_compressed(file, **content)  # type: ignore[arg-type]
+                else:
+                    content(temporary)
+                with temporary.open("r+b") as file:
+                    os.fsync(file.fileno())
+        for temporary, path in pairs.items():
+            try:
+                os.replace(temporary, path)
+            except FileNotFoundError:
+                if not path.is_file():  # another process may have cleared it as a left-over, once `path` was there
+                    raise
     finally:
-        temporary.unlink(missing_ok=True)
+        clear(pairs)
+
+
+def write_first(path: Path, content: bytes) -> None:
+    """As `write_whole`, unless another process has written the file in between: then that file stays."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.first.tmp{path.suffix}")
+    try:
+        write_whole(temporary, content)
+        os.link(temporary, path)  # fails if it exists, which replacing it would not
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without links
+        os.replace(temporary, path)
+    finally:
+        clear([temporary])
+
+
+def write_json(path: Path, value: Any) -> None:
+    """As `write_whole`, of a JSON value."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """A table in CSV with a header, of all keys that any row has; values that are dicts are written as JSON."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({k: json.dumps(v) if isinstance(v, dict) else v for k, v in row.items()} for row in rows)
+    return text.getvalue().encode()
+
+
+def clear(temporary: Path | Iterable[Path]) -> None:
+    """Removes temporary files, or what killed processes left half-written in a folder that is complete.
+
+    A process that is just writing what is there already may lose its temporary file by this, and then is content with
+    what is there.
+    """
+    for path in temporary.glob(".*.tmp*") if isinstance(temporary, Path) else temporary:
+        path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ number, so that no gradient goes through the network and any function can be fit
 from __future__ import annotations
 
 import dataclasses
-import io
 import itertools
 import json
 import math
@@ -764,10 +763,8 @@ class _Kept:
             "cost": self.cost,
             "solver": None if solver is None else solver.as_json(),
         }
-        file = io.BytesIO()
         text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
-        np.savez(file, target=np.asarray(self.found), record=text)
-        write_whole(self.part, file.getvalue())
+        write_whole(self.part, {"target": np.asarray(self.found), "record": text})
 
     def finish(self, solver: FittedSolver) -> None:
         """Writes the solver, and removes what was kept on the way."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_labels, check_number
-from fastsde.files import read_json, sha256, write_whole
+from fastsde.files import read_json, sha256, write_json, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.score.network import check_weights
 from fastsde.sde.vp import VPSDE
@@ -186,5 +185,5 @@ def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any
     card["weights_sha256"] = sha256(content)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
-    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    write_json(folder / CARD, card)
     write_whole(folder / WEIGHTS, content)

@@ -29,3 +29,10 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(autouse=True)
+def _unchecked_if_long(request):
+    """Tests marked `long` call the same functions thousands of times; checking each call would double their time."""
+    if request.node.get_closest_marker("long") is not None:
+        request.getfixturevalue("without_type_checks")

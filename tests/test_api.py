@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jaxtyping
 import pytest
 import torch
 from stubs import Recorder, never, same
@@ -60,19 +59,12 @@ def loose(solver, rtol=0.5, atol=0.2):
     return {"solver": solver, "rtol": rtol, "atol": atol} if solver.adaptive else {"solver": solver}
 
 
-@pytest.fixture
-def unchecked():
-    """Switches off the type checks that only run in tests: `sample` meets wrong types as from users, and is fast."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
-
-
 # Independence -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", **each(SOLVERS))
-def test_a_sample_depends_on_seed_and_index_alone(solver, unchecked):
+def test_a_sample_depends_on_seed_and_index_alone(solver):
     def draw(**options):
         return fastsde.sample(mixture(VP), dtype=torch.float64, seed=3, **loose(solver), **options)
 
@@ -100,7 +92,8 @@ def test_seeds_differ_in_every_bit_of_64():
     assert len({float(x) for x in first + high}) == 3
 
 
-def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed(unchecked):
+@pytest.mark.long
+def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed():
     model = GaussianScore(VP, torch.zeros(16), torch.linspace(0.2, 1, 16))
 
     def draw(solver, rtol, seed=0):
@@ -124,9 +117,10 @@ def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed(unchecked):
 # The law ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sde", **each(SDES))
 @pytest.mark.parametrize("solver", **each({"extrapolated": ExtrapolatedEM(), "euler": EulerMaruyama()}))
-def test_samples_have_the_law_of_the_data(solver, sde, unchecked):
+def test_samples_have_the_law_of_the_data(solver, sde):
     n, model = 2000, mixture(sde)
     mean, covariance = model.moments()
     how = loose(solver, 0.05, 0.02) if solver.adaptive else {"solver": solver, "controller": Grid.log_snr(sde, 200)}
@@ -190,8 +184,9 @@ class RefuseLarge(Controller):
         return Decision(torch.where(accept, Verdict.ACCEPT, Verdict.REJECT), {"h": h, "retry": ~accept})
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("keep_path", [True, False])
-def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path, unchecked):
+def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path):
     n, d, sde = 2500, 32, EDM(t_min=1.0, t_max=9.0)
     result = fastsde.sample(
         lambda x, t: torch.zeros_like(x),
@@ -212,8 +207,9 @@ def test_rejection_leaves_the_law_alone_only_if_the_path_is_kept(keep_path, unch
         assert ratio < 0.96
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_states_have_roughly_the_right_law(dtype, unchecked):
+def test_half_precision_states_have_roughly_the_right_law(dtype):
     mean, std = torch.tensor([0.5, -0.5]), torch.tensor([0.5, 0.25])
     result = fastsde.sample(GaussianScore(VP, mean, std), n=1000, batch_size=1000, rtol=0.1, atol=0.05, dtype=dtype)
     assert result.samples.dtype == dtype
@@ -329,7 +325,7 @@ REFUSED |= {
 
 
 @pytest.mark.parametrize(("score_fn", "options", "message"), **each(REFUSED))
-def test_bad_input_is_refused_before_the_first_network_call(score_fn, options, message, unchecked):
+def test_bad_input_is_refused_before_the_first_network_call(score_fn, options, message, without_type_checks):
     with pytest.raises((ValueError, TypeError), match=message):
         fastsde.sample(score_fn, **options)
 

@@ -109,6 +109,7 @@ DRESSES = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dress", DRESSES, ids=repr)
 def test_the_true_reading_is_found_with_data(dress):
     found = diagnose(dress.naive(), data=draw(16))
@@ -117,6 +118,7 @@ def test_the_true_reading_is_found_with_data(dress):
     assert found.fits == (agrees(dress.naive(), dress) and dress.data_range == (-1.0, 1.0))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dress", [d for d in DRESSES if d.data_range == (-1.0, 1.0)][::5], ids=repr)
 def test_the_true_reading_is_found_without_data(dress):
     found = diagnose(dress.naive())
@@ -124,6 +126,7 @@ def test_the_true_reading_is_found_without_data(dress):
     assert agrees(found.model, dress)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dress", DRESSES, ids=repr)
 def test_the_right_reading_passes(dress):
     # Without data as well for some; of data in 0 .. 255 the start, noise alone, is not the law.
@@ -158,6 +161,7 @@ def test_what_is_seen_is_said():
     assert "sigma / alpha" in str(found)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sde", [VP, FLOW, TABLE, EDM()], ids=lambda s: type(s).__name__)
 @pytest.mark.parametrize("wrong", ["flow_prediction", "v_prediction"])
 def test_a_wrong_reading_that_is_better_than_linear_does_not_pass(sde, wrong):

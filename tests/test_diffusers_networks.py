@@ -95,6 +95,7 @@ def test_every_dress_gives_the_same_samples(name, reference):
     torch.testing.assert_close(between(dressed(name)[0]), reference, rtol=0, atol=1e-8)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", [k for k in DRESSES if "laplace" not in k])
 def test_every_dress_reaches_the_floor(name):
     # (The Laplace table ends at a signal of 0.18, where a start from pure noise is no draw of the marginal.)

@@ -34,6 +34,7 @@ def loop(scheduler, network, x, steps, generator=None, **options):
     return x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRESSES)
 @pytest.mark.parametrize("order", [1, 3])
 def test_the_loop_of_a_pipeline_gives_our_samples(name, order):
@@ -428,6 +429,7 @@ def test_clipping_is_what_the_configurations_class_reads(tmp_path):
     assert clipping_of({**DRESSES["linear epsilon"], "clip_sample": True}) == (1.0, None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["DDIM", "DDPM"])
 def test_clipping_gives_the_limit_of_the_configurations_scheduler(name):
     # DDIM's clipping keeps the noise and moves the state; DDPM's keeps the state.

@@ -129,6 +129,7 @@ def scripts(draw):
     )
 
 
+@pytest.mark.long
 @settings(max_examples=25, deadline=None)
 @given(scripts())
 def test_every_sample_is_drawn_once_and_lands_in_its_place(script):
@@ -191,6 +192,7 @@ def test_conditioning_stays_with_its_sample(n, batch):
     assert sorted(denoised) == list(range(n))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=9)], ids=["extrapolated", "euler"])
 @pytest.mark.parametrize("batch", [1, 3, 8])
 def test_nfe_is_what_the_network_counts_for_each_sample(solver, batch):
@@ -295,6 +297,7 @@ class Twice(ScoreModel):
     calls = 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("denoise", [True, False])
 @pytest.mark.parametrize("model_class", [ScoreModel, Twice])
 @pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=7)], ids=["extrapolated", "euler"])
@@ -438,6 +441,7 @@ def test_progress_bar_counts_finished_samples_and_their_mean_nfe(capfd):
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("lag", [0, 1])
 def test_an_interrupt_at_any_call_keeps_all_that_ended(monkeypatch, lag):
     # The last call denoises the last pool; before it, with lag 1, rows may have ended unread.

@@ -139,6 +139,7 @@ def test_where_the_flow_is_linear_the_fit_is_exact(sde):
     assert error(model, solver=fitted) < max(2e-3, 0.05 * default)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("nfe", "least"), [(4, 0.6), (6, 0.8)])
 @pytest.mark.parametrize("sde", [VP, RectifiedFlow()], ids=["VP", "flow"])
@@ -166,6 +167,7 @@ def test_levels_alone_weights_alone_and_both():
     assert max(errors) < error(model, nfe=5)
 
 
+@pytest.mark.long
 def test_three_pilots_agree():
     errors = [error(images(), solver=fastsde.fit(images(), nfe=5, pilots=24, seed=seed)) for seed in range(3)]
     # Measured 0.013 at most.
@@ -187,6 +189,7 @@ def test_where_nothing_can_be_mended_the_default_stays():
     )
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_with_noise_the_end_of_the_same_path_is_met(eta):
@@ -210,6 +213,7 @@ def test_rtol_decides_the_number_of_calls_and_is_met():
         assert error(images(), solver=fitted) < 2 * rtol
 
 
+@pytest.mark.long
 def test_the_price_is_what_the_network_saw_and_about_what_was_said():
     for calls in (2000, 8000):
         model = counted()
@@ -271,6 +275,7 @@ def test_a_network_is_in_evaluation_mode_and_goes_back():
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_cache_knows_weights_and_settings(tmp_path):
     model, file = counted(), tmp_path / "cache.json"
     first = fastsde.fit(model, nfe=3, pilots=8, cache=file)
@@ -283,6 +288,7 @@ def test_the_cache_knows_weights_and_settings(tmp_path):
         assert other.network.rows > 0
 
 
+@pytest.mark.long
 def test_an_interrupted_fit_goes_on(tmp_path):
     model, file = counted(), tmp_path / "fit.json"
     whole = fastsde.fit(model, nfe=4, pilots=12)
@@ -350,9 +356,10 @@ def test_fit_refusals(options, message):
         fastsde.fit(ScoreModel(never, VP, event_shape=(2,)), **options)
 
 
+@pytest.mark.long
 def test_an_rtol_that_no_fit_meets_is_told():
     with pytest.warns(UserWarning, match="was not met"):
-        fitted = fastsde.fit(clusters(), rtol=1e-7, pilots=6, calls=4000)
+        fitted = fastsde.fit(clusters(), rtol=1e-7, pilots=6, calls=1000)
     assert fitted.record["error"] > 1e-7
 
 

@@ -45,7 +45,7 @@ FOUNDATIONS = {
     "noise": {"types", "batching"},
     "sde": {"types", "checks", "batching"},
     "control": {"types", "checks", "batching", "result", "noise"},
-    "training": {"types", "checks", "batching", "result", "sde", "score", "api", "pretrained"},
+    "training": {"types", "checks", "files", "batching", "result", "sde", "score", "api", "pretrained"},
 }
 """Parts that stand on less than all lower levels. `solvers` and `control` share a level: neither imports the other."""
 INTERNAL = {"engine", "batching", "types"}

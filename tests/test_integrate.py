@@ -35,6 +35,7 @@ def diffusion(x, t):
     return VOLATILITY * x
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("ito", "extrapolate", "order"), [(True, True, 1), (False, True, 1), (True, False, 0.5)], ids=str
 )
@@ -154,6 +155,7 @@ def test_without_noise_it_is_heun_with_adaptive_steps():
     np.testing.assert_allclose(r.samples[0], exact, atol=2e-3)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("rate", "rtol"), [(50.0, 1e-4), (1000.0, 1e-2), (1e6, 1e-3)])
 def test_a_first_step_that_is_far_too_long_is_shortened(rate, rtol):
     """x' = -k x: the second step must be far below 2^-16 of the range, or below what the first error asks for."""
@@ -164,6 +166,7 @@ def test_a_first_step_that_is_far_too_long_is_shortened(rate, rtol):
     assert float((r.samples - math.exp(-20)).abs()) < 10 * rtol / 100
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("end", [1.0, 1e4])
 def test_a_jump_in_the_drift_is_resolved_as_far_as_the_time_is(end):
     """x' = -x / 2 up to the jump, x^2 after it, over 1 and with the same jump in a range of 10^4 where x stays."""

@@ -539,6 +539,7 @@ def test_resampling_leaves_the_law_of_a_point_alone(sde, solver, draws):
     assert got == pytest.approx(float(sde.sigma(times[-1:])) ** 2, rel=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("solver", "draws"), [(Ancestral(), 5), (DDIM(), 2), (EulerMaruyama(), 5)], ids=repr)
 def test_resampling_has_the_order_of_its_solver(solver, draws):
     sde, steps = VPSDE(0.5, 3.0, t_min=0.05), (32, 64, 128)
@@ -577,6 +578,7 @@ def test_every_repeat_has_noise_of_its_own(solver):
     assert float(error.fill_diagonal_(0).abs().max()) < 5.5 / d**0.5
 
 
+@pytest.mark.long
 def test_resampling_helps_projection_towards_the_posterior():
     # Two elements that go together, one of them known: projection alone leaves too much of the prior in the other.
     sde, c, n = VPSDE(), vector(1.0, 0.9, 0.9, 1.0).reshape(1, 2, 2) * 0.25, 1500

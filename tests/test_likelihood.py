@@ -36,10 +36,11 @@ def exact_log_prob(model, covariances, x):
 
 # The prior at t_max is wider than these by the data's own share, alpha(t_max)^2: 4e-5 of the variance for VP, 1e-6 for
 # the flow and 1 / 6400 for EDM.
+@pytest.mark.long
 @pytest.mark.parametrize("sde", [VPSDE(), EDM(), RectifiedFlow()], ids=lambda sde: type(sde).__name__)
 def test_exact_trace_on_a_mixture(sde):
     model, covariances = mixture(sde)
-    x = model.draw(40, torch.Generator().manual_seed(1))
+    x = model.draw(20, torch.Generator().manual_seed(1))
     r = fastsde.log_likelihood(model, x=x, exact=True)
     error = r.bits_per_dim + exact_log_prob(model, covariances, x) / 4 / BITS
     # The requirement: 0.01 bits per dimension. Measured 0.002 or less.
@@ -53,6 +54,7 @@ def test_exact_trace_on_a_mixture(sde):
     assert float(error.abs().max()) < 0.012
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("gaussian", [False, True], ids=["rademacher", "gaussian"])
 def test_the_standard_error_is_honest(gaussian):
     model, _ = mixture(VPSDE())
@@ -84,6 +86,7 @@ def test_rademacher_probes_are_exact_on_diagonal_jacobians():
     torch.testing.assert_close(r.log_prob, truth, rtol=0, atol=2e-3)
 
 
+@pytest.mark.long
 def test_images_and_grids_and_batches_agree():
     sde = VPSDE()
     model = GaussianScore(sde, torch.zeros(1, 2, 3), torch.full((1, 2, 3), 0.5))
@@ -99,6 +102,7 @@ def test_images_and_grids_and_batches_agree():
     torch.testing.assert_close(grid.log_prob, whole.log_prob, rtol=0, atol=0.02)
 
 
+@pytest.mark.long
 def test_dequantised_bits_of_uniform_bins():
     """Gaussian data in bins of width w: -log2 of the probability of a bin, from above by Jensen, close for small w."""
     sde = VPSDE()

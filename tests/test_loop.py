@@ -86,8 +86,20 @@ CLASSES = [
 ]
 APART = ("StableDiffusionPAGPipeline", "HiDreamImagePipeline", "AceStepPipeline")
 """Those whose calls are not, or not all, joined."""
-REMEMBERING = ("LTXConditionPipeline", "AceStepPipeline", "MotifVideoPipeline")
-"""Those whose prediction is no function of state and time: guidance with momentum, noise on a condition each turn."""
+RESTARTED = (
+    "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionControlNetPipeline",
+    "StableDiffusionPAGPipeline",
+    "StableDiffusionXLPipeline",
+    "FluxImg2ImgPipeline",
+    "HiDreamImagePipeline",
+    "WanPipeline, two experts",
+    "LTXImageToVideoPipeline",
+    "CogVideoXPipeline",
+    "CosmosTextToWorldPipeline",
+)
+"""Those whose loops keep something from step to step, look things up by its number, or edit the state."""
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -98,6 +110,7 @@ def test_a_pipeline_leads_where_its_own_loop_leads(name):
     assert ours < 2.5 * own + 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_sample_is_the_same_alone_and_among_others_at_other_times(name):
     difference, r, made = mixed(name)
@@ -111,7 +124,8 @@ def test_a_sample_is_the_same_alone_and_among_others_at_other_times(name):
         assert r.forwards < made or "ControlNet" in name
 
 
-@pytest.mark.parametrize("name", [name for name in CLASSES if name not in REMEMBERING])
+@pytest.mark.long
+@pytest.mark.parametrize("name", RESTARTED)
 def test_a_restart_forgets_the_coarser_grid(name):
     difference, again = restarted(name)
     assert again.rejected.tolist() == [1]
@@ -147,6 +161,7 @@ DRESSES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRESSES)
 def test_the_law_of_an_exact_network_in_a_familys_dress(name):
     pipe, arguments = built(name)
@@ -693,6 +708,7 @@ CACHES = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_remember_each_sample_alone(cache):
     pipe, arguments = built("WanPipeline")

@@ -278,6 +278,7 @@ def sa(predictor, corrector):
     return SASolver(eta=0.0, predictor=predictor, corrector=corrector)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -310,6 +311,7 @@ def test_order_of_our_mixed_weights(flow, order):
     assert found == pytest.approx(order, abs=0.1)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("solver", "order"),
     [
@@ -459,6 +461,7 @@ def test_eta_is_given_the_level_at_the_start_of_a_step():
     torch.testing.assert_close(torch.stack(seen), level[None, [0, 0, 1, 2, 3]], rtol=1e-12, atol=0)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sde", [VPSDE(), fastsde.RectifiedFlow()], ids=["VPSDE", "RectifiedFlow"])
 @pytest.mark.parametrize(
     "solver",
@@ -481,6 +484,7 @@ def test_noise_keeps_the_marginal_of_a_point(sde, solver):
     assert abs(float(noise.var()) - 1) < 5 * (2 / (5 * n)) ** 0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "solver", [DPMSolverPP(6, eta=1.0, order=3), UniPC(6, order=3), SASolver(6), Heun(6, churn=0.2)]
 )
@@ -576,6 +580,7 @@ def test_refusals(build, message):
 # ---- the path of the noise ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [ExponentialPC, DPMSolverPP], ids=lambda solver: solver.__name__)
 def test_more_steps_of_the_same_seed_give_nearby_samples(solver):
     """Strong order 1 along the path in the clock rho^(-2 eta^2); measured 0.93 and 1.1 with 1600 steps for truth."""

@@ -15,9 +15,11 @@ import torch
 from tqdm import tqdm
 
 from fastsde.checks import check_count
-from fastsde.cli.measuring import FEATURES, reference_of
-from fastsde.cli.models import open_model, own_device
-from fastsde.cli.output import PATH, prepare_folder, versions
+from fastsde.cli import options as option
+from fastsde.cli.measuring import reference_of
+from fastsde.cli.models import open_model
+from fastsde.cli.options import PATH
+from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.jobs import processes
@@ -82,8 +84,8 @@ def build_cells(
     return cells
 
 
-@click.command(short_help="NFE against FID: solvers x budgets x seeds, a table, a plot and a page.")
-@click.option("--model", default="fashion-mnist", help="A packaged model, a folder, or a diffusers model.")
+@click.command()
+@option.model
 @click.option(
     "--solvers",
     default=SOLVERS,
@@ -93,20 +95,16 @@ def build_cells(
 @click.option("--rtol", default="", help="Tolerances, for adaptive solvers.", show_default="none")
 @click.option("-n", "--number", "n", default=10_000, type=click.IntRange(1, 1 << 32), help="Samples of each cell.")
 @click.option("--seeds", default=1, type=click.IntRange(1, 10_000), help="Seeds 0 .. SEEDS - 1.")
-@click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=PATH, help="For the features inception: a local file.")
+@option.features
+@option.weights
 @click.option("--reference", help="A file of `fastsde stats`; by default the one packaged with the features.")
-@click.option("--bootstrap", default=50, type=click.IntRange(2, 100_000), help="Replicates for the error of FID.")
-@click.option(
-    "--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), help="Of the network alone."
-)
-@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
-@click.option(
-    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="Samples in a file: a kill can cost that."
-)
-@click.option("--rank", type=int, help="Which process this is; from RANK by default.")
-@click.option("--world-size", type=int, help="How many share the work; from WORLD_SIZE by default.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
+@option.bootstrap
+@option.dtype
+@option.batch_size
+@option.shard_size
+@option.rank
+@option.world_size
+@option.device
 @click.option("--out", required=True, type=PATH, help="Folder; the same command goes on in it.")
 def bench(
     model: str,
@@ -119,12 +117,12 @@ def bench(
     weights: Path | None,
     reference: str | None,
     bootstrap: int,
-    dtype: str,
+    dtype: torch.dtype,
     batch_size: int,
     shard_size: int,
     rank: int | None,
     world_size: int | None,
-    device: str,
+    device: torch.device,
     out: Path,
 ) -> None:
     """Sample every cell, measure it, and draw NFE against FID.
@@ -142,28 +140,25 @@ def bench(
       torchrun --nproc-per-node 2 -m fastsde bench --nfe 10 --out runs/ten
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    ranks = processes(rank, world_size, os.environ)
+    opened = open_model(model, device, dtype)
+    if opened.pipe is not None:
+        raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
+    budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
+    cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
+    problem = Problem(
+        opened.model,
+        open_features(features, weights, device=str(device)),
+        reference_of(reference, features),
+        {"model": model, **opened.source, "versions": versions()},
+        opened.classes,
+    )
+    prepare_folder(out, needed=len(cells) * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
+    sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
     try:
-        ranks = processes(rank, world_size, os.environ)
-        own = own_device(device, os.environ)
-        opened = open_model(model, own, getattr(torch, dtype))
-        if opened.pipe is not None:
-            raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
-        budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
-        cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
-        problem = Problem(
-            opened.model,
-            open_features(features, weights, device=str(own)),
-            reference_of(reference, features),
-            {"model": model, **opened.source, "versions": versions()},
-            opened.classes,
-        )
-        prepare_folder(out, needed=len(cells) * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
-        sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
         _run(sweep, *ranks)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; the same command goes on in {out}.") from error
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _run(sweep: Sweep, rank: int, world_size: int) -> None:

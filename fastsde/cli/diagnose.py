@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import click
 import torch
 from torch import Tensor
 
-from fastsde.cli.models import open_model, own_device
-from fastsde.cli.output import PATH, check_writable, dump_json
+from fastsde.cli import options as option
+from fastsde.cli.models import open_model
+from fastsde.cli.options import PATH
+from fastsde.cli.output import check_writable, dump_json
 from fastsde.diagnosis import Diagnosis
 from fastsde.diagnosis import diagnose as run
 from fastsde.diffusers.latents import autoencoder
@@ -19,20 +20,16 @@ from fastsde.evaluation.images import open_images
 _IMAGES = 16
 
 
-@click.command(short_help="Does the reading of a model fit its network?")
-@click.option(
-    "--model",
-    default="fashion-mnist",
-    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
-)
+@click.command()
+@option.model
 @click.option(
     "--data", type=PATH, help="16 images or more that the model was trained on: a folder, an .npz, IDX files."
 )
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the noise.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option("--plot", type=PATH, help="Also draw the errors, as PNG; needs matplotlib.")
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON rather than as text.")
-def diagnose(model: str, data: Path | None, seed: int, device: str, plot: Path | None, as_json: bool) -> None:
+@option.seed
+@option.device
+@option.plot
+@option.as_json
+def diagnose(model: str, data: Path | None, seed: int, device: torch.device, plot: Path | None, as_json: bool) -> None:
     """Say whether a network is read as it was trained: what it predicts, its sign, its time, the range of the data.
 
     The denoised prediction of a network that is read rightly is at least as good as the best linear one, at each level
@@ -47,7 +44,7 @@ def diagnose(model: str, data: Path | None, seed: int, device: str, plot: Path |
     """
     if plot is not None:
         check_writable(plot, "--plot")
-    opened = open_model(model, own_device(device, os.environ), torch.float32)
+    opened = open_model(model, device, torch.float32)
     if opened.pipe is not None and data is not None and autoencoder(opened.pipe) is not None:
         raise click.UsageError("--data is for models of pixels; this one has latents.")
     images = None if data is None else _images(data, opened.model.data_range)

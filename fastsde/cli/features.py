@@ -6,14 +6,15 @@ from pathlib import Path
 
 import click
 
-from fastsde.cli.output import PATH, prepare_folder, versions
+from fastsde.cli.options import PATH
+from fastsde.cli.output import prepare_folder, versions
 from fastsde.evaluation.classifier import WEIGHTS, accuracy, load_classifier, save_classifier, train_classifier
 from fastsde.files import sha256
 from fastsde.training.batches import check_data
 from fastsde.training.data import load_images, load_test_images
 
 
-@click.command("train-features", short_help="Train the classifier whose features measure images.")
+@click.command("train-features")
 @click.option(
     "--data", required=True, type=PATH, help="Yours: a folder of the four IDX files, as torchvision downloads MNIST."
 )
@@ -35,38 +36,36 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
     """
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
-        raise click.ClickException(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
+        raise FileExistsError(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
+    images, labels = load_images(data)
+    test_images, test_labels = load_test_images(data, images, labels)
+    names = classes.split(",") if classes else [str(k) for k in range(int(labels.max()) + 1)]
+    check_data(images, labels)
+    if len(names) != int(labels.max()) + 1:
+        raise ValueError(f"--classes names {len(names)} classes; the data have {int(labels.max()) + 1}.")
+    prepare_folder(out, needed=10 << 20)
     try:
-        images, labels = load_images(data)
-        test_images, test_labels = load_test_images(data, images, labels)
-        names = classes.split(",") if classes else [str(k) for k in range(int(labels.max()) + 1)]
-        check_data(images, labels)
-        if len(names) != int(labels.max()) + 1:
-            raise ValueError(f"--classes names {len(names)} classes; the data have {int(labels.max()) + 1}.")
-        prepare_folder(out, needed=10 << 20)
         network = train_classifier(images, labels, epochs=epochs, seed=seed, checkpoint=checkpoint, resume=resume)
-        source, _, licence = title.partition(";")
-        card = {
-            "data": source.strip() or "not stated",
-            "licence": licence.strip() or "not stated",
-            "command": f"fastsde train-features --data FOLDER --out OUT --epochs {epochs} --seed {seed}",
-            "parameters": sum(p.numel() for p in network.parameters()),
-            "image_shape": list(images.shape[1:]),
-            "classes": names,
-            "dim": network.head.in_features,
-            "versions": versions(),
-        }
-        save_classifier(out, network, card)
-        network, _ = load_classifier(out)
-        card["metrics"] = {
-            "test_accuracy": round(accuracy(network, test_images, test_labels), 4),
-            "train_accuracy": round(accuracy(network, images[:10_000], labels[:10_000]), 4),
-            "test_images": len(test_images),
-        }
-        card["weights_sha256"] = sha256((out / WEIGHTS).read_bytes())
-        save_classifier(out, network, card)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
-    except (ValueError, OSError) as error:
-        raise click.ClickException(str(error)) from error
+    source, _, licence = title.partition(";")
+    card = {
+        "data": source.strip() or "not stated",
+        "licence": licence.strip() or "not stated",
+        "command": f"fastsde train-features --data FOLDER --out OUT --epochs {epochs} --seed {seed}",
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "image_shape": list(images.shape[1:]),
+        "classes": names,
+        "dim": network.head.in_features,
+        "versions": versions(),
+    }
+    save_classifier(out, network, card)
+    network, _ = load_classifier(out)
+    card["metrics"] = {
+        "test_accuracy": round(accuracy(network, test_images, test_labels), 4),
+        "train_accuracy": round(accuracy(network, images[:10_000], labels[:10_000]), 4),
+        "test_images": len(test_images),
+    }
+    card["weights_sha256"] = sha256((out / WEIGHTS).read_bytes())
+    save_classifier(out, network, card)
     click.echo(f"{out}: {card['metrics']}; use it with --features {out}")

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 
-from fastsde.cli.models import open_model, own_device
-from fastsde.cli.output import PATH, check_writable, dump_json
+from fastsde.cli import options as option
+from fastsde.cli.models import open_model
+from fastsde.cli.options import PATH
+from fastsde.cli.output import check_writable, dump_json
 from fastsde.fitting import FEWEST, PRICE
 from fastsde.fitting import fit as run
 
 _LABELLED = 40
 
 
-@click.command(short_help="Fit the solver to a network: few calls, from some 30 samples of it.")
-@click.option(
-    "--model",
-    default="fashion-mnist",
-    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
-)
+@click.command()
+@option.model
 @click.option("--nfe", type=click.IntRange(2), help="Network calls of a sample.")
 @click.option("--rtol", type=float, help="In place of --nfe: the error allowed, as a share of a sample's size.")
 @click.option("--eta", default=0.0, help="Noise of the sampler: 0 for the probability flow, 1 for the reverse SDE.")
@@ -37,25 +35,14 @@ _LABELLED = 40
     show_default=f"as --calls pays for; {_LABELLED} for models with classes, in turn",
     help="Pilot samples.",
 )
-@click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the pilot samples.")
-@click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
+@option.seed
+@option.batch_size
+@option.device
 @click.option("--out", default="fitted.json", type=PATH, help="The file to write.")
-@click.option("--plot", type=PATH, help="Also draw levels and errors, as PNG; needs matplotlib.")
-@click.option("--json", "as_json", is_flag=True, help="Print the file rather than the summary.")
+@option.plot
+@option.as_json
 def fit(
-    model: str,
-    nfe: int | None,
-    rtol: float | None,
-    eta: float,
-    calls: int | None,
-    pilots: int | None,
-    seed: int,
-    batch_size: int,
-    device: str,
-    out: Path,
-    plot: Path | None,
-    as_json: bool,
+    model: str, device: torch.device, pilots: int | None, out: Path, plot: Path | None, as_json: bool, **asked: Any
 ) -> None:
     """Fit times and weights of a multistep solver to a network, for one number of calls, and write them as JSON.
 
@@ -72,24 +59,12 @@ def fit(
     check_writable(out)
     if plot is not None:
         check_writable(plot, "--plot")
-    opened = open_model(model, own_device(device, os.environ), torch.float32)
+    opened = open_model(model, device, torch.float32)
     cond = None
     if opened.classes:
         pilots = _LABELLED if pilots is None else pilots
         cond = {"class_labels": torch.arange(pilots) % opened.classes}
-    solver = run(
-        opened.model,
-        nfe=nfe,
-        rtol=rtol,
-        eta=eta,
-        cond=cond,
-        calls=calls,
-        pilots=pilots,
-        seed=seed,
-        batch_size=batch_size,
-        cache=out,
-        progress=True,
-    )
+    solver = run(opened.model, cond=cond, pilots=pilots, cache=out, progress=True, **asked)
     if plot is not None:
         solver.plot(plot)
     click.echo(dump_json(solver.as_json()) if as_json else f"{solver}\n  {out}")

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
+from fastsde.cli import options as option
 from fastsde.cli.output import versions
 from fastsde.pretrained import packaged, read_card, weight_hash
 from fastsde.solvers import SOLVERS, FittedSolver, Solver
 
 
-@click.command(short_help="Versions, packaged models and solvers.")
+@click.command()
 @click.argument("topic", required=False, type=click.Choice(["models", "solvers"]))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@option.as_json
 @click.option("--markdown", is_flag=True, help="Print the solver table of docs/reference/solver-table.md.")
 def info(topic: str | None, as_json: bool, markdown: bool) -> None:
     """Show versions, the packaged models with their cards, and the solvers with their traits; or one TOPIC of these.

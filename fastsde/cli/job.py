@@ -15,6 +15,7 @@ from tqdm import tqdm
 from fastsde.cli.output import dump_json, write_atomic
 from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.jobs import ShardedJob, shard_arrays
+from fastsde.files import Content
 from fastsde.result import SampleResult, SamplingError, Status
 
 
@@ -88,12 +89,8 @@ def _totals(job: ShardedJob) -> dict[str, Any]:
 
 def _write(job: ShardedJob, totals: dict[str, Any]) -> list[Path]:
     first = job.first(64)
-    writers: dict[str, Callable[[Path], object]] = {
-        "samples.json": lambda path: path.write_text(dump_json(totals)),
-    }
-    if len(first):
-        writers["grid.png"] = lambda path: image_grid(first).save(path)
-    return write_atomic(job.folder, writers)
+    grid: dict[str, Content] = {"grid.png": image_grid(first).save} if len(first) else {}
+    return write_atomic(job.folder, {"samples.json": dump_json(totals).encode(), **grid})
 
 
 def _summary(totals: dict[str, Any], files: list[Path]) -> str:

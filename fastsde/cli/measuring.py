@@ -6,16 +6,17 @@ import json
 from pathlib import Path
 
 import click
+import torch
 
-from fastsde.cli.output import PATH, check_writable, dump_json, versions
+from fastsde.cli import options as option
+from fastsde.cli.options import PATH
+from fastsde.cli.output import check_writable, dump_json, versions
 from fastsde.evaluation.features import open_features, packaged_features
 from fastsde.evaluation.images import open_images
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference, packaged_reference
 from fastsde.evaluation.statistics import fewest
 from fastsde.files import write_whole
-
-FEATURES = '"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.'
 
 
 def reference_of(reference: str | None, features: str) -> Reference:
@@ -32,7 +33,7 @@ def reference_of(reference: str | None, features: str) -> Reference:
     return packaged_reference(features)
 
 
-@click.command(short_help="Reference statistics of a data set.")
+@click.command()
 @click.option(
     "--data",
     required=True,
@@ -41,14 +42,14 @@ def reference_of(reference: str | None, features: str) -> Reference:
     "data set of Hugging Face, or a job of `sample`.",
 )
 @click.option("--split", default="train", type=click.Choice(["train", "test"]), help="Of IDX files and data sets.")
-@click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=PATH, help="For inception: a local file.")
+@option.features
+@option.weights
 @click.option("--keep", default=10_000, type=click.IntRange(0), help="Features kept for KID, precision and recall.")
 @click.option("--half", is_flag=True, help="Keep those in half precision.")
 @click.option("--out", required=True, type=PATH, help="The .npz to write.")
-@click.option("--device", default="cpu", help="Where the feature network runs.")
+@option.device
 def stats(
-    data: Path, split: str, features: str, weights: Path | None, keep: int, half: bool, out: Path, device: str
+    data: Path, split: str, features: str, weights: Path | None, keep: int, half: bool, out: Path, device: torch.device
 ) -> None:
     """Measure mean and covariance of the features of a data set.
 
@@ -59,28 +60,25 @@ def stats(
     Example:
       fastsde stats --data data/FashionMNIST --out reference.npz
     """
-    try:
-        check_writable(out)
-        network = open_features(features, weights, device=device)
-        images = open_images(data, split=split)
-        reference = Reference.build(images, network, keep=keep, progress=True)
-        reference.record["versions"] = versions()
-        reference.save(out, half=half)
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+    check_writable(out)
+    network = open_features(features, weights, device=str(device))
+    images = open_images(data, split=split)
+    reference = Reference.build(images, network, keep=keep, progress=True)
+    reference.record["versions"] = versions()
+    reference.save(out, half=half)
     kept = 0 if reference.feats is None else len(reference.feats)
     click.echo(f"{out}: {reference.record['n']} images, {len(reference.mean)} features, {kept} of them kept")
 
 
-@click.command(short_help="FID, KID and others of a set of images.")
+@click.command()
 @click.argument("samples", type=PATH)
 @click.option("--reference", help="A file of `fastsde stats`, pytorch-fid, clean-fid or ADM; or a packaged name.")
-@click.option("--features", default="fashion-mnist", help=FEATURES)
-@click.option("--weights", type=PATH, help="For inception: a local file.")
-@click.option("--bootstrap", default=50, type=click.IntRange(2, 100_000), help="Replicates for the error of FID.")
+@option.features
+@option.weights
+@option.bootstrap
 @click.option("--out", type=PATH, help="Also write the figures to this JSON file.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-@click.option("--device", default="cpu", help="Where the feature network runs.")
+@option.as_json
+@option.device
 def evaluate(
     samples: Path,
     reference: str | None,
@@ -89,7 +87,7 @@ def evaluate(
     bootstrap: int,
     out: Path | None,
     as_json: bool,
-    device: str,
+    device: torch.device,
 ) -> None:
     """Measure SAMPLES, a folder or .npz of images or what `fastsde sample` wrote, against a reference.
 
@@ -98,31 +96,26 @@ def evaluate(
       fastsde evaluate samples
       fastsde evaluate pictures --features inception --weights inception.pth --reference reference.npz
     """
-    try:
-        if out is not None:
-            check_writable(out)
-        network = open_features(features, weights, device=device)
-        images = open_images(samples)
-        wanted = reference_of(reference, features)
-        wanted.check(network, images.shape)
-        least = fewest(len(wanted.mean))
-        if images.n < least:
-            raise ValueError(
-                f"{images.n} images are too few for {len(wanted.mean)} features: at least {least} are needed."
-            )
-        figures = measure(*network.of(images, progress=True), wanted, draws=bootstrap)
-        record = {
-            "n": images.n,
-            **({"not_successful": images.unsuccessful} if images.unsuccessful else {}),
-            **figures,
-            "features": network.describe(),
-            "reference": wanted.record or f"{reference}, which does not say what it is of",
-            "versions": versions(),
-        }
-        if out is not None:
-            write_whole(out, dump_json(record).encode())
-    except (ValueError, OSError, ImportError) as error:
-        raise click.ClickException(str(error)) from error
+    if out is not None:
+        check_writable(out)
+    network = open_features(features, weights, device=str(device))
+    images = open_images(samples)
+    wanted = reference_of(reference, features)
+    wanted.check(network, images.shape)
+    least = fewest(len(wanted.mean))
+    if images.n < least:
+        raise ValueError(f"{images.n} images are too few for {len(wanted.mean)} features: at least {least} are needed.")
+    figures = measure(*network.of(images, progress=True), wanted, draws=bootstrap)
+    record = {
+        "n": images.n,
+        **({"not_successful": images.unsuccessful} if images.unsuccessful else {}),
+        **figures,
+        "features": network.describe(),
+        "reference": wanted.record or f"{reference}, which does not say what it is of",
+        "versions": versions(),
+    }
+    if out is not None:
+        write_whole(out, dump_json(record).encode())
     if as_json:
         click.echo(json.dumps(record, indent=1))
         return

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, ImageSequence, UnidentifiedImageError
 from torch import Tensor
 
 from fastsde.evaluation.images import SUFFIXES, image_grid, to_uint8
-from fastsde.files import ArrayFile, sha256
+from fastsde.files import ArrayFile, Content, sha256
 
 MADE = re.compile(r"\d{5,}(-\d+)?\.(png|webp|wav)|samples\.npz|latents\.npz|grid\.png")
 """Names of files that this module writes."""
@@ -147,7 +147,7 @@ class Media:
         self.rate, self.fps, self.raw = rate, fps, raw
         self.files: list[list[str]] = []
         self.more: list[dict[str, Any]] = []
-        self.writers: dict[str, Callable[[Path], object]] = {}
+        self.writers: dict[str, Content] = {}
         self._stills: list[Image.Image] = []
         self._arrays: dict[str, dict[int, np.ndarray]] = {}
 
@@ -197,14 +197,14 @@ class Media:
             self._stills.append(frames[0])
         self.files[-1].append(name)
 
-    def finish(self) -> dict[str, Callable[[Path], object]]:
+    def finish(self) -> dict[str, Content]:
         """The writers of all files: those of the samples, grid.png and samples.npz where there is what they show."""
         if self._stills:
             stills = [image.convert("RGB") for image in self._stills[:64]]
             for image in stills:
                 image.thumbnail((_THUMBNAIL, _THUMBNAIL))
             sheet = np.stack([np.asarray(image) for image in stills if image.size == stills[0].size])
-            self.writers["grid.png"] = lambda path: image_grid(sheet, columns=min(len(sheet), 8)).save(path)
+            self.writers["grid.png"] = image_grid(sheet, columns=min(len(sheet), 8)).save
         if self._arrays:
             arrays: dict[str, Any] = {}
             for name, of in self._arrays.items():
@@ -212,7 +212,7 @@ class Media:
                     arrays |= {name: np.stack(list(of.values())), f"{name}_index": np.array(list(of))}
                 else:
                     arrays |= {f"{name}_{place:05d}": array for place, array in of.items()}
-            self.writers["samples.npz"] = lambda path: np.savez_compressed(path, **arrays)
+            self.writers["samples.npz"] = arrays
         return self.writers
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.arguments import usable_device
 from fastsde.diffusers import decode_latents, from_diffusers, load
 from fastsde.diffusers.adapter import network_of
 from fastsde.diffusers.latents import autoencoder
@@ -48,17 +46,6 @@ class Opened:
         low, high = self.model.data_range if vae is None else (-1.0, 1.0)
         decoded = x.float().cpu() if vae is None else decode_latents(vae, x)
         return ((decoded - low) / (high - low)).clamp(0, 1)
-
-
-def own_device(device: str, environment: Mapping[str, str]) -> torch.device:
-    """The device asked for; of several GPUs the one that `torchrun` or `accelerate launch` means by LOCAL_RANK.
-
-    Raises:
-        ValueError: if it cannot be used.
-    """
-    return usable_device(
-        f"cuda:{environment['LOCAL_RANK']}" if device == "cuda" and "LOCAL_RANK" in environment else device
-    )
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_scale: float | None = None) -> Opened:

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,8 @@ import numpy as np
 import torch
 
 import fastsde
-from fastsde.files import naming
+from fastsde.files import Content, write_together
 from fastsde.result import SampleResult, Status
-
-
-class _Path(click.Path):
-    """A path; the empty one, as from a variable that is not set, would mean the folder where the command runs."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if value == "":
-            self.fail("an empty path; write . for this folder.", param, ctx)
-        return super().convert(value, param, ctx)
-
-
-PATH = _Path(path_type=Path)
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
@@ -68,12 +56,12 @@ def check_writable(path: Path, option: str = "--out") -> None:
     prepare_folder(path.parent, needed=1 << 20)
 
 
-def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> list[Path]:
-    """Writes files that belong together: all of them whole under temporary names first, then renamed.
+def write_atomic(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
+    """Writes files that belong together, all or none.
 
     Args:
         folder: where they go.
-        writers: for each file name, a function that writes to the path it is given.
+        contents: of each file, by name.
 
     Returns:
         The files' paths.
@@ -81,20 +69,13 @@ def write_atomic(folder: Path, writers: dict[str, Callable[[Path], object]]) -> 
     Raises:
         click.ClickException: if one cannot be written, a full disk included; then none of them is.
     """
-    pairs = [(folder / f".{Path(name).stem}.{os.getpid()}.tmp{Path(name).suffix}", folder / name) for name in writers]
+    files = {folder / name: content for name, content in contents.items()}
     try:
-        for (temporary, path), write in zip(pairs, writers.values(), strict=True):
-            with naming(path):
-                write(temporary)
-        for temporary, path in pairs:
-            os.replace(temporary, path)
+        write_together(files)
     except OSError as error:
         what = f"{error.filename or folder} was not written: {error.strerror or error}."
         raise click.ClickException(f"{what} The same command gives the same samples again.") from error
-    finally:
-        for temporary, _ in pairs:
-            temporary.unlink(missing_ok=True)
-    return [path for _, path in pairs]
+    return list(files)
 
 
 def versions(*more: str) -> dict[str, str]:

@@ -9,19 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fastsde.cli.media import MADE, Media, are_images, read_value
 from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
-from fastsde.cli.solver_options import chosen_solver
+from fastsde.cli.solver_options import Steps
 from fastsde.diffusers import PipelineResult, load, sample_pipeline
 from fastsde.evaluation.jobs import MANIFEST
 from fastsde.files import read_json
 from fastsde.result import SamplingError, Status
 from fastsde.score.network import weights_hash
-from fastsde.solvers import Solver
 from fastsde.steps import DEFAULT_RTOL
 
 _OPTIONS = {"prompt": "--prompt", "negative_prompt": "--negative-prompt", "guidance_scale": "--guidance-scale"}
@@ -119,12 +117,10 @@ class Call:
 
 def run_pipeline(
     source: str,
-    kind_name: str | None,
     call: Call,
+    steps: Steps,
     *,
-    solver_name: str,
-    fitted: Path | None,
-    said: dict[str, Any],
+    kind: str | None,
     seed: int,
     batch_size: int,
     dtype: torch.dtype,
@@ -141,61 +137,41 @@ def run_pipeline(
         click.ClickException: if a file cannot be written, or nothing was finished.
         SystemExit: with status 1 if a sample failed or is missing.
     """
-    solver = _solver(solver_name, fitted, said, counted="num_inference_steps" in call.values)
-    kind = _class(source, kind_name)
-    if kind is not None:
-        call.check(kind)
+    counted = "num_inference_steps" in call.values
+    solver, _ = steps.build(counted=counted)
+    known = _class(source, kind)
+    if known is not None:
+        call.check(known)
     if (out / MANIFEST).is_file():
         raise ValueError(f"--out {out} holds a job of `fastsde sample --model`; choose another folder.")
     prepare_folder(out, needed=1 << 20)
-    pipe = _opened(source, kind if kind_name else None, dtype)
+    pipe = _opened(source, known if kind else None, dtype)
     call.check(type(pipe))
     pipe.to(device)
-    settings = {
+    chosen = {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}
+    drawn, failure = _drawn(pipe, call, dtype, device, solver=solver, **chosen)
+    if failure is not None:
+        click.echo(f"Error: {failure}", err=True)
+    media = Media(_rate(pipe), fps, call.raw)
+    for output in drawn.outputs:
+        media.add(output)
+    adaptive = solver.adaptive and steps.nfe is None and not counted
+    record = {
+        **_record(drawn, media),
         "pipeline": source,
         "class": type(pipe).__name__,
         **_weights(pipe),
         "dtype": str(dtype),
         "arguments": call.record,
         "solver": repr(solver),
-        "nfe_budget": said["--nfe"],
-        "steps": said["--steps"],
-        "rtol": said["--rtol"],
-        "atol": said["--atol"],
+        "nfe_budget": steps.nfe,
+        "steps": steps.steps,
+        "rtol": DEFAULT_RTOL if adaptive and steps.rtol is None else steps.rtol,
+        "atol": steps.atol,
         "batch_size": batch_size,
         "device": device.type,
         "versions": versions("diffusers", "transformers"),
     }
-    counted = said["--nfe"] is not None or "num_inference_steps" in call.values
-    if solver.adaptive and settings["rtol"] is None and not counted:
-        settings["rtol"] = DEFAULT_RTOL
-    drawn: PipelineResult | None = None
-    failure = None
-    try:
-        drawn = sample_pipeline(
-            pipe,
-            **call.placed(device, dtype),
-            per_sample=call.per_sample,
-            n=call.n,
-            solver=solver,
-            rtol=said["--rtol"],
-            atol=said["--atol"],
-            nfe=said["--nfe"],
-            seed=seed,
-            batch_size=batch_size,
-        )
-    except SamplingError as error:
-        failure, drawn = str(error), error.result
-    except KeyboardInterrupt as interruption:
-        failure, drawn = "interrupted", getattr(interruption, "result", None)
-    if drawn is None or not (drawn.result.status != Status.PENDING).any():
-        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
-    if failure is not None:
-        click.echo(f"Error: {failure}", err=True)
-    media = Media(_rate(pipe), fps, call.raw)
-    for output in drawn.outputs:
-        media.add(output)
-    record = _record(drawn, media) | settings
     files = _write(out, drawn, media, record)
     if as_json:
         click.echo(dump_json(record), nl=False)
@@ -208,26 +184,25 @@ def run_pipeline(
         raise SystemExit(1)
 
 
-def _solver(name: str, fitted: Path | None, said: dict[str, Any], counted: bool) -> Solver:
-    """The solver, with the number of its steps if that was said.
+def _drawn(
+    pipe: Any, call: Call, dtype: torch.dtype, device: torch.device, **chosen: Any
+) -> tuple[PipelineResult, str | None]:
+    """What was finished, and why not all of it was.
 
     Raises:
-        ValueError: if the options do not go together.
+        click.ClickException: if nothing was finished.
     """
-    solver = chosen_solver(name, fitted, said)
-    if fitted is not None:
-        return solver
-    steps = said["--steps"]
-    if steps is not None and dataclasses.is_dataclass(solver):
-        if others := [key for key in ("--nfe", "--rtol", "--atol") if said[key] is not None]:
-            raise ValueError(f"give either --steps or {', '.join(others)}.")
-        if "steps" not in {field.name for field in dataclasses.fields(solver)}:
-            raise ValueError(f"--solver {name} takes no number of steps; give --rtol or --nfe.")
-        made: Any = dataclasses.replace(solver, steps=steps)
-        return made
-    if not solver.adaptive and solver.steps is None and solver.times is None and said["--nfe"] is None and not counted:
-        raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps, or --nfe.")
-    return solver
+    drawn: PipelineResult | None = None
+    failure = None
+    try:
+        drawn = sample_pipeline(pipe, **call.placed(device, dtype), per_sample=call.per_sample, n=call.n, **chosen)
+    except SamplingError as error:
+        failure, drawn = str(error), error.result
+    except KeyboardInterrupt as interruption:
+        failure, drawn = "interrupted", getattr(interruption, "result", None)
+    if drawn is None or not (drawn.result.status != Status.PENDING).any():
+        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
+    return drawn, failure
 
 
 def _class(source: str, name: str | None) -> type | None:
@@ -325,9 +300,11 @@ def _write(out: Path, drawn: PipelineResult, media: Media, record: dict[str, Any
     whole = torch.isfinite(result.samples.flatten(1)).all(1)
     bare = [k for k, output in enumerate(drawn.outputs) if output is None and whole[k]]
     if bare:
-        states = {"arr_0": result.samples[bare].float().cpu().numpy(), "index": result.index[bare].cpu().numpy()}
-        writers["latents.npz"] = lambda path: np.savez(path, **states)  # type: ignore[arg-type]
-    writers[_RECORD] = lambda path: path.write_text(dump_json(record))
+        writers["latents.npz"] = {
+            "arr_0": result.samples[bare].float().cpu().numpy(),
+            "index": result.index[bare].cpu().numpy(),
+        }
+    writers[_RECORD] = dump_json(record).encode()
     files = write_atomic(out, writers)
     for name in before - writers.keys():
         (out / name).unlink(missing_ok=True)

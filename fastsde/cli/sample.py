@@ -16,17 +16,17 @@ import torch
 from click.core import ParameterSource
 from torch import Tensor
 
+from fastsde.cli import options as option
 from fastsde.cli.job import run_job
-from fastsde.cli.models import Opened, open_model, own_device
-from fastsde.cli.output import PATH, dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.models import Opened, open_model
+from fastsde.cli.options import PATH
+from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
 from fastsde.cli.pipeline import Call, run_pipeline
-from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_controller, check_request, chosen_solver
-from fastsde.control import Controller
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, Steps, check_request
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
+from fastsde.files import Content
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
-from fastsde.sde.base import SDE
-from fastsde.solvers import Solver
 from fastsde.steps import DEFAULT_RTOL
 
 _OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size")
@@ -34,12 +34,8 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
 """Options that go with --model alone, and with --pipeline alone."""
 
 
-@click.command(short_help="Draw samples: a PNG grid, an .npz and a JSON record.")
-@click.option(
-    "--model",
-    default="fashion-mnist",
-    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
-)
+@click.command()
+@option.model
 @click.option("--pipeline", help="A diffusers pipeline, in its own loop: a folder or a name on the hub.")
 @click.option("--class", "kind", metavar="NAME", help="A class of diffusers for the pipeline's parts, not its own.")
 @click.option("--prompt", "prompts", multiple=True, help="Of a pipeline; several are for the samples in turn.")
@@ -62,7 +58,6 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
 )
 @click.option(
     "--solver",
-    "solver_name",
     default="ExponentialPC",
     metavar="NAME",
     type=click.Choice(list(SOLVER_NAMES)),
@@ -88,57 +83,21 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
     type=float,
     help="Of diffusers' models with classes, and of pipelines; as a rule two calls for one if above 1.",
 )
-@click.option(
-    "--dtype",
-    default="float32",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Of the network alone; of a pipeline's parts.",
-)
+@option.dtype
 @click.option(
     "--batch-size",
     type=click.IntRange(1, 1 << 20),
     show_default="64; of a pipeline 8",
     help="Samples evaluated at a time.",
 )
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, mps.")
-@click.option(
-    "--shard-size", default=512, type=click.IntRange(1, 1 << 32), help="More samples than that make a job of shards."
-)
-@click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
-@click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
+@option.device
+@option.shard_size
+@option.rank
+@option.world_size
 @click.option("--out", default="samples", type=PATH, help="Folder; what an earlier run wrote there is replaced.")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON record instead of the summary.")
+@option.as_json
 @click.pass_context
-def sample(
-    ctx: click.Context,
-    model: str,
-    pipeline: str | None,
-    kind: str | None,
-    prompts: tuple[str, ...],
-    negative_prompt: str | None,
-    settings: tuple[str, ...],
-    fps: float,
-    n: int | None,
-    solver_name: str,
-    rtol: float | None,
-    atol: float | None,
-    nfe: int | None,
-    fitted: Path | None,
-    steps: int | None,
-    grid: str | None,
-    options: tuple[str, ...],
-    seed: int,
-    label: str,
-    guidance_scale: float | None,
-    dtype: str,
-    batch_size: int | None,
-    device: str,
-    shard_size: int,
-    rank: int | None,
-    world_size: int | None,
-    out: Path,
-    as_json: bool,
-) -> None:
+def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
     """Draw samples, by default with our own solver along the probability flow, a step size per sample.
 
     Writes grid.png (the first 64 samples), samples.npz (uint8, NHWC, under arr_0; labels under arr_1) and samples.json
@@ -171,83 +130,83 @@ def sample(
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # batch systems end jobs so; keep what is finished
     _check_options(ctx, pipeline)
-    if pipeline is not None:
-        if processes(None, None, os.environ)[1] > 1:
-            raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
-        guidance = {"prompt": prompts or None, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
-        run_pipeline(
-            pipeline,
-            kind,
-            Call.read(guidance, settings, n),
-            solver_name=solver_name,
-            fitted=fitted,
-            said={"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "-o": options},
-            seed=seed,
-            batch_size=8 if batch_size is None else batch_size,
-            dtype=getattr(torch, dtype),
-            device=own_device(device, os.environ),
-            fps=fps,
-            out=out,
-            as_json=as_json,
-        )
+    names = ("solver", "fitted", "options", "rtol", "atol", "nfe", "steps", "grid")
+    steps = Steps(**{name: asked[name] for name in names})
+    if pipeline is None:
+        _sample_model(steps, **asked)
         return
+    if processes(None, None, os.environ)[1] > 1:
+        raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
+    guidance = {
+        "prompt": asked["prompts"] or None,
+        "negative_prompt": asked["negative_prompt"],
+        "guidance_scale": asked["guidance_scale"],
+    }
+    call = Call.read(guidance, asked["settings"], asked["n"])
+    own = ("kind", "seed", "dtype", "device", "fps", "out", "as_json")
+    run_pipeline(pipeline, call, steps, batch_size=asked["batch_size"] or 8, **{name: asked[name] for name in own})
+
+
+def _sample_model(
+    steps: Steps,
+    *,
+    model: str,
+    n: int | None,
+    seed: int,
+    label: str,
+    guidance_scale: float | None,
+    dtype: torch.dtype,
+    batch_size: int | None,
+    device: torch.device,
+    shard_size: int,
+    rank: int | None,
+    world_size: int | None,
+    out: Path,
+    as_json: bool,
+    **_: object,
+) -> None:
+    """Draws from a score model, at once or as a job, and writes the files."""
     n, batch_size, failed = n or 64, batch_size or 64, False
+    opened = open_model(model, device, dtype, guidance_scale)
+    solver, controller = steps.build(opened.model.sde)
+    labels_of = partial(_labels, label, opened.classes)
+    labels_of(torch.arange(1))  # refuses a label before the folder is made
+    prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
+    chosen: dict[str, Any] = {"solver": solver, "controller": controller}
+    chosen |= {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe}
+    draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
+    record = {"model": model, **opened.source, "guidance_scale": guidance_scale, "sde": repr(opened.model.sde)}
+    record |= {"solver": repr(solver), "nfe_budget": steps.nfe, "steps": steps.steps, **controller_record(controller)}
+    if solver.adaptive and steps.nfe is None and controller is None:
+        record |= _tolerances(steps.rtol, steps.atol, opened.model.data_range)
+    record |= {"batch_size": batch_size, "device": device.type, "versions": versions()}
+    shares = processes(rank, world_size, os.environ)
+    if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
+        check_request(opened.model, **chosen)
+        record |= {"seed": seed, "label": label}
+        if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
+            channels, *size = opened.model.event_shape
+            record["image_shape"] = [*size, channels]
+        job = ShardedJob.begin(out, n, shard_size, record)
+        run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
+        return
+    labels = labels_of(torch.arange(n))
     try:
-        opened = open_model(model, own_device(device, os.environ), getattr(torch, dtype), guidance_scale)
-        sde = opened.model.sde
-        said = {"--rtol": rtol, "--atol": atol, "--nfe": nfe, "--steps": steps, "--grid": grid, "-o": options}
-        solver, controller = _solver(sde, solver_name, fitted, said)
-        labels_of = partial(_labels, label, opened.classes)
-        labels_of(torch.arange(1))  # refuses a label before the folder is made
-        prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
-        chosen: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
-        draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
-        record = {"model": model, **opened.source, "guidance_scale": guidance_scale}
-        record |= _walk_record(opened, solver, controller, rtol, atol, nfe, steps)
-        record |= {"batch_size": batch_size, "device": torch.device(device).type, "versions": versions()}
-        shares = processes(rank, world_size, os.environ)
-        if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
-            check_request(opened.model, solver, controller, rtol, atol, nfe)
-            record |= {"seed": seed, "label": label}
-            if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
-                channels, *size = opened.model.event_shape
-                record["image_shape"] = [*size, channels]
-            job = ShardedJob.begin(out, n, shard_size, record)
-            run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
-            return
-        labels = labels_of(torch.arange(n))
         result = draw(torch.arange(n), labels, progress=True)
     except SamplingError as error:
         click.echo(f"Error: {error}", err=True)
         result, failed = error.result, True
     except Interrupted as interruption:
         result = interruption.result
-    except (ValueError, TypeError, ImportError, OSError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
+    if not (result.status != Status.PENDING).any():
+        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
     record = result_record(result) | record
     record["label"] = None if labels is None else labels.tolist()
     record["in_npz"] = result.index[_whole(result)].tolist()
-    if not (result.status != Status.PENDING).any():
-        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
     files = _write(out, result, labels, record, opened)
     click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
     if failed or not result.success.all():
         raise SystemExit(1)
-
-
-def _walk_record(
-    opened: Opened,
-    solver: Solver,
-    controller: Controller | None,
-    rtol: float | None,
-    atol: float | None,
-    nfe: int | None,
-    steps: int | None,
-) -> dict[str, Any]:
-    """The process, the solver and what says its steps, for the record."""
-    said = {"sde": repr(opened.model.sde), "solver": repr(solver), "nfe_budget": nfe, "steps": steps}
-    adaptive = solver.adaptive and nfe is None and controller is None
-    return said | controller_record(controller) | (_tolerances(rtol, atol, opened.model.data_range) if adaptive else {})
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:
@@ -263,20 +222,6 @@ def _check_options(ctx: click.Context, pipeline: str | None) -> None:
     if said:
         jobs = " Jobs of shards are for --model." if {"--shard-size", "--rank", "--world-size"} & {*said} else ""
         raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
-
-
-def _solver(sde: SDE, name: str, fitted: Path | None, said: dict[str, Any]) -> tuple[Solver, Controller | None]:
-    """The solver and the grid that the options ask for, by their names; None for the solver's own choice.
-
-    Raises:
-        ValueError: if they do not go together.
-    """
-    solver = chosen_solver(name, fitted, said)
-    if fitted is not None:
-        return solver, None
-    tolerances = (said["--rtol"], said["--atol"]) != (None, None)
-    budget = said["--nfe"] is not None
-    return solver, build_controller(sde, solver, said["--steps"], said["--grid"], rtol=tolerances, budget=budget)
 
 
 def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
@@ -309,12 +254,12 @@ def _write(
     whole = _whole(result)
     images = _images(out, result.samples[whole], opened)
     arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels[whole.cpu()].numpy()})
-    writers: dict[str, Callable[[Path], object]] = {
-        "samples.npz": lambda path: np.savez_compressed(path, **arrays),  # type: ignore[arg-type]
-        "samples.json": lambda path: path.write_text(dump_json(record)),
+    writers: dict[str, Content] = {
+        "samples.npz": arrays,
+        "samples.json": dump_json(record).encode(),
     }
     if len(images):
-        writers["grid.png"] = lambda path: image_grid(images[:64]).save(path)
+        writers["grid.png"] = image_grid(images[:64]).save
     else:
         (out / "grid.png").unlink(missing_ok=True)
     return write_atomic(out, writers)
@@ -332,5 +277,5 @@ def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
     try:
         return _decoded(opened, samples)
     except RuntimeError as error:
-        write_atomic(out, {"latents.npz": lambda path: np.savez(path, arr_0=samples.float().cpu().numpy())})
+        write_atomic(out, {"latents.npz": {"arr_0": samples.float().cpu().numpy()}})
         raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error

@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from fastsde.control import Controller, Grid
 from fastsde.score.base import ScoreModel
@@ -33,6 +33,65 @@ _VALUES: dict[str, Any] = {
 _WORDS = {"true": True, "false": False, "none": None}
 
 
+@dataclasses.dataclass(frozen=True)
+class Steps:
+    """What the command line says of the solver and its steps; None for what it does not say.
+
+    Attributes:
+        solver: of `--solver`, a name.
+        fitted: of `--fitted`, a file.
+        options: of `-o`.
+        rtol: of `--rtol`.
+        atol: of `--atol`.
+        nfe: of `--nfe`.
+        steps: of `--steps`.
+        grid: of `--grid`.
+    """
+
+    solver: str = "ExponentialPC"
+    fitted: Path | None = None
+    options: tuple[str, ...] = ()
+    rtol: float | None = None
+    atol: float | None = None
+    nfe: int | None = None
+    steps: int | None = None
+    grid: str | None = None
+
+    def build(self, sde: SDE | None = None, *, counted: bool = False) -> tuple[Solver, Controller | None]:
+        """The solver, and the grid asked for, or None where the solver's own choice stands.
+
+        Args:
+            sde: the process that the grid is of; None for a pipeline, whose steps are the solver's own number.
+            counted: whether something else says how many steps there are.
+
+        Raises:
+            ValueError, OSError: if the options do not go together, or the file holds no solver.
+        """
+        if self.fitted is not None:
+            if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
+                raise ValueError(f"--fitted says solver and steps itself; it goes without {others}.")
+            return FittedSolver.load(self.fitted), None
+        solver = build_solver(self.solver, self.options)
+        if self.steps is None:
+            if self.grid is not None:
+                raise ValueError("--grid needs --steps.")
+            if not (counted or solver.adaptive or solver.steps is not None or self.nfe is not None):
+                raise ValueError(f"--solver {self.solver} walks a grid: say how many steps with --steps, or --nfe.")
+            return solver, None
+        if others := self._said("nfe", "rtol", "atol"):
+            raise ValueError(f"give either --steps, which fixes the grid, or {others}.")
+        if sde is not None:
+            return solver, (GRIDS[self.grid](sde, self.steps) if self.grid else own_grid(sde, solver, self.steps))
+        if "steps" not in {field.name for field in dataclasses.fields(cast(Any, solver))}:
+            raise ValueError(f"--solver {self.solver} takes no number of steps; give --rtol or --nfe.")
+        return dataclasses.replace(cast(Any, solver), steps=self.steps), None
+
+    def _said(self, *names: str) -> str:
+        """Those of the options that were given."""
+        said = (name for name in names if getattr(self, name) not in (None, ()))
+        return ", ".join("-o" if name == "options" else f"--{name}" for name in said)
+
+
 def build_solver(name: str, options: Sequence[str]) -> Solver:
     """The solver of that name, with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
 
@@ -46,46 +105,6 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
             raise ValueError(f"--option must be KEY=VALUE; got {option!r}.")
         solver = _replaced(solver, key.split("."), _value(text))
     return solver
-
-
-def chosen_solver(name: str, fitted: Path | None, said: dict[str, Any]) -> Solver:
-    """The fitted solver in a file, or that of a name with its options.
-
-    Args:
-        name: of `--solver`.
-        fitted: of `--fitted`.
-        said: what else was said of steps and solver, by option; `-o` among them.
-
-    Raises:
-        ValueError, OSError: if they do not go together, or the file holds none.
-    """
-    if fitted is None:
-        return build_solver(name, said["-o"])
-    if others := [key for key, value in said.items() if value not in (None, ())]:
-        raise ValueError(f"--fitted says solver and steps itself; it goes without {', '.join(others)}.")
-    return FittedSolver.load(fitted)
-
-
-def build_controller(
-    sde: SDE, solver: Solver, steps: int | None, grid: str | None, rtol: bool, budget: bool = False
-) -> Controller | None:
-    """The grid asked for, or None where the solver's own choice stands.
-
-    Raises:
-        ValueError: if the options do not go together.
-    """
-    name = type(solver).__name__
-    if steps is None:
-        if grid is not None:
-            raise ValueError("--grid needs --steps.")
-        if not solver.adaptive and solver.steps is None and not budget:
-            raise ValueError(f"--solver {name} walks a grid: say how many steps with --steps, or --nfe.")
-        return None
-    if budget:
-        raise ValueError("give either --steps or --nfe.")
-    if rtol:
-        raise ValueError("--steps fixes the grid; --rtol and --atol are for adaptive steps.")
-    return own_grid(sde, solver, steps) if grid is None else GRIDS[grid](sde, steps)
 
 
 def check_request(

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import io
 import json
 import math
 import os
@@ -18,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.cli.models import own_device
-from fastsde.cli.output import PATH, prepare_folder, versions
+from fastsde.cli import options as option
+from fastsde.cli.options import PATH
+from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
-from fastsde.files import write_whole
+from fastsde.files import csv_text, write_whole
 from fastsde.pretrained import save_checkpoint_folder, score_model
 from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE
@@ -42,7 +41,7 @@ def _flag(name: str, kind: Any, default: object, text: str) -> Any:
     return click.option(name, type=kind, help=text, show_default=str(default))
 
 
-@click.command(short_help="Train a small score network on images, adversarial or not.")
+@click.command()
 @click.option("--config", type=PATH, help="A TOML file of settings; see docs/training.md.")
 @click.option("--set", "assignments", multiple=True, help="One setting, as in --set training.steps=100; may repeat.")
 @click.option(
@@ -58,7 +57,7 @@ def _flag(name: str, kind: Any, default: object, text: str) -> Any:
 @click.option("--bf16/--fp32", default=None, help="Precision of the network's arithmetic.", show_default="bf16")
 @click.option("--classes", help="Class names, comma-separated.", show_default="numbers")
 @click.option("--title", help="Name and licence of the data, for the card: 'Fashion-MNIST; MIT'.")
-@click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1.")
+@option.device
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 def train(
     config: Path | None,
@@ -72,7 +71,7 @@ def train(
     bf16: bool | None,
     classes: str | None,
     title: str | None,
-    device: str,
+    device: torch.device,
     resume: bool,
 ) -> None:
     """Train a UNet by denoising score matching under the VP SDE; 2.2 M parameters that predict the noise, by default.
@@ -98,22 +97,19 @@ def train(
         "training.seed": seed,
         "training.bf16": bf16,
     }
-    checkpoint, rank = out / "checkpoint.safetensors", 0
+    checkpoint = out / "checkpoint.safetensors"
+    if checkpoint.exists() and not resume:
+        raise ValueError(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
+    settings = read_settings(config, assignments, options)
+    rank, size = processes(None, None, os.environ)
+    images, labels, test = _read_data(settings, out)
+    prepare_folder(out, needed=100 << 20)
     try:
-        if checkpoint.exists() and not resume:
-            raise ValueError(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
-        settings = read_settings(config, assignments, options)
-        rank, size = processes(None, None, os.environ)
-        own = own_device(device, os.environ)
-        images, labels, test = _read_data(settings, out)
-        prepare_folder(out, needed=100 << 20)
         if size > 1:
-            torch.distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
-        _run(settings, images, labels, test, own, out, resume, leads=rank == 0)
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        _run(settings, images, labels, test, device, out, resume, leads=rank == 0)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
-    except (ValueError, TypeError, OSError, ArithmeticError, ImportError, RuntimeError) as error:
-        raise click.ClickException(str(error)) from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
@@ -174,7 +170,11 @@ def _run(
         adversary.discriminator.to(device)
 
     def note(step: int, history: History, averaged: nn.Module) -> None:
-        write_whole(out / "losses.csv", _losses(history))
+        names_of_losses = ("step", *history)
+        rows = [
+            dict(zip(names_of_losses, row, strict=True)) for row in zip(range(step), *history.values(), strict=True)
+        ]
+        write_whole(out / "losses.csv", csv_text(rows))
         if settings.samples_every and step % settings.samples_every == 0:
             (out / "samples").mkdir(exist_ok=True)
             draw_samples(score_model(averaged, sde, card), len(names), out / "samples" / f"{step:06d}.png")
@@ -207,17 +207,7 @@ def draw_samples(model: ScoreModel, classes: int, path: Path, n: int = 40) -> No
     r = api.sample(model, n=n, nfe=12, cond=cond, batch_size=n)
     whole = r.samples[torch.isfinite(r.samples).flatten(1).all(1)]
     if len(whole):
-        picture = io.BytesIO()
-        image_grid(to_uint8(whole, model.data_range), columns=10, width=56).save(picture, "PNG")
-        write_whole(path, picture.getvalue())
-
-
-def _losses(history: History) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["step", *history])
-    writer.writerows([step, *values] for step, values in enumerate(zip(*history.values(), strict=True)))
-    return text.getvalue().encode()
+        write_whole(path, image_grid(to_uint8(whole, model.data_range), columns=10, width=56).save)
 
 
 def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from fastsde.files import read_json, sha256, write_whole
+from fastsde.files import read_json, sha256, write_json, write_whole
 from fastsde.training.batches import data_hash
 from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.data import to_unit_range
@@ -177,7 +176,7 @@ def save_classifier(folder: Path, network: Classifier, card: dict[str, Any]) -> 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in network.state_dict().items()}
     write_whole(folder / WEIGHTS, save(weights, {"format": "pt"}))
-    write_whole(folder / CARD, (json.dumps(card, indent=2) + "\n").encode())
+    write_json(folder / CARD, card)
 
 
 def load_classifier(folder: Path) -> tuple[Classifier, dict[str, Any]]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from tqdm import tqdm
 from fastsde.arguments import usable_device
 from fastsde.evaluation.classifier import CARD, load_classifier
 from fastsde.evaluation.images import Images
+from fastsde.files import sha256
 from fastsde.pretrained import ASSETS
 
 PACKAGED = ASSETS / "features"
@@ -118,11 +119,11 @@ def _hash(network: object) -> str:
     """SHA-256 of names, shapes and values of the state; empty for a function, of which nothing can be said."""
     if not isinstance(network, nn.Module):
         return ""
-    digest = hashlib.sha256()
+    parts: list[bytes | np.ndarray] = []
     for key, value in network.state_dict().items():
-        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        header = f"{key} {value.dtype} {tuple(value.shape)}".encode()
+        parts += [header, value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()]
+    return sha256(*parts)
 
 
 def packaged_features() -> list[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -18,23 +17,12 @@ from torch import Tensor
 
 from fastsde.checks import check_count
 from fastsde.control import Controller
-from fastsde.files import ArrayFile, json_hash, read_json, write_whole
+from fastsde.files import ArrayFile, clear, json_hash, read_json, write_first, write_whole
 from fastsde.result import SampleResult, Status
 
 MANIFEST = "manifest.json"
 HASH = "manifest_sha256"
 """The array of a shard that says which job it is of."""
-
-
-def clear(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder that is complete.
-
-    A process that is just writing what is there already may lose its temporary file by this, and then is content with
-    what is there.
-    """
-    for pattern in (".*.tmp", ".*.first"):
-        for path in folder.glob(pattern):
-            path.unlink(missing_ok=True)
 
 
 def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
@@ -56,7 +44,7 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{folder} has no {name}, but {others[0]}: it is of something else. Choose another folder."
             )
-        _write_first(path, (json.dumps(settings, indent=1) + "\n").encode())
+        write_first(path, (json.dumps(settings, indent=1) + "\n").encode())
     stored = read_json(path)
     changed = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
     if changed:
@@ -64,20 +52,6 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
             f"{key}: {_short(stored.get(key))} there, {_short(settings.get(key))} here" for key in changed
         )
         raise ValueError(f"{folder} was begun with other settings ({pairs}). Choose another folder, or delete it.")
-
-
-def _write_first(path: Path, content: bytes) -> None:
-    """As `write_whole`, unless another process has written the file in between."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.first")
-    write_whole(temporary, content)
-    try:
-        os.link(temporary, path)  # fails if it exists, which replacing it would not
-    except FileExistsError:
-        pass
-    except OSError:  # a file system without links
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +140,7 @@ class ShardedJob:
         digest = np.array(json_hash(self._manifest()))
         for k in self.pending(rank, world_size):
             arrays = {**draw(self.indices(k)), "index": np.array(self.indices(k)), HASH: digest}
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-            write_whole(self.path(k), buffer.getvalue())
+            write_whole(self.path(k), arrays)
             yield len(self.indices(k))
         if not self.pending():
             clear(self.folder)

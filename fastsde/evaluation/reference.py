@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from fastsde.evaluation.features import PACKAGED, Features
 from fastsde.evaluation.images import Images
 from fastsde.evaluation.statistics import NEIGHBOUR, Moments
-from fastsde.files import ArrayFile, write_whole
+from fastsde.files import ArrayFile, sha256, write_whole
 
 REFERENCE = "reference.npz"
 
@@ -78,6 +77,11 @@ class Reference:
         }
         return cls(moments.mean, moments.covariance, torch.cat(kept) if keep else None, record)
 
+    def sha256(self) -> str:
+        """SHA-256 of mean, covariance and features, in hexadecimal."""
+        parts = (self.mean, self.covariance, self.feats)
+        return sha256(*(part.numpy() for part in parts if part is not None))
+
     def save(self, path: Path, *, half: bool = False) -> None:
         """Writes the file; `half` keeps `feats` in half precision."""
         arrays = {"mu": self.mean.numpy(), "sigma": self.covariance.numpy()}
@@ -85,10 +89,8 @@ class Reference:
             arrays["feats"] = self.feats.numpy().astype(np.float16 if half else np.float32)
         if self.record:
             arrays["record"] = np.array(json.dumps(self.record))
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, buffer.getvalue())
+        write_whole(path, arrays)
 
     @classmethod
     def load(cls, path: Path) -> Reference:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import hashlib
-import io
 import json
 import math
 import re
@@ -21,11 +18,11 @@ from fastsde import api
 from fastsde.control import Controller
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
-from fastsde.evaluation.jobs import HASH, ShardedJob, claim, clear, controller_record, shard_arrays
+from fastsde.evaluation.jobs import HASH, ShardedJob, claim, controller_record, shard_arrays
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.statistics import fewest
-from fastsde.files import json_hash, read_json, write_whole
+from fastsde.files import clear, csv_text, json_hash, read_json, write_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
 from fastsde.solvers import Solver
@@ -129,7 +126,7 @@ class Sweep:
             "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
             "features": problem.features.describe(),
             "reference": {
-                "sha256": _hash(problem.reference),
+                "sha256": problem.reference.sha256(),
                 **{key: problem.reference.record.get(key) for key in ("n", "source")},
             },
             "batch_size": batch_size,
@@ -214,7 +211,7 @@ class Sweep:
         else:
             features, logits = self.problem.features.of(open_images(job.folder))
             row |= measure(features, logits, self.problem.reference, draws=self.draws)
-        write_whole(path, (json.dumps(row | {HASH: self._hash(cell)}) + "\n").encode())
+        write_json(path, row | {HASH: self._hash(cell)})
         return True
 
     def _hash(self, cell: Cell) -> str:
@@ -247,28 +244,10 @@ class Sweep:
         clear(self.folder)
         rows = [row | {"provenance": self.settings} for row in self.rows()]
         write_whole(self.folder / "results.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-        write_whole(self.folder / "results.csv", _csv(rows))
+        write_whole(self.folder / "results.csv", csv_text(rows))
         summary = summarise(rows)
-        write_whole(self.folder / "summary.csv", _csv(summary))
+        write_whole(self.folder / "summary.csv", csv_text(summary))
         return summary
-
-
-def _hash(reference: Reference) -> str:
-    digest = hashlib.sha256()
-    for part in (reference.mean, reference.covariance, reference.feats):
-        if part is not None:
-            digest.update(part.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: json.dumps(v) if isinstance(v, dict) else v for key, v in row.items()})
-    return text.getvalue().encode()
 
 
 _AVERAGED = ("fid_infinite", "kid", "precision", "recall", "density", "coverage", "inception_score")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.files import json_hash, read_json, write_whole
+from fastsde.files import json_hash, read_json, write_json
 from fastsde.score.base import Prediction, ScoreModel, reading_hash
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE, Level
@@ -204,7 +203,7 @@ class FittedSolver(ExponentialPC):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes it as JSON, whole or not at all."""
-        write_whole(Path(path), (json.dumps(self.as_json(), indent=1) + "\n").encode())
+        write_json(Path(path), self.as_json())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FittedSolver:

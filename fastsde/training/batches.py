@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from fastsde.files import sha256
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import to_unit_range
@@ -100,11 +100,8 @@ def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tenso
 
 def data_hash(images: Tensor, labels: Tensor | None) -> str:
     """Sixteen hexadecimal digits that tell one data set from another."""
-    digest = hashlib.sha256(f"{tuple(images.shape)} {images.dtype}".encode())
-    for part in (images, labels):
-        if part is not None:
-            digest.update(part.contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
+    parts = [part.numpy() for part in (images, labels) if part is not None]
+    return sha256(f"{tuple(images.shape)} {images.dtype}".encode(), *parts)[:16]
 
 
 def check_data(images: Tensor, labels: Tensor | None) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
+
+from fastsde.files import write_whole
 
 History = dict[str, list[float]]
 """The losses of every step so far, by name."""
@@ -41,12 +42,7 @@ def save_checkpoint(
             tensors |= {f"{name}.{i}.{k}": v for k, v in state.items()}
     tensors |= {f"history.{name}": torch.tensor(values, dtype=torch.float64) for name, values in history.items()}
     meta = {"step": str(len(history["loss"])), "config": json.dumps(settings)}
-    temporary = path.with_suffix(".tmp")
-    try:
-        save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, meta)
-    except SafetensorError as error:  # a full disk; not an OSError
-        raise OSError(f"{temporary} was not written: {error}; the checkpoint before it stays.") from error
-    os.replace(temporary, path)
+    write_whole(path, save({k: v.contiguous() for k, v in tensors.items()}, meta))
 
 
 def load_checkpoint(

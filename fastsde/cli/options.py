@@ -1,0 +1,72 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from fastsde.arguments import usable_device
+
+
+class _Path(click.Path):
+    """A path; the empty one, as from a variable that is not set, would mean the folder where the command runs."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "":
+            self.fail("an empty path; write . for this folder.", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _Path(path_type=Path)
+
+
+def _device(ctx: click.Context, param: click.Parameter, value: str) -> torch.device:
+    """The device asked for; of several GPUs the one that `torchrun` or `accelerate launch` means by LOCAL_RANK."""
+    local = os.environ.get("LOCAL_RANK")
+    return usable_device(f"cuda:{local}" if value == "cuda" and local is not None else value)
+
+
+model = click.option(
+    "--model",
+    default="fashion-mnist",
+    help="A packaged model, a folder written by `fastsde train`, or a diffusers model: a folder or a name on the hub.",
+)
+device = click.option(
+    "--device",
+    default=lambda: "cuda" if torch.cuda.is_available() else "cpu",
+    show_default="cuda where there is one, else cpu",
+    callback=_device,
+    help="cpu, cuda, cuda:1, mps.",
+)
+dtype = click.option(
+    "--dtype",
+    default="float32",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    callback=lambda ctx, param, value: getattr(torch, value),
+    help="Of the network alone; of a pipeline's parts.",
+)
+batch_size = click.option("--batch-size", default=64, type=click.IntRange(1, 1 << 20), help="Rows evaluated at a time.")
+shard_size = click.option(
+    "--shard-size",
+    default=512,
+    type=click.IntRange(1, 1 << 32),
+    help="Samples in a file of a job; a kill costs that many at most.",
+)
+rank = click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
+world_size = click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
+features = click.option(
+    "--features",
+    default="fashion-mnist",
+    help='"fashion-mnist", "inception", a folder of `train-features`, or of a DINOv2 or CLIP model.',
+)
+weights = click.option("--weights", type=PATH, help="For the features inception: a local file.")
+bootstrap = click.option(
+    "--bootstrap", default=50, type=click.IntRange(2, 100_000), help="Replicates for the error of FID."
+)
+seed = click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the noise.")
+plot = click.option("--plot", type=PATH, help="Also draw a picture, as PNG; needs matplotlib.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
