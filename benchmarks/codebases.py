@@ -18,7 +18,11 @@ from common import save, table
 HERE = Path(__file__).parent.parent
 
 PARTS: dict[str, dict[str, list[str]]] = {
-    "DDIM step": {
+    "DDIM, the step": {
+        "fastsde": ["fastsde/solvers/ddim.py:DDIM.step"],
+        "azula": ["azula/sample.py:DDIMSampler.step"],
+    },
+    "DDIM, the class": {
         "fastsde": ["fastsde/solvers/ddim.py:DDIM"],
         "azula": ["azula/sample.py:DDIMSampler"],
         "k_diffusion": ["k_diffusion/sampling.py:sample_euler", "k_diffusion/sampling.py:to_d"],
