@@ -49,15 +49,15 @@ class Problem(ABC):
     def distance(self, x: Tensor) -> float:
         """Frechet distance between the moments of samples and the exact ones."""
 
-    def model(self) -> fastsde.ScoreModel:
-        """The same denoiser, as fastsde reads it."""
+    def model(self, sde: fastsde.SDE = SDE) -> fastsde.ScoreModel:
+        """The same denoiser as fastsde reads it, under any process."""
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             t = t.double()
-            alpha = SDE.alpha(t)
-            return self.denoise((x / alpha[:, None]).to(x.dtype), SDE.sigma(t) / alpha)
+            alpha = sde.alpha(t)
+            return self.denoise((x / alpha[:, None]).to(x.dtype), sde.sigma(t) / alpha)
 
-        return fastsde.ScoreModel(network, SDE, "sample", event_shape=(self.d,))
+        return fastsde.ScoreModel(network, sde, "sample", event_shape=(self.d,))
 
     def floor(self, draws: int) -> tuple[float, float]:
         """Mean and standard deviation of the distance of n exact samples."""
@@ -101,7 +101,7 @@ class Mixture(Problem):
 
 
 class Gaussian(Problem):
-    """Independent elements with standard deviations 0.3 .. 0.0095, log-spaced: the problem of `thesis_nfe.py`.
+    """Independent elements with standard deviations 0.3 .. 0.0095, log-spaced: the problem of `thesis/nfe.py`.
 
     Distance: the sum over elements of the one-dimensional Frechet distances. What t_min leaves out of the smallest
     elements is everybody's alike.
@@ -127,11 +127,24 @@ class Gaussian(Problem):
         return float(x.mean(0).square().sum() + (x.std(0) - self.std).square().sum())
 
 
-def digits(n: int) -> Mixture:
-    """The mixture of `digits.py`: ten full covariances in 64 dimensions."""
-    from digits import digits_mixture
+def digits_law() -> MixtureScore:
+    """scikit-learn's 8x8 digits in [-1, 1]: one Gaussian for each, with its mean, full covariance and frequency.
 
-    return Mixture("digits", digits_mixture(4e-4), n)
+    The covariances get a ridge of 4e-4, since some pixels are constant. A factor of 2 in it moves calls by 1 %.
+    """
+    from sklearn.datasets import load_digits
+
+    pixels, labels = (torch.as_tensor(a) for a in load_digits(return_X_y=True))
+    classes = [(pixels[labels == k] / 8 - 1).double() for k in range(10)]
+    weights = torch.tensor([len(c) for c in classes], dtype=torch.float64) / len(labels)
+    means = torch.stack([c.mean(0) for c in classes])
+    covariances = torch.stack([c.T.cov() for c in classes]) + 4e-4 * torch.eye(64, dtype=torch.float64)
+    return MixtureScore.from_covariances(SDE, weights, means, covariances)
+
+
+def digits(n: int) -> Mixture:
+    """Ten full covariances in 64 dimensions."""
+    return Mixture("digits", digits_law(), n)
 
 
 def scales(n: int) -> Mixture:
@@ -177,3 +190,12 @@ def images(n: int, folder: str) -> Mixture:
     weights = torch.full((len(means),), 1 / len(means), dtype=torch.float64)
     parts = (torch.stack(part) for part in (means, bases, variances))
     return Mixture("images", MixtureScore(SDE, weights, *parts, floor=4e-4), n)
+
+
+def make(name: str, n: int, folder: str | None = None) -> Problem:
+    """A problem by its name; `folder` is the IDX image data set of "images"."""
+    if name == "images":
+        if folder is None:
+            raise SystemExit("the problem images needs --images FOLDER, with an IDX image data set.")
+        return images(n, folder)
+    return {"digits": digits, "scales": scales, "rare": rare, "gaussian": Gaussian}[name](n)

@@ -1,4 +1,4 @@
-"""Peers through their own public API, and ours: each a function that draws samples of a problem with a budget of calls.
+"""Peers on exact problems through their own public API, and ours: functions of a problem and a budget of calls.
 
 All see the same denoiser D(y, rho); calls are counted there, not by the samplers. Every peer gets the spacings it
 offers, among them one uniform in log-SNR where it has one.
