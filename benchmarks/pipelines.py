@@ -135,15 +135,18 @@ def cost(steps: int, pairs: int) -> list[Row]:
     return rows
 
 
-@command("How near under guidance, beside DDIM in the pipeline's own loop?", "guided_pipeline", main, calls=[6])
+@command(
+    "How near under guidance, beside DDIM in the pipeline's own loop?", "guided_pipeline", main, calls=[6], scales=[2.0]
+)
 @click.option("--calls", type=int, multiple=True, default=(6, 8, 12, 16, 24))
-def guidance(calls: tuple[int, ...]) -> list[Row]:
+@click.option("--scale", "scales", type=float, multiple=True, default=(1.0, 2.0, 3.0))
+def guidance(calls: tuple[int, ...], scales: tuple[float, ...]) -> list[Row]:
     """Prints the table."""
     example = runpy.run_path(str(EXAMPLE))
     pipe, noise, labels = (example[name] for name in ("pipe", "noise", "classes"))
     solvers = {"ours": fastsde.ExponentialPC(), "2M": fastsde.DPMSolverPP(order=2), "UniPC": fastsde.UniPC(order=2)}
     rows: list[Row] = []
-    for scale in (1.0, 2.0, 3.0):
+    for scale in scales:
 
         def ours(n: int, solver: fastsde.Solver, scale: float = scale) -> torch.Tensor:
             asked = {"class_labels": labels, "guidance_scale": scale, "num_inference_steps": n}
