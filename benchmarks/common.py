@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import csv
 import ctypes
 import dataclasses
 import datetime
@@ -128,6 +129,37 @@ def table(rows: Sequence[Mapping[str, object]], *keys: str) -> None:
     width = [max(len(line[k]) for line in text) for k in range(len(keys))]
     for first, *rest in (text[0], tuple("-" * w for w in width), *text[1:]):
         print("  ".join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]))
+
+
+class Book:
+    """Rows of a CSV file, by their first fields; it is written as they come, so that an interrupted study goes on.
+
+    Args:
+        path: the file.
+        keys: the fields that make a row.
+        values: the others.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str], values: Sequence[str]) -> None:
+        self.path, self.keys, self.fields = path, keys, (*keys, *values)
+        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = {tuple(row[k] for k in keys): row for row in csv.DictReader(file)}
+
+    def need(self, *key: object, work: Callable[[], Mapping[str, object]]) -> None:
+        """Runs what is not there, and writes it."""
+        words = tuple(map(str, key))
+        if words in self.rows:
+            return
+        self.rows[words] = dict(zip(self.keys, words, strict=True)) | {k: str(v) for k, v in work().items()}
+        self.path.parent.mkdir(exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            if new:
+                writer.writeheader()
+            writer.writerow(self.rows[words])
 
 
 def described(part: object) -> str:

@@ -10,7 +10,6 @@ run again. Of the networks, flow, shifted and clipped are those of `networks.py`
 
 from __future__ import annotations
 
-import csv
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +17,7 @@ from pathlib import Path
 import click
 import networks
 import torch
-from common import RESULTS, RUNS, Row, command, labels, table
+from common import RESULTS, RUNS, Book, Row, command, labels, table
 from peers_networks import peers as peers_of
 from problems import make
 from torch import Tensor
@@ -80,24 +79,15 @@ def fid(x: Tensor) -> float:
     return frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
 
 
-class Book:
-    """The rows of a CSV file, by what they are of."""
+class Results(Book):
+    """The rows of results/fitted.csv."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, dict[tuple[str, ...], dict[str, str]]()
-        if path.exists():
-            with path.open() as file:
-                self.rows = {tuple(row[k] for k in KEYS[:4]): row for row in csv.DictReader(file)}
+        super().__init__(path, KEYS[:4], KEYS[4:])
 
-    def need(self, problem: str, sampler: str, calls: int, seed: int, work: Callable[[], dict[str, float]]) -> None:
-        """Runs what is not there, and writes it."""
-        key = (problem, sampler, str(calls), str(seed))
-        if key not in self.rows:
-            self.rows[key] = dict(zip(KEYS, key, strict=False)) | {k: f"{v:.5g}" for k, v in work().items()}
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, KEYS)
-                writer.writeheader()
-                writer.writerows(self.rows.values())
+    def add(self, problem: str, sampler: str, calls: int, seed: int, work: Callable[[], dict[str, float]]) -> None:
+        """Runs what is not there, and writes it with five digits."""
+        self.need(problem, sampler, calls, seed, work=lambda: {k: f"{v:.5g}" for k, v in work().items()})
 
     def value(self, problem: str, sampler: str, calls: int, column: str, seed: int = 0) -> float | None:
         """A figure, if it is there."""
@@ -137,7 +127,7 @@ class Book:
         ]
 
 
-def study(book: Book, case: Case, calls: tuple[int, ...], with_peers: bool, prices: bool, fids: int) -> None:
+def study(book: Results, case: Case, calls: tuple[int, ...], with_peers: bool, prices: bool, fids: int) -> None:
     """All rows of a problem."""
     name = case.name
 
@@ -146,13 +136,13 @@ def study(book: Book, case: Case, calls: tuple[int, ...], with_peers: bool, pric
         return case.judged(case.run(solver=solver).samples) | {"cost": solver.record["cost"]}
 
     for n in tqdm(calls, f"{name}: ours", disable=None):
-        book.need(name, "default", n, 0, lambda n=n: case.judged(case.run(nfe=n).samples))
-        book.need(name, "fitted", n, 0, functools.partial(fitted, 0, nfe=n))
+        book.add(name, "default", n, 0, lambda n=n: case.judged(case.run(nfe=n).samples))
+        book.add(name, "fitted", n, 0, functools.partial(fitted, 0, nfe=n))
     for n in set(PILOT_CALLS) & set(calls):
         for seed in (1, 2):
-            book.need(name, "fitted", n, seed, functools.partial(fitted, seed, nfe=n))
+            book.add(name, "fitted", n, seed, functools.partial(fitted, seed, nfe=n))
         for price in PRICES if prices else ():
-            book.need(name, f"fitted, {price} calls", n, 0, functools.partial(fitted, 0, nfe=n, calls=price))
+            book.add(name, f"fitted, {price} calls", n, 0, functools.partial(fitted, 0, nfe=n, calls=price))
 
     def drawn(n: int, seed: int) -> dict[str, float]:  # by the same fit for all seeds
         solver = case.fitted(1000, nfe=n)
@@ -160,7 +150,7 @@ def study(book: Book, case: Case, calls: tuple[int, ...], with_peers: bool, pric
         return {"distance": fid(fastsde.sample(case.model, n=fids, solver=solver, **options).samples)}
 
     for seed, n in ((seed, n) for seed in range(FID_SEEDS) for n in FID_CALLS if fids and name == "packaged"):
-        book.need(name, f"fitted, FID of {fids}", n, seed, functools.partial(drawn, n, seed))
+        book.add(name, f"fitted, FID of {fids}", n, seed, functools.partial(drawn, n, seed))
     crowd = peers_of(case.model, cond=case.cond) if with_peers else {}
 
     def peer(label: str, n: int) -> dict[str, float]:
@@ -168,12 +158,12 @@ def study(book: Book, case: Case, calls: tuple[int, ...], with_peers: bool, pric
         return {} if found is None else case.judged(found[0])
 
     for label in tqdm(crowd, f"{name}: peers at 6", disable=None):
-        book.need(name, label, 6, 0, functools.partial(peer, label, 6))
+        book.add(name, label, 6, 0, functools.partial(peer, label, 6))
     known = {label: value for label in crowd if (value := book.value(name, label, 6, "error")) is not None}
     more = sorted({m for n in calls for m in (n, n + 2) if 4 <= m <= 20})
     for n in tqdm(more if crowd else (), f"{name}: peers", disable=None):
         for label in sorted(known, key=lambda label: known[label])[:KEPT]:
-            book.need(name, label, n, 0, functools.partial(peer, label, n))
+            book.add(name, label, n, 0, functools.partial(peer, label, n))
 
 
 @command(
@@ -200,8 +190,7 @@ def main(
     book: Path,
 ) -> list[Row]:
     """Runs what is missing in the book and prints the table."""
-    book.parent.mkdir(exist_ok=True)
-    rows = Book(book)
+    rows = Results(book)
     for name in only:
         study(rows, Case(name, images and str(images), starts, samples), calls, with_peers, prices, fids)
     found = rows.summary()

@@ -9,7 +9,6 @@ kind and number of calls with every seed.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from statistics import mean, stdev
 
 import click
 import torch
-from common import RESULTS, RUNS, Row, command, table
+from common import RESULTS, RUNS, Book, Row, command, table
 from peers_exact import Sampler, samplers
 from problems import Problem, make
 from tqdm import tqdm
@@ -26,7 +25,6 @@ CALLS = (10, 12, 15, 20, 30, 50)
 SHARES = {"digits": 1, "gaussian": 16, "scales": 4, "images": 4}
 """Problems, and of how many samples one is drawn there."""
 KEY = ("problem", "family", "kind", "sampler", "budget", "seed")
-FIELDS = (*KEY, "nfe", "ratio", "seconds")
 AGAIN = 3
 OURS = {
     "ODE": {"ours": "ExponentialPC", "fitted": "FittedSolver"},
@@ -34,32 +32,24 @@ OURS = {
 }
 
 
-class Book:
-    """The rows of a CSV file, which grows as they come."""
+class Results(Book):
+    """The rows of results/peers.csv."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.rows = path, {}
-        if path.exists():
-            with path.open(newline="") as file:
-                self.rows = {tuple(row[k] for k in KEY): row for row in csv.DictReader(file)}
+        super().__init__(path, KEY, ("nfe", "ratio", "seconds"))
 
     def run(self, problem: Problem, unit: float, sampler: Sampler, budget: float, seed: int) -> None:
-        """Draws, measures and notes, unless that was done before."""
-        key = (problem.name, sampler.family, sampler.kind, sampler.name, str(budget), str(seed))
-        if key in self.rows:
-            return
-        problem.rows, start = 0, time.perf_counter()
-        with torch.no_grad():
-            x = sampler.draw(problem, problem.n, budget, seed)
-        ratio = problem.distance(x) / unit if torch.isfinite(x).all() else float("inf")
-        row = dict(zip(KEY, key, strict=True)) | {"nfe": f"{problem.rows / problem.n:.3f}", "ratio": f"{ratio:.4f}"}
-        self.rows[key] = row | {"seconds": f"{time.perf_counter() - start:.1f}"}
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS)
-            if new:
-                writer.writeheader()
-            writer.writerow(self.rows[key])
+        """Draws and measures, unless that was done before."""
+
+        def work() -> Row:
+            problem.rows, start = 0, time.perf_counter()
+            with torch.no_grad():
+                x = sampler.draw(problem, problem.n, budget, seed)
+            ratio = problem.distance(x) / unit if torch.isfinite(x).all() else float("inf")
+            row = {"nfe": f"{problem.rows / problem.n:.3f}", "ratio": f"{ratio:.4f}"}
+            return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+        self.need(problem.name, sampler.family, sampler.kind, sampler.name, budget, seed, work=work)
 
     def best(self, problem: str, kind: str, budget: int) -> list[str]:
         """Names of the nearest peers of a kind within a number of calls, after the first seed."""
@@ -114,8 +104,7 @@ def main(
     path: Path,
 ) -> Row:
     """Runs what is missing in the book and prints the tables."""
-    path.parent.mkdir(exist_ok=True)
-    book, everybody, floors = Book(path), samplers(), {}
+    book, everybody, floors = Results(path), samplers(), {}
     for label in only:
         problem = make(label, max(64, samples // SHARES[label]), images and str(images))
         unit, spread = problem.floor(12)

@@ -14,7 +14,7 @@ DDIM is DPM-Solver++ of order 1, which is the same formula and offers all spacin
 
 from __future__ import annotations
 
-import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -32,12 +32,7 @@ None where the peer cannot do with that many calls.
 
 
 class Counted:
-    """A score model with its conditioning that counts its calls.
-
-    Args:
-        model: the score model; it may be a wrapper.
-        cond: conditioning of the rows, each tensor with leading axis B.
-    """
+    """A score model with its conditioning that counts its calls."""
 
     def __init__(self, model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | None) -> None:
         self.model, self.cond, self.calls = model, dict(cond or {}), 0
@@ -48,36 +43,36 @@ class Counted:
         return self.model(x, t.expand(len(x)), self.cond)
 
 
+@dataclasses.dataclass(frozen=True)
 class Diffusers:
     """A scheduler of diffusers in its usual loop.
 
-    Args:
+    Attributes:
         model: the score model.
-        cond: its conditioning.
+        cond: its conditioning, each tensor with leading axis B.
         name: the scheduler's class.
         options: its configuration.
         even: gives a flow's scheduler equal steps from 1 to 1 / N itself, as many pipelines do, and not 1 / 1000.
     """
 
-    def __init__(
-        self,
-        model: fastsde.ScoreModel,
-        cond: Mapping[str, Tensor] | None,
-        name: str,
-        options: Mapping[str, object],
-        even: bool = False,
-    ) -> None:
-        self.model, self.cond, self.name, self.options, self.even = model, cond, name, dict(options), even
-        self.flow = isinstance(model.sde, fastsde.RectifiedFlow)
-        if not self.flow:
-            self.options["trained_betas"] = table(model.sde)
-            self.options["num_train_timesteps"] = model.sde.levels
+    model: fastsde.ScoreModel
+    cond: Mapping[str, Tensor] | None
+    name: str
+    options: Mapping[str, object]
+    even: bool = False
+
+    @property
+    def flow(self) -> bool:
+        """Whether the process is a flow; it has a table of betas otherwise."""
+        return isinstance(self.model.sde, fastsde.RectifiedFlow)
 
     def scheduler(self, calls: int) -> object | None:
         """The scheduler with its steps set, or None where it has none for that many calls."""
         import diffusers
 
-        scheduler = getattr(diffusers, self.name)(**self.options)
+        sde = self.model.sde
+        own = {} if self.flow else {"trained_betas": table(sde), "num_train_timesteps": sde.levels}
+        scheduler = getattr(diffusers, self.name)(**self.options, **own)
         if self.even:
             scheduler.set_timesteps(sigmas=np.linspace(1, 1 / calls, calls))
         else:
@@ -120,39 +115,20 @@ class Diffusers:
         return x, model.calls
 
 
-class Ours:
-    """A solver of fastsde on a grid of a continuous process.
-
-    Args:
-        model: the score model.
-        cond: its conditioning.
-        solver: the solver, one call a step and one more to denoise.
-        grid: the grid from the process and a number of steps.
-    """
-
-    def __init__(
-        self,
-        model: fastsde.ScoreModel,
-        cond: Mapping[str, Tensor] | None,
-        solver: fastsde.Solver,
-        grid: Callable[[fastsde.SDE, int], fastsde.Grid],
-    ) -> None:
-        self.model, self.cond, self.solver, self.grid = model, cond, solver, grid
-
-    def __call__(self, z: Tensor, calls: int) -> tuple[Tensor, int] | None:
-        if calls < 2:
-            return None
-        sde = self.model.sde
-        r = fastsde.sample(
-            self.model,
-            solver=self.solver,
-            controller=self.grid(sde, calls - 1),
-            x_init=sde.prior(z),
-            cond=None if self.cond is None else dict(self.cond),
-            seed=0,
-        )
-        nfe = int(r.nfe.max())
-        return (r.samples, nfe) if nfe <= calls else None
+def on_grid(
+    model: fastsde.ScoreModel,
+    cond: Mapping[str, Tensor] | None,
+    solver: fastsde.Solver,
+    grid: Callable[[fastsde.SDE, int], fastsde.Grid],
+    z: Tensor,
+    calls: int,
+) -> tuple[Tensor, int] | None:
+    """A solver of fastsde with one call a step and one more to denoise, on a grid of a continuous process."""
+    if calls < 2:
+        return None
+    options = {"solver": solver, "controller": grid(model.sde, calls - 1), "x_init": model.sde.prior(z), "seed": 0}
+    r = fastsde.sample(model, cond=None if cond is None else dict(cond), **options)
+    return r.samples, int(r.nfe.max())
 
 
 def table(sde: fastsde.DiscreteVPSDE) -> list[float]:
@@ -229,7 +205,7 @@ def continuous_peers(model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | Non
     }
     grids = {"Karras": fastsde.Grid.karras, "log-SNR": fastsde.Grid.log_snr}
     return {
-        f"{name}, {spacing}": Ours(model, cond, copy.deepcopy(solver), grid)
+        f"{name}, {spacing}": partial(on_grid, model, cond, solver, grid)
         for name, solver in solvers.items()
         for spacing, grid in grids.items()
     }

@@ -45,11 +45,9 @@ OTHERS = (
     "thesis/tables.py exact",
     "thesis/tables.py network",
     "thesis/ddim.py",
-    "thesis/annealed.py noise",
-    "thesis/annealed.py steps",
+    "thesis/annealed.py",
     "thesis/adversarial.py points",
     "thesis/adversarial.py images --data {images}",
-    "thesis/adversarial.py stacked --data {images}",
 )
 
 

@@ -27,8 +27,7 @@ SCRIPTS = {
     "ablation_solver": "ablations.py solver",
     "adversarial_2d": "thesis/adversarial.py points",
     "adversarial_images": "thesis/adversarial.py images",
-    "annealed_steps": "thesis/annealed.py steps",
-    "annealing": "thesis/annealed.py noise",
+    "annealed_steps": "thesis/annealed.py",
     "batching": "overhead.py batching",
     "ddim": "thesis/ddim.py",
     "guided_pipeline": "pipelines.py guidance",
@@ -39,7 +38,6 @@ SCRIPTS = {
     "overhead_cuda": "overhead.py runs --device cuda",
     "pipelines": "pipelines.py classes",
     "posterior": "posterior.py exact",
-    "stacked": "thesis/adversarial.py stacked",
     "thesis_network": "thesis/tables.py network",
     "thesis_nfe": "thesis/nfe.py",
     "thesis_tables": "thesis/tables.py exact",
@@ -118,6 +116,36 @@ def some(rows: Sequence[Row], **key: object) -> list[Row]:
     return [row for row in rows if all(row.get(k) == v for k, v in key.items())]
 
 
+def columns(rows: Iterable[Row], **shown: str) -> list[Row]:
+    """Rows of a table: each column a key of the results, or a text with keys in braces; nothing where a key lacks.
+
+    In the names of columns `_` stands for a space.
+    """
+    found = []
+    for row in rows:
+        known = {key: value for key, value in row.items() if value is not None}
+        line = {}
+        for name, said in shown.items():
+            try:
+                line[name.replace("_", " ")] = said.format_map(known) if "{" in said else known[said]
+            except KeyError:
+                line[name.replace("_", " ")] = None
+        found.append(line)
+    return found
+
+
+def pivot(rows: Iterable[Row], by: Mapping[str, str], column: str, said: str) -> list[Row]:
+    """A row for all results that agree in `by` (shown name: key); `column` and `said` are keys or texts with keys."""
+    found: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        line = found.setdefault(
+            tuple(row.get(key) for key in by.values()), {name: row.get(k) for name, k in by.items()}
+        )
+        where, value = columns([row], where=column, value=said)[0].values()
+        line[str(where)] = value
+    return list(found.values())
+
+
 # Ours beside the peers
 
 
@@ -151,83 +179,67 @@ def readme(fitted: list[Row], network: list[Row], seeds: Row) -> list[Row]:
     return rows
 
 
-def beside(peers: Row, kind: str, *ours: str) -> list[Row]:
+def beside(peers: Row, kind: str) -> list[Row]:
     """One kind of sampler on all problems."""
-    rows = [row for row in peers["summary"] if row["kind"] == kind and row.get("calls", 99) <= 30]
-    return [
-        {"problem": row["problem"], "calls": row["calls"]}
-        | {name: row.get(name) for name in ours}
-        | {"spread over seeds": row.get("ours sd"), "best peer": row["peer ratio"], "which": row["peer"]}
-        for row in rows
-    ]
+    return [row for row in peers["summary"] if row["kind"] == kind and row.get("calls", 99) <= 30]
 
 
 @shows("peers")
 def peers_ode(peers: Row) -> list[Row]:
     """Distance over floor along the probability flow."""
-    return beside(peers, "ODE", "ours")
+    shown = {"spread_over_seeds": "ours sd", "best_peer": "peer ratio", "which": "peer"}
+    return columns(beside(peers, "ODE"), problem="problem", calls="calls", ours="ours", **shown)
 
 
 @shows("peers")
 def peers_sde(peers: Row) -> list[Row]:
     """The same with noise; ours at eta 1 and 0.5."""
-    return beside(peers, "SDE", "ours", "eta 0.5")
+    shown = {"eta_1": "ours", "eta_0.5": "eta 0.5", "spread_over_seeds": "ours sd"}
+    return columns(
+        beside(peers, "SDE"), problem="problem", calls="calls", **shown, best_peer="peer ratio", which="peer"
+    )
 
 
 @shows("peers")
 def peers_rtol(peers: Row) -> list[Row]:
-    """Samplers that take a tolerance: calls, and distance over floor."""
-    names = ("ExponentialPC, rtol", "Algorithm 6", "dpm_adaptive", "dopri5")
+    """Samplers that take a tolerance: distance over floor, and calls."""
+    names = ("Algorithm 6", "dpm_adaptive", "dopri5")
     rows = [row for row in peers["summary"] if row.get("sampler") in names]
-    lines = {(row["problem"], row["sampler"], row["rtol"]): f"{row['ratio']:.2f} ({row['nfe']:.0f})" for row in rows}
-    keys = sorted({key[1:] for key in lines}, key=lambda key: (names.index(key[0]), -key[1]))
-    problems = list(dict.fromkeys(key[0] for key in lines))
-    return [{"sampler": s, "rtol": rtol} | {p: lines.get((p, s, rtol)) for p in problems} for s, rtol in keys]
+    rows.sort(key=lambda row: (names.index(row["sampler"]), -row["rtol"]))
+    return pivot(rows, {"sampler": "sampler", "rtol": "rtol"}, "problem", "{ratio:.2f} ({nfe:.0f})")
 
 
 @shows("peers")
 def floors(peers: Row) -> list[Row]:
     """What one draw of exact samples has."""
-    return [
-        {
-            "problem": name,
-            "samples": v["n"],
-            "distance of exact samples": v["floor"],
-            "spread": f"{100 * v['spread']:.0f} %",
-        }
-        for name, v in peers["floors"].items()
-    ]
+    rows = ({"problem": name} | row for name, row in peers["floors"].items())
+    return columns(rows, problem="problem", samples="n", distance_of_exact_samples="floor", spread="{spread:.0%}")
 
 
 @shows("network")
 def network(rows: list[Row]) -> list[Row]:
     """Median distance to the network's own flow, thousandths of the data's range."""
-    found: dict[str, Row] = {}
-    left_out = ("first value", "alike", "rtol")
-    for row in rows:
-        if not any(word in row["solver"] for word in left_out):
-            found.setdefault(row["solver"], {"solver": row["solver"]})[f"{row['budget']} calls"] = 1e3 * row["median"]
-    return list(found.values())
+    rows = [row | {"thousandths": 1e3 * row["median"]} for row in rows if "rtol" not in row["solver"]]
+    return pivot(rows, {"solver": "solver"}, "{budget} calls", "thousandths")
 
 
 @shows("seeds")
 def seeds(results: Row) -> list[Row]:
     """FID over three seeds, by budget."""
-    found: dict[str, Row] = {}
-    for row in results["summary"]:
-        line = found.setdefault(row["solver"], {"sampler": f"`{row['solver']}`"})
-        line[f"{row['mean_nfe']:.0f} calls"] = f"{row['fid']:.3f} ± {row['fid_error']:.3f}"
-        if round(row["mean_nfe"]) == 10:
-            line |= {"precision": row["precision"], "recall": row["recall"]}
+    rows = results["summary"]
+    found = pivot(rows, {"sampler": "solver"}, "{mean_nfe:.0f} calls", "{fid:.3f} ± {fid_error:.3f}")
+    ten = {row["solver"]: row for row in rows if round(row["mean_nfe"]) == 10}
+    for line in found:
+        line |= {key: ten.get(line["sampler"], {}).get(key) for key in ("precision", "recall")}
     keys = ("sampler", "8 calls", "10 calls", "36 calls", "precision", "recall")
-    return [{key: line.get(key) for key in keys} for line in found.values()]
+    return [{key: line.get(key) for key in keys} for line in found]
 
 
 @shows("digits")
 def digits(results: Row) -> list[Row]:
     """Calls and distance over floor of every sampler."""
-    keys = ("solver", "setting", "nfe", "ratio", "spread", "reached")
-    return [{key: row.get(key) for key in keys} for row in results["rows"]]
+    shown = {"calls": "{nfe:.0f}", "distance_/_floor": "ratio", "spread_over_seeds": "spread", "reached": "reached"}
+    return columns(results["rows"], solver="`{solver}`", setting="setting", **shown)
 
 
 # Our solver
@@ -236,14 +248,9 @@ def digits(results: Row) -> list[Row]:
 @shows("ablation_solver")
 def weights(rows: list[Row]) -> list[Row]:
     """What each choice of weights adds on equal steps in log-SNR, and ours on other grids."""
-    calls, problems = ("10", "12", "15", "20"), list(dict.fromkeys(row["problem"] for row in rows))
-    lines: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        if "first correction" in row["weights"] or "leaning" in row["weights"]:
-            continue
-        line = lines.setdefault((row["grid"], row["weights"]), {"grid": row["grid"], "weights": row["weights"]})
-        line[row["problem"]] = slashed(row[c] for c in calls)
-    return [{key: line.get(key) for key in ("grid", "weights", *problems)} for line in lines.values()]
+    rows = [row for row in rows if "ours," not in row["weights"]]
+    rows = [row | {"all": slashed(row[calls] for calls in ("10", "12", "15", "20"))} for row in rows]
+    return pivot(rows, {"grid": "grid", "weights": "weights"}, "problem", "all")
 
 
 @shows("adaptivity")
@@ -254,21 +261,19 @@ def tolerances(rows: list[Row]) -> list[Row]:
         own = [row for row in some(rows, problem=problem) if "mean" in row]
         line: Row = {"problem": problem, "calls": slashed(row["calls"] for row in own)}
         line["error"] = slashed(row["mean"] for row in own)
-        line["start again"] = slashed(f"{100 * row['again']:.0f} %" for row in own)
+        line["start again"] = slashed(f"{row['again']:.0%}" for row in own)
         found.append(line | {"error with restarts / plain": slashed(row.get("ratio, mean") for row in own)})
     return found
 
 
 @shows("adaptivity")
 def restarts(rows: list[Row]) -> list[Row]:
-    """Root mean square error with restarts over that of the plain grid at equal mean calls, 20,000 samples."""
-    return [
-        {"problem": row["problem"], "rtol": row["rtol"], "mean calls": row["calls with restarts"]}
-        | {"most calls": row["most calls"], "error with restarts / plain": row["ratio, rms"]}
-        | {"95 %": " to ".join(map(cell, row["ratio, rms, 95 %"]))}
-        for row in rows
-        if "most calls" in row
+    """Root mean square error with restarts over that of the plain grid at equal mean calls, many samples."""
+    rows = [
+        row | {"range": " to ".join(map(cell, row["ratio, rms, 95 %"]))} for row in rows if "ratio, rms, 95 %" in row
     ]
+    shown = {"mean_calls": "calls with restarts", "error_with_restarts_/_plain": "ratio, rms", "95_%": "range"}
+    return columns(rows, problem="problem", rtol="rtol", **shown)
 
 
 # Fits
@@ -278,60 +283,41 @@ def restarts(rows: list[Row]) -> list[Row]:
 def fitted(rows: list[Row]) -> list[Row]:
     """Default, fitted and the best peers: distance on exact problems, error on networks."""
     networks = ("flow", "shifted", "clipped", "packaged")
-    found = []
-    for row in rows:
-        if row["measure"] == ("error" if row["problem"] in networks else "distance") and row.get("fitted") is not None:
-            line = {key: row.get(key) for key in ("problem", "measure", "calls", "default", "fitted")}
-            for shown, key, who in (
-                ("best peer, as many calls", "peer", "who"),
-                ("best peer, two calls more", "peer at n + 2", "who at n + 2"),
-            ):
-                line[shown] = None if row.get(key) is None else f"{cell(row[key])} {row[who]}"
-            found.append(line | {"price": row["price"]})
-    return found
+    rows = [
+        r for r in rows if r["measure"] == ("error" if r["problem"] in networks else "distance") and r.get("fitted")
+    ]
+    said = {"best_peer,_as_many_calls": "{peer:.3g} {who}", "two_calls_more": "{peer at n + 2:.3g} {who at n + 2}"}
+    keys = {key: key for key in ("problem", "measure", "calls", "default", "fitted")}
+    return columns(rows, **keys, **said, price="price")
 
 
 @shows("fitted")
 def fitted_fid(rows: list[Row]) -> list[Row]:
     """FID of 2000 images of the packaged network."""
-    own = [row for row in rows if "FID" in row["measure"]]
-    return [{"": "fitted"} | {f"{row['calls']} calls": row["fitted"] for row in own}]
+    return pivot((row for row in rows if "FID" in row["measure"]), {"": "measure"}, "{calls} calls", "fitted")
 
 
 @shows("fitted")
 def fit_pilots(rows: list[Row]) -> list[Row]:
     """Errors of fits by three different pilots."""
     own = [row for row in some(rows, measure="error") if row.get("third pilots") is not None]
-    keys = ("default", "fitted", "second pilots", "third pilots")
-    return [{"problem": row["problem"], "calls": row["calls"]} | {key: row[key] for key in keys} for row in own]
+    shown = {"second_pilots": "second pilots", "third_pilots": "third pilots"}
+    return columns(own, problem="problem", calls="calls", default="default", first_pilots="fitted", **shown)
 
 
 @shows("fitted")
 def fit_price(rows: list[Row]) -> list[Row]:
     """Errors of fits for several prices."""
     own = [row for row in some(rows, measure="error") if row.get("fitted for 2000") is not None]
-    prices = (2000, 4000, 20000)
-    return [
-        {"problem": row["problem"], "calls": row["calls"], "default": row["default"]}
-        | {f"{price:,} calls": row[f"fitted for {price}"] for price in prices}
-        | {"price by default": row["fitted"]}
-        for row in own
-    ]
+    shown = {f"{price:,}_calls": f"fitted for {price}" for price in (2000, 4000, 20000)}
+    return columns(own, problem="problem", calls="calls", default="default", **shown, price_by_default="fitted")
 
 
 @shows("ablation_fit")
 def ablation_fit(rows: list[Row]) -> list[Row]:
     """Medians of three pilots, with the least and the most."""
-
-    def spread(row: Row, key: str) -> str:
-        low, high = row[f"{key} range"]
-        return f"{cell(row[key])} ({cell(low)} to {cell(high)})"
-
-    keys = ("problem", "calls", "setting")
-    return [
-        {k: row[k] for k in keys} | {k: spread(row, k) for k in ("distance", "error")} | {"price": row["price"]}
-        for row in rows
-    ]
+    said = {key: f"{{{key}:.3g}} ({{{key} range[0]:.3g}} to {{{key} range[1]:.3g}})" for key in ("distance", "error")}
+    return columns(rows, problem="problem", calls="calls", setting="setting", **said, price="price")
 
 
 # Algorithm 6 and the thesis
@@ -341,122 +327,61 @@ def ablation_fit(rows: list[Row]) -> list[Row]:
 def algorithm6_calls(results: Row) -> list[Row]:
     """Calls beside the published ones, with the path kept."""
     rows = some(results["nfe"], noise="path kept")
-    found = []
-    for rtol in sorted({row["rtol"] for row in rows}):
-        line: Row = {"rtol": rtol}
-        for sde in ("VE", "VP"):
-            row = of(rows, rtol=rtol, sde=sde)
-            line |= {f"{sde}: ours": f"{row['ours']:.0f}", f"{sde}: published": row["published"]}
-        found.append(line)
-    return found
+    return pivot(rows, {"rtol": "rtol"}, "{sde}: ours / published", "{ours:.0f} / {published}")
 
 
 @shows("thesis_nfe")
 def algorithm6_law(results: Row) -> list[Row]:
     """Second moment at t_min over its exact value, by thirds of the standard deviations."""
-    thirds = ("large", "middle", "small")
-    return [
-        {"process": row["sde"], "solver": row["solver"], "calls": f"{row['nfe']:.0f}"}
-        | {key: f"{row[key]:.3f} ± {row[f'{key} +-']:.3f}" for key in thirds}
-        for row in results["law"]
-    ]
+    said = {key: f"{{{key}:.3f}} ± {{{key} +-:.3f}}" for key in ("large", "middle", "small")}
+    return columns(results["law"], process="sde", solver="solver", calls="{nfe:.0f}", **said)
 
 
 @shows("thesis_tables")
 def thesis_exact(results: Row) -> list[Row]:
     """Tables 10.1, D.2 and D.3 with an exact score."""
-    keys = {"process": "process", "part": "table", "method": "method", "nfe": "calls", "ratio": "distance / floor"}
-    keys |= {"published_nfe": "published calls", "published_fid": "published FID"}
-    return [
-        {shown: round(row[key]) if key == "nfe" else row[key] for key, shown in keys.items()} for row in results["rows"]
-    ]
+    shown = {"distance_/_floor": "ratio", "published_calls": "published_nfe", "published_FID": "published_fid"}
+    return columns(results["rows"], process="process", table="part", method="method", calls="{nfe:.0f}", **shown)
 
 
 @shows("thesis_network")
 def thesis_learned(results: Row) -> list[Row]:
     """Tables 10.1 and D.2 with the packaged network."""
-    return [
-        {"table": row["part"], "method": row["method"], "setting": row["setting"], "calls": round(row["mean_nfe"])}
-        | {"FID": f"{row['fid']:.2f} ± {row['fid_error']:.2f}"}
-        | {"published calls": row["published_nfe"], "published FID": row["published_fid"]}
-        for row in results["rows"]
-    ]
+    shown = {"FID": "{fid:.2f} ± {fid_error:.2f}", "published_calls": "published_nfe", "published_FID": "published_fid"}
+    return columns(results["rows"], table="part", method="method", setting="setting", calls="{mean_nfe:.0f}", **shown)
 
 
 @shows("ddim")
 def ddim(rows: list[Row]) -> list[Row]:
     """Distance over floor of DDIM on the published table and on the process."""
-    keys = {"calls": "calls", "half_log_snr_error": "error of the half-log-SNR at the end"}
-    keys |= {"table_ratio": "on the published table", "ratio": "on the process"}
-    return [{shown: row[key] for key, shown in keys.items()} for row in rows]
-
-
-@shows("annealing")
-def annealing(rows: list[Row]) -> list[Row]:
-    """Noise above the schedule."""
-    found = []
-    for row in rows:
-        line: Row = {
-            "process": row["sde"],
-            "sampler": row["sampler"],
-            "n_sigma": row["n_sigma"],
-            "eps": f"{row['eps']:.1e}",
-        }
-        line |= {
-            "largest excess": f"{100 * row['largest excess']:.1f} %",
-            "at the end": f"{100 * row['at the end']:.1f} %",
-        }
-        found.append(line | {"as the closed form": row["ok"]})
-    return found
+    shown = {"on_the_published_table": "table_ratio", "on_the_process": "ratio"}
+    return columns(rows, calls="calls", **{"error_of_the_half-log-SNR_at_the_end": "half_log_snr_error"}, **shown)
 
 
 @shows("annealed_steps")
 def step_sizes(results: Row) -> list[Row]:
     """Distance over floor, denoised, by step size."""
-    rows, etas = results["rows"], sorted({row["eta"] for row in results["rows"]})
-    found = []
-    for sampler, n_sigma in dict.fromkeys((row["sampler"], row["n_sigma"]) for row in rows):
-        own = {r["eta"]: r.get("denoised") for r in some(rows, sampler=sampler, n_sigma=n_sigma)}
-        found.append({"sampler": sampler, "n_sigma": n_sigma} | {f"eta {eta:g}": own.get(eta) for eta in etas})
-    return found
+    rows = sorted(results["rows"], key=lambda row: row["eta"])
+    return pivot(rows, {"sampler": "sampler", "n_sigma": "n_sigma"}, "eta {eta:g}", "denoised")
 
 
 @shows("adversarial_2d")
 def points(results: Row) -> list[Row]:
-    """Distance to the data by consistent annealed sampling, both seeds."""
-    rows, found = some(results["rows"], sampler="CAS"), []
-    for data, kind in dict.fromkeys((row["data"], row["training"]) for row in rows):
-        own = some(rows, data=data, training=kind)
-        line: Row = {"data": data, "training": kind}
-        for key, shown in (("gap_last", "last state"), ("gap_denoised", "expected denoised sample")):
-            line[shown] = ", ".join(f"{row[key]:.3f}" for row in own)
-        found.append(line)
-    return found
+    """Distance to the data by consistent annealed sampling, each seed."""
+    said = "{gap_last:.3f} / {gap_denoised:.3f}"
+    rows = some(results["rows"], sampler="CAS")
+    return pivot(rows, {"data": "data", "training": "training"}, "seed {seed}: last state / denoised", said)
 
 
 @shows("adversarial_images")
 def trainings(results: Row) -> list[Row]:
     """Frechet distance, last state / denoised, at the step size where the latter is least."""
-    rows, found = results["rows"], []
-    for sampler, n_sigma in (("ALS", 1), ("ALS", 5), ("CAS", 1), ("CAS", 5)):
-        line: Row = {"sampler": sampler, "n_sigma": n_sigma}
-        for kind in ("plain", "adversarial"):
-            for seed in (0, 1):
-                own = some(rows, sampler=sampler, n_sigma=n_sigma, training=kind, seed=seed)
-                best = min(own, key=lambda row: row["denoised"])
-                line[f"{kind}, seed {seed}"] = f"{best['raw']:.2f} / {best['denoised']:.2f}"
-        found.append(line)
-    return found
-
-
-@shows("stacked")
-def stacked(rows: list[Row]) -> list[Row]:
-    """Modes of stacked images."""
-    return [
-        {"training": row["training"], "modes of 1000": row["modes"], "KL to uniform": row["KL"]}
-        | {"FID of single channels": f"{row['fid_of_channels']:.3g} ± {row['fid_error']:.1g}"}
-        for row in rows
-    ]
+    best: dict[tuple[object, ...], Row] = {}
+    for row in sorted(results["rows"], key=lambda row: row["denoised"]):
+        best.setdefault(tuple(row[key] for key in ("training", "seed", "sampler", "n_sigma")), row)
+    rows = (best[key] for key in sorted(best, key=lambda key: (key[2:], key[0] == "adversarial", key[1])))
+    by = {"sampler": "sampler", "n_sigma": "n_sigma"}
+    return pivot(rows, by, "{training}, seed {seed}", "{raw:.2f} / {denoised:.2f}")
 
 
 # Cost
@@ -464,11 +389,8 @@ def stacked(rows: list[Row]) -> list[Row]:
 
 def runs_of(results: Row) -> list[Row]:
     """Time of `sample` over the bare forwards."""
-    return [
-        {"run": row["run"], "calls": round(row["nfe"]), "time / bare forwards": f"{row['ratio']:.3f}"}
-        | {"interval": " to ".join(f"{v:.3f}" for v in row["ratio_interval"])}
-        for row in results["runs"]
-    ]
+    shown = {"time_/_bare_forwards": "{ratio:.3f}", "interval": "{ratio_interval[0]:.3f} to {ratio_interval[1]:.3f}"}
+    return columns(results["runs"], run="run", calls="{nfe:.0f}", **shown)
 
 
 @shows("overhead")
@@ -486,52 +408,37 @@ def overhead_cuda(results: Row) -> list[Row]:
 @shows("overhead", "overhead_cuda")
 def noise(cpu: Row, cuda: Row) -> list[Row]:
     """One increment of noise over one forward of the packaged network."""
-    return [
-        {
-            "noise": row["noise"],
-            "CPU": f"{row['percent']:.1f} %",
-            "GPU": f"{of(cuda['noise'], noise=row['noise'])['percent']:.0f} %",
-        }
-        for row in cpu["noise"]
-    ]
+    rows = [row | {"where": where} for where, all_of in (("CPU", cpu), ("GPU", cuda)) for row in all_of["noise"]]
+    return pivot(rows, {"noise": "noise"}, "where", "{percent:.2g} %")
 
 
 @shows("batching")
 def batching(rows: list[Row]) -> list[Row]:
     """Rows evaluated over rows needed."""
-    return [
-        {"problem": row["problem"], "calls, least / mean / most": slashed(row["nfe"])}
-        | {
-            "rows evaluated / needed": f"{row['rows over needed']:.3f}",
-            "waiting for the slowest": f"{row['waiting']:.3f}",
-        }
-        for row in rows
-    ]
-
-
-def ranged(row: Row, key: str) -> str:
-    """A median with the least and the most."""
-    low, high = row[f"{key} range"]
-    return f"{row[key]:.2f} ({low:.2f} to {high:.2f})"
+    shown = {"calls,_least_/_mean_/_most": "{nfe[0]} / {nfe[1]:.0f} / {nfe[2]}"}
+    shown |= {"rows_evaluated_/_needed": "{rows over needed:.3f}", "waiting_for_the_slowest": "{waiting:.3f}"}
+    return columns(rows, problem="problem", **shown)
 
 
 @shows("loop_overhead")
 def loops(rows: list[Row]) -> list[Row]:
     """What a pipeline costs in its own loop."""
-    names = {"ratio": "wall time / the own loop's", "gain": "gain of a batch of four"}
-    return [{"class": row["class"]} | {shown: ranged(row, key) for key, shown in names.items()} for row in rows]
+    said = {key: f"{{{key}:.2f}} ({{{key} range[0]:.2f}} to {{{key} range[1]:.2f}})" for key in ("ratio", "gain")}
+    shown = {"wall_time_/_the_own_loop's": said["ratio"], "gain_of_a_batch_of_four": said["gain"]}
+    return columns(rows, **{"class": "class"}, **shown)
 
 
 @shows("survival")
 def survival(results: Row) -> list[Row]:
     """Kills, and two processes."""
     killed, two = results["killed"], results["two_processes"]
-    return [
-        {"what": "kills", "found": len(killed["kills_after_seconds"])},
-        {"what": "same bytes as a sweep left alone", "found": all(killed["same_bytes"].values())},
-        {"what": "throughput of two processes over one, sampling", "found": slashed(two["sampling"])},
-        {"what": "throughput of two processes over one, whole commands", "found": slashed(two["whole_commands"])},
-    ]
+    found = {
+        "kills": len(killed["kills_after_seconds"]),
+        "same bytes as a sweep left alone": all(killed["same_bytes"].values()),
+        "throughput of two processes over one, sampling": slashed(two["sampling"]),
+        "throughput of two processes over one, whole commands": slashed(two["whole_commands"]),
+    }
+    return [{"what": key, "found": value} for key, value in found.items()]
 
 
 # Other uses
@@ -540,65 +447,51 @@ def survival(results: Row) -> list[Row]:
 @shows("ode")
 def ode(rows: list[Row]) -> list[Row]:
     """Calls of torchdiffeq's dopri5 over ours at equal error."""
-    keys = ("problem", "rtol", "ours: error", "theirs: error", "ours: calls", "theirs: calls", "calls at equal error")
-    return [{key: f"{row[key]:.0e}" if key == "rtol" else row.get(key) for key in keys} for row in rows]
+    shown = {f"{who}:_{key}": f"{who}: {key}" for key in ("error", "calls") for who in ("ours", "theirs")}
+    shown["calls_at_equal_error"] = "calls at equal error"
+    return columns(rows, problem="problem", rtol="{rtol:.0e}", **shown)
 
 
 @shows("likelihood")
 def likelihood(results: Row) -> list[Row]:
     """Errors of bits per dimension."""
-    return [
-        {"trace": row["trace"], "mean error": f"{row['mean_error']:.1e}", "root mean square error": row["rms_error"]}
-        | {"stated error": row.get("standard_error")}
-        | {"covered": f"{100 * row['covered']:.1f} %" if row.get("covered") is not None else None}
-        for row in results["rows"]
-    ]
+    shown = {"root_mean_square_error": "rms_error", "stated_error": "standard_error", "covered": "{covered:.1%}"}
+    return columns(results["rows"], trace="trace", mean_error="{mean_error:.1e}", **shown)
 
 
 @shows("posterior")
 def posterior(rows: list[Row]) -> list[Row]:
     """Mean / trace / weights / misfit with the larger number of steps."""
-    found: dict[str, Row] = {}
-    steps = max(row["steps"] for row in rows if row["steps"] != "-")
-    for row in rows:
-        if row["method"] == "exact" or row["steps"] == steps:
-            line = found.setdefault(row["method"], {"method": row["method"], "calls": row["calls"]})
-            line[row["operator"]] = " / ".join(f"{row[key]:.2f}" for key in ("mean", "trace", "weights", "misfit"))
-    return list(found.values())
+    rows = [row for row in rows if row["method"] == "exact" or row["steps"] == 100]
+    said = "{mean:.2f} / {trace:.2f} / {weights:.2f} / {misfit:.2f}"
+    return pivot(rows, {"method": "method", "calls": "calls"}, "operator", said)
 
 
 @shows("measurements")
 def measurements(rows: list[Row]) -> list[Row]:
     """Largest value / misfit / samples outside."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        values = [f"{row[key]:.3g}" for key in ("largest", "misfit", "outside")]
-        found.setdefault(row["model"], {"model": f"`{row['model']}`"})[f"eta {row['eta']:g}"] = " / ".join(values)
-    return list(found.values())
+    return pivot(rows, {"model": "model"}, "eta {eta:g}", "{largest:.3g} / {misfit:.3g} / {outside}")
 
 
 @shows("hosts")
 def hosts(rows: list[Row]) -> list[Row]:
     """Errors of ours / theirs on a host's levels."""
-    found: dict[str, Row] = {}
-    for row in rows:
-        if "sample_dpmpp_2m" in row:
-            line = found.setdefault(row["levels"], {"levels": row["levels"]})
-            line[f"{row['calls']} calls"] = f"{row['sample_exponential_pc']:.3f} / {row['sample_dpmpp_2m']:.3f}"
-    return list(found.values())
+    rows = [row for row in rows if "sample_dpmpp_2m" in row]
+    return pivot(rows, {"levels": "levels"}, "{calls} calls", "{sample_exponential_pc:.3f} / {sample_dpmpp_2m:.3f}")
 
 
 @shows("hosts")
 def hosts_rtol(rows: list[Row]) -> list[Row]:
     """Errors of `sample_adaptive`."""
-    own = [row for row in rows if "sample_adaptive" in row]
-    return [{"rtol": row["levels"].split()[-1], "calls": row["calls"], "error": row["sample_adaptive"]} for row in own]
+    return columns(
+        (row for row in rows if "sample_adaptive" in row), levels="levels", calls="calls", error="sample_adaptive"
+    )
 
 
 @shows("guided_pipeline")
 def guidance(rows: list[Row]) -> list[Row]:
     """Distance to 200 evaluations."""
-    return [dict(row) for row in rows]
+    return rows
 
 
 @shows("pipelines")
@@ -610,13 +503,11 @@ def pipelines(rows: list[Row]) -> list[Row]:
 @shows("pipelines")
 def pipelines_count(rows: list[Row]) -> list[Row]:
     """How many classes do what."""
-
-    def counts(key: str) -> Mapping[str, int]:
-        words = {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
-        return {shown: sum(row[key].startswith(word) for row in rows) for shown, word in words.items()}
-
-    names = {"in its own loop": "`sample_pipeline`", "drop-in": "`FastSDEScheduler`"}
-    return [{"": shown, "classes": len(rows)} | counts(key) for key, shown in names.items()]
+    found, words = [], {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
+    for key, shown in (("in its own loop", "`sample_pipeline`"), ("drop-in", "`FastSDEScheduler`")):
+        counts = {name: sum(row[key].startswith(word) for row in rows) for name, word in words.items()}
+        found.append({"": shown, "classes": len(rows)} | counts)
+    return found
 
 
 def main() -> None:

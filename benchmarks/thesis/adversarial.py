@@ -1,4 +1,4 @@
-r"""Adversarial score matching: Figure 8.2, the shape of Tables 8.1 and 8.4, and Figure 8.3 with a learned score.
+r"""Adversarial score matching: Figure 8.2, the shape of Table 8.1, and Figure 8.3 with a learned score.
 
 `points`: a swiss roll and 25 Gaussians in two dimensions; VP down to noise over signal of 0.05; a perceptron trained by
 denoising score matching, plain, adversarial (least squares, lambda 10) or plain with the Adam of the adversarial one,
@@ -8,13 +8,8 @@ centre, of the last state and of its expected denoised sample.
 `images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, plain and adversarial with the published
 settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, with n_sigma 1 at several step
 sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
-features, of the last state and of its expected denoised sample.
-
-`stacked`: three training images, drawn apart, as the channels of one. The packaged classifier reads each channel: the
-three classes are a mode. Modes of 1000 that are covered, and the Kullback-Leibler divergence of their shares to
-uniform.
-
-`images` and `stacked` go on where they stopped; several processes may share the trainings.
+features, of the last state and of its expected denoised sample. It goes on where it stopped, and several processes may
+share the trainings.
 """
 
 from __future__ import annotations
@@ -25,7 +20,6 @@ import math
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
@@ -56,7 +50,7 @@ LAST, SPREAD, CENTRES = 0.05, 0.03, torch.cartesian_prod(*[torch.linspace(-1.4, 
 
 @click.group(help=__doc__)
 def main() -> None:
-    """The three studies."""
+    """Both studies."""
 
 
 def roll(u: Tensor) -> Tensor:
@@ -175,65 +169,11 @@ def distances(model: fastsde.ScoreModel, features: Features, etas: tuple[float, 
     return rows
 
 
-def stacks(images: Tensor, n: int, seed: int) -> Tensor:
-    """Three grey images as the channels of one: uint8 with shape (n, 3, H, W), each equally often."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def channel() -> Tensor:
-        orders = [torch.randperm(len(images), generator=generator) for _ in range(-(-n // len(images)))]
-        return images[torch.cat(orders)[:n]]
-
-    return torch.cat([channel() for _ in range(3)], 1)
-
-
-def modes(pictures: Tensor, features: Features) -> Row:
-    """Modes and divergences of uint8 stacks with shape (n, 3, H, W)."""
-    reference = packaged_reference("fashion-mnist")
-    parts = [features(part.flatten(0, 1)[:, None]) for part in pictures.split(500)]
-    feats, logits = (torch.cat(x) for x in zip(*parts, strict=True))
-    mode = logits.argmax(1).view(-1, 3) @ torch.tensor([100, 10, 1])
-    share = torch.bincount(mode, minlength=1000).double() / len(mode)
-    found = frechet(feats, reference.mean, reference.covariance)
-    row: Row = {"modes": len(mode.unique()), "KL": float(torch.special.xlogy(share, 1000 * share).sum())}
-    return row | {"fid_of_channels": found.value, "fid_error": found.error}
-
-
-def every(work: Path, kinds: tuple[str, ...], seeds: int, share: tuple[int, int], settings: Row, run: Any) -> list[Row]:
-    """Rows of all trainings, those of this process run first; empty while another process is not done."""
-    jobs, rows = list(itertools.product(kinds, range(seeds))), list[Row]()
-    for kind, seed in tqdm(jobs[share[0] :: share[1]], "trainings", disable=None):
-        folder = work / f"{kind}-{seed}"
-        claim(folder, "settings.json", settings)  # refuses a folder of other settings
-        if not (folder / "rows.json").is_file():
-            write_whole(folder / "rows.json", json.dumps(run(folder, kind, seed)).encode())
-    for kind, seed in jobs:
-        file = work / f"{kind}-{seed}" / "rows.json"
-        if not file.is_file():
-            return []
-        rows += [{"training": kind, "seed": seed} | row for row in json.loads(file.read_text())]
-    return rows
-
-
-SHARED = (
-    click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files."),
-    click.option("--steps", default=1500),
-    click.option("--rank", default=0, help="Which process this is."),
-    click.option("--world-size", default=1, help="How many share the work."),
-)
-
-
-def shared(work: Any) -> Any:
-    """The options of both studies of images."""
-    for option in SHARED:
-        work = option(work)
-    return work
-
-
-QUICK = {"steps": 2, "seeds": 1}
-
-
-@command("Tables 8.1 and Figure 8.3?", "adversarial_images", main, samples=130, levels=8, etas=[0.7], **QUICK)
-@shared
+@command("Does it help on images?", "adversarial_images", main, samples=130, levels=8, etas=[0.7], steps=2, seeds=1)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
+@click.option("--steps", default=1500)
+@click.option("--rank", default=0, help="Which process this is.")
+@click.option("--world-size", default=1, help="How many share the work.")
 @click.option("--seeds", default=2)
 @click.option("--samples", "-n", default=256)
 @click.option("--levels", default=123, help="As many as Song and Ermon's rule says.")
@@ -244,36 +184,22 @@ def images(
     """Trains and draws what is missing; the process that finds all rows there prints the table."""
     shown, features = load_images(data)[0], open_features("fashion-mnist")
     settings = {"steps": steps, "samples": samples, "levels": levels}
-
-    def run(folder: Path, kind: str, seed: int) -> list[Row]:
-        return distances(trained(folder, shown, kind, seed, steps), features, etas, levels, samples)
-
     work = RUNS / ("quick_images" if steps < 10 else "adversarial")
-    rows = every(work, (ADVERSARIAL, PLAIN), seeds, (rank, world_size), settings, run)
+    jobs, rows = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds))), list[Row]()
+    for kind, seed in tqdm(jobs[rank::world_size], "trainings", disable=None):
+        folder = work / f"{kind}-{seed}"
+        claim(folder, "settings.json", settings)  # refuses a folder of other settings
+        if not (folder / "rows.json").is_file():
+            model = trained(folder, shown, kind, seed, steps)
+            found = distances(model, features, etas, levels, samples)
+            write_whole(folder / "rows.json", json.dumps(found).encode())
+    for kind, seed in jobs:
+        file = work / f"{kind}-{seed}" / "rows.json"
+        if not file.is_file():
+            return None
+        rows += [{"training": kind, "seed": seed} | row for row in json.loads(file.read_text())]
     table(rows)
-    return {"real_images": floor_of(packaged_reference("fashion-mnist"), samples), "rows": rows} if rows else None
-
-
-@command("Table 8.4?", "stacked", main, samples=130, nfe=3, **QUICK)
-@shared
-@click.option("--seeds", default=1)
-@click.option("--samples", "-n", default=26_000)
-@click.option("--nfe", default=12)
-def stacked(data: Path, steps: int, rank: int, world_size: int, seeds: int, samples: int, nfe: int) -> list[Row] | None:
-    """Trains and draws what is missing; the process that finds all figures there prints the table."""
-    shown, features = load_images(data)[0], open_features("fashion-mnist")
-
-    def run(folder: Path, kind: str, seed: int) -> list[Row]:
-        model = trained(folder, stacks(shown, len(shown), 0), kind, seed, steps)
-        r = fastsde.sample(model, n=samples, nfe=nfe, batch_size=100, seed=0, progress=True)
-        return [modes(pixels(r.samples), features)]
-
-    work, settings = RUNS / ("quick_stacked" if steps < 10 else "stacked"), {"steps": steps, "n": samples, "nfe": nfe}
-    rows = every(work, (ADVERSARIAL, PLAIN, BARE), seeds, (rank, world_size), settings, run)
-    real = modes(stacks(load_images(data, train=False)[0], samples, 1), features)
-    rows = [{"training": "test images"} | real, *rows] if rows else []
-    table(rows)
-    return rows or None
+    return {"real_images": floor_of(packaged_reference("fashion-mnist"), samples), "rows": rows}
 
 
 if __name__ == "__main__":
