@@ -1,134 +1,99 @@
 r"""What do restarts buy? `AdaptiveGrid` against the plain grid at equal mean calls, and who pays.
 
-The base grid is that of `sample(rtol=...)`, the finer ones have twice and four times its steps.
-
-`rare`: 97 % one smooth Gaussian, 3 % tight clusters near each other (512 dimensions). `digits`: all samples are about
-as hard. `scales`: sixteen components from narrow to wide (peers/problems.py has all three). Errors are root mean square
-distances to a run with 400 steps from the same noise, eta 0; `grid at k` are ExponentialPC's own grids with the nearest
-numbers of calls, `equal steps` in log-SNR with the mean, rounded up. `ratio` is the error over that of the grid between
-its two nearest numbers of calls, squares interpolated; its interval is that of 200 bootstrap samples. Errors are ruled
-by the few samples that end in another cluster: take 20,000.
+`rtol` alone walks the plain grid of as many steps as the tolerance asks for. With restarts, a sample with too large an
+error at one of its steps starts again on a grid with twice the steps, and then with four times as many. Errors are root
+mean square distances of a sample to a run with 400 steps from the same noise, eta 0, over the data's range, in
+thousandths: `mean` over samples, and `rms`, which the few that end in another cluster rule. Each `ratio` is that error
+over the plain grid's between its two nearest numbers of calls, the interval that of 200 bootstrap samples. `again` is
+the share of samples that started again. Samples of exact problems are hard in 3 of 100 cases (rare), in some components
+(scales), or all alike (digits, images).
 """
 
 from __future__ import annotations
 
 import math
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from common import RESULTS, save, table
-from problems import Mixture, digits, rare, scales
+from common import Row, command, labels, table
+from problems import make
 from torch import Tensor
 
 import fastsde
-from fastsde.arguments import resolve_controller
 
 RTOLS = (0.2, 0.1, 0.05, 0.02)
+Run = Callable[..., fastsde.SampleResult]
 
 
-def with_restarts(model: fastsde.ScoreModel, rtol: float) -> fastsde.AdaptiveGrid:
-    """The grid of a tolerance, and two finer ones behind it."""
-    plain = resolve_controller(model, model.sde, fastsde.ExponentialPC(), None, rtol, None)
-    assert isinstance(plain, fastsde.AdaptiveGrid)
-    grids = [fastsde.Grid.tapered(model.sde, plain.grids[0].steps << k) for k in range(3)]
-    return fastsde.AdaptiveGrid(grids, rtol, plain.atol)
-
-
-def errors(each: Tensor, hard: Tensor) -> dict[str, float]:
-    """Root mean squares over all samples and the hard ones, and the median, of squared errors."""
-    found = {"rms": float(each.mean().sqrt()), "median": float(each.median().sqrt())}
-    return found | ({"rms, hard": float(each[hard].mean().sqrt())} if hard.any() else {})
-
-
-def ratio(own: Tensor, calls: Tensor, low: Tensor, high: Tensor) -> dict[str, object]:
+def compare(own: Tensor, calls: Tensor, low: Tensor, high: Tensor, power: int) -> tuple[float, list[float]]:
     """Error over that of the grid at the same mean calls, with the range of 95 % of 200 bootstrap samples.
 
-    Squared errors and calls of each sample, and the grid's squared errors at the two nearest numbers of calls; the same
-    samples are drawn for all.
+    Args:
+        own: errors to a power, with restarts, shape (n,).
+        calls: calls of each sample.
+        low: errors to the same power of the plain grid at the number of calls below the mean.
+        high: those at the number above.
+        power: 1 compares means, 2 root mean squares.
     """
 
     def once(rows: Tensor) -> float:
         part = calls[rows].mean() - math.floor(calls.mean())
-        return float((own[rows].mean() / ((1 - part) * low[rows].mean() + part * high[rows].mean())).sqrt())
+        return float(own[rows].mean() / ((1 - part) * low[rows].mean() + part * high[rows].mean())) ** (1 / power)
 
-    n = len(own)
     generator = torch.Generator().manual_seed(0)
-    drawn = sorted(once(torch.randint(n, (n,), generator=generator)) for _ in range(200))
-    return {"ratio": once(torch.arange(n)), "ratio_range": [drawn[4], drawn[-5]]}
+    drawn = sorted(once(torch.randint(len(own), (len(own),), generator=generator)) for _ in range(200))
+    return once(torch.arange(len(own))), [drawn[4], drawn[-5]]
 
 
-def study(problem: Mixture) -> tuple[list[dict[str, object]], dict[str, list[int]]]:
-    """Rows of the table, and the calls of easy and hard samples at rtol 0.05."""
-    model, rows, histogram = problem.model(), [], {}
-    options = {"n": problem.n, "batch_size": 2000}
-    exact = fastsde.sample(model, controller=fastsde.Grid.log_snr(model.sde, 400), **options).samples
-    nearest = torch.cdist(exact, problem.means).argmin(1)
-    hard = (nearest > 0) if problem.name == "rare" else torch.zeros(problem.n, dtype=torch.bool)
+def study(name: str, model: fastsde.ScoreModel, run: Run) -> list[Row]:
+    """A row for each tolerance."""
+    sde, (low, high), rows = model.sde, model.data_range, []
+    exact = run(controller=fastsde.Grid.log_snr(sde, 400 if name != "packaged" else 120)).samples
 
-    def add(steps: str, x: Tensor, calls: float, most: int) -> Tensor:
-        each = (x - exact).double().square().mean(1)
-        row = {"problem": problem.name, "steps": steps, "calls": round(calls, 2), "max": most}
-        rows.append(row | errors(each, hard) | {"distance": problem.distance(x)})
-        return each
+    def errors(**options: object) -> tuple[Tensor, Tensor]:
+        r = run(**options)
+        each = (r.samples - exact).double().flatten(1).square().mean(1).sqrt()
+        return each * 1000 / (high - low), r.nfe.double()
 
     for rtol in RTOLS:
-        r = fastsde.sample(model, controller=with_restarts(model, rtol), **options)
-        each = r.nfe.double()
-        calls = float(each.mean())
-        own, place = add(f"rtol {rtol:g}", r.samples, calls, int(r.nfe.max())), len(rows) - 1
-        if rtol == 0.05:
-            histogram = {"easy": r.nfe[~hard].tolist(), "hard": r.nfe[hard].tolist()}
-        low, high = (
-            add(f"grid at {k}", fastsde.sample(model, nfe=k, **options).samples, k, k)
-            for k in (math.floor(calls), math.floor(calls) + 1)
+        plain, calls = errors(rtol=rtol)
+        steps = int(calls.max()) - 1
+        row: Row = {"problem": name, "rtol": rtol, "calls": steps + 1, "mean": float(plain.mean())}
+        row["rms"] = float(plain.square().mean().sqrt())
+        grids = [fastsde.Grid.tapered(sde, steps << k) for k in range(3)]
+        own, paid = errors(controller=fastsde.AdaptiveGrid(grids, rtol, (high - low) / 256))
+        row |= {"again": float((paid > steps + 1).double().mean()), "calls with restarts": float(paid.mean())}
+        if row["again"]:
+            few, more = (errors(nfe=math.floor(paid.mean()) + k)[0] for k in range(2))
+            for key, power in (("mean", 1), ("rms", 2)):
+                parts = (own**power, paid, few**power, more**power, power)
+                row[f"ratio, {key}"], row[f"ratio, {key}, 95 %"] = compare(*parts)
+        rows.append(row)
+    return rows
+
+
+@command(__doc__, "adaptivity", samples=50, only=["digits"])
+@click.option("--samples", "-n", default=5000, help="Samples of the exact problems.")
+@click.option("--starts", default=64, help="Samples of the packaged network.")
+@click.option("--only", multiple=True, default=("rare", "digits", "scales", "packaged"), help="Problems; also images.")
+@click.option("--images", type=click.Path(path_type=Path), help="Folder with an IDX image data set, for images.")
+def main(samples: int, starts: int, only: tuple[str, ...], images: Path | None) -> list[Row]:
+    """Prints the table."""
+    rows = []
+    for name in only:
+        if name == "packaged":
+            model, _ = fastsde.pretrained("fashion-mnist")
+            options: Row = {"n": starts, "batch_size": starts, "cond": labels(starts)}
+        else:
+            model = make(name, samples, images and str(images)).model()
+            options = {"n": samples, "batch_size": 2500}
+        rows += study(
+            name, model, lambda model=model, options=options, **more: fastsde.sample(model, **options, **more)
         )
-        rows[place] |= ratio(own, each, low, high)
-        k = math.ceil(calls)
-        equal = fastsde.sample(model, controller=fastsde.Grid.log_snr(model.sde, k - 1), **options)
-        add(f"equal steps at {k}", equal.samples, k, k)
-    return rows, histogram
-
-
-@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
-@click.option("--samples", "-n", default=20_000)
-@click.option("--threads", default=2)
-@click.option("--keep/--discard", default=True, help="Whether to write results/adaptivity.json and .png.")
-def main(samples: int, threads: int, keep: bool) -> None:
-    """Prints the table, writes it and draws the histogram."""
-    settings = click.get_current_context().params
-    torch.set_num_threads(threads)
-    rows, histograms = [], {}
-    for problem in (rare(samples), digits(samples), scales(samples)):
-        unit = problem.floor(6)[0]
-        found, histograms[problem.name] = study(problem)
-        rows += [row | {"distance": row["distance"] / unit} for row in found]
-    header = ("problem", "steps", "calls", "max", "rms", "median", "rms, hard", "distance", "ratio")
-    table(header, [[f"{v:.5f}" if isinstance(v := r.get(h, "-"), float) else v for h in header] for r in rows])
-    if keep:
-        save("adaptivity", settings, rows)
-        figure(histograms)
-
-
-def figure(histograms: dict[str, dict[str, list[int]]]) -> None:
-    """How many samples took how many calls, easy and hard ones apart."""
-    from matplotlib.figure import Figure
-
-    fig = Figure(figsize=(11, 3), layout="constrained")
-    for ax, (name, parts) in zip(fig.subplots(1, len(histograms)), histograms.items(), strict=True):
-        top = max(max(calls) for calls in parts.values() if calls)
-        for label, color in (("easy", "0.6"), ("hard", "#D55E00")):
-            if parts[label]:
-                shown = label if parts["hard"] else "all"
-                ax.hist(
-                    parts[label], range(14, top + 3, 2), color=color, label=f"{shown} samples", align="left", alpha=0.8
-                )
-        ax.set(yscale="log", xlabel="network calls", ylabel="samples", title=f"{name}, rtol 0.05")
-        ax.legend()
-    fig.savefig(RESULTS / "adaptivity.png", dpi=110)
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

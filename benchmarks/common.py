@@ -1,25 +1,32 @@
-"""What the benchmarks share: where numbers come from, how they are printed, where they are kept."""
+"""What the benchmarks share: their command line, where numbers come from, how they are printed and kept, timing."""
 
 from __future__ import annotations
 
 import copy
+import csv
 import ctypes
 import dataclasses
+import datetime
+import functools
 import json
 import math
 import os
 import platform
 import statistics
+import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import click
 import torch
 from torch import Tensor, nn
 
 import fastsde
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RESULTS, RUNS, IMAGES = HERE / "results", HERE / "runs", HERE.parent / "docs" / "images"
+Row = dict[str, object]
 
 
 def cpu_name() -> str:
@@ -30,31 +37,129 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def provenance(settings: dict[str, object]) -> dict[str, object]:
-    """Settings, package versions and processor: what someone needs to judge or repeat a number."""
-    versions = {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()}
+def commit() -> str:
+    """The commit that runs, with "-dirty" if code differs from it; "unknown" outside of a git repository."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(HERE.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def provenance(settings: Mapping[str, object]) -> Row:
+    """Settings, commit, date, versions and processor: what someone needs to judge or repeat a number."""
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
-    if str(settings.get("device")).startswith("cuda"):
+    if settings.get("device") == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    settings = {key: value for key, value in settings.items() if key != "keep"}
-    return {"settings": settings, "versions": versions, "machine": machine}
+    return {
+        "settings": {key: value.name if isinstance(value, Path) else value for key, value in settings.items()},
+        "commit": commit(),
+        "date": datetime.date.today().isoformat(),
+        "versions": {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()},
+        "machine": machine,
+    }
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints rows under a header, right-aligned but for the first column."""
-    text = [list(header), *([str(cell) for cell in row] for row in rows)]
-    width = [max(len(row[k]) for row in text) for k in range(len(header))]
-    text.insert(1, ["-" * w for w in width])
-    for first, *rest in text:
-        print("  ".join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]))
-
-
-def save(name: str, settings: dict[str, object], results: object) -> None:
+def save(name: str, settings: Mapping[str, object], results: object) -> None:
     """Writes results/NAME.json."""
     RESULTS.mkdir(exist_ok=True)
     record = provenance(settings) | {"results": results}
     (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"\nwritten: results/{name}.json")
+
+
+def command(
+    doc: str, name: str, group: click.Group | None = None, **quick: object
+) -> Callable[[Callable[..., object]], click.Command]:
+    """Makes a function with click options a command that also has --threads, --keep / --discard and --quick.
+
+    Args:
+        doc: a text whose first paragraph is the help.
+        name: of the file in results/ that keeps what the function returns; nothing is kept of None.
+        group: what the command is a part of, under the function's name.
+        quick: the settings of --quick, which shows that the script runs and keeps nothing.
+    """
+
+    def small(context: click.Context, _: click.Parameter, value: bool) -> bool:
+        if value:
+            context.default_map = quick | {"threads": 1}
+        return value
+
+    def decorate(work: Callable[..., object]) -> click.Command:
+        @functools.wraps(work)
+        def run(threads: int, keep: bool, quick: bool, **settings: object) -> None:
+            torch.set_num_threads(threads)
+            found = work(**settings)
+            if keep and not quick and found is not None:
+                device = settings.get("device", "cpu")
+                save(name if device == "cpu" else f"{name}_{device}", settings | {"threads": threads}, found)
+
+        options = (
+            click.option("--threads", default=2, help="Threads of torch."),
+            click.option("--keep/--discard", default=True, help=f"Whether to write results/{name}.json."),
+            click.option("--quick", is_flag=True, is_eager=True, callback=small, help="Tiny settings; keeps nothing."),
+        )
+        for option in options:
+            run = option(run)
+        make = click.command if group is None else group.command
+        settings = {"show_default": True}
+        return make(work.__name__, help=doc.split("\n\n")[0].replace("\n", " "), context_settings=settings)(run)
+
+    return decorate
+
+
+def shown(value: object) -> str:
+    """A cell of a table: four digits of a number, nothing for None."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, (list, tuple)):
+        return " .. ".join(map(shown, value))
+    return "" if value is None else str(value)
+
+
+def table(rows: Sequence[Mapping[str, object]], *keys: str) -> None:
+    """Prints the keys of rows, all of them by default, the first column aligned left."""
+    keys = keys or tuple(dict.fromkeys(key for row in rows for key in row))
+    text = [keys, *(tuple(shown(row.get(key)) for key in keys) for row in rows)]
+    width = [max(len(line[k]) for line in text) for k in range(len(keys))]
+    for first, *rest in (text[0], tuple("-" * w for w in width), *text[1:]):
+        print("  ".join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]))
+
+
+class Book:
+    """Rows of a CSV file, by their first fields; it is written as they come, so that an interrupted study goes on.
+
+    Args:
+        path: the file.
+        keys: the fields that make a row.
+        values: the others.
+    """
+
+    def __init__(self, path: Path, keys: Sequence[str], values: Sequence[str]) -> None:
+        self.path, self.keys, self.fields = path, keys, (*keys, *values)
+        self.rows: dict[tuple[str, ...], dict[str, str]] = {}
+        if path.exists():
+            with path.open(newline="") as file:
+                self.rows = {tuple(row[k] for k in keys): row for row in csv.DictReader(file)}
+
+    def need(self, *key: object, work: Callable[[], Mapping[str, object]]) -> None:
+        """Runs what is not there, and writes it."""
+        words = tuple(map(str, key))
+        if words in self.rows:
+            return
+        self.rows[words] = dict(zip(self.keys, words, strict=True)) | {k: str(v) for k, v in work().items()}
+        self.path.parent.mkdir(exist_ok=True)
+        new = not self.path.exists()
+        with self.path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, self.fields)
+            if new:
+                writer.writeheader()
+            writer.writerow(self.rows[words])
 
 
 def described(part: object) -> str:
@@ -64,27 +169,16 @@ def described(part: object) -> str:
     """
     if not dataclasses.is_dataclass(part):
         return f"{part:g}" if isinstance(part, float) else repr(part)
+    if isinstance(name := getattr(part, "name", None), str):  # a tableau
+        return name
     own = {field.name: (getattr(part, field.name), field.default) for field in dataclasses.fields(part)}
     changed = [f"{name}={described(value)}" for name, (value, default) in own.items() if value != default]
     return f"{type(part).__name__}({', '.join(changed)})"
 
 
-def packaged_model(*, untrained: bool, device: str = "cpu") -> fastsde.ScoreModel:
-    """The packaged class-conditional Fashion-MNIST model, or a network of the same shape with random weights."""
-    if not untrained:
-        model, _ = fastsde.pretrained("fashion-mnist", device=device)
-        return model
-    from fastsde.training.networks import small_unet
-
-    torch.manual_seed(0)
-    return fastsde.ScoreModel(
-        small_unet(28, 1, 10).eval().to(device),
-        fastsde.VPSDE(),
-        "epsilon",
-        event_shape=(1, 28, 28),
-        timestep=lambda t: 1000 * t - 1,
-        default_cond={"class_labels": torch.tensor(10)},
-    )
+def labels(n: int) -> dict[str, Tensor]:
+    """Conditioning of n samples: the ten classes in turn."""
+    return {"class_labels": torch.arange(n) % 10}
 
 
 class Recorder(nn.Module):
@@ -118,9 +212,9 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def keep_memory() -> None:
-    """Has glibc keep freed memory, which is otherwise given back by where the heap happens to end.
+    """Has glibc keep freed memory: to get it again was a seventh of a forward on a CPU, of one loop and not the other.
 
-    To get it again was a seventh of a forward on a CPU, and of two loops that are compared one may pay and one not.
+    It is otherwise given back by where the heap happens to end.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -128,7 +222,7 @@ def keep_memory() -> None:
             libc.mallopt(option, value)
 
 
-def in_turn(ours: Callable[[], float], theirs: Callable[[], float], seconds: float) -> dict[str, object]:
+def in_turn(ours: Callable[[], float], theirs: Callable[[], float], seconds: float) -> Row:
     """Two works that return their time, in turn, for so many seconds and at least 5 times each.
 
     A machine that others use, too, is fast and slow by the minute, so one pair says little. Returns medians of both
@@ -151,19 +245,3 @@ def in_turn(ours: Callable[[], float], theirs: Callable[[], float], seconds: flo
         "ratio": statistics.median(ratios),
         "ratio_interval": [ratios[low], ratios[-1 - low]],
     }
-
-
-def replay(model: fastsde.ScoreModel, rows: Sequence[int], device: str = "cpu") -> float:
-    """Wall time of bare forwards of the network at the given batch sizes: the cost nobody can avoid."""
-    network, largest = model.network, max(rows)
-    x, t = torch.randn(largest, *model.event_shape, device=device), torch.full((largest,), 500.0, device=device)
-    cond = {key: value.to(device).expand(largest, *value.shape) for key, value in (model.default_cond or {}).items()}
-    inputs = {b: (x[:b], t[:b], {key: value[:b] for key, value in cond.items()}) for b in set(rows)}
-
-    def forwards() -> None:
-        for b in rows:
-            x, t, cond = inputs[b]
-            network(x, t, **cond)
-
-    with torch.no_grad():
-        return timed(forwards)

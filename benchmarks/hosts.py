@@ -6,25 +6,19 @@ the probability flow down to the same last level, over that of the solution. Nee
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import click
 import torch
-from common import packaged_model, save, table
+from common import Row, command, labels, table
+from peers_exact import k_diffusion_sampling
 from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
 from fastsde.kdiffusion import sample_adaptive, sample_exponential_pc
 
-sys.path.insert(0, str(Path(__file__).parent / "peers"))
-from competitors import k_diffusion_sampling
-
-CALLS = (5, 6, 8, 10, 15, 20, 30)
 SCHEDULES = ("karras", "exponential", "simple")
-ACCURATE = 200
-"""Steps of the accurate solution: twice as many move it by less than a thousandth."""
 
 
 class Host:
@@ -48,39 +42,32 @@ class Host:
         return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
-@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@command(__doc__, "hosts", samples=2, calls=[5], accurate=10)
 @click.option("--samples", "-n", default=20)
-@click.option("--threads", default=2)
-@click.option("--untrained", is_flag=True, help="Random weights, to try the script.")
-@click.option("--keep/--discard", default=True, help="Whether to write results/hosts.json.")
-def main(samples: int, threads: int, untrained: bool, keep: bool) -> None:
-    """Prints the table and writes it."""
-    settings = click.get_current_context().params
-    torch.set_num_threads(threads)
-    host = Host(packaged_model(untrained=untrained), torch.arange(samples) % 10)
+@click.option("--calls", type=int, multiple=True, default=(5, 6, 8, 10, 15, 20, 30))
+@click.option("--accurate", default=200, help="Steps of the accurate solution: twice as many move it by a thousandth.")
+def main(samples: int, calls: tuple[int, ...], accurate: int) -> list[Row]:
+    """Prints the table."""
+    host = Host(fastsde.pretrained("fashion-mnist")[0], labels(samples)["class_labels"])
     theirs = k_diffusion_sampling().sample_dpmpp_2m
-    fine = host.levels("exponential", ACCURATE)
+    fine = host.levels("exponential", accurate)
     x = fine[0] * torch.randn(samples, 1, 28, 28, generator=torch.Generator().manual_seed(0))
     exact = sample_exponential_pc(host, x, fine, disable=True)
 
-    def error(sampler: object, sigmas: Tensor, **options: float) -> float:
+    def error(sampler: Callable[..., Tensor], sigmas: Tensor, **options: float) -> float:
         host.calls = 0
-        return float((sampler(host, x, sigmas, disable=True, **options) - exact).norm() / exact.norm())  # type: ignore[operator]
+        return float((sampler(host, x, sigmas, disable=True, **options) - exact).norm() / exact.norm())
 
-    rows = []
-    for schedule in SCHEDULES:
-        for calls in tqdm(CALLS, schedule, disable=None):
-            sigmas = host.levels(schedule, calls)
-            ours, dpm = error(sample_exponential_pc, sigmas), error(theirs, sigmas)
-            rows.append({"levels": schedule, "calls": calls, "sample_exponential_pc": ours, "sample_dpmpp_2m": dpm})
+    rows: list[Row] = []
+    for schedule, n in tqdm([(schedule, n) for schedule in SCHEDULES for n in calls], disable=None):
+        sigmas = host.levels(schedule, n)
+        row: Row = {"levels": schedule, "calls": n, "sample_exponential_pc": error(sample_exponential_pc, sigmas)}
+        rows.append(row | {"sample_dpmpp_2m": error(theirs, sigmas)})
     for rtol in (0.2, 0.1, 0.05, 0.02):
         ours = error(sample_adaptive, fine, rtol=rtol)
         rows.append({"levels": f"its own, rtol {rtol}", "calls": host.calls, "sample_adaptive": ours})
-    columns = ("sample_exponential_pc", "sample_dpmpp_2m", "sample_adaptive")
-    shown = [[r["levels"], r["calls"], *(f"{r[c]:.3f}" if c in r else "" for c in columns)] for r in rows]
-    table(["levels", "calls", *columns], shown)
-    if keep:
-        save("hosts", settings, rows)
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """Three small networks with other habits than the packaged one, on MNIST: what the studies of real networks run on.
 
-    python benchmarks/networks.py --data FOLDER     # trains what is missing, some 10 minutes each on 2 cores
-
 - `flow`: a rectified flow, velocity, uniform t.
 - `shifted`: the same with the times of training shifted by 3, t = 3 u / (1 + 2 u), as large flow models are.
 - `clipped`: a DDPM with 100 levels (beta from 1e-3 to 0.2), epsilon, x_0 clipped to [-1, 1] at each call.
 
-Their weights go to runs/networks and are not part of the package.
+What is missing in runs/networks is trained, some 10 minutes each on 2 cores. It is not part of the package.
 """
 
 from __future__ import annotations
@@ -16,6 +14,7 @@ from pathlib import Path
 
 import click
 import torch
+from common import RUNS, command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -25,7 +24,7 @@ from fastsde.training.data import load_images, to_unit_range
 from fastsde.training.ema import ema_model
 from fastsde.training.networks import small_unet
 
-FOLDER = Path(__file__).parent / "runs" / "networks"
+FOLDER = RUNS / "networks"
 NAMES = ("flow", "shifted", "clipped")
 WIDTHS = (16, 32, 48)
 SHIFT = 3.0
@@ -80,42 +79,38 @@ def loss(name: str, network: torch.nn.Module, x: Tensor) -> Tensor:
     return (network(x_t, t).sample - target).square().mean()
 
 
-def train(name: str, images: Tensor, steps: int, batch: int) -> None:
+def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> None:
     """Trains a network and keeps its averaged weights."""
     network = unread(name).train()
     average = ema_model(network, 0.999)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3, (0.9, 0.99))
-    bar = tqdm(range(steps), name, unit="step")
-    seen = 0.0
+    bar = tqdm(range(steps), name, unit="step", disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        x = images[torch.randint(len(images), (batch,))]
-        value = loss(name, network, x)
+        value = loss(name, network, images[torch.randint(len(images), (batch,))])
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(network)
-        seen += 0.02 * (float(value) - seen)
-        bar.set_postfix(loss=f"{seen / (1 - 0.98 ** (step + 1)):.4f}")
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, FOLDER / f"{name}.safetensors")
+        bar.set_postfix(loss=f"{float(value):.4f}", refresh=False)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick")
 @click.option("--data", type=click.Path(exists=True), required=True, help="A folder with MNIST in IDX files.")
-@click.option("--only", multiple=True, type=click.Choice(NAMES), help="Networks to train; all by default.")
+@click.option("--only", multiple=True, type=click.Choice(NAMES), default=NAMES, help="Networks to train.")
 @click.option("--steps", default=2000)
 @click.option("--batch", default=32)
-@click.option("--threads", default=2)
-def main(data: str, only: tuple[str, ...], steps: int, batch: int, threads: int) -> None:
+@click.option("--out", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=False)
+def main(data: str, only: tuple[str, ...], steps: int, batch: int, folder: Path) -> None:
     """Trains the networks that are missing."""
-    torch.set_num_threads(threads)
     images = to_unit_range(load_images(data)[0])
-    for name in only or NAMES:
-        if not (FOLDER / f"{name}.safetensors").exists():
-            train(name, images, steps, batch)
+    for name in only:
+        if not (folder / f"{name}.safetensors").exists():
+            train(name, images, steps, batch, folder)
 
 
 if __name__ == "__main__":

@@ -1,48 +1,56 @@
-"""Which pipeline classes of diffusers run in their own loop behind `sample_pipeline`, and where do they lead?
+r"""What does `sample_pipeline` do with the pipelines of diffusers, at what cost, and how near is it under guidance?
 
-Tiny pipelines with random weights (tests/tiny_pipelines.py), each by its own scheduler, by `sample_pipeline` and with
-`FastSDEScheduler`, from the same noise; then three samples at times of their own beside one of them alone, and a
-restart. Schedulers that add noise are followed along their flow, by DPM-Solver++. Writes docs/pipelines.md.
+`classes`: tiny pipelines with random weights (tests/tiny_pipelines.py), each by its own scheduler, by `sample_pipeline`
+and with `FastSDEScheduler`, from the same noise; then three samples at times of their own beside one of them alone, and
+a restart. Schedulers that add noise are followed along their flow. The table is in docs/measured/pipelines.md.
+
+`cost`: networks that take 20 ms for a forward, whatever they compute, and for `gain` 2 ms more for each row. `ratio` is
+the wall time of four samples of one prompt over that of the pipeline's own call for a batch of four, at as many
+forwards; `gain` how much faster four samples of different prompts at rtol 0.05 are in one batch than one after another.
+
+`guidance`: the pipeline of examples/own_pipeline.py, ten garments from the same noise: distance to 200 evaluations of
+ours, as a share of their size, beside DDIM in the pipeline's own loop.
 """
 
 from __future__ import annotations
 
 import logging
 import re
+import runpy
+import statistics
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import diffusers
 import torch
-from common import save, table
+from common import Row, command, table, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from loop_checks import agreement, mixed, restarted
+from loop_checks import PROMPTS, agreement, built, mixed, restarted
 from tiny_pipelines import PIPELINES, drop_in
 
-PAGE = Path(__file__).parents[1] / "docs" / "pipelines.md"
-HEAD = """# Pipeline classes
+import fastsde
 
-Written by `benchmarks/pipelines.py`: tiny pipelines of diffusers {version} with random weights, {steps} steps.
+COSTED = ("StableDiffusionPipeline", "StableDiffusion3Pipeline", "FluxPipeline", "QwenImagePipeline", "WanPipeline")
+EXAMPLE = Path(__file__).parents[1] / "examples" / "own_pipeline.py"
 
-`sample_pipeline`: {works} of {all} entries run in their own loop and lead where that loop leads, {refused} are refused
-with the reason, {other} are neither. The first number is || ours - own || / || own || of the pipeline's output from the
-same noise, the second that distance of the own loop from itself with half as many steps: own loops are of first order,
-so theirs to the limit is about as large, and ours counts as right below 2.5 times it and 0.01. Schedulers that add
-noise are followed along their flow, by DPM-Solver++.
 
-"Alone" is the distance of one of three samples in a batch (other prompts and scales, adaptive steps, so other times) to
-itself alone: rounding, or what chaotic networks make of it (thresholding). "Joined" is calls over forwards: 3 is all
-three samples in one forward, more where guidance doubles the batch. "Restart" is the distance of samples that were sent
-back to the same without. A class that draws noise inside of its loop, or whose guidance remembers earlier steps,
-has more.
+@click.group(help=__doc__)
+def main() -> None:
+    """The three questions."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
 
-| class | in its own loop | alone | joined | restart | drop-in `FastSDEScheduler` |
-|---|---|---|---|---|---|
-"""
+
+def first_sentence(error: Exception) -> str:
+    """The beginning of a message, without line breaks."""
+    whole = " ".join(str(error).split()).replace("|", "/")
+    return re.split(r"(?<=[a-z)])[.;] ", whole)[0][:200]
 
 
 def said(distances: Callable[[], tuple[float, float]]) -> str:
@@ -56,47 +64,103 @@ def said(distances: Callable[[], tuple[float, float]]) -> str:
     return f"{'right' if ours < 2.5 * own + 0.01 else 'WRONG'}: {ours:.4f} ({own:.4f})"
 
 
-def first_sentence(error: Exception) -> str:
-    """The beginning of a message, without line breaks."""
-    whole = " ".join(str(error).split()).replace("|", "/")
-    return re.split(r"(?<=[a-z)])[.;] ", whole)[0][:200]
-
-
-def row(name: str, steps: int) -> tuple[str, ...]:
-    """What is found of one class."""
-    loop = said(lambda: agreement(name, steps))
-    found = ["", "", ""]
-    if loop.startswith(("right", "WRONG")):
-        try:
-            alone, r, _ = mixed(name)
-            found[:2] = [f"{alone:.0e}", f"{int(r.result.nfe.sum()) / max(1, r.forwards):.1f}"]
-            found[2] = f"{restarted(name)[0]:.0e}"
-        except Exception as error:  # noqa: BLE001 - it stands in the table
-            found[2] = f"FAILS: {type(error).__name__}: {first_sentence(error)}"
-    return name, loop, *found, said(lambda: drop_in(name, steps))
-
-
-@click.command()
-@click.option("--steps", default=50, show_default=True, help="Half of it should divide 1000, as DDIM wants.")
-@click.option("--only", multiple=True, help="Classes to run; all by default, which writes the page.")
-@click.option("--discard", is_flag=True, help="Write nothing.")
-def main(steps: int, only: tuple[str, ...], discard: bool) -> None:
-    """Runs the classes, prints a table and writes the page."""
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    rows = []
+@command("Which classes run in their own loop, and where do they lead?", "pipelines", main, steps=4, only=COSTED[:1])
+@click.option("--steps", default=50, help="Half of it should divide 1000, as DDIM wants.")
+@click.option("--only", multiple=True, help="Classes to run; all by default.")
+def classes(steps: int, only: tuple[str, ...]) -> list[Row]:
+    """Prints the table."""
+    rows: list[Row] = []
     for name in only or PIPELINES:
-        rows.append(row(name, steps))
-        print(*rows[-1], sep=" | ", flush=True)
-    header = ["class", "in its own loop", "alone", "joined", "restart", "drop-in"]
-    table(header, [(r[0], r[1][:60], *r[2:5], r[5][:40]) for r in rows])
-    if not discard and not only:
-        save("pipelines", {"steps": steps}, [dict(zip(header, r, strict=True)) for r in rows])
-        counts = [sum(r[1].startswith(word) for r in rows) for word in ("right", "refused")]
-        numbers = {"works": counts[0], "refused": counts[1], "all": len(rows), "other": len(rows) - sum(counts)}
-        lines = [f"| {' | '.join(r)} |" for r in rows]
-        PAGE.write_text(HEAD.format(version=diffusers.__version__, steps=steps, **numbers) + "\n".join(lines) + "\n")
+        row: Row = {"class": name, "in its own loop": said(lambda name=name: agreement(name, steps))}
+        row |= {"alone": "", "joined": "", "restart": ""}
+        if str(row["in its own loop"]).startswith(("right", "WRONG")):
+            try:
+                alone, r, _ = mixed(name)
+                row |= {"alone": f"{alone:.0e}", "joined": f"{int(r.result.nfe.sum()) / max(1, r.forwards):.1f}"}
+                row["restart"] = f"{restarted(name)[0]:.0e}"
+            except Exception as error:  # noqa: BLE001 - it stands in the table
+                row["restart"] = f"FAILS: {type(error).__name__}: {first_sentence(error)}"
+        rows.append(row | {"drop-in": said(lambda name=name: drop_in(name, steps)), "diffusers": diffusers.__version__})
+        print(*rows[-1].values(), sep=" | ", flush=True)
+    return rows
+
+
+def clocked(network: Any, fixed: float, a_row: float) -> None:
+    """Lets a network's forward take `fixed + a_row * rows` seconds."""
+    own = network.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        out = own(*args, **kwargs)
+        state = next(v for v in (*args, *kwargs.values()) if torch.is_tensor(v) and v.ndim > 1)
+        time.sleep(max(0.0, fixed + a_row * len(state) - (time.perf_counter() - start)))
+        return out
+
+    network.forward = forward
+
+
+@command("What does a pipeline cost in its own loop, beside that loop itself?", "loop_overhead", main, steps=2, pairs=1)
+@click.option("--steps", default=28, help="Evaluations of each sample, for the ratio.")
+@click.option("--pairs", default=7, help="Repeats of each pair.")
+def cost(steps: int, pairs: int) -> list[Row]:
+    """Prints the table: medians, with the least and the most."""
+    rows: list[Row] = []
+    for name in COSTED:
+        pipe, arguments = built(name)
+        network = getattr(pipe, "unet", None) or pipe.transformer
+        own_forward = network.forward
+        each = "num_videos_per_prompt" if name == "WanPipeline" else "num_images_per_prompt"
+        shared = {**arguments, "num_inference_steps": steps}
+        prompts = {"prompt": [*PROMPTS, "a house"]} if "prompt" in arguments else {}
+
+        def ours(batch: int, pipe: Any = pipe, **more: Any) -> float:
+            options = {"n": 4, "batch_size": batch, "seed": 0, "progress": False, **more}
+            return timed(lambda: fastsde.sample_pipeline(pipe, **options))
+
+        def theirs(pipe: Any = pipe, more: Any = shared | {each: 4}) -> float:
+            return timed(lambda: pipe(**more))
+
+        clocked(network, 0.02, 0.0)
+        theirs(), ours(4, **shared)
+        ratios = [ours(4, **shared) / theirs() for _ in range(pairs)]
+        network.forward = own_forward
+        clocked(network, 0.02, 0.002)
+        mixed_prompts = arguments | prompts | {"rtol": 0.05}
+        gains = [ours(1, **mixed_prompts) / ours(4, **mixed_prompts) for _ in range(pairs)]
+        row: Row = {"class": name}
+        for key, found in (("ratio", ratios), ("gain", gains)):
+            row |= {key: statistics.median(found), f"{key} range": [min(found), max(found)]}
+        rows.append(row)
+    table(rows)
+    return rows
+
+
+@command(
+    "How near under guidance, beside DDIM in the pipeline's own loop?", "guided_pipeline", main, calls=[6], scales=[2.0]
+)
+@click.option("--calls", type=int, multiple=True, default=(6, 8, 12, 16, 24))
+@click.option("--scale", "scales", type=float, multiple=True, default=(1.0, 2.0, 3.0))
+def guidance(calls: tuple[int, ...], scales: tuple[float, ...]) -> list[Row]:
+    """Prints the table."""
+    example = runpy.run_path(str(EXAMPLE))
+    pipe, noise, labels = (example[name] for name in ("pipe", "noise", "classes"))
+    solvers = {"ours": fastsde.ExponentialPC(), "2M": fastsde.DPMSolverPP(order=2), "UniPC": fastsde.UniPC(order=2)}
+    rows: list[Row] = []
+    for scale in scales:
+
+        def ours(n: int, solver: fastsde.Solver, scale: float = scale) -> torch.Tensor:
+            asked = {"class_labels": labels, "guidance_scale": scale, "num_inference_steps": n}
+            options = {"solver": solver, "generator": noise(), "progress": False, "batch_size": 10}
+            return fastsde.sample_pipeline(pipe, **asked, **options).images
+
+        exact = ours(200 if len(calls) > 1 else 20, solvers["ours"])
+        for n in calls:
+            ddim = pipe(labels, num_inference_steps=n, guidance_scale=scale, generator=noise()).images
+            found = {name: ours(n, solver) for name, solver in solvers.items()} | {"DDIM": ddim}
+            row: Row = {"guidance": scale, "evaluations": n}
+            rows.append(row | {name: float((x - exact).norm() / exact.norm()) for name, x in found.items()})
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

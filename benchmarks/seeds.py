@@ -13,29 +13,24 @@ import itertools
 from pathlib import Path
 
 import click
-import matplotlib as mpl
-import numpy as np
 import torch
-from common import RESULTS, packaged_model, provenance, save, table
+from common import RUNS, Row, command, provenance, table
 from torch import nn
 from tqdm import tqdm
 
+import fastsde
 from fastsde.cli.bench import build_cells
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.report import plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of, summarise
 from fastsde.score.base import ScoreModel
 
-mpl.use("Agg")
-import matplotlib.pyplot as plt
-
 OURS = ("ExponentialPC", "ExponentialPC:eta=1")
 NEAR, FAR = ("UniPC", "DPMSolverPP:eta=1"), ("DPMSolverPP:order=3", "DEIS:order=3,grid=karras", "DDIM")
-"""The best five peers of an earlier sweep and of network.py; those that are near ours at 10 calls, and the others."""
+"""The best five peers of an earlier sweep and of fitted.py; those that are near ours at 10 calls, and the others."""
 SEEDS = (0, 1, 2)
 RTOL, ITS_CALLS = 0.5, 36
-"""The coarsest tolerance of Table 10.1, and the calls it takes here (thesis_network.py)."""
+"""The coarsest tolerance of Table 10.1, and the calls it takes here (thesis/network.py)."""
 
 
 def parts(model: ScoreModel) -> list[list[Cell]]:
@@ -54,30 +49,15 @@ def parts(model: ScoreModel) -> list[list[Cell]]:
     ]
 
 
-def draw(sweep: Sweep, cells: list[Cell], path: Path, count: int = 16) -> None:
-    """The first images of each cell, which all start from the same noise, a row for each."""
-    figure, axes = plt.subplots(len(cells), 1, figsize=(8.6, 0.5 * len(cells)))
-    for axis, cell in zip(axes, cells, strict=True):
-        axis.imshow(np.concatenate(list(sweep.images(cell, count)[..., 0]), 1), cmap="gray", interpolation="nearest")
-        calls = round(sweep.row(cell)["mean_nfe"])
-        axis.set_ylabel(f"{cell.label}\n{calls} calls", rotation=0, ha="right", va="center", fontsize=6)
-        axis.set(xticks=[], yticks=[])
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
-
-
-@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@command(__doc__, "seeds", samples=130, count=1, work=RUNS / "seeds_quick")
 @click.option("--samples", "-n", default=10_000)
 @click.option("--parts", "count", default=6, help="How many of the six parts of the study to draw.")
 @click.option("--rank", default=0, help="Which process this is.")
-@click.option("--world-size", default=1, help="How many share the work, each with one thread.")
-@click.option("--work", type=click.Path(path_type=Path), default=Path("runs/seeds"), help="Where cells go.")
-@click.option("--keep/--discard", default=True, help="Whether to write results/seeds.json.")
-def main(samples: int, count: int, rank: int, world_size: int, work: Path, keep: bool) -> None:
-    """Draws what is missing; the process that finds all there prints the table and writes it."""
-    settings = {key: v for key, v in click.get_current_context().params.items() if key not in ("rank", "work")}
-    torch.set_num_threads(1 if world_size > 1 else 2)
-    model = packaged_model(untrained=False)
+@click.option("--world-size", default=1, help="How many share the work.")
+@click.option("--work", type=click.Path(path_type=Path), default=RUNS / "seeds", show_default=False, help="Of cells.")
+def main(samples: int, count: int, rank: int, world_size: int, work: Path) -> Row | None:
+    """Draws what is missing; the process that finds all there prints the table and returns it."""
+    model, _ = fastsde.pretrained("fashion-mnist")
     network = nn.Module.to(model.network, torch.bfloat16).to(memory_format=torch.channels_last)
     network.compile()
     record = provenance({"dtype": "bfloat16, compiled"})
@@ -89,28 +69,10 @@ def main(samples: int, count: int, rank: int, world_size: int, work: Path, keep:
             tqdm.write(result_of(sweep.row(cell)))
     rows = sweep.rows()
     if len(rows) < len(cells):
-        return
+        return None
     summary = summarise(rows)
-    shown = (
-        "solver",
-        "setting",
-        "seeds",
-        "mean_nfe",
-        "failed",
-        "fid",
-        "fid_error",
-        "kid",
-        "precision",
-        "recall",
-        "rank",
-    )
-    table(shown, [[f"{v:.4g}" if isinstance(v := row[k], float) else v or "-" for k in shown] for row in summary])
-    if keep:
-        shown_cells = [cell for part in parts(model)[:2] for cell in part if cell.seed == 0]
-        draw(sweep, shown_cells, RESULTS / "seeds.png")
-        drawn = [line for line in summary if line["solver"] in (*OURS, *NEAR, *FAR) and line["mean_nfe"] < ITS_CALLS]
-        (RESULTS / "seeds_fid.png").write_bytes(plot(drawn))
-        save("seeds", settings, {"cells": rows, "summary": summary})
+    table(summary, "solver", "setting", "seeds", "mean_nfe", "fid", "fid_error", "precision", "recall", "rank")
+    return {"cells": rows, "summary": summary}
 
 
 if __name__ == "__main__":

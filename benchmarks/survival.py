@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import click
-from common import save, table
+from common import Row, command, table
 
 TABLES = ("results.jsonl", "results.csv", "summary.csv")
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -104,35 +104,17 @@ def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
     return {"whole_commands": whole, "sampling": inner, "same_bytes": same}
 
 
-@click.command(help=__doc__.split("\n", 1)[0], context_settings={"show_default": True})
+@command(__doc__, "survival", samples=8, kills=1, job=16, pairs=1)
 @click.option("--samples", "-n", default=192, help="Samples of each cell of the sweep.")
 @click.option("--kills", default=20)
 @click.option("--job", default=2048, help="Samples of the job that is shared.")
 @click.option("--pairs", default=3, help="Repetitions of one process and two.")
-@click.option("--keep/--discard", default=True, help="Whether to write results/survival.json.")
-def main(samples: int, kills: int, job: int, pairs: int, keep: bool) -> None:
-    """Prints what was found and writes it."""
-    settings = click.get_current_context().params
-    folder = Path(tempfile.mkdtemp())
-    try:
-        results = {"killed": survives(folder, samples, kills), "two_processes": shared(folder, job, pairs)}
-    finally:
-        shutil.rmtree(folder)
-    killed, two = results["killed"], results["two_processes"]
-    table(
-        ("what", "found"),
-        [
-            ("kills", len(killed["kills_after_seconds"])),
-            ("a foreign shard is found", killed["foreign_shard_found"]),
-            *((f"same bytes: {name}", same) for name, same in killed["same_bytes"].items()),
-            ("files left over", len(killed["left_over"])),
-            ("two processes over one, sampling", " ".join(f"{x:.2f}" for x in two["sampling"])),
-            ("two processes over one, whole commands", " ".join(f"{x:.2f}" for x in two["whole_commands"])),
-            ("same bytes: job", two["same_bytes"]),
-        ],
-    )
-    if keep:
-        save("survival", settings, results)
+def main(samples: int, kills: int, job: int, pairs: int) -> Row:
+    """Prints what was found."""
+    with tempfile.TemporaryDirectory() as folder:
+        killed, two = survives(Path(folder), samples, kills), shared(Path(folder), job, pairs)
+    table([{"what": key, "found": value} for key, value in (killed | two).items()])
+    return {"killed": killed, "two_processes": two}
 
 
 if __name__ == "__main__":
