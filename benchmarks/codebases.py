@@ -9,11 +9,11 @@ uses it and the package defines it: a class, a function or a method of its own. 
 
 from __future__ import annotations
 
-import argparse
 import ast
 from pathlib import Path
 
-from common import save, table
+import click
+from common import command, table
 
 HERE = Path(__file__).parent.parent
 
@@ -92,21 +92,20 @@ def used_names(nodes: list[ast.stmt], own: set[str]) -> set[str]:
     return {name for name in (used & own) - defined if not name.startswith("__")}
 
 
-def main() -> None:
-    """Prints and stores the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--others", type=Path, required=True, help="folder with the other packages' sources")
-    settings = parser.parse_args()
-    roots = {name: settings.others for name in ("azula", "k_diffusion", "diffrax", "torchode")} | {"fastsde": HERE}
+@command(__doc__, "codebases")
+@click.option("--others", type=click.Path(path_type=Path, exists=True), required=True, help="The other packages.")
+def main(others: Path) -> list[dict[str, object]]:
+    """Prints the table."""
+    roots = {name: others for name in ("azula", "k_diffusion", "diffrax", "torchode")} | {"fastsde": HERE}
     own = {name: own_names(root / name) for name, root in roots.items()}
-    results = {}
+    rows = []
     for part, places in PARTS.items():
         for name, files in places.items():
             nodes = [node for place in files for node in nodes_of(place, roots)]
-            results[f"{part}, {name}"] = {"lines": lines_of(nodes), "names": sorted(used_names(nodes, own[name]))}
-    rows = [(key, found["lines"], len(found["names"])) for key, found in results.items()]  # type: ignore[arg-type]
-    table(("part", "lines", "names"), rows)
-    save("codebases", {}, results)
+            row = {"part": part, "library": name, "lines": lines_of(nodes), "names": len(used_names(nodes, own[name]))}
+            rows.append(row)
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":
