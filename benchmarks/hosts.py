@@ -48,7 +48,7 @@ class Host:
 @click.option("--accurate", default=200, help="Steps of the accurate solution: twice as many move it by a thousandth.")
 def main(samples: int, calls: tuple[int, ...], accurate: int) -> list[Row]:
     """Prints the table."""
-    host = Host(fastsde.pretrained("fashion-mnist")[0], labels(samples)["class_labels"])
+    host = Host(fastsde.pretrained("fashion-mnist"), labels(samples)["class_labels"])
     theirs = k_diffusion_sampling().sample_dpmpp_2m
     fine = host.levels("exponential", accurate)
     x = fine[0] * torch.randn(samples, 1, 28, 28, generator=torch.Generator().manual_seed(0))

@@ -92,7 +92,7 @@ def between(model):
 @pytest.mark.parametrize("name", DRESSES)
 def test_every_dress_gives_the_same_samples(name, reference):
     # Times in float64 but N t - 1 rounded; predictions of v and x_0 turn into each other by division by up to 1e4.
-    torch.testing.assert_close(between(dressed(name)[0]), reference, rtol=0, atol=1e-8)
+    torch.testing.assert_close(between(dressed(name)), reference, rtol=0, atol=1e-8)
 
 
 @pytest.mark.long
@@ -245,10 +245,10 @@ def test_weights_kept_in_eight_bits_are_used_in_more():
     network, exact = tiny.unet(), tiny.unet()
     network.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     model, _ = from_diffusers(network, DDPM)
-    assert model.compute_dtype == from_diffusers(network, DDPM, clip=True)[0].compute_dtype == torch.float32
+    assert model.compute_dtype == from_diffusers(network, DDPM, clip=True).compute_dtype == torch.float32
     x, t = torch.randn(2, 3, 8, 8, generator=GENERATOR), vector(0.3, 0.71)
     with torch.no_grad():
-        out, expected = model.output(x, t), from_diffusers(exact, DDPM)[0].output(x, t)
+        out, expected = model.output(x, t), from_diffusers(exact, DDPM).output(x, t)
     # Three bits behind the point: each weight is rounded by a 16th at most, in several layers one after another.
     assert 0 < float((out - expected).norm() / expected.norm()) < 1 / 8
 
@@ -260,7 +260,7 @@ def test_range_and_shape_come_from_the_configuration():
     model, sde = from_diffusers(build(), config)
     assert model.data_range == (0.0, 1.0)
     assert (model.prediction, repr(sde)) == ("score", "VESDE(sigma_min=0.01, sigma_max=50.0, t_min=1e-05, t_max=1.0)")
-    assert from_diffusers(tiny.unet(size=(8, 4)), DDPM)[0].event_shape == (3, 8, 4)
+    assert from_diffusers(tiny.unet(size=(8, 4)), DDPM).event_shape == (3, 8, 4)
 
 
 def test_the_score_sde_networks_divide_by_sigma_themselves():
@@ -341,7 +341,7 @@ def test_clipping_has_a_switch():
     network, config = tiny.unet(), diffusers.DDPMScheduler().config
     x, t = 5 * torch.randn(2, 3, 8, 8, generator=GENERATOR), vector(0.3, 0.6)
     with torch.no_grad():
-        clipped, free = (from_diffusers(network, config, clip=c)[0](x, t).x_0 for c in (None, False))
+        clipped, free = (from_diffusers(network, config, clip=c)(x, t).x_0 for c in (None, False))
     assert free.abs().max() > 2
     torch.testing.assert_close(clipped, free.clamp(-1, 1), rtol=1e-6, atol=1e-6)
 
@@ -471,7 +471,7 @@ def test_a_wrapped_network_is_read_like_the_one_inside(wrap):
     net = tiny.unet(num_class_embeds=10)
     arguments = {"n": 3, "nfe": 3, "seed": 1, "cond": {"class_labels": torch.arange(3)}}
     plain, wrapped = (
-        fastsde.sample(from_diffusers(n, diffusers.DDPMScheduler())[0], **arguments).samples
+        fastsde.sample(from_diffusers(n, diffusers.DDPMScheduler()), **arguments).samples
         for n in (net, WRAPPED[wrap](net))
     )
     # A plain network is called with channels last, which rounds differently.
@@ -513,7 +513,7 @@ def test_the_time_is_never_given_to_keyword_arguments():
         seen.append((len(args), sorted(kwargs)))
         return x
 
-    fastsde.sample(from_diffusers(network, diffusers.DDPMScheduler())[0], shape=(2, 3), nfe=2)
+    fastsde.sample(from_diffusers(network, diffusers.DDPMScheduler()), shape=(2, 3), nfe=2)
     assert seen == [(1, []), (1, [])]
 
 

@@ -1,4 +1,4 @@
-"""Whole pipelines: parity with their own samplers, loading, and `FastSDEPipeline`."""
+"""Whole pipelines: parity with their own samplers, and loading."""
 
 import importlib
 import json
@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde import DDIM, Ancestral, DPMSolverPP, Grid, UniPC
-from fastsde.diffusers import FastSDEPipeline, decode_latents, encode_images, from_diffusers, load
+from fastsde.diffusers import decode_latents, encode_images, from_diffusers, load
 from fastsde.noise import StepNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -192,7 +192,7 @@ def test_networks_load_from_folders_and_files(tmp_path):
     save_file(kept, tmp_path / "part" / weights.name, {"format": "pt"})
     with pytest.raises(ValueError, match=r"lacks weights of its network: conv_in\.weight"):
         from_diffusers(tmp_path / "part")
-    assert from_diffusers(tmp_path, diffusers.DDPMScheduler())[0].prediction == "sample"  # clipped
+    assert from_diffusers(tmp_path, diffusers.DDPMScheduler()).prediction == "sample"  # clipped
     half, _ = from_diffusers(tmp_path, torch_dtype=torch.bfloat16)
     assert half.parameter.dtype == torch.bfloat16
 
@@ -200,7 +200,7 @@ def test_networks_load_from_folders_and_files(tmp_path):
 def test_old_configurations_get_the_defaults_of_their_class(tmp_path):
     tiny.unet().save_pretrained(tmp_path)
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": "DDPMScheduler"}))
-    assert from_diffusers(tmp_path)[0].prediction == "sample"  # DDPM clips by default
+    assert from_diffusers(tmp_path).prediction == "sample"  # DDPM clips by default
 
 
 def test_averaged_weights_are_taken_where_there_are_any(tmp_path):
@@ -243,28 +243,3 @@ def test_what_cannot_be_loaded_is_refused(tmp_path):
         from_diffusers(tmp_path, ema=True)
     with pytest.raises(TypeError, match="no option flavour"):
         load(tmp_path, flavour="vanilla")
-
-
-def test_fastsde_pipeline_is_saved_and_loaded(tmp_path):
-    pipe = FastSDEPipeline(tiny.stable_diffusion(), rtol=0.3)
-    pipe.save_pretrained(tmp_path)
-    again = FastSDEPipeline.from_pretrained(tmp_path)
-    assert again.settings == {"rtol": 0.3}
-    again.set_progress_bar_config(disable=True)
-    run = {"seed": 3, "output_type": "pt"}
-    output = again(PROMPTS, guidance_scale=2.0, **run)
-    expected = sample_pipeline(tiny.stable_diffusion(), PROMPTS, rtol=0.3, guidance_scale=2.0, **run, **QUIET)
-    torch.testing.assert_close(output.images, expected.images, rtol=0, atol=1e-5)
-    assert type(output) is type(expected.outputs[0])
-    assert output.result.result.nfe.tolist() == expected.result.nfe.tolist()
-    assert again(PROMPTS, guidance_scale=2.0, nfe=8, **run).result.result.nfe.tolist() == [8, 8]
-    # What diffusers itself loads from there is the pipeline.
-    assert isinstance(diffusers.DiffusionPipeline.from_pretrained(tmp_path), diffusers.StableDiffusionPipeline)
-    assert torch.equal(again(PROMPTS, guidance_scale=2.0, return_dict=False, **run)[0], output.images)
-    assert FastSDEPipeline.from_pretrained(tmp_path, rtol=0.1).settings == {"rtol": 0.1}
-    with pytest.raises(TypeError, match="takes no steps"):
-        FastSDEPipeline(tiny.ddpm(), steps=3)
-    for text, words in (('{"steps": 3}', "does not take: steps"), ("{", "is not JSON"), ("[]", "a JSON object")):
-        (tmp_path / "fastsde.json").write_text(text)
-        with pytest.raises(ValueError, match=rf"fastsde.json .*{words}"):
-            FastSDEPipeline.from_pretrained(tmp_path)

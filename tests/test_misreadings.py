@@ -109,7 +109,7 @@ def test_the_start_of_a_table_of_more_noise_is_no_worse_than_ddim():
 
 
 def from_diffusers(network, scheduler):
-    return fastsde.from_diffusers(network, scheduler, event_shape=(2,))[0]
+    return fastsde.from_diffusers(network, scheduler, event_shape=(2,))
 
 
 # Where sampling starts

@@ -12,11 +12,10 @@ from fastsde.diffusers.networks import DiffusersModel
 from fastsde.diffusers.sampling import PipelineResult, sample_pipeline
 from fastsde.diffusers.schedules import Reading, alphas_cumprod, read_schedule
 
-_NEED_DIFFUSERS = {"FastSDEScheduler": "scheduler", "FastSDEPipeline": "pipeline"}
+_NEED_DIFFUSERS = {"FastSDEScheduler": "scheduler"}
 
 __all__ = [
     "DiffusersModel",
-    "FastSDEPipeline",
     "FastSDEScheduler",
     "PipelineResult",
     "Reading",
