@@ -23,10 +23,9 @@ from fastsde.diffusers.schedules import Config, class_of, filled, read_loop, unr
 from fastsde.score.base import Prediction
 from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
-from fastsde.sde.flow import RectifiedFlow
 from fastsde.solvers import ExponentialPC, FittedSolver
 from fastsde.solvers.adams import AdamsPlan, Predicted
-from fastsde.steps import own_grid, plain_grid
+from fastsde.steps import own_grid
 from fastsde.types import Carry, State, Time
 
 
@@ -36,7 +35,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     N inference steps are N network calls: the first gives the first prediction D, each further one predicts and
     corrects, and the last D is the denoised sample. Timesteps are those of `sample(nfe=N)`, fractional; the network
     gets what `ExponentialPC` gets there, so both give the same image from the same start (adaptive steps need
-    `sample_pipeline`, because a pipeline's loop takes no rejection). Half-precision states are kept in float32 between
+    `sample_pipeline`, because a pipeline's loop takes no rejection). It starts from noise; a start from an image is
+    `sample_pipeline`'s, or needs levels that are given. Half-precision states are kept in float32 between
     steps; an edit of the state between two steps, as inpainting pipelines do, carries over.
 
     A flow's loop starts from noise z of variance 1, the state at t = 1, as pipelines of flows do (`init_noise_sigma` is
@@ -62,7 +62,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     order = 1
 
     begin_index: int | None
-    _before_slice: tuple[Time, Tensor] | None
     _index: int | None
     _ahead: Predicted
 
@@ -176,13 +175,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         return self.reading.is_flow
 
     @property
-    def timesteps(self) -> Tensor:
-        """The network's times to visit, with shape (N,); a slice from k on, before the run, is a start at k."""
-        timesteps = self._timesteps.as_subclass(_Timesteps)
-        timesteps.scheduler = self
-        return timesteps
-
-    @property
     def sigmas(self) -> Tensor:
         """Levels of the timesteps and of the end: t of a flow, sigma / alpha of other processes; with shape (N + 1,).
 
@@ -212,39 +204,16 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     def set_begin_index(self, begin_index: int = 0) -> None:
         """Says at which timestep the loop starts, for pipelines that start from an image.
 
-        They take a share of the list, meaning that share of the way of the list that their own scheduler would have
-        made; a grid that crowds at the data's end would give them hardly any noise. So the remaining steps of a table
-        of betas or of a flow are planned anew, in place, from there on. Levels that were given or looked at stay.
+        Raises:
+            ValueError: for a start in the middle of a grid of our own, whose levels crowd at the data's end: the share
+                of the list that a pipeline skips would be hardly any noise.
         """
-        if begin_index and self.solver.times is not None:
+        if begin_index and (self._own_grid or self.solver.times is not None):
             raise ValueError(
-                "a fitted solver starts from noise; to start from an image take the scheduler without fitted=."
+                f"FastSDEScheduler starts from noise; this pipeline starts at step {begin_index}. Call it as "
+                "fastsde.sample_pipeline(pipe, ..), which starts from an image; or give timesteps= or sigmas=."
             )
         self.begin_index = begin_index
-        replan = self._own_grid and isinstance(self.sde, (DiscreteVPSDE, RectifiedFlow))
-        if not replan or not 0 < begin_index < len(self.times):
-            return
-        clock = self._clock()
-        clock.t_max = max(self._start_of(begin_index / len(self.times)), 2 * clock.t_min)
-        left = len(self.times) - begin_index
-        tail = plain_grid(clock, left - 1).times if left > 1 else torch.tensor([clock.t_max], dtype=torch.float64)
-        self.times[begin_index:] = tail
-        self._timesteps[begin_index:] = self.reading.timestep(tail).to(self._timesteps)
-
-    def _start_of(self, share: float) -> float:
-        """The time after a share of the way, in the spacing that the configuration asks for."""
-        if self._is_flow:
-            return float(self._shifted(torch.tensor(1 - share, dtype=torch.float64), self._mu))
-        if self.config.get("use_karras_sigmas"):
-            low, high = (
-                (-0.5 * self.sde.log_snr(torch.tensor([t]).double())).exp() for t in (self.sde.t_min, self.sde.t_max)
-            )
-            rho = (high ** (1 / 7) + share * (low ** (1 / 7) - high ** (1 / 7))) ** 7
-            return float(self.sde.t_of_log_snr(-2 * rho.log()))
-        if self.config.get("use_exponential_sigmas") or self.config.get("use_lu_lambdas"):
-            ends = self.sde.log_snr(torch.tensor([self.sde.t_max, self.sde.t_min]).double())
-            return float(self.sde.t_of_log_snr(torch.lerp(ends[:1], ends[1:], share)))
-        return min(self.sde.t_max, 1 - share)
 
     def set_timesteps(
         self,
@@ -293,9 +262,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self.times = times
         self.num_inference_steps, self._own_grid = len(times), not lengths
         network = self.reading.timestep(self.times) if timesteps is None else torch.as_tensor(timesteps)
-        self._timesteps = network.float().to(device or "cpu")
+        self.timesteps = network.float().to(device or "cpu")
         self.begin_index = None
-        self._before_slice = None
         self._index = None
         self._carry: Carry = {}
         self._returned = torch.empty(0)
@@ -395,7 +363,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         x = sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
         start = self._index is None
         if self._index is None:
-            self._forget_slice(timestep)
             k = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
             self._check_timestep(timestep, k)
             self._begin(x, k)
@@ -423,17 +390,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self._returned = out.to(x.dtype, copy=True)  # the caller may edit his in place
         return SchedulerOutput(prev_sample=out) if return_dict else (out, prediction.x_0.to(sample.dtype))
 
-    def _forget_slice(self, timestep: Tensor | float | int) -> None:
-        """Takes the plan for a slice back if the loop starts at the first timestep after all."""
-        if self._before_slice is not None and float(timestep) == float(self._before_slice[1][0]):
-            times, timesteps = self._before_slice
-            self.times[:], self._timesteps[:], self.begin_index = times, timesteps, None
-        self._before_slice = None
-
     def _begin(self, x: State, k: int) -> None:
         """Plans the steps from timestep k on."""
-        if k and self.solver.times is not None:
-            raise ValueError("a fitted solver starts at its first timestep; take the scheduler without fitted=.")
+        self.set_begin_index(k)
         self._first, self._plan = k, self.solver.plan(self.sde, self.times[k:])
         self._carry = self.solver.init(x)
         self._ahead = self.solver.predict(x, self._coefficients(k, x), self._carry, None)
@@ -493,35 +452,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
 _LEAST = 1e-5
 """The least time of a flow: at 0 there is no noise left to step from."""
-
-
-class _Timesteps(Tensor):
-    """Timesteps that note how a pipeline chooses where to start; what is made of them are plain tensors."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    scheduler: FastSDEScheduler
-
-    def __getitem__(self, key: Any) -> Tensor:
-        plain = self.as_subclass(Tensor)
-        if self.scheduler.solver.times is not None:  # which has no other start
-            return plain[key]
-        if isinstance(key, slice) and key.stop is None and key.step in (None, 1) and self.scheduler.step_index is None:
-            begin = key.indices(len(plain))[0]
-            if 0 < begin < len(plain):
-                self.scheduler._before_slice = (self.scheduler.times.clone(), plain.clone())
-                self.scheduler.set_begin_index(begin)
-        return plain[key]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        return self.as_subclass(Tensor).clone()
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_subclass(Tensor).clone().__reduce_ex__(protocol)
-
-    def __lt__(self, other: Any) -> Tensor:
-        # Whoever compares levels starts at one of them.
-        self.scheduler._own_grid = False
-        return self.as_subclass(Tensor) < other
 
 
 def _keeps_noise(config: Config) -> bool:
