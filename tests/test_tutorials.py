@@ -168,19 +168,21 @@ def test_commands_exist(page):
             command.make_parser(click.Context(command)).parse_args(rest)
 
 
-def resolve(dotted):
+def resolve(name):
     """The object of a dotted name, or None if there is none."""
-    first, *rest = dotted.split(".")
+    first, *rest = name.split(".")
     found = importlib.import_module(first)
-    for part in rest:
-        try:
+    try:
+        for part in rest:
             found = getattr(found, part)
-        except AttributeError:
-            try:
-                found = importlib.import_module(f"{found.__name__}.{part}")
-            except (ImportError, AttributeError):
-                return None
-    return found
+        return found
+    except AttributeError:
+        pass
+    home, _, last = name.rpartition(".")  # a module that was not imported, or that a function of its name hides
+    try:
+        return getattr(importlib.import_module(home), last, None) or importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def dotted(node, imported):
