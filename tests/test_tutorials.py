@@ -35,7 +35,9 @@ def text_of(page):
 
 def blocks(page, language):
     """(whether it is to run, text) of each code block; `<!-- not run: why -->` stands above those that are not."""
-    found = re.findall(rf"(<!-- not run: .*? -->\n)?^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"(<!-- not run: .*? -->\n)?^```{language}\n(.*?)^```$", text_of(page), re.DOTALL | re.MULTILINE
+    )
     return [(not mark, code) for mark, code in found]
 
 
@@ -224,7 +226,9 @@ def test_links_lead_to_files(page):
 
 
 def test_reference_has_every_public_name():
-    entries = re.findall(r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in PAGES if p.parent.name == "reference"), re.M)
+    entries = re.findall(
+        r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in PAGES if p.parent.name == "reference"), re.M
+    )
     found = [resolve(name) for name in entries]
     assert all(obj is not None for obj in found), [e for e, obj in zip(entries, found, strict=True) if obj is None]
     assert len(entries) == len(set(entries))
