@@ -225,6 +225,13 @@ def test_links_lead_to_files(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+def test_pages_that_the_code_names_are_there():
+    files = [*(ROOT / "fastsde").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *ROOT.glob("*.md")]
+    named = {(file.name, page) for file in files for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text())}
+    missing = [(file, page) for file, page in named if not (ROOT / page).exists()]
+    assert not missing
+
+
 def test_reference_has_every_public_name():
     entries = re.findall(
         r"^::: ([\w.]+)$", "\n".join(p.read_text() for p in PAGES if p.parent.name == "reference"), re.M
