@@ -2,8 +2,8 @@
 
 Run: python examples/guidance_and_inpainting.py [picture.png]
 
-The network is read as any network of diffusers, with a scheduler's configuration. Each row has ten garments, one of each
-class: without guidance; with guidance 3; the lower half of the first row drawn again from the upper half, by
+The network is read as any network of diffusers, with a scheduler's configuration. Each row has ten garments, one of
+each class: without guidance; with guidance 3; the lower half of the first row drawn again from the upper half, by
 `Projection`; the same by `MMPS`.
 """
 
