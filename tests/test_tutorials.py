@@ -153,6 +153,19 @@ def test_readme(tmp_path, monkeypatch):
     assert abs(float(names["r"].samples.std()) / std - 1) < 0.02
 
 
+TESTED = [ROOT / "README.md", *(ROOT / "docs" / "tutorials").iterdir()]
+OTHERS = [page for page in PAGES if page not in TESTED and any(runs for runs, _ in blocks(page, "python"))]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("page", OTHERS, ids=[str(page.relative_to(ROOT)) for page in OTHERS])
+def test_code_of_other_pages(page, tmp_path, monkeypatch):
+    if "pretrained" in text_of(page):
+        pytest.importorskip("diffusers")
+    results = [r for r in run(page, tmp_path, monkeypatch).values() if isinstance(r, fastsde.SampleResult)]
+    assert all(r.success.all() for r in results)
+
+
 def commands(page):
     """The lines of a page that call the command, continued lines joined and comments cut off."""
     text = "\n".join(code for _, code in blocks(page, "sh")).replace("\\\n", " ")
