@@ -1,7 +1,8 @@
-"""A network in another convention than one thinks: `diagnose` says so, and which it is.
+"""A network that is read in the wrong convention: `diagnose` says so, and which one is right.
 
-The network is exact, of a mixture of two Gaussians in 16 dimensions. It is made as the flow_matching library has it:
-noise at time 0, data at time 1, velocity data - noise. Read as diffusers' flows are, it draws garbage without an error.
+The network is exact, for a mixture of two Gaussians in 16 dimensions. Its convention is that of the flow_matching
+library: noise at time 0, data at time 1, velocity data - noise. If it is read as a flow of diffusers, the samples are
+wrong, and there is no error.
 
 Run: python examples/diagnosis.py (it writes diagnosis.png)
 """
@@ -30,7 +31,7 @@ data = (MEANS[torch.arange(16) % 2] + STD * torch.randn(16, 16)).float()
 found = fastsde.diagnose(model, data=data)
 print(found)
 found.plot("diagnosis.png")  # needs matplotlib
-for name, m in (("as it was read", model), ("as it is", found.model)):
+for name, m in (("first reading", model), ("right reading", found.model)):
     samples = fastsde.sample(m, n=500, seed=0).samples  # the first warns that they leave the data range
     distance = (samples[:, None] - MEANS).square().mean(2).min(1).values.mean().sqrt()
     print(f"{name}: {float(distance):.3f} from the nearest mean; 0.1 is right")

@@ -1,9 +1,10 @@
-"""A diffusers network with guidance, and with half of every image given: the packaged Fashion-MNIST model.
+"""The packaged Fashion-MNIST network, with guidance, and with half of each image given.
 
 Run: python examples/guidance_and_inpainting.py [picture.png]
 
-The network is read as any of diffusers' is: with a scheduler's configuration. Rows: ten garments, one a class, drawn
-plainly; with guidance 3; then the lower half of the first row made anew from the upper half, by projection and by MMPS.
+The network is read as any network of diffusers, with a scheduler's configuration. Each row has ten garments, one of
+each class: without guidance; with guidance 3; the lower half of the first row drawn again from the upper half, by
+`Projection`; the same by `MMPS`.
 """
 
 import sys
@@ -15,8 +16,8 @@ from PIL import Image
 import fastsde
 from fastsde.score import MMPS, ClassifierFreeGuidance, Clipped, Mask, Projection
 
-packaged, _ = fastsde.pretrained("fashion-mnist")
-model, sde = fastsde.from_diffusers(packaged.network, DDPMScheduler(clip_sample=False))  # 1000 betas, epsilon
+packaged = fastsde.pretrained("fashion-mnist")
+model = fastsde.from_diffusers(packaged.network, DDPMScheduler(clip_sample=False))  # 1000 betas, epsilon
 
 labels = {"class_labels": torch.arange(10)}
 plain = fastsde.sample(model, n=10, rtol=0.05, cond=labels)

@@ -1,10 +1,10 @@
-"""A pipeline of your own, in its own loop: guided Fashion-MNIST, beside what its scheduler draws.
+"""A small diffusers pipeline, in its own loop: guided Fashion-MNIST, beside its own scheduler.
 
 Run: python examples/own_pipeline.py [picture.png]
 
-`Garments` is an ordinary diffusers pipeline: it walks its scheduler's timesteps and knows nothing of fastsde. Rows, ten
-garments from the same noise: DDIM with 12 steps; ours with 12 evaluations; DDIM with 200 steps; ours with 8 evaluations
-from the pictures of the row above, half of the way to noise.
+`Garments` is an ordinary diffusers pipeline. It walks the timesteps of its scheduler, and has no line about fastsde.
+Rows of ten garments, the first three from the same noise: DDIM with 12 steps; `sample_pipeline` with 12 evaluations;
+DDIM with 200 steps; image to image from the row above with strength 0.5 and 8 evaluations.
 """
 
 import sys
@@ -47,7 +47,7 @@ class Garments(DiffusionPipeline):
         return ImagePipelineOutput(images=x.clamp(-1, 1))
 
 
-packaged, _ = fastsde.pretrained("fashion-mnist")
+packaged = fastsde.pretrained("fashion-mnist")
 pipe = Garments(packaged.network, DDIMScheduler(clip_sample=False, timestep_spacing="trailing"))
 pipe.set_progress_bar_config(disable=True)
 

@@ -1,4 +1,4 @@
-"""Sampling with a score function of your own: a ring of eight Gaussians in the plane, in a few lines.
+"""Samples from a score that is a formula: a ring of eight Gaussians in the plane.
 
 Run: python examples/own_score_function.py
 """
@@ -31,5 +31,5 @@ share = distance.argmin(1).bincount(minlength=8) / len(result.samples)
 print(result)
 print("share of each of the 8 centres:", [round(s, 3) for s in share.tolist()])
 print(f"root mean square distance to the centre: {distance.amin(1).square().mean().sqrt():.4f}")
-print(f"expected: {std * math.sqrt(2):.4f} less what denoising removes")
+print(f"exact: {std * math.sqrt(2):.4f}; denoising makes it a little smaller")
 print("calls per sample, quartiles:", result.nfe.double().quantile(torch.tensor([0, 0.25, 0.5, 0.75, 1.0]).double()))

@@ -153,6 +153,19 @@ def test_readme(tmp_path, monkeypatch):
     assert abs(float(names["r"].samples.std()) / std - 1) < 0.02
 
 
+TESTED = [ROOT / "README.md", *(ROOT / "docs" / "tutorials").iterdir()]
+OTHERS = [page for page in PAGES if page not in TESTED and any(runs for runs, _ in blocks(page, "python"))]
+
+
+@pytest.mark.usefixtures("without_type_checks")
+@pytest.mark.parametrize("page", OTHERS, ids=[str(page.relative_to(ROOT)) for page in OTHERS])
+def test_code_of_other_pages(page, tmp_path, monkeypatch):
+    if "pretrained" in text_of(page):
+        pytest.importorskip("diffusers")
+    results = [r for r in run(page, tmp_path, monkeypatch).values() if isinstance(r, fastsde.SampleResult)]
+    assert all(r.success.all() for r in results)
+
+
 def commands(page):
     """The lines of a page that call the command, continued lines joined and comments cut off."""
     text = "\n".join(code for _, code in blocks(page, "sh")).replace("\\\n", " ")
@@ -170,19 +183,21 @@ def test_commands_exist(page):
             command.make_parser(click.Context(command)).parse_args(rest)
 
 
-def resolve(dotted):
+def resolve(name):
     """The object of a dotted name, or None if there is none."""
-    first, *rest = dotted.split(".")
+    first, *rest = name.split(".")
     found = importlib.import_module(first)
-    for part in rest:
-        try:
+    try:
+        for part in rest:
             found = getattr(found, part)
-        except AttributeError:
-            try:
-                found = importlib.import_module(f"{found.__name__}.{part}")
-            except (ImportError, AttributeError):
-                return None
-    return found
+        return found
+    except AttributeError:
+        pass
+    home, _, last = name.rpartition(".")  # a module that was not imported, or that a function of its name hides
+    try:
+        return getattr(importlib.import_module(home), last, None) or importlib.import_module(name)
+    except ImportError:
+        return None
 
 
 def dotted(node, imported):
@@ -221,6 +236,13 @@ def test_links_lead_to_files(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)):
         if not re.match(r"[a-z]+:|#", target):
             assert (page.parent / target.split("#")[0]).exists(), target
+
+
+def test_pages_that_the_code_names_are_there():
+    files = [*(ROOT / "fastsde").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py"), *ROOT.glob("*.md")]
+    named = {(file.name, page) for file in files for page in re.findall(r"\bdocs/[\w/-]+\.md", file.read_text())}
+    missing = [(file, page) for file, page in named if not (ROOT / page).exists()]
+    assert not missing
 
 
 def test_reference_has_every_public_name():
