@@ -462,6 +462,7 @@ def test_a_slice_that_is_only_looked_at_changes_nothing():
     assert torch.equal(*outputs)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear epsilon", "flow", "edm"])
 def test_a_fitted_solver_gives_our_samples_in_a_pipelines_loop(name, tmp_path):
     network = Dressed(read_schedule(DRESSES[name]), fourier=False)
