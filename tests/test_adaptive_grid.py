@@ -144,6 +144,7 @@ def dressed(sde, levels=(-8.0, 8.0)):
     return sde
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_same_samples_and_calls_in_every_dressing(eta):
     # One solver in one clock: in y = x / alpha, on the same levels and noise, the processes are one.
@@ -279,6 +280,7 @@ def test_the_way_of_a_sample_that_starts_again_is_that_of_its_last_walk():
         assert torch.equal(path.t, Grid.tapered(VP, steps).times)
 
 
+@pytest.mark.long
 def test_encoding_starts_again_from_the_data():
     model = mixture(VP)
     x = fastsde.sample(model, n=12, nfe=60, dtype=torch.float64, denoise=False).samples

@@ -81,6 +81,7 @@ def after_langevin(before, level, eta, n):
     return before * kept + 2 * level / (2 - eta) * (1 - kept)
 
 
+@pytest.mark.long
 @each_process
 @pytest.mark.parametrize("n_sigma", [1, 2, 5])
 @pytest.mark.parametrize("eta", [0.03, 0.18, 0.7])
@@ -160,6 +161,7 @@ ETAS = {
 }
 
 
+@pytest.mark.long
 @each_sde
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("eta", ETAS)

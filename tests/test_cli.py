@@ -3,6 +3,8 @@
 import errno
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from fastsde.cli import output
 from fastsde.cli.info import solver_table
 from fastsde.cli.main import main
 from fastsde.cli.sample import sample as sample_command
-from fastsde.cli.solver_options import SOLVER_NAMES, build_controller, build_solver
+from fastsde.cli.solver_options import SOLVER_NAMES, Steps, build_solver
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.pretrained import ASSETS
 from fastsde.score import GaussianScore
@@ -56,6 +58,19 @@ def network(monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def test_neither_the_package_nor_its_help_imports_what_few_need():
+    program = """
+import sys
+import fastsde
+from fastsde.cli.main import main
+main(["--help"], standalone_mode=False)
+main(["sample", "--help"], standalone_mode=False)
+print({"diffusers", "transformers", "matplotlib", "scipy"} & sys.modules.keys())
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1:] == ["set()"], done.stderr
 
 
 @pytest.mark.usefixtures("network")
@@ -130,8 +145,8 @@ def test_too_little_room_is_found_before_sampling(network, tmp_path, monkeypatch
 
 @pytest.mark.usefixtures("network")
 def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
-    def full(path, **arrays):
-        path.write_bytes(b"half")
+    def full(file, **arrays):
+        file.write(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(np, "savez_compressed", full)
@@ -348,10 +363,9 @@ def test_no_data_set_comes_with_the_package_and_the_message_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", SOLVER_NAMES)
 def test_every_solver_can_be_built_by_name_with_a_grid(name):
-    options = ["eta=0.3"] if name == "AnnealedLangevin" else []
-    solver = build_solver(name, options)
+    options = ("eta=0.3",) if name == "AnnealedLangevin" else ()
     sde = fastsde.VPSDE()
-    controller = build_controller(sde, solver, 3, None, rtol=False)
+    solver, controller = Steps(name, options=options, steps=3).build(sde)
     model = GaussianScore(sde, torch.zeros(2), torch.ones(2))
     r = fastsde.sample(model, n=2, solver=solver, controller=controller)
     assert r.success.all()
@@ -366,9 +380,9 @@ def test_options_reach_the_solver():
         "PredictorCorrector", ["predictor=Ancestral", "predictor.posterior=false", "corrector.snr=0.1"]
     )
     assert built == fastsde.PredictorCorrector(fastsde.Ancestral(posterior=False), fastsde.Langevin(0.1))
-    grid = build_controller(fastsde.VPSDE(), fastsde.DDIM(), 5, "karras", rtol=False)
+    _, grid = Steps("DDIM", steps=5, grid="karras").build(fastsde.VPSDE())
     assert torch.equal(grid.times, fastsde.Grid.karras(fastsde.VPSDE(), 5).times)
-    assert build_controller(fastsde.VPSDE(), fastsde.ProbabilityFlow(), None, None, rtol=True) is None
+    assert Steps("ProbabilityFlow", rtol=0.1).build(fastsde.VPSDE()) == (fastsde.ProbabilityFlow(), None)
 
 
 @pytest.mark.parametrize(
@@ -376,7 +390,7 @@ def test_options_reach_the_solver():
     [
         (["--solver", "DDIM"], "--solver DDIM walks a grid: say how many steps with --steps"),
         (["--grid", "karras"], "--grid needs --steps"),
-        (["--solver", "DDIM", "--steps", "5", "--rtol", "0.1"], "--steps fixes the grid"),
+        (["--solver", "DDIM", "--steps", "5", "--rtol", "0.1"], "give either --steps, which fixes the grid, or --rtol"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta"], "--option must be KEY=VALUE; got 'eta'"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta=much"], "is 0.0 by default; 'much' is of another kind"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta=7"], "eta must be in"),

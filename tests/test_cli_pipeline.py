@@ -200,7 +200,7 @@ def test_an_unknown_argument_is_refused_before_weights_are_read(tmp_path):
         ),
         (["--solver", "DDIM"], "--solver DDIM walks a grid: say how many steps"),
         (["--solver", "AnnealedLangevin", "--steps", "3"], "takes no number of steps"),
-        (["--steps", "3", "--nfe", "3"], "give either --steps or --nfe"),
+        (["--steps", "3", "--nfe", "3"], "give either --steps, which fixes the grid, or --nfe"),
         (["--rtol", "0"], "rtol must be"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,

@@ -466,6 +466,7 @@ WRAPPED = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("wrap", WRAPPED)
 def test_a_wrapped_network_is_read_like_the_one_inside(wrap):
     net = tiny.unet(num_class_embeds=10)

@@ -406,6 +406,7 @@ def test_clipping_gives_the_limit_of_the_configurations_scheduler(name):
     assert float((ours - x).abs().mean()) < 0.02
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["linear epsilon", "flow", "edm"])
 def test_a_fitted_solver_gives_our_samples_in_a_pipelines_loop(name, tmp_path):
     network = Dressed(read_schedule(DRESSES[name]), fourier=False)

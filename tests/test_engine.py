@@ -224,6 +224,7 @@ def test_reading_flags_a_turn_late_changes_nothing_for_stubs(batch):
     assert same(now, late)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [ExtrapolatedEM(), EulerMaruyama(steps=5)], ids=["extrapolated", "euler"])
 def test_reading_flags_a_turn_late_changes_nothing_for_real_solvers(solver):
     sde = fastsde.VPSDE()

@@ -351,6 +351,7 @@ def test_rows_do_not_see_each_other(wrapper):
         torch.testing.assert_close(joint[i : i + 1], alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.long
 def test_each_sample_keeps_its_measurement_through_refills():
     model, n = mixture(VPSDE())[0], 7
     y, solver = draw(n, 5, seed=8), fastsde.ExtrapolatedEM()  # own steps, so that rows end at different turns

@@ -40,7 +40,7 @@ def exact_log_prob(model, covariances, x):
 @pytest.mark.parametrize("sde", [VPSDE(), EDM(), RectifiedFlow()], ids=lambda sde: type(sde).__name__)
 def test_exact_trace_on_a_mixture(sde):
     model, covariances = mixture(sde)
-    x = model.draw(20, torch.Generator().manual_seed(1))
+    x = model.draw(40, torch.Generator().manual_seed(1))
     r = fastsde.log_likelihood(model, x=x, exact=True)
     error = r.bits_per_dim + exact_log_prob(model, covariances, x) / 4 / BITS
     # The requirement: 0.01 bits per dimension. Measured 0.002 or less.
@@ -69,6 +69,7 @@ def test_the_standard_error_is_honest(gaussian):
     assert abs(float(z.mean())) < 0.35
 
 
+@pytest.mark.long
 def test_rademacher_probes_are_exact_on_diagonal_jacobians():
     sde = VPSDE()
     model = GaussianScore(sde, torch.zeros(6, dtype=torch.float64), torch.linspace(0.1, 1, 6, dtype=torch.float64))

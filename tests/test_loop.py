@@ -102,6 +102,7 @@ RESTARTED = (
 """Those whose loops keep something from step to step, look things up by its number, or edit the state."""
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_leads_where_its_own_loop_leads(name):
     ours, own = agreement(name, 10)
@@ -391,6 +392,7 @@ def echo_pipe():
     return Echo(diffusers.DDIMScheduler(), tiny.unet())
 
 
+@pytest.mark.long
 def test_edits_of_a_callback_stay_in_the_state():
     pipe, arguments = built("FluxPipeline")
     pull = lambda latents, dt: latents - 2.0 * dt * latents  # noqa: E731

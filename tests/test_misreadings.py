@@ -221,6 +221,7 @@ def test_threads_that_share_a_network_do_not_switch_its_mode():
     assert all(module.training for module in network.modules())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_of_the_process_changes_nothing(dtype):
     solvers = (fastsde.ExponentialPC(), fastsde.ExponentialPC(eta=1.0), fastsde.ExtrapolatedEM(), fastsde.Heun(5))

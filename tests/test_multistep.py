@@ -386,6 +386,7 @@ def test_eta_may_be_a_function(build):
         assert torch.equal(a, b)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", [*MULTISTEP, SASolver(predictor=1, corrector=4), ExponentialPC(eta=0.7)], ids=short)
 def test_a_grid_planned_at_once_gives_the_steps_taken_one_by_one(solver, monkeypatch):
     """Slots whose sample fails on the way are refilled, so that rows are at different steps of the grid."""

@@ -225,6 +225,7 @@ def test_a_score_of_zero_is_no_disaster(options, dtype):
 # ---- the whole walk --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "predictor",
     [ReverseDiffusion(12), Ancestral(12), DDIM(12, eta=0.7), EulerMaruyama(12), EulerMaruyama(12, True)],
@@ -317,6 +318,7 @@ def variance_in_many_dimensions(sde, std, snr, times):
     return float(variance)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("sde", [MILD["VESDE"], MILD["VPSDE"], VPSDE()], ids=repr)
 def test_variance_on_gaussian_data(sde):
     std, snr, n, d = 0.5, 0.2, 8, 8192

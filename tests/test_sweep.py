@@ -90,6 +90,7 @@ def counted(folder, solvers, nfe, rtol, wrap=lambda model: model):
         counting.calls.zero_()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("solvers", "nfe", "rtol"),
     [("ExponentialPC", (6,), ()), ("EulerMaruyama Heun", (7,), ()), ("ExtrapolatedEM ExponentialPC", (), (0.5,))],
@@ -120,10 +121,10 @@ def test_two_processes_make_the_tables_of_one(finished, tmp_path):
 
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, tmp_path):
-    """SIGKILL, six times, at moments drawn from the work; then to the end. (Twenty times: benchmarks/README.md.)"""
+    """SIGKILL, three times, at moments drawn from the work; then to the end. (Twenty times: benchmarks/README.md.)"""
     program = [sys.executable, str(Path(__file__).with_name("tiny_sweep.py")), str(tmp_path / "x"), "0", "1"]
     chance, killed = random.Random(0), 0
-    for _ in range(6):
+    for _ in range(3):
         process = subprocess.Popen(program, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "started\n"
         time.sleep(chance.uniform(0.0, 0.5))

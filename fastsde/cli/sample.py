@@ -149,6 +149,7 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
 
 def _sample_model(
     steps: Steps,
+    /,
     *,
     model: str,
     n: int | None,
