@@ -65,14 +65,6 @@ def provenance(settings: Mapping[str, object]) -> Row:
     }
 
 
-def save(name: str, settings: Mapping[str, object], results: object) -> None:
-    """Writes results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    record = provenance(settings) | {"results": results}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten: results/{name}.json")
-
-
 def command(
     doc: str, name: str, group: click.Group | None = None, **quick: object
 ) -> Callable[[Callable[..., object]], click.Command]:
@@ -94,10 +86,13 @@ def command(
         @functools.wraps(work)
         def run(threads: int, keep: bool, quick: bool, **settings: object) -> None:
             torch.set_num_threads(threads)
+            record = provenance(settings | {"threads": threads})  # of the code that runs, whatever changes meanwhile
             found = work(**settings)
             if keep and not quick and found is not None:
                 device = settings.get("device", "cpu")
-                save(name if device == "cpu" else f"{name}_{device}", settings | {"threads": threads}, found)
+                path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
+                path.write_text(json.dumps(record | {"results": found}, indent=1) + "\n")
+                print(f"\nwritten: results/{path.name}")
 
         options = (
             click.option("--threads", default=2, help="Threads of torch."),

@@ -100,7 +100,9 @@ def results() -> None:
 def rows_of(pictures: dict[str, Tensor], width: float) -> Figure:
     """A row of images in [-1, 1] for each label, with shape (n, 1, H, W)."""
     figure = Figure(figsize=(width, 0.62 * len(pictures)))
-    for axis, (label, samples) in zip(figure.subplots(len(pictures), 1), pictures.items(), strict=True):
+    for axis, (label, samples) in zip(
+        figure.subplots(len(pictures), 1, squeeze=False)[:, 0], pictures.items(), strict=True
+    ):
         row = torch.cat(list(samples[:, 0].clamp(-1, 1)), 1)
         axis.imshow(row, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_axis_off()

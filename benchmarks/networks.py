@@ -99,7 +99,7 @@ def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> No
     save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick")
+@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick_networks")
 @click.option("--data", type=click.Path(exists=True), required=True, help="A folder with MNIST in IDX files.")
 @click.option("--only", multiple=True, type=click.Choice(NAMES), default=NAMES, help="Networks to train.")
 @click.option("--steps", default=2000)

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from chapter10 import floor_of
 from common import RUNS, Row, command, table
-from tables import floor_of
 
 import fastsde
 from fastsde.evaluation.features import Features, open_features

@@ -200,7 +200,9 @@ def floor_of(reference: Reference, n: int, draws: int = 20) -> Row:
     return {"mean": float(torch.tensor(found).mean()), "spread": float(torch.tensor(found).std())}
 
 
-@command("With the packaged network?", "thesis_network", main, samples=130, rtols=[0.5], few=1, work=RUNS / "quick")
+@command(
+    "With the packaged network?", "thesis_network", main, samples=130, rtols=[0.5], few=1, work=RUNS / "quick_thesis"
+)
 @click.option("--samples", "-n", default=320)
 @click.option("--rtol", "rtols", type=float, multiple=True, default=RTOLS, help="Of Table 10.1.")
 @click.option("--ablations-rtol", "rtol", default=0.05)
