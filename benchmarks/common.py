@@ -51,18 +51,21 @@ def commit() -> str:
         return "unknown"
 
 
-def provenance(settings: Mapping[str, object]) -> Row:
-    """Settings, commit, date, versions and processor: what someone needs to judge or repeat a number."""
+def versions(settings: Mapping[str, object]) -> Row:
+    """Settings, versions and processor: what may not change in a study that goes on where it stopped."""
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
     if settings.get("device") == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     return {
         "settings": {key: value.name if isinstance(value, Path) else value for key, value in settings.items()},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
         "versions": {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": machine,
     }
+
+
+def provenance(settings: Mapping[str, object]) -> Row:
+    """The same with commit and date: what someone needs to judge or repeat a number."""
+    return {"commit": commit(), "date": datetime.date.today().isoformat()} | versions(settings)
 
 
 def command(

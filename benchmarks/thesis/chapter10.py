@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Row, command, provenance, table
+from common import RUNS, Row, command, table, versions
 from problems import Mixture, digits
 
 import fastsde
@@ -225,7 +225,7 @@ def network(
     model, _ = fastsde.pretrained("fashion-mnist")
     nn.Module.to(model.network, torch.bfloat16)
     reference = packaged_reference("fashion-mnist")
-    problem = Problem(model, open_features("fashion-mnist"), reference, provenance({"dtype": "bfloat16"}), 10)
+    problem = Problem(model, open_features("fashion-mnist"), reference, versions({"dtype": "bfloat16"}), 10)
 
     def run(rows: list[Planned]) -> Sweep:
         done = Sweep(work, problem, [cell for _, cell, _ in rows], samples, batch_size=80, shard_size=160)
