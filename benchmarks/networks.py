@@ -94,7 +94,7 @@ def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> No
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(network)
-        bar.set_postfix(loss=f"{float(value):.4f}", refresh=False)
+        bar.set_postfix(loss=f"{float(value.detach()):.4f}", refresh=False)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / f"{name}.safetensors")
 
