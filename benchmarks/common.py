@@ -51,26 +51,21 @@ def commit() -> str:
         return "unknown"
 
 
-def provenance(settings: Mapping[str, object]) -> Row:
-    """Settings, commit, date, versions and processor: what someone needs to judge or repeat a number."""
+def versions(settings: Mapping[str, object]) -> Row:
+    """Settings, versions and processor: what may not change in a study that goes on where it stopped."""
     machine = {"cpu": cpu_name(), "cores": os.cpu_count(), "torch_threads": torch.get_num_threads()}
     if settings.get("device") == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
     return {
         "settings": {key: value.name if isinstance(value, Path) else value for key, value in settings.items()},
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
         "versions": {"fastsde": fastsde.__version__, "torch": torch.__version__, "python": platform.python_version()},
         "machine": machine,
     }
 
 
-def save(name: str, settings: Mapping[str, object], results: object) -> None:
-    """Writes results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    record = provenance(settings) | {"results": results}
-    (RESULTS / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-    print(f"\nwritten: results/{name}.json")
+def provenance(settings: Mapping[str, object]) -> Row:
+    """The same with commit and date: what someone needs to judge or repeat a number."""
+    return {"commit": commit(), "date": datetime.date.today().isoformat()} | versions(settings)
 
 
 def command(
@@ -94,10 +89,13 @@ def command(
         @functools.wraps(work)
         def run(threads: int, keep: bool, quick: bool, **settings: object) -> None:
             torch.set_num_threads(threads)
+            record = provenance(settings | {"threads": threads})  # of the code that runs, whatever changes meanwhile
             found = work(**settings)
             if keep and not quick and found is not None:
                 device = settings.get("device", "cpu")
-                save(name if device == "cpu" else f"{name}_{device}", settings | {"threads": threads}, found)
+                path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
+                path.write_text(json.dumps(record | {"results": found}, indent=1) + "\n")
+                print(f"\nwritten: results/{path.name}")
 
         options = (
             click.option("--threads", default=2, help="Threads of torch."),

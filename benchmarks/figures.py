@@ -100,7 +100,9 @@ def results() -> None:
 def rows_of(pictures: dict[str, Tensor], width: float) -> Figure:
     """A row of images in [-1, 1] for each label, with shape (n, 1, H, W)."""
     figure = Figure(figsize=(width, 0.62 * len(pictures)))
-    for axis, (label, samples) in zip(figure.subplots(len(pictures), 1), pictures.items(), strict=True):
+    for axis, (label, samples) in zip(
+        figure.subplots(len(pictures), 1, squeeze=False)[:, 0], pictures.items(), strict=True
+    ):
         row = torch.cat(list(samples[:, 0].clamp(-1, 1)), 1)
         axis.imshow(row, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         axis.set_axis_off()
@@ -147,7 +149,7 @@ def samples(seed: int, few: int) -> None:
         pictures["\n".join([*lines, f"{r.nfe.double().mean():.0f} calls"]).replace("= ", "=")] = r.samples
     samplers, pictures = rows_of(pictures, 7.8), {}
     for n in (4, 5, 6)[: few or None]:
-        solver = fastsde.fit(model, nfe=n, cond=labels(40), progress=True)
+        solver = fastsde.fit(model, nfe=n, cond=labels(8 if few else 40), progress=True)
         pictures[f"{n} calls, default"] = fastsde.sample(model, nfe=n, **ten).samples
         pictures[f"{n} calls, fitted"] = fastsde.sample(model, solver=solver, **ten).samples
     controller = fastsde.Grid.log_snr(sde, 59)

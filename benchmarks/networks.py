@@ -94,12 +94,12 @@ def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> No
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(network)
-        bar.set_postfix(loss=f"{float(value):.4f}", refresh=False)
+        bar.set_postfix(loss=f"{float(value.detach()):.4f}", refresh=False)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick")
+@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick_networks")
 @click.option("--data", type=click.Path(exists=True), required=True, help="A folder with MNIST in IDX files.")
 @click.option("--only", multiple=True, type=click.Choice(NAMES), default=NAMES, help="Networks to train.")
 @click.option("--steps", default=2000)

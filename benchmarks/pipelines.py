@@ -19,6 +19,7 @@ import re
 import runpy
 import statistics
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -142,7 +143,9 @@ def cost(steps: int, pairs: int) -> list[Row]:
 @click.option("--scale", "scales", type=float, multiple=True, default=(1.0, 2.0, 3.0))
 def guidance(calls: tuple[int, ...], scales: tuple[float, ...]) -> list[Row]:
     """Prints the table."""
-    example = runpy.run_path(str(EXAMPLE))
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [str(EXAMPLE), f"{folder}/picture.png"]
+        example = runpy.run_path(str(EXAMPLE))
     pipe, noise, labels = (example[name] for name in ("pipe", "noise", "classes"))
     solvers = {"ours": fastsde.ExponentialPC(), "2M": fastsde.DPMSolverPP(order=2), "UniPC": fastsde.UniPC(order=2)}
     rows: list[Row] = []

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import RUNS, Row, command, provenance, table
+from common import RUNS, Row, command, table, versions
 from torch import nn
 from tqdm import tqdm
 
@@ -28,41 +28,43 @@ from fastsde.score.base import ScoreModel
 OURS = ("ExponentialPC", "ExponentialPC:eta=1")
 NEAR, FAR = ("UniPC", "DPMSolverPP:eta=1"), ("DPMSolverPP:order=3", "DEIS:order=3,grid=karras", "DDIM")
 """The best five peers of an earlier sweep and of fitted.py; those that are near ours at 10 calls, and the others."""
-SEEDS = (0, 1, 2)
 RTOL, ITS_CALLS = 0.5, 36
-"""The coarsest tolerance of Table 10.1, and the calls it takes here (thesis/network.py)."""
+"""The coarsest tolerance of Table 10.1, and the calls it takes here (thesis/chapter10.py)."""
 
 
-def parts(model: ScoreModel) -> list[list[Cell]]:
+def parts(model: ScoreModel, seeds: int) -> list[list[Cell]]:
     """What to draw, the most telling first."""
 
     def cells(solvers: tuple[str, ...], nfe: tuple[int, ...], rtol: tuple[float, ...] = ()) -> list[Cell]:
-        return list(itertools.chain(*(build_cells(model, solvers, nfe, rtol, [seed]) for seed in SEEDS)))
+        return list(itertools.chain(*(build_cells(model, solvers, nfe, rtol, [seed]) for seed in range(seeds))))
 
     return [
         cells((*OURS, *NEAR, *FAR), (10,)),
         cells(("ExtrapolatedEM",), (), (RTOL,)) + cells(("EulerMaruyama",), (10, ITS_CALLS)),
         cells((*OURS, *NEAR), (8,)),
         cells(FAR, (8,)),
-        build_cells(model, OURS[:1], (ITS_CALLS,), (), SEEDS[:1]),
+        build_cells(model, OURS[:1], (ITS_CALLS,), (), [0]),
         cells((*OURS, *NEAR, *FAR), (15,)),
     ]
 
 
-@command(__doc__, "seeds", samples=130, count=1, work=RUNS / "seeds_quick")
+@command(__doc__, "seeds", samples=130, count=1, seeds=1, compiled=False, work=RUNS / "seeds_quick")
 @click.option("--samples", "-n", default=10_000)
 @click.option("--parts", "count", default=6, help="How many of the six parts of the study to draw.")
+@click.option("--seeds", default=3)
+@click.option("--compile/--no-compile", "compiled", default=True, help="Whether to compile the network.")
 @click.option("--rank", default=0, help="Which process this is.")
 @click.option("--world-size", default=1, help="How many share the work.")
 @click.option("--work", type=click.Path(path_type=Path), default=RUNS / "seeds", show_default=False, help="Of cells.")
-def main(samples: int, count: int, rank: int, world_size: int, work: Path) -> Row | None:
+def main(samples: int, count: int, seeds: int, compiled: bool, rank: int, world_size: int, work: Path) -> Row | None:
     """Draws what is missing; the process that finds all there prints the table and returns it."""
     model, _ = fastsde.pretrained("fashion-mnist")
     network = nn.Module.to(model.network, torch.bfloat16).to(memory_format=torch.channels_last)
-    network.compile()
-    record = provenance({"dtype": "bfloat16, compiled"})
+    if compiled:
+        network.compile()
+    record = versions({"dtype": "bfloat16, compiled" if compiled else "bfloat16"})
     problem = Problem(model, open_features("fashion-mnist"), packaged_reference("fashion-mnist"), record, 10)
-    cells = list(itertools.chain(*parts(model)[:count]))
+    cells = list(itertools.chain(*parts(model, seeds)[:count]))
     sweep = Sweep(work, problem, cells, samples, batch_size=128, shard_size=1024)
     with tqdm(total=len(cells) * samples, desc=f"rank {rank}", unit="", smoothing=0.05, disable=None) as bar:
         for cell in sweep.run(rank=rank, world_size=world_size, progress=bar.update):

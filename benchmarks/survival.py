@@ -40,9 +40,9 @@ def finish(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise click.ClickException(f"a process failed: {codes}")
 
 
-def survives(folder: Path, n: int, kills: int) -> dict[str, object]:
+def survives(folder: Path, n: int, nfe: str, kills: int) -> dict[str, object]:
     """The same sweep left alone and killed: whether a foreign shard is found, and the tables are the same bytes."""
-    sweep = ["bench", "--nfe", "5,6,8,10", "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
+    sweep = ["bench", "--nfe", nfe, "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
     begun = time.perf_counter()
     finish([start(*sweep, folder / "alone")])
     alone = time.perf_counter() - begun
@@ -104,15 +104,16 @@ def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
     return {"whole_commands": whole, "sampling": inner, "same_bytes": same}
 
 
-@command(__doc__, "survival", samples=8, kills=1, job=16, pairs=1)
+@command(__doc__, "survival", samples=130, nfe="5", kills=1, job=16, pairs=1)
 @click.option("--samples", "-n", default=192, help="Samples of each cell of the sweep.")
+@click.option("--nfe", default="5,6,8,10", help="Budgets of the sweep.")
 @click.option("--kills", default=20)
 @click.option("--job", default=2048, help="Samples of the job that is shared.")
 @click.option("--pairs", default=3, help="Repetitions of one process and two.")
-def main(samples: int, kills: int, job: int, pairs: int) -> Row:
+def main(samples: int, nfe: str, kills: int, job: int, pairs: int) -> Row:
     """Prints what was found."""
     with tempfile.TemporaryDirectory() as folder:
-        killed, two = survives(Path(folder), samples, kills), shared(Path(folder), job, pairs)
+        killed, two = survives(Path(folder), samples, nfe, kills), shared(Path(folder), job, pairs)
     table([{"what": key, "found": value} for key, value in (killed | two).items()])
     return {"killed": killed, "two_processes": two}
 

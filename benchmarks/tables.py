@@ -38,9 +38,9 @@ SCRIPTS = {
     "overhead_cuda": "overhead.py runs --device cuda",
     "pipelines": "pipelines.py classes",
     "posterior": "posterior.py exact",
-    "thesis_network": "thesis/tables.py network",
+    "thesis_network": "thesis/chapter10.py network",
     "thesis_nfe": "thesis/nfe.py",
-    "thesis_tables": "thesis/tables.py exact",
+    "thesis_tables": "thesis/chapter10.py exact",
 }
 """The script behind a result, where it has another name."""
 
@@ -79,7 +79,8 @@ def source(name: str) -> str:
     """Where a result comes from."""
     record, script = result(name), SCRIPTS.get(name, f"{name}.py")
     machine = record["machine"].get("gpu", record["machine"]["cpu"].split("@")[0].strip())
-    return f"{script}, {machine}, commit {record['commit'][:7]}, {record['date']}"
+    changed = " with changes" if record["commit"].endswith("-dirty") else ""
+    return f"{script}, {machine}, commit {record['commit'][:7]}{changed}, {record['date']}"
 
 
 def markdown(name: str) -> str:
@@ -237,9 +238,23 @@ def seeds(results: Row) -> list[Row]:
 
 @shows("digits")
 def digits(results: Row) -> list[Row]:
-    """Calls and distance over floor of every sampler."""
-    shown = {"calls": "{nfe:.0f}", "distance_/_floor": "ratio", "spread_over_seeds": "spread", "reached": "reached"}
-    return columns(results["rows"], solver="`{solver}`", setting="setting", **shown)
+    """Distance over floor of every sampler at about so many calls; bold where it is at the floor."""
+    shown, budgets = [], (10, 12, 16, 20, 64, 100, 180, 500, 1000)
+    for row in (row for row in results["rows"] if "rtol" not in row["setting"]):
+        calls = min(budgets, key=lambda about: abs(about - row["nfe"]))
+        solver = re.sub(r"(steps|levels)=\d+(, )?", "", re.sub(r"churn=[\d.]+", "with churn", row["solver"]))
+        name = f"`{solver}`" + (f", {row['setting']}" if row["setting"][:3] not in ("", "nfe") else "")
+        ratio = f"**{row['ratio']:.2f}**" if row["reached"] else cell(row["ratio"])
+        shown.append({"sampler": name, "calls": calls, "ratio": ratio})
+    found = sorted(pivot(shown, {"sampler": "sampler"}, "{calls} calls", "ratio"), key=lambda row: row["sampler"])
+    return [{key: row.get(key) for key in ("sampler", *(f"{calls} calls" for calls in budgets))} for row in found]
+
+
+@shows("digits")
+def digits_rtol(results: Row) -> list[Row]:
+    """The same for samplers that take a tolerance, with their calls."""
+    rows = [row for row in results["rows"] if "rtol" in row["setting"]]
+    return pivot(rows, {"sampler": "solver"}, "setting", "{ratio:.2f} ({nfe:.0f})")
 
 
 # Our solver

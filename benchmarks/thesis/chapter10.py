@@ -25,7 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Row, command, provenance, table
+from common import RUNS, Row, command, table, versions
 from problems import Mixture, digits
 
 import fastsde
@@ -200,7 +200,16 @@ def floor_of(reference: Reference, n: int, draws: int = 20) -> Row:
     return {"mean": float(torch.tensor(found).mean()), "spread": float(torch.tensor(found).std())}
 
 
-@command("With the packaged network?", "thesis_network", main, samples=130, rtols=[0.5], few=1, work=RUNS / "quick")
+@command(
+    "With the packaged network?",
+    "thesis_network",
+    main,
+    samples=130,
+    rtols=[0.5],
+    rtol=0.5,
+    few=1,
+    work=RUNS / "quick_thesis",
+)
 @click.option("--samples", "-n", default=320)
 @click.option("--rtol", "rtols", type=float, multiple=True, default=RTOLS, help="Of Table 10.1.")
 @click.option("--ablations-rtol", "rtol", default=0.05)
@@ -223,7 +232,7 @@ def network(
     model, _ = fastsde.pretrained("fashion-mnist")
     nn.Module.to(model.network, torch.bfloat16)
     reference = packaged_reference("fashion-mnist")
-    problem = Problem(model, open_features("fashion-mnist"), reference, provenance({"dtype": "bfloat16"}), 10)
+    problem = Problem(model, open_features("fashion-mnist"), reference, versions({"dtype": "bfloat16"}), 10)
 
     def run(rows: list[Planned]) -> Sweep:
         done = Sweep(work, problem, [cell for _, cell, _ in rows], samples, batch_size=80, shard_size=160)
