@@ -57,7 +57,7 @@ def sample(
     `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE. No sample starts again on a finer grid unless
     `controller=AdaptiveGrid(...)` says so: that pays where few samples are far harder than the others, and on trained
     networks it was never nearer than the plain grid at equal mean calls. Steps per sample from errors alone are those
-    of `solver=ExtrapolatedEM()`, nearly Algorithm 1 of "Gotta Go Fast" (docs/sources.md), and of `ProbabilityFlow()`.
+    of `solver=ExtrapolatedEM()`, nearly Algorithm 1 of "Gotta Go Fast", and of `ProbabilityFlow()`.
     Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its neighbours.
     The grid ends at t_min; on a flow or a table of up to 250 levels it ends at more noise the fewer steps it has
     (`Grid.central`), unless `denoise=False` asks for the state at t_min.

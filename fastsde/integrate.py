@@ -62,14 +62,14 @@ def integrate(
     additive noise, where the two kinds agree; for an Ito SDE each element draws S = +1 or -1. Strong order 1, weak
     order 1 (2 for additive noise). Noise comes from a Brownian path that is a function of (seed, sample, time), so
     runs at other tolerances see the same path. Source: Roberts, https://arxiv.org/abs/1210.0933; thesis algorithm 9,
-    with the changes that docs/sources.md lists.
+    with the changes that docs/explanation/sources.md lists.
 
     The adaptive steps of an SDE are decided before their noise is seen: a step is taken whatever its error, short of
     ten tolerances, and its error decides the next, at most half as long again. The rejections of Algorithm 9 bias the
     law in few dimensions, whether the noise is kept after them or drawn anew: a step that is rejected for its noise is
     followed by one that knows that noise (compare Gaines and Lyons, https://doi.org/10.1137/S0036139995286515). The
     bias that is left falls as the steps do; equal steps have less, as theirs do not vary, so where the time scale of
-    the problem is known, `steps` is better. An ODE keeps the rejections. Measured in docs/sources.md.
+    the problem is known, `steps` is better. An ODE keeps the rejections. Measured in docs/explanation/sources.md.
 
     Args:
         drift: `drift(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the shape of x.

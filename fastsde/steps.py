@@ -96,7 +96,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool)
     """The controller of an adaptive solver: a grid of as many steps as the tolerance asks for, or steps from errors.
 
     The grid is an `AdaptiveGrid` without finer ones: nobody starts again, and steps go through the times of a
-    trajectory. Restarts are on request: on trained networks they cost more than they gave (docs/solver.md).
+    trajectory. Restarts are on request: on trained networks they cost more than they gave (docs/measured/tolerance.md).
     """
     rtol, atol = check_positive("rtol", rtol), check_positive("atol", atol)
     rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)

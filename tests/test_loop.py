@@ -1,7 +1,7 @@
 """Pipelines in their own loop: where they lead, what they cost, and what of them is refused.
 
 `benchmarks/pipelines.py` does what `loop_checks.py` does for all of `tiny_pipelines.PIPELINES` and writes
-docs/pipelines.md.
+docs/measured/pipelines.md.
 """
 
 import inspect

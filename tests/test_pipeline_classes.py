@@ -1,6 +1,6 @@
 """The drop-in scheduler in pipelines of diffusers: it leads where the own loop leads, and what cannot work is refused.
 
-`benchmarks/pipelines.py` runs all of `tiny_pipelines.PIPELINES` with more steps and writes docs/pipelines.md.
+`benchmarks/pipelines.py` runs all of `tiny_pipelines.PIPELINES` with more steps and writes docs/measured/pipelines.md.
 """
 
 import pytest

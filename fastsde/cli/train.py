@@ -42,7 +42,7 @@ def _flag(name: str, kind: Any, default: object, text: str) -> Any:
 
 
 @click.command()
-@click.option("--config", type=PATH, help="A TOML file of settings; see docs/training.md.")
+@click.option("--config", type=PATH, help="A TOML file of settings; see docs/howto/training.md.")
 @click.option("--set", "assignments", multiple=True, help="One setting, as in --set training.steps=100; may repeat.")
 @click.option(
     "--data",

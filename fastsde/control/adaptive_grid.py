@@ -27,7 +27,7 @@ class AdaptiveGrid(Controller):
     next of the grids; on the last one every step is accepted. So a multistep method sees a smooth grid all the way, a
     sample without difficulties walks the first grid itself, and times are the same numbers at any batch size. What is
     wrong with a hard sample was as a rule decided some steps before its error is seen; shorter steps from there on
-    would not mend it (docs/solver.md).
+    would not mend it (docs/explanation/solver.md).
 
     This pays where a few samples are far harder than the others, as in mixtures with rare tight clusters. On trained
     networks nobody started again, or so many did that the plain grid was nearer at equal mean calls: so `sample(rtol=)`

@@ -78,7 +78,7 @@ class Grid(Controller):
 
         The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
         to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
-        denoised sample of data within [-1, 1] or so is still their mean there, and hardly moves. docs/solver.md has
+        denoised sample of data within [-1, 1] or so is still their mean there, and hardly moves. docs/measured has
         the measurements.
 
         Args:
@@ -108,7 +108,7 @@ class Grid(Controller):
         start, or to the end of the process if that comes first. For a flow that share is t, and width 1 gives equal
         steps in t, the last level at t_max / (steps + 1); width 100, equal steps in log-SNR, nearly. The sample is
         denoised at the last level, so detail far below 1 / (steps + 1) of the data's size is smoothed away. That is
-        less than what the shorter steps gain, unless data are mostly such detail (docs/solver.md).
+        less than what the shorter steps gain, unless data are mostly such detail (docs/explanation/solver.md).
 
         Args:
             clock: the SDE.

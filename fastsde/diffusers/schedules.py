@@ -247,7 +247,7 @@ def _check_known(config: Config) -> None:
         raise ValueError(_DISTILLED.format(name))
     if name is not None and name not in CLASSES:
         raise ValueError(
-            f"{name} is not among the schedulers whose process fastsde knows (see docs/diffusers.md). If its noise "
+            f"{name} is not among the schedulers whose process fastsde knows. If its noise "
             "levels are those of one of them, give that one, or a dict of its keys, as scheduler=."
         )
     _check_telling(config)

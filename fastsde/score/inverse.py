@@ -7,7 +7,7 @@ measured; the other three add the score of the measurement,
     grad log p(y | x_t) = J^T A^T M^{-1} (y - A x_0),      J = d x_0 / d x_t,
 
 (M held fixed) and differ in M, the covariance of y given x_t. Only `MMPS` has the right one, on Gaussian data;
-docs/inverse.md measures how far off all of them are.
+docs/measured/inverse.md measures how far off all of them are.
 """
 
 from __future__ import annotations

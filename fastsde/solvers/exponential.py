@@ -55,7 +55,7 @@ class ExponentialPC(ExponentialAdams):
         || corrected - predicted || / max(atol, rtol || D_{n+1} ||)  0.25 / sqrt(rho_s^2 + 0.1^2)  >  1.
 
     The law at noise rho is smooth over a length rho: the less noise is left, the more samples an error carries over a
-    border between two ends. For eta > 0 the difference is less what noise alone makes of it (docs/solver.md).
+    border between two ends. For eta > 0 the difference is less what noise alone makes of it.
 
     The predictor of order 2 is DPM-Solver++ 2M's (Lu et al., https://arxiv.org/abs/2211.01095; SDE form for eta = 1);
     a corrector that reuses the next call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).

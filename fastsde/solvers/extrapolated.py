@@ -42,7 +42,7 @@ class ExtrapolatedEM(Solver):
             (eq. 10.5); "current", |x_t|, which is what the released code computed; "proposal", nothing else (eq. 10.4).
         keep_path: a rejected step sees the same Brownian path again (default), so that no noise is thrown away. False
             draws the noise anew, as published. In few dimensions a rejection by the error still chooses steps by their
-            noise, either way (docs/sources.md).
+            noise, either way (docs/explanation/sources.md).
 
     Raises:
         ValueError: for an unknown `reference`.
