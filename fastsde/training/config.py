@@ -6,6 +6,9 @@ import dataclasses
 
 from fastsde.checks import check_count, check_flags, check_number
 
+OBJECTIVES = ("denoising", "sliced", "implicit")
+"""Ways to match scores."""
+
 
 def check_betas(betas: tuple[float, float]) -> tuple[float, float]:
     """The two numbers, or a ValueError for what Adam's formulas do not take; a negative first momentum they do."""
@@ -31,6 +34,8 @@ class TrainConfig:
         seed: determines initial weights, batches, times and noise.
         bf16: run the network in bfloat16 under autocast; weights and loss stay float32.
         levels: geometric levels of noise to train at, each as likely (thesis, eqs. 8.1 and 8.2); 0 for uniform times.
+        objective: "denoising"; or "sliced" or "implicit", which match the score of the noisy data without knowing that
+            of p(x_t | x_0). "implicit" takes as many backward passes as an image has numbers.
 
     Raises:
         ValueError, TypeError: naming the setting that is out of range or of the wrong kind.
@@ -47,6 +52,7 @@ class TrainConfig:
     seed: int = 0
     bf16: bool = True
     levels: int = 0
+    objective: str = "denoising"
 
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch_size", 1), ("warmup", 1), ("seed", 0), ("levels", 0)):
@@ -61,6 +67,8 @@ class TrainConfig:
         if self.levels == 1 or self.levels > 1_000_000:
             raise ValueError(f"levels must be 0 or from 2 to a million; got {self.levels}.")
         check_flags(bf16=self.bf16)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the given step: a linear rise over `warmup`, then a linear fall to 0."""

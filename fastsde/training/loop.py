@@ -14,11 +14,12 @@ from tqdm import tqdm
 from fastsde.checks import check_count
 from fastsde.score.base import ScoreModel
 from fastsde.training.adversarial import Adam, Adversary
-from fastsde.training.batches import Batches, on_device, rank_and_size
+from fastsde.training.batches import Batch, Batches, on_device, rank_and_size
 from fastsde.training.checkpoint import History, load_checkpoint, plain_json, save_checkpoint
 from fastsde.training.config import TrainConfig
 from fastsde.training.ema import ema_model
-from fastsde.training.losses import dsm_loss, stratified_times
+from fastsde.training.losses import dsm_loss, noisy_score_loss, stratified_times
+from fastsde.types import Coef
 
 
 def train(
@@ -74,6 +75,8 @@ def train(
     optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
     modules: dict[str, nn.Module] = {"network": network, "ema": ema}
     optimizers: dict[str, torch.optim.Optimizer] = {"adam": optimizer}
+    if adversary is not None and config.objective != "denoising":
+        raise ValueError(f"an adversary needs objective='denoising'; got {config.objective!r}.")
     settings = {**dataclasses.asdict(config), **batches.describe()}
     history: History = {"loss": []}
     if adversary is not None:
@@ -102,7 +105,7 @@ def train(
         batch, generator = batches.draw(step)
         with batches.precision():
             if adversary is None:
-                loss = dsm_loss(model, *batch).mean()
+                loss = score_loss(config.objective, model, batch, generator).mean()
             else:
                 loss = adversary.score_loss(model, *batch, generator)
         losses["loss"] = _descend(network, optimizer, loss, f"score network at step {step}", config.grad_clip)
@@ -117,6 +120,15 @@ def train(
             if leads and callback is not None:
                 callback(step + 1, history, ema.module)
     return ema.module
+
+
+def score_loss(objective: str, model: ScoreModel, batch: Batch, generator: torch.Generator) -> Coef:
+    """The loss of an objective of `TrainConfig`, with shape (B,); the directions of slices are signs."""
+    if objective == "denoising":
+        return dsm_loss(model, *batch)
+    x_0 = batch[0]
+    signs = torch.randint(2, x_0.shape, generator=generator).to(x_0) * 2 - 1
+    return noisy_score_loss(model, *batch, directions=signs if objective == "sliced" else None)
 
 
 def _descend(
