@@ -8,6 +8,7 @@ from fastsde.diffusers import from_diffusers, sample_pipeline
 from fastsde.fitting import fit
 from fastsde.integrate import integrate
 from fastsde.job import EngineState
+from fastsde.langevin import langevin
 from fastsde.likelihood import Likelihood, log_likelihood
 from fastsde.ode import ProbabilityFlowODE
 from fastsde.pretrained import pretrained
@@ -34,6 +35,7 @@ from fastsde.solvers import (
     DORMAND_PRINCE,
     EULER,
     HEUN,
+    MALA,
     RK4,
     SOLVERS,
     Ancestral,
@@ -46,6 +48,7 @@ from fastsde.solvers import (
     FittedSolver,
     Heun,
     Langevin,
+    LangevinDynamics,
     PredictorCorrector,
     ProbabilityFlow,
     Resampling,
@@ -65,6 +68,7 @@ __all__ = [
     "EDM",
     "EULER",
     "HEUN",
+    "MALA",
     "RK4",
     "SDE",
     "SOLVERS",
@@ -89,6 +93,7 @@ __all__ = [
     "Heun",
     "Interrupted",
     "Langevin",
+    "LangevinDynamics",
     "Likelihood",
     "Prediction",
     "PredictorCorrector",
@@ -114,6 +119,7 @@ __all__ = [
     "from_diffusers",
     "integrate",
     "kdiffusion",
+    "langevin",
     "log_likelihood",
     "pretrained",
     "sample",

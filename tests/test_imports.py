@@ -30,6 +30,7 @@ LEVELS = {
     "diagnosis": 8,
     "fitting": 8,
     "integrate": 8,
+    "langevin": 8,
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,

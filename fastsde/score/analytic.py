@@ -26,6 +26,10 @@ class _Exact(ScoreModel):
         """grad log p_t(x), with x and the result of shape (B, *event) and t of shape (B,)."""
         raise NotImplementedError
 
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        """log p_t(x) in nats, with x of shape (B, *event), t and the result of shape (B,)."""
+        raise NotImplementedError
+
     def _scales(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and sigma^2, broadcast against x."""
         t = t.double()
@@ -55,6 +59,12 @@ class GaussianScore(_Exact):
         alpha, variance = self._scales(x, t)
         mean, std = self.mean.to(x), self.std.to(x)
         return (alpha * mean - x) / (alpha**2 * std**2 + variance)
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, variance = self._scales(x, t)
+        total = alpha**2 * self.std.to(x) ** 2 + variance
+        terms = (x - alpha * self.mean.to(x)).square() / total + (2 * math.pi * total).log()
+        return -0.5 * terms.flatten(1).sum(1)
 
 
 class MixtureScore(_Exact):
@@ -112,6 +122,14 @@ class MixtureScore(_Exact):
         return cls(sde, weights, means, bases, variances.clamp(min=0), **options)  # type: ignore[arg-type]
 
     def exact_score(self, x: Tensor, t: Tensor) -> Tensor:
+        logits, scores = self._components(x, t)
+        return torch.einsum("bk,bkd->bd", logits.softmax(1), scores)
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        return self._components(x, t)[0].logsumexp(1) - 0.5 * x.shape[1] * math.log(2 * math.pi)
+
+    def _components(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log of weight and density of each component, but for a constant, with shape (B, K); scores (B, K, d)."""
         alpha, variance = self._scales(x, t)
         isotropic = alpha**2 * self.floor + variance
         d, scores, logits = x.shape[1], [], []
@@ -124,8 +142,7 @@ class MixtureScore(_Exact):
             log_det = torch.log1p(alpha**2 * spread / isotropic).sum(1) + d * isotropic[:, 0].log()
             logits.append(weight.log() - 0.5 * ((offset * inverse).sum(1) + log_det))
             scores.append(inverse)
-        posterior = torch.stack(logits, 1).softmax(1)
-        return torch.einsum("bk,kbd->bd", posterior, torch.stack(scores))
+        return torch.stack(logits, 1), torch.stack(scores, 1)
 
     def draw(self, n: int, generator: torch.Generator | None = None) -> Tensor:
         """Exact samples of the data, with shape (n, d), in the dtype of the means."""
@@ -174,3 +191,10 @@ class DatasetScore(_Exact):
         logits = (x.flatten(1) @ points.mT * alpha - 0.5 * alpha**2 * points.square().sum(1)) / variance
         mean = logits.softmax(1) @ points
         return ((alpha * mean - x.flatten(1)) / variance).reshape(x.shape)
+
+    def log_density(self, x: Tensor, t: Tensor) -> Tensor:
+        flat, points = x.flatten(1), self.points.to(x).flatten(1)
+        alpha, variance = (scale[:, 0] for scale in self._scales(flat, t))
+        square = (flat[:, None] - alpha[:, None, None] * points).square().sum(2)
+        kernels = (-0.5 * square / variance[:, None]).logsumexp(1) - math.log(len(points))
+        return kernels - 0.5 * flat.shape[1] * (2 * math.pi * variance).log()

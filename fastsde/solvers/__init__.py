@@ -12,7 +12,7 @@ from fastsde.solvers.exponential import ExponentialPC
 from fastsde.solvers.extrapolated import ExtrapolatedEM
 from fastsde.solvers.fitted import FittedSolver
 from fastsde.solvers.heun import Heun
-from fastsde.solvers.langevin import Langevin
+from fastsde.solvers.langevin import MALA, Corrector, Langevin, LangevinDynamics
 from fastsde.solvers.predictor_corrector import PredictorCorrector
 from fastsde.solvers.probability_flow import ProbabilityFlow
 from fastsde.solvers.resampling import Resampling
@@ -46,11 +46,13 @@ __all__ = [
     "DORMAND_PRINCE",
     "EULER",
     "HEUN",
+    "MALA",
     "RK4",
     "SOLVERS",
     "Ancestral",
     "AnnealedLangevin",
     "ConsistentAnnealed",
+    "Corrector",
     "DPMSolverPP",
     "EulerMaruyama",
     "ExponentialPC",
@@ -58,6 +60,7 @@ __all__ = [
     "FittedSolver",
     "Heun",
     "Langevin",
+    "LangevinDynamics",
     "PredictorCorrector",
     "ProbabilityFlow",
     "Resampling",

@@ -1,23 +1,51 @@
-"""Langevin dynamics at one level of noise, as a corrector."""
+"""Langevin dynamics at one level of noise: correctors, and the kernels of `fastsde.langevin`."""
 
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
 from fastsde.checks import check_flags, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.types import Coef, State, Time
+from fastsde.types import Coef, Mask, State, Time
 
 _LEAST_SCORE = 1e-12
 """Root mean square of a score below which there is no Langevin step."""
 
 
+class Corrector(ABC):
+    """Steps of a Markov chain at one level of noise, whose law they leave alone, up to their error.
+
+    Attributes:
+        calls: network calls of a correction.
+    """
+
+    calls: int = 1
+
+    @abstractmethod
+    def correct(
+        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
+    ) -> State:
+        """One step.
+
+        Args:
+            model: the bound score model.
+            sde: the forward process.
+            x: with shape (B, *event).
+            t: the level, with shape (B,).
+            shrink: (alpha_t / alpha_s)^2 of the predictor's step, with shape (B,).
+            normal: independent standard normals by number, each with shape (B, *event).
+        """
+
+
 @dataclasses.dataclass(frozen=True)
-class Langevin:
+class Langevin(Corrector):
     r"""One step of Langevin dynamics, whose size makes noise and score relate as `snr` says.
 
         x <- x + eps score(x, t) + sqrt(2 eps) z,    eps = 2 (snr |z| / |score|)^2 (1 - beta)    (per sample)
@@ -44,17 +72,10 @@ class Langevin:
         check_number("snr", self.snr, 0.0, ends="()")
         check_flags(annealed=self.annealed, batch_mean=self.batch_mean)
 
-    def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, z: State) -> State:
-        """One step.
-
-        Args:
-            model: the bound score model.
-            sde: the forward process.
-            x: with shape (B, *event).
-            t: the level, with shape (B,).
-            shrink: 1 - beta, with shape (B,).
-            z: standard normal noise, with shape (B, *event).
-        """
+    def correct(
+        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
+    ) -> State:
+        z = normal(0)
         score = model(x, t).score
         if self.annealed:
             ratio = sde.sigma(t)
@@ -66,3 +87,109 @@ class Langevin:
             ratio = torch.where(below > _LEAST_SCORE, above / below, 0.0)
         size = 2 * (self.snr * ratio) ** 2 * shrink
         return x + expand_like(size, x) * score + expand_like((2 * size).sqrt(), x) * z
+
+
+@dataclasses.dataclass(frozen=True)
+class LangevinDynamics(Corrector):
+    r"""Unadjusted Langevin dynamics with a step size of its own, constant or falling.
+
+        x <- x + lam_k score(x, t) + sqrt(2 lam_k) z,    lam_k = step_size (k + 1)^-decay
+
+    On N(0, 1) the chain has variance 2 / (2 - lam): right as lam falls to 0. With decay in (1/2, 1] the steps sum to
+    infinity and their squares do not (thesis sec. 2.2 prints the two the other way round), and the law at the end is
+    right in the limit. Source: Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML
+    2011; thesis eqs. 2.2 and 2.3.
+
+    Args:
+        step_size: lam of the first step, positive, in units of x^2; of sigma_t^2 if `relative`.
+        decay: exponent in [0, 1]; 0 for constant steps. A corrector always takes the first step size.
+        relative: whether step sizes are multiples of sigma_t^2, as in annealed sampling.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    step_size: float
+    decay: float = 0.0
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("step_size", self.step_size, 0.0, ends="()")
+        check_number("decay", self.decay, 0.0, 1.0)
+        check_flags(relative=self.relative)
+
+    def size(self, sde: SDE, t: Time, k: Tensor | int = 0) -> Coef:
+        """lam of step k, counted from 0, with shape (B,)."""
+        scale = sde.sigma(t) ** 2 if self.relative else torch.ones_like(t)
+        return self.step_size * scale * torch.as_tensor(k + 1.0, device=t.device) ** -self.decay
+
+    def correct(
+        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
+    ) -> State:
+        return moved(x, model(x, t).score, self.size(sde, t), normal(0))
+
+
+@dataclasses.dataclass(frozen=True)
+class MALA(LangevinDynamics):
+    r"""Langevin dynamics with an acceptance step for each sample, which makes the law right at any step size.
+
+        x' = x + lam score(x) + sqrt(2 lam) z
+        log a = log p(x') - log p(x) + log q(x | x') - log q(x' | x),    q(b | a) = N(b; a + lam score(a), 2 lam I)
+
+    and x' is taken with probability min(1, a). Without `log_density` the difference of log p is the line integral of
+    the score from x to x' by the trapezoidal rule, (score(x) + score(x')) . (x' - x) / 2: exact where the score is
+    linear, else with an error of about | x' - x |^3 / 12 times the score's second derivative along the line, and
+    meaningless where the score is no gradient. So on a trained network the law is nearer than without acceptance, but
+    not exact. A correction costs two calls, a step of a chain one. Source: Besag 1994; Roberts and Tweedie,
+    "Exponential convergence of Langevin distributions", 1996; thesis sec. 2.2.2.
+
+    Args:
+        step_size, decay, relative: as for `LangevinDynamics`.
+        log_density: `log_density(x, t)`, up to a constant, with x of shape (B, *event), t and the result of shape (B,);
+            the exact models have one of that name.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    calls = 2
+
+    log_density: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.log_density is not None and not callable(self.log_density):
+            raise TypeError(f"log_density must be callable as log_density(x, t); got {self.log_density!r}.")
+
+    def accepted(
+        self, before: State, score: State, after: State, score_after: State, t: Time, lam: Coef, u: Coef
+    ) -> Mask:
+        """Which rows take the proposal `after`, for u uniform on [0, 1], with shape (B,)."""
+        step = (after - before).double()
+        if self.log_density is None:
+            gain = 0.5 * (step * (score.double() + score_after.double())).flatten(1).sum(1)
+        else:
+            gain = (self.log_density(after, t) - self.log_density(before, t)).double()
+        scale = expand_like(lam, step)
+        there = (step - scale * score.double()).square().flatten(1).sum(1)
+        back = (-step - scale * score_after.double()).square().flatten(1).sum(1)
+        return u.log() <= gain + (there - back) / (4 * lam)  # false for NaN
+
+    def correct(
+        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
+    ) -> State:
+        lam, score = self.size(sde, t), model(x, t).score
+        after = moved(x, score, lam, normal(0))
+        u = uniform(normal(1).flatten(1)[:, 0])
+        taken = self.accepted(x, score, after, model(after, t).score, t, lam, u)
+        return torch.where(expand_like(taken, x), after, x)
+
+
+def moved(x: State, score: State, lam: Coef, z: State) -> State:
+    """x + lam score + sqrt(2 lam) z, with shape (B, *event)."""
+    return x + expand_like(lam, x) * score + expand_like((2 * lam).sqrt(), x) * z
+
+
+def uniform(normal: Tensor) -> Coef:
+    """Uniform numbers on (0, 1) from standard normals, in float64."""
+    return torch.special.ndtr(normal.double())

@@ -9,7 +9,7 @@ from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
-from fastsde.solvers.langevin import Langevin
+from fastsde.solvers.langevin import Corrector, Langevin
 from fastsde.solvers.reverse_diffusion import ReverseDiffusion
 from fastsde.solvers.wrapped import WrappedSolver
 from fastsde.types import Carry, State, Time
@@ -25,7 +25,7 @@ class PredictorCorrector(WrappedSolver):
 
     Args:
         predictor: a solver that neither adapts its steps nor needs a warm-up; its `steps` are the grid.
-        corrector: how to correct.
+        corrector: how to correct: `Langevin`, `LangevinDynamics` or `MALA`.
         n_corrector: corrections after each step; 0 leaves the predictor alone.
         corrector_first: whether to correct before the predictor's step rather than after.
 
@@ -41,14 +41,17 @@ class PredictorCorrector(WrappedSolver):
     use = "score_sde's best sampler, for replication"
 
     predictor: Solver = dataclasses.field(default_factory=ReverseDiffusion)
-    corrector: Langevin = dataclasses.field(default_factory=Langevin)
+    corrector: Corrector = dataclasses.field(default_factory=Langevin)
     n_corrector: int = 1
     corrector_first: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, kind in (("predictor", self.predictor, Solver), ("corrector", self.corrector, Langevin)):
+        for name, value, kind, such in (
+            ("predictor", self.predictor, Solver, "ReverseDiffusion"),
+            ("corrector", self.corrector, Corrector, "Langevin"),
+        ):
             if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.ReverseDiffusion(); got {value!r}.")
+                raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.{such}(); got {value!r}.")
         check_steps(self.n_corrector, "n_corrector", 0)
         check_flags(corrector_first=self.corrector_first)
         if self.predictor.adaptive or self.predictor.warm_up or isinstance(self.predictor, PredictorCorrector):
@@ -63,7 +66,7 @@ class PredictorCorrector(WrappedSolver):
 
     @property
     def calls_per_step(self) -> int:
-        return self.predictor.calls_per_step + self.n_corrector
+        return self.predictor.calls_per_step + self.n_corrector * self.corrector.calls
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         shrink = (sde.alpha(t) / sde.alpha(s)) ** 2
@@ -75,5 +78,5 @@ class PredictorCorrector(WrappedSolver):
     def _correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Time, noise: StepNoise) -> State:
         for k in range(self.n_corrector):
             # Number 0 may be the predictor's.
-            x = self.corrector.correct(model, sde, x, t, shrink, noise.normal(k + 1))
+            x = self.corrector.correct(model, sde, x, t, shrink, lambda j, k=k: noise.normal(k + 1 + (j << 12)))  # type: ignore[misc]
         return x

@@ -1,0 +1,145 @@
+"""`langevin`: a Markov chain for each sample, at one level of noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastsde.arguments import as_model, resolve_samples
+from fastsde.checks import check_count, check_number, check_states
+from fastsde.control import Grid
+from fastsde.engine import Engine
+from fastsde.job import Options, make_job
+from fastsde.noise import FreshNoise, StepNoise
+from fastsde.result import SampleResult
+from fastsde.score.base import BoundModel, ScoreModel
+from fastsde.sde.base import SDE
+from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.langevin import MALA, LangevinDynamics, moved, uniform
+from fastsde.types import Carry, Cond, ScoreFn, State, Time
+
+
+def langevin(
+    score_fn: ScoreModel | ScoreFn,
+    sde: SDE | None = None,
+    *,
+    kernel: LangevinDynamics,
+    steps: int,
+    t: float,
+    n: int | None = None,
+    shape: Sequence[int] | None = None,
+    x_init: Tensor | None = None,
+    seed: int = 0,
+    index: Sequence[int] | Tensor | None = None,
+    batch_size: int | None = None,
+    cond: Cond | None = None,
+    max_nfe: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = False,
+) -> SampleResult:
+    r"""Samples from p_t, the law of the noisy data at one time, by a Markov chain for each sample.
+
+        r = fastsde.langevin(model, kernel=fastsde.MALA(step_size=0.1), steps=200, t=0.01, n=64)
+
+    `LangevinDynamics` moves along the score with noise; `MALA` accepts or refuses each move, per sample. Sample i
+    depends on (seed, i) alone. The denoised sample is `model(r.samples, t).x_0`.
+
+    Args:
+        score_fn: as for `sample`, like sde.
+        kernel: `LangevinDynamics(step_size)` or `MALA(step_size)`.
+        steps: length of the chain, at least 1.
+        t: the level of noise, a time of the process in [t_min, t_max].
+        n: number of samples, if the model knows its event shape.
+        shape: (n, *event).
+        x_init: start states with shape (n, *event); draws from the prior at t, that of pure noise, by default.
+        seed: in [0, 2^64).
+        index: draw these sample numbers of the seed.
+        batch_size: rows evaluated at a time; at most 64 by default.
+        cond: keyword arguments of the network, each with leading axis n.
+        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`, where it is.
+        dtype: floating dtype of the state; float32 by default, float64 for start states in float64.
+        device: that of `x_init` or of the network by default.
+        progress: show a bar over finished samples.
+
+    Returns:
+        A `SampleResult` with the last states, with shape (n, *event). `accepted` and `rejected` count the moves of
+        `MALA`; without acceptance all are accepted.
+
+    Raises:
+        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
+        SamplingError, Interrupted: as `sample`.
+    """
+    if x_init is not None:
+        check_states("x_init", x_init)
+    if not isinstance(kernel, LangevinDynamics):
+        raise TypeError(f"kernel must be fastsde.LangevinDynamics(..) or fastsde.MALA(..); got {kernel!r}.")
+    model = as_model(score_fn, sde)
+    process = model.sde if sde is None else sde
+    level = check_number("t", t, process.t_min, process.t_max)
+    steps = check_count("steps", steps, 1)
+    asked = resolve_samples(
+        model, n=n, shape=shape, given=x_init, index=index, seed=seed, cond=cond, dtype=dtype, device=device
+    )
+    if x_init is None:
+        x_init = process.prior(FreshNoise(asked.seed, asked.event, asked.dtype).prior(asked.index), level)
+    flat = x_init.to(asked.device, asked.dtype).flatten(1)
+    # The last column counts the moves that were accepted.
+    samples = dataclasses.replace(asked, start=torch.nn.functional.pad(flat, (0, 1)), event=(flat.shape[1] + 1,))
+    grid = Grid(torch.arange(steps, -1, -1, dtype=torch.float64))  # the engine's clock counts the steps that are left
+    solver, options = _Chain(kernel, asked.event, level), Options(batch_size, max_nfe, progress=progress)
+    r = Engine(make_job(model, process, solver, grid, grid.ends, samples, options)).run()
+    taken = r.samples[:, -1].nan_to_num().long()
+    return dataclasses.replace(
+        r,
+        samples=r.samples[:, :-1].reshape(len(r.samples), *asked.event),
+        accepted=taken,
+        rejected=r.accepted + r.rejected - taken,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chain(Solver):
+    """Steps of a kernel at one level, on states that carry the count of accepted moves in a last column."""
+
+    convergence = "none"
+    noise = "fresh"
+    use = "langevin"
+    calls_per_step = 1
+
+    kernel: LangevinDynamics
+    event: tuple[int, ...]
+    level: float
+
+    @property
+    def warm_up(self) -> bool:  # type: ignore[override]
+        return isinstance(self.kernel, MALA)  # which keeps the score of where it is
+
+    def init(self, x_t: State) -> Carry:
+        count = torch.zeros(len(x_t), dtype=torch.int64, device=x_t.device)
+        return {"count": count} | ({"score": torch.zeros_like(x_t[:, :-1])} if self.warm_up else {})
+
+    def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
+        x, moves, normals = x_t[:, :-1], x_t[:, -1], noise.normal()
+        at = torch.full_like(t, self.level)
+        lam = self.kernel.size(sde, at, carry["count"])
+
+        def score(where: State) -> State:
+            return model(where.reshape(len(where), *self.event), at).score.flatten(1)
+
+        memory = {"count": carry["count"] + (s < t)}
+        if not isinstance(self.kernel, MALA):
+            after = moved(x, score(x), lam, normals[:, :-1])
+            return Step(torch.cat([after, moves[:, None] + 1], 1), memory)
+        going = s < t  # in the first turn the score at the start is found
+        after = torch.where(going[:, None], moved(x, carry["score"], lam, normals[:, :-1]), x)
+        found = score(after)
+        before, ahead = (v.reshape(len(v), *self.event) for v in (x, after))
+        slopes = carry["score"].reshape(before.shape), found.reshape(before.shape)
+        taken = going & self.kernel.accepted(before, slopes[0], ahead, slopes[1], at, lam, uniform(normals[:, -1]))
+        keep = (taken | ~going)[:, None]
+        x, kept = torch.where(keep, after, x), torch.where(keep, found, carry["score"])
+        return Step(torch.cat([x, (moves + taken)[:, None]], 1), memory | {"score": kept})
