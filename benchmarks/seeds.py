@@ -48,15 +48,18 @@ def parts(model: ScoreModel, seeds: int) -> list[list[Cell]]:
     ]
 
 
-@command(__doc__, "seeds", samples=130, count=1, seeds=1, compiled=False, work=RUNS / "seeds_quick")
+@command(__doc__, "seeds", samples=130, count=1, seeds=1, few=1, compiled=False, work=RUNS / "seeds_quick")
 @click.option("--samples", "-n", default=10_000)
 @click.option("--parts", "count", default=6, help="How many of the six parts of the study to draw.")
 @click.option("--seeds", default=3)
+@click.option("--few", default=0, help="So many cells; 0: all.")
 @click.option("--compile/--no-compile", "compiled", default=True, help="Whether to compile the network.")
 @click.option("--rank", default=0, help="Which process this is.")
 @click.option("--world-size", default=1, help="How many share the work.")
 @click.option("--work", type=click.Path(path_type=Path), default=RUNS / "seeds", show_default=False, help="Of cells.")
-def main(samples: int, count: int, seeds: int, compiled: bool, rank: int, world_size: int, work: Path) -> Row | None:
+def main(
+    samples: int, count: int, seeds: int, few: int, compiled: bool, rank: int, world_size: int, work: Path
+) -> Row | None:
     """Draws what is missing; the process that finds all there prints the table and returns it."""
     model, _ = fastsde.pretrained("fashion-mnist")
     network = nn.Module.to(model.network, torch.bfloat16).to(memory_format=torch.channels_last)
@@ -64,7 +67,7 @@ def main(samples: int, count: int, seeds: int, compiled: bool, rank: int, world_
         network.compile()
     record = versions({"dtype": "bfloat16, compiled" if compiled else "bfloat16"})
     problem = Problem(model, open_features("fashion-mnist"), packaged_reference("fashion-mnist"), record, 10)
-    cells = list(itertools.chain(*parts(model, seeds)[:count]))
+    cells = list(itertools.chain(*parts(model, seeds)[:count]))[: few or None]
     sweep = Sweep(work, problem, cells, samples, batch_size=128, shard_size=1024)
     with tqdm(total=len(cells) * samples, desc=f"rank {rank}", unit="", smoothing=0.05, disable=None) as bar:
         for cell in sweep.run(rank=rank, world_size=world_size, progress=bar.update):

@@ -104,7 +104,7 @@ def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
     return {"whole_commands": whole, "sampling": inner, "same_bytes": same}
 
 
-@command(__doc__, "survival", samples=130, nfe="5", kills=1, job=16, pairs=1)
+@command(__doc__, "survival", samples=130, nfe="5", kills=1, job=130, pairs=1)
 @click.option("--samples", "-n", default=192, help="Samples of each cell of the sweep.")
 @click.option("--nfe", default="5,6,8,10", help="Budgets of the sweep.")
 @click.option("--kills", default=20)
