@@ -29,7 +29,7 @@ release-check:
 	PYTHON=$(PYTHON) .ci/release-check
 
 test-versions:
-	uv run --isolated --python 3.10 --extra dev --with 'torch==2.4.*' pytest --numprocesses auto
+	uv run --isolated --python 3.10 --extra dev --with 'torch==2.6.*' pytest --numprocesses auto
 	uv run --isolated --python 3.14 --extra dev pytest --numprocesses auto
 
 clean:

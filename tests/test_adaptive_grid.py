@@ -432,6 +432,7 @@ def test_reading_the_first_value_by_its_norm_leaves_the_law_alone():
     assert float(own.var()) == pytest.approx(variance_after(16, 1.0)[0], rel=4 * 0.009)
 
 
+@pytest.mark.long
 def test_a_network_that_errs_in_pure_noise_gives_the_same_samples_at_any_batch_size():
     exact = GaussianScore(VP, torch.full((8,), 0.3), torch.linspace(0.1, 0.6, 8, dtype=torch.float64))
 

@@ -208,6 +208,7 @@ def test_another_adversary_is_refused(tmp_path):
         train(model, DATA, None, config, path, resume=True)
 
 
+@pytest.mark.long
 def test_the_discriminator_learns_to_tell_and_the_game_keeps_the_score(tmp_path):
     """A step of the discriminator lowers its loss; training with it still lowers the matching error."""
     model, adversary = setting()

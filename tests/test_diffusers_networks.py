@@ -89,6 +89,7 @@ def between(model):
     return fastsde.sample(model, x_data=data, controller=Grid(times), dtype=torch.float64).samples
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", DRESSES)
 def test_every_dress_gives_the_same_samples(name, reference):
     # Times in float64 but N t - 1 rounded; predictions of v and x_0 turn into each other by division by up to 1e4.

@@ -419,6 +419,7 @@ def test_guidance_scales_are_told_apart_and_functions_known_again():
         fastsde.sample(guided(3.0), n=2, solver=fitted)
 
 
+@pytest.mark.long
 def test_conditioning_in_order_is_as_good_as_mixed():
     """Held-out pilots are of all kinds, whatever the order."""
 

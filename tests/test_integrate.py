@@ -54,6 +54,7 @@ def test_strong_order_with_multiplicative_noise(ito, extrapolate, order):
     assert fitted_order(steps, [(run - exact).abs().mean() for run in runs]) == pytest.approx(order, abs=0.12)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("ito", [True, False])
 def test_adaptive_steps_follow_the_tolerance_in_both_senses(ito):
     exact = geometric(ito, brownian(N, 1, 0.0, 1.0, torch.ones(N, dtype=torch.float64)), 1.0)
@@ -142,6 +143,7 @@ def test_weak_order_two_with_additive_noise():
     assert fitted_order((4, 8, 16), biases) == pytest.approx(2, abs=0.15)  # the next term of the series on 4 steps
 
 
+@pytest.mark.long
 def test_without_noise_it_is_heun_with_adaptive_steps():
     def field(x, t):
         return torch.stack([x[:, 1], -torch.sin(x[:, 0]) * (1 + t)], 1)

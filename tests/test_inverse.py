@@ -109,6 +109,7 @@ def test_mmps_is_exact_for_masks_and_colours_of_images():
         torch.testing.assert_close(guided.flatten(1), exact(x.flatten(1), t).x_0, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.long
 def test_the_probability_flow_of_mmps_carries_the_posterior():
     # On Gaussian data the flow is affine: the images of 0 and of a basis say mean and covariance without noise.
     sde = VPSDE()

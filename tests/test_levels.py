@@ -123,6 +123,7 @@ def test_sliced_score_matching_is_least_at_the_score():
     assert float(wrong - right) == pytest.approx(expected, rel=0.2)
 
 
+@pytest.mark.long
 def test_the_perceptron_learns_the_score_of_a_mixture():
     """A few hundred steps take the error of the score to a third of that of a network that says nothing."""
     torch.manual_seed(0)

@@ -136,6 +136,7 @@ def test_failures_are_nan_and_alone():
     assert torch.isfinite(r.log_prob).tolist() == torch.isfinite(r.bits_per_dim).tolist() == [True, False]
 
 
+@pytest.mark.long
 def test_labels_travel_with_their_sample():
     sde = VPSDE()
     std = torch.tensor([0.2, 0.9], dtype=torch.float64)

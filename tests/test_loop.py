@@ -224,6 +224,7 @@ def test_a_budget_is_kept_by_solvers_that_change_variables():
     assert seen["rows"] <= 12
 
 
+@pytest.mark.long
 def test_noise_of_a_sample_is_its_own():
     pipe, arguments = built("FluxPipeline")
     solver = ExponentialPC(eta=1.0)
@@ -269,6 +270,7 @@ def test_prompts_and_their_repeats():
     assert distance(given.result.samples, expected.result.samples) < 1e-5
 
 
+@pytest.mark.long
 def test_the_end_of_one_pipeline_is_the_start_of_another():
     base, arguments = PIPELINES["StableDiffusionXLPipeline"]()
     refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**base.components)

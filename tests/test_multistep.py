@@ -303,6 +303,7 @@ def test_order_on_the_probability_flow_of_a_mixture(flow, solver, order):
     assert fitted_order(steps, errors(flow, solver, map(cold, steps))) == pytest.approx(order, abs=0.2)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("order", [2, 3])
 def test_order_of_our_mixed_weights(flow, order):
     # Measured 1.94 and 2.94. The first correction, of first order at long steps, is what is left of order 2 below 64.

@@ -340,6 +340,7 @@ def test_variance_on_gaussian_data(sde):
     assert limits[128] / exact == pytest.approx(1 / (1 - snr**2), abs=0.005)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("corrector_first", [False, True])
 def test_the_same_samples_at_any_batch_size(corrector_first):
     model = ScoreModel(lambda x, t: curved(x, t[:, None]), VPSDE(), event_shape=(5,))

@@ -53,6 +53,7 @@ def test_all_kinds_of_prediction_tell_the_same(alpha, sigma, x_0, eps):
     assert_all_readings_agree(alpha, sigma, x_0, eps)
 
 
+@pytest.mark.long
 @each_sde
 @given(share=st.floats(0, 1), x_0=NUMBER, eps=NUMBER)
 def test_all_kinds_of_prediction_tell_the_same_along_a_process(sde, share, x_0, eps):

@@ -213,13 +213,12 @@ def test_other_data_and_other_processes_are_refused_on_resuming(tmp_path, data):
         train(tiny_model(), images, labels, config, path, save_every=0)
 
 
-def test_processes_share_the_rows_of_one(data, monkeypatch):
+def test_processes_share_the_rows_of_one(data):
     images, labels = data
     config = TrainConfig(batch_size=6, levels=10)
 
     def drawn(rank, size):
-        monkeypatch.setattr("fastsde.training.batches.rank_and_size", lambda: (rank, size))
-        return Batches(tiny_model(), images, labels, config).draw(5, 1)[0]
+        return Batches(tiny_model(), images, labels, config, (rank, size)).draw(5, 1)[0]
 
     whole, parts = drawn(0, 1), [drawn(rank, 3) for rank in range(3)]
     for k in range(3):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import click
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsde.cli.output import dump_json, write_atomic
+from fastsde.cli.output import dump_json, report, write_atomic
 from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.jobs import ShardedJob, shard_arrays
 from fastsde.files import Content
@@ -65,10 +64,13 @@ def run_job(
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
         return
-    totals = _totals(job)
-    files = _write(job, totals)
-    click.echo(dump_json(totals) if as_json else _summary(totals, files), nl=not as_json)
-    if totals["status_counts"] != {"SUCCESS": job.n}:
+    totals, first = _totals(job), job.first(64)
+    grid: dict[str, Content] = {"grid.png": image_grid(first).save} if len(first) else {}
+    files = write_atomic(job.folder, {"samples.json": dump_json(totals).encode(), **grid})
+    counts, rejected, where = totals["status_counts"], totals["rejected_share"], f"in {job.shards} shards"
+    said = dump_json(totals) if as_json else report(counts, job.column("nfe"), rejected, where, [], files)
+    click.echo(said, nl=not as_json)
+    if counts != {"SUCCESS": job.n}:
         raise SystemExit(1)
 
 
@@ -85,21 +87,3 @@ def _totals(job: ShardedJob) -> dict[str, Any]:
         "rejected_share": float(job.column("rejected").sum() / max(int(steps), 1)),
         **job.settings,
     }
-
-
-def _write(job: ShardedJob, totals: dict[str, Any]) -> list[Path]:
-    first = job.first(64)
-    grid: dict[str, Content] = {"grid.png": image_grid(first).save} if len(first) else {}
-    return write_atomic(job.folder, {"samples.json": dump_json(totals).encode(), **grid})
-
-
-def _summary(totals: dict[str, Any], files: list[Path]) -> str:
-    counts = totals["status_counts"]
-    lines = [
-        f"{counts.get('SUCCESS', 0)} of {totals['n']} samples in {totals['shards']} shards",
-        f"network calls per sample: mean {totals['mean_nfe']:.1f}, least {totals['least_nfe']}, "
-        f"most {totals['most_nfe']}; {totals['rejected_share']:.1%} of the steps rejected",
-    ]
-    if counts != {"SUCCESS": totals["n"]}:
-        lines.append(f"not all succeeded: {counts}")
-    return "\n".join([*lines, *(f"  {path}" for path in files)])

@@ -6,6 +6,7 @@ import json
 import re
 import wave
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -166,35 +167,29 @@ class Media:
         if isinstance(value, Image.Image) and value.mode == "F":  # which PNG has not
             value = np.asarray(value)
         if isinstance(value, Image.Image):
-            self._add_image(f"{stem}.png", value)
+            self._add(f"{stem}.png", value.save, value)
         elif are_images(value) and name in ("frames", "videos", "video"):
-            self._add_video(f"{stem}.webp", value)
+            self._add(f"{stem}.webp", partial(write_video, frames=value, fps=self.fps), value[0])
         elif are_images(value):
             for k, image in enumerate(value):
-                self._add_image(f"{stem}-{k}.png", image)
+                self._add(f"{stem}-{k}.png", image.save, image)
         elif (array := _as_array(value)) is not None:
             if name == "frames" and not self.raw and _is_video(array):
                 frames = to_uint8(torch.from_numpy(array).movedim(-1, 1), (0.0, 1.0))
                 self._take(name, _alone([Image.fromarray(frame) for frame in frames]))
             elif name in ("audios", "audio", "sound") and not self.raw and self.rate and _is_sound(array):
-                self.writers[f"{stem}.wav"] = lambda path: write_wave(path, array, self.rate or 0)
-                self.files[place].append(f"{stem}.wav")
+                self._add(f"{stem}.wav", partial(write_wave, sound=array, rate=self.rate))
             else:
                 self._arrays.setdefault(name, {})[place] = array
                 self.files[place].append("samples.npz")
         else:
             self.more[place][name] = value if _is_json(value) else f"a {type(value).__name__}, which is not kept"
 
-    def _add_image(self, name: str, image: Image.Image) -> None:
-        self.writers[name] = image.save
-        if not self.files[-1]:
-            self._stills.append(image)
-        self.files[-1].append(name)
-
-    def _add_video(self, name: str, frames: Sequence[Image.Image]) -> None:
-        self.writers[name] = lambda path: write_video(path, frames, self.fps)
-        if not self.files[-1]:
-            self._stills.append(frames[0])
+    def _add(self, name: str, writer: Content, still: Image.Image | None = None) -> None:
+        """A file of the last sample; `still` stands for it in grid.png if it is the sample's first."""
+        self.writers[name] = writer
+        if still is not None and not self.files[-1]:
+            self._stills.append(still)
         self.files[-1].append(name)
 
     def finish(self) -> dict[str, Content]:

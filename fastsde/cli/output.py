@@ -107,18 +107,31 @@ def result_record(result: SampleResult) -> dict[str, Any]:
 
 
 def summary(result: SampleResult, more: Sequence[str], files: Sequence[Path | str]) -> str:
+    """The lines that a command ends with, for samples drawn at once."""
+    nfe, steps = result.nfe[result.status != Status.PENDING], int((result.accepted + result.rejected).sum())
+    share = int(result.rejected.sum()) / max(steps, 1)
+    return report(result.counts(), nfe.numpy(), share, f"in {result.seconds:.1f} s", more, files)
+
+
+def report(
+    counts: Mapping[str, int],
+    nfe: np.ndarray,
+    rejected: float,
+    where: str,
+    more: Sequence[str],
+    files: Sequence[Path | str],
+) -> str:
     """The lines that a command ends with: what samples cost and how they ended, more lines, and the files."""
-    ended = result.status != Status.PENDING
-    nfe, steps = result.nfe[ended].double(), int((result.accepted + result.rejected).sum())
-    lines = [f"{int(result.success.sum())} of {len(result.nfe)} samples in {result.seconds:.1f} s"]
+    n = sum(counts.values())
+    lines = [f"{counts.get('SUCCESS', 0)} of {n} samples {where}"]
     if len(nfe):
         lines.append(
-            f"network calls per sample: mean {nfe.mean():.1f}, least {int(nfe.min())}, most {int(nfe.max())}; "
-            f"{int(result.rejected.sum()) / max(steps, 1):.1%} of the steps rejected"
+            f"network calls per sample: mean {nfe.mean():.1f}, least {nfe.min()}, most {nfe.max()}; "
+            f"{rejected:.1%} of the steps rejected"
         )
     lines.extend(more)
-    if not result.success.all():
-        lines.append(f"not all succeeded: {result.counts()}; see samples.json")
+    if counts != {"SUCCESS": n}:
+        lines.append(f"not all succeeded: {counts}; see samples.json")
     return "\n".join([*lines, *(f"  {path}" for path in files)])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -192,16 +192,24 @@ def _from_folder(folder: Path) -> Images:
         raise ValueError(f"{folder} holds {stray[0].relative_to(folder)}, which is no image ({len(stray)} such files).")
     if not files:
         raise FileNotFoundError(f"{folder} holds no images.")
-    shape = tuple(_picture(files[0]).shape)
+    name = [str(path) for path in files]
+    return _of_one_size(str(folder), "folder", name, lambda start, stop: map(_picture, files[start:stop]))
+
+
+def _of_one_size(
+    source: str, kind: str, name: Sequence[str], pictures: Callable[[int, int], Iterable[np.ndarray]]
+) -> Images:
+    """Pictures (H, W, C) that are read when they are wanted, and must be as large as the first."""
+    shape = next(iter(pictures(0, 1))).shape
 
     def read(start: int, stop: int) -> Tensor:
-        pictures = [_picture(path) for path in files[start:stop]]
-        for path, picture in zip(files[start:stop], pictures, strict=True):
+        found = list(pictures(start, stop))
+        for k, picture in enumerate(found, start):
             if picture.shape != shape:
-                raise ValueError(f"{path} has shape {picture.shape}, {files[0].name} has {shape}: sizes must agree.")
-        return _channels_first(np.stack(pictures))
+                raise ValueError(f"{name[k]} has shape {picture.shape}, {name[0]} has {shape}: sizes must agree.")
+        return _channels_first(np.stack(found))
 
-    return Images(str(folder), "folder", len(files), (shape[2], shape[0], shape[1]), read)
+    return Images(source, kind, len(name), (shape[2], shape[0], shape[1]), read)
 
 
 def _picture(path: Path) -> np.ndarray:
@@ -243,13 +251,7 @@ def _from_datasets(folder: Path, split: str) -> Images:
     columns = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
     if len(columns) != 1:
         raise ValueError(f"{folder} must have one column of images; it has {columns or 'none'}.")
-    shape = as_pixels(data[0][columns[0]]).shape
-
-    def read(start: int, stop: int) -> Tensor:
-        pictures = [as_pixels(image) for image in data[start:stop][columns[0]]]
-        for k, picture in enumerate(pictures, start):
-            if picture.shape != shape:
-                raise ValueError(f"{folder}: image {k} has shape {picture.shape}, the first {shape}: sizes must agree.")
-        return _channels_first(np.stack(pictures))
-
-    return Images(str(folder), f"datasets {split}", len(data), (shape[2], shape[0], shape[1]), read)
+    name = [f"{folder}: image {k}" for k in range(len(data))]
+    return _of_one_size(
+        str(folder), f"datasets {split}", name, lambda start, stop: map(as_pixels, data[start:stop][columns[0]])
+    )

@@ -32,15 +32,23 @@ class Batches:
         images: uint8 with shape (N, C, H, W), or floats with shape (N, *event).
         labels: int64 with shape (N,), or None.
         config: the settings.
+        share: which process of how many draws; by default as torch.distributed says.
 
     Raises:
         ValueError: if the data are constant, not finite or not as many as the labels, or the processes cannot share a
             batch evenly.
     """
 
-    def __init__(self, model: ScoreModel, images: Tensor, labels: Tensor | None, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: ScoreModel,
+        images: Tensor,
+        labels: Tensor | None,
+        config: TrainConfig,
+        share: tuple[int, int] | None = None,
+    ) -> None:
         check_data(images, labels)
-        self.rank, self.size = rank_and_size()
+        self.rank, self.size = share or rank_and_size()
         if config.batch_size % self.size:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {self.size} processes.")
         self.model, self.images, self.labels, self.config = model, images, labels, config
