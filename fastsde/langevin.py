@@ -108,11 +108,14 @@ class _Chain(Solver):
     convergence = "none"
     noise = "fresh"
     use = "langevin"
-    calls_per_step = 1
 
     kernel: LangevinDynamics
     event: tuple[int, ...]
     level: float
+
+    @property
+    def calls_per_step(self) -> int:
+        return self.kernel.calls_per_move if isinstance(self.kernel, MALA) else 1
 
     @property
     def warm_up(self) -> bool:  # type: ignore[override]
@@ -123,23 +126,20 @@ class _Chain(Solver):
         return {"count": count} | ({"score": torch.zeros_like(x_t[:, :-1])} if self.warm_up else {})
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        x, moves, normals = x_t[:, :-1], x_t[:, -1], noise.normal()
-        at = torch.full_like(t, self.level)
-        lam = self.kernel.size(sde, at, carry["count"])
+        shape, normals, at = (len(x_t), *self.event), noise.normal(), torch.full_like(t, self.level)
+        x, z, u = x_t[:, :-1].reshape(shape), normals[:, :-1].reshape(shape), uniform(normals[:, -1])
+        lam, memory = self.kernel.size(sde, at, carry["count"]), {"count": carry["count"] + (s < t)}
 
         def score(where: State) -> State:
-            return model(where.reshape(len(where), *self.event), at).score.flatten(1)
+            return model(where, at).score
 
-        memory = {"count": carry["count"] + (s < t)}
         if not isinstance(self.kernel, MALA):
-            after = moved(x, score(x), lam, normals[:, :-1])
-            return Step(torch.cat([after, moves[:, None] + 1], 1), memory)
-        going = s < t  # in the first turn the score at the start is found
-        after = torch.where(going[:, None], moved(x, carry["score"], lam, normals[:, :-1]), x)
-        found = score(after)
-        before, ahead = (v.reshape(len(v), *self.event) for v in (x, after))
-        slopes = carry["score"].reshape(before.shape), found.reshape(before.shape)
-        taken = going & self.kernel.accepted(before, slopes[0], ahead, slopes[1], at, lam, uniform(normals[:, -1]))
-        keep = (taken | ~going)[:, None]
-        x, kept = torch.where(keep, after, x), torch.where(keep, found, carry["score"])
-        return Step(torch.cat([x, (moves + taken)[:, None]], 1), memory | {"score": kept})
+            return self._step(moved(x, score(x), lam, z), x_t[:, -1] + 1, memory)
+        # The first turn goes nowhere and finds the score there.
+        lam, known = lam * (s < t), carry["score"].reshape(shape)
+        x, found, taken = self.kernel.move(score, x, known, at, lam, z, u)
+        return self._step(x, x_t[:, -1] + (taken & (s < t)), memory | {"score": found.flatten(1)})
+
+    @staticmethod
+    def _step(x: State, moves: Tensor, memory: Carry) -> Step:
+        return Step(torch.cat([x.flatten(1), moves[:, None]], 1), memory)

@@ -48,9 +48,9 @@ def network(monkeypatch):
     network = Border()
 
     def load(name, device="cpu"):
-        model, sde = fastsde.pretrained(name, device=device)
+        model = fastsde.pretrained(name, device=device)
         model.network = network
-        return model, sde
+        return model
 
     monkeypatch.setattr("fastsde.cli.models.pretrained", load)
     return network
@@ -447,9 +447,9 @@ def test_a_budget_and_a_fitted_solver(network, monkeypatch, tmp_path):
 
 
 def loaded(network):
-    model, sde = fastsde.pretrained("fashion-mnist")
+    model = fastsde.pretrained("fashion-mnist")
     model.network = network
-    return model, sde
+    return model
 
 
 def test_sample_from_diffusers_models(tmp_path):

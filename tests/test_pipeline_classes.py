@@ -19,7 +19,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
         "CogView4Pipeline",  # times and levels
         "MochiPipeline",  # time runs the other way
         "CogVideoXPipeline",  # the shifted SNR
-        "KandinskyV22Img2ImgPipeline",  # cuts the list itself
     ],
 )
 def test_the_drop_in_leads_where_the_own_loop_leads(name):

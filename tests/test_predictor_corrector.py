@@ -156,7 +156,7 @@ def test_langevin_step_is_the_published_one(sde, kind):
     options = {} if kind == "per sample" else {kind: True}
     model = ScoreModel(lambda x, t: curved(x, t[:, None, None]), sde)
     shrink = vector(1.0, 0.98, 0.5)
-    got = Langevin(snr, **options).correct(bind(model, 3), sde, x, S, shrink, z)
+    got = Langevin(snr, **options).correct(bind(model, 3), sde, x, S, shrink, lambda _: z)
     state, noise = x.numpy(), z.numpy()
     score = curved(state, S.numpy()[:, None, None])
     norms = [(np.linalg.norm(z_i), np.linalg.norm(s_i)) for z_i, s_i in zip(noise, score, strict=True)]
@@ -203,10 +203,12 @@ def test_rows_of_a_correction_do_not_see_each_other(options):
     x, z = draw(n, 4) * torch.logspace(-3, 3, n, dtype=torch.float64)[:, None], draw(n, 4, seed=1)
     x[2] = math.inf
     t, shrink = torch.linspace(0.1, 1, n, dtype=torch.float64), torch.linspace(1, 0.5, n, dtype=torch.float64)
-    joint = Langevin(**options).correct(bind(curved_model(sde), n), sde, x, t, shrink, z)
+    joint = Langevin(**options).correct(bind(curved_model(sde), n), sde, x, t, shrink, lambda _: z)
     for i in range(n):
         row = slice(i, i + 1)
-        alone = Langevin(**options).correct(bind(curved_model(sde), 1), sde, x[row], t[row], shrink[row], z[row])
+        alone = Langevin(**options).correct(
+            bind(curved_model(sde), 1), sde, x[row], t[row], shrink[row], lambda _, row=row: z[row]
+        )
         # Vectorised and scalar kernels may round elementary functions differently by an ulp.
         torch.testing.assert_close(joint[row], alone, rtol=1e-14, atol=1e-14, equal_nan=True)
 
@@ -216,7 +218,7 @@ def test_rows_of_a_correction_do_not_see_each_other(options):
 def test_a_score_of_zero_is_no_disaster(options, dtype):
     model = bind(ScoreModel(lambda x, t: torch.zeros_like(x), VESDE()), 2)
     x, z = draw(2, 4).to(dtype), draw(2, 4, seed=1).to(dtype)
-    x = Langevin(**options).correct(model, VESDE(), x, vector(0.5, 0.5), vector(1.0, 1.0), z)
+    x = Langevin(**options).correct(model, VESDE(), x, vector(0.5, 0.5), vector(1.0, 1.0), lambda _: z)
     assert torch.isfinite(x).all()
     # The largest level is 50: nothing meaningful is beyond a thousand of them.
     assert float(x.abs().max()) < 5e4
@@ -377,7 +379,7 @@ def test_steps_are_where_the_predictor_wants_them():
     [
         (lambda: PredictorCorrector("ancestral"), TypeError, "predictor must be a Solver, .*got 'ancestral'"),
         (lambda: PredictorCorrector(ReverseDiffusion), TypeError, "predictor must be a Solver"),
-        (lambda: PredictorCorrector(corrector=0.16), TypeError, "corrector must be a Langevin.*got 0.16"),
+        (lambda: PredictorCorrector(corrector=0.16), TypeError, "corrector must be a Corrector.*got 0.16"),
         (lambda: PredictorCorrector(n_corrector=-1), ValueError, "n_corrector must be .*at least 0; got -1"),
         (lambda: PredictorCorrector(n_corrector=1.0), ValueError, "n_corrector must be an integer"),
         (lambda: PredictorCorrector(n_corrector=True), ValueError, "n_corrector must be an integer"),

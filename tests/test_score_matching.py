@@ -29,7 +29,7 @@ def test_the_exact_trace_is_that_of_a_linear_score():
 
 
 def test_the_losses_share_their_minimiser_on_a_gaussian():
-    """The loss of -x / s^2 is least at the data's variance: its gradient vanishes there for the sample's own moments."""
+    """The loss of -x / s^2 is least at the data's variance: its gradient vanishes there."""
     x = STD * torch.randn(2000, 3, generator=generator(1), dtype=torch.float64)
     precision = (1 / x.square().mean(0)).requires_grad_()
     signs = torch.randint(2, x.shape, generator=generator(2)).double() * 2 - 1
