@@ -128,6 +128,8 @@ def evaluate(
     if "kid" in figures:
         spread = figures["kid_error"]
         click.echo(f"KID x 1000  {1000 * figures['kid']:.3f}" + ("" if spread is None else f" +- {1000 * spread:.3f}"))
+        if "divergence" in figures:
+            click.echo(f"divergence by a critic {figures['divergence']:.3f} +- {figures['divergence_error']:.3f}")
         click.echo("  ".join(f"{key} {figures[key]:.3f}" for key in ("precision", "recall", "density", "coverage")))
     if "inception_score" in figures:
         spread = figures["inception_score_spread"]

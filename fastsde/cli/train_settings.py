@@ -13,7 +13,18 @@ from typing import Any
 
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
-from fastsde.training.gan_losses import average, hinge, lsgan, paired, plain, sgan, wgan
+from fastsde.training.gan_losses import (
+    all_pairs,
+    average,
+    centred,
+    hinge,
+    lsgan,
+    one_way,
+    paired,
+    plain,
+    sgan,
+    wgan,
+)
 from fastsde.training.masking import Masking
 from fastsde.training.networks import Discriminator
 
@@ -24,7 +35,14 @@ else:
 
 LOSSES = {"sgan": sgan, "lsgan": lsgan, "hinge": hinge, "wgan": wgan}
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-COMPARISONS = {"plain": plain, "paired": paired, "average": average}
+COMPARISONS = {
+    "plain": plain,
+    "paired": paired,
+    "average": average,
+    "centred": centred,
+    "one way": one_way,
+    "all pairs": all_pairs,
+}
 
 
 @dataclasses.dataclass(frozen=True)

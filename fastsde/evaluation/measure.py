@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsde.evaluation.divergence import fit_critic
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.statistics import frechet, inception_score, kernel_distance, manifold
+
+_LEAST = 100
+"""Rows of each set below which no critic is fitted."""
 
 
 def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: int = 50) -> dict[str, Any]:
@@ -25,8 +29,9 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
     Returns:
         Of the following those that can be told, and None for an error that cannot:
         `fid`, `fid_error` (a standard error) and `fid_infinite` (extrapolated to n to infinity); with the features of
-        the reference `kid` and `kid_error`, and `precision`, `recall`, `density` and `coverage`, for which both sets
-        are cut to the smaller one's size; with logits `inception_score` and its spread over splits.
+        the reference `kid` and `kid_error`, `divergence` and `divergence_error` (symmetric least squares, by a critic
+        fitted to halves; from 0 to 2), and `precision`, `recall`, `density` and `coverage`, for which both sets are cut
+        to the smaller one's size; with logits `inception_score` and its spread over splits.
 
     Raises:
         ValueError: if dimensions differ, there are too few samples, or a feature is not finite.
@@ -41,6 +46,9 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
     }
     if reference.feats is not None:
         found["kid"], found["kid_error"] = kernel_distance(x, reference.feats)
+        if min(len(x), len(reference.feats)) >= _LEAST:
+            apart = fit_critic(reference.feats, x, width=64, steps=300)
+            found["divergence"], found["divergence_error"] = apart.value, apart.standard_error
         found |= dataclasses.asdict(manifold(*_of_one_size(x, reference.feats)))
     if logits is not None:
         found["inception_score"], found["inception_score_spread"] = inception_score(logits)

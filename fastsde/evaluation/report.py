@@ -106,6 +106,7 @@ _HEADINGS = {
     "rank": "rank",
     "fid_infinite": "FID, n to infinity",
     "kid": "KID x 1000",
+    "divergence": "divergence by a critic",
     "inception_score": "inception score",
     "precision": "precision",
     "recall": "recall",

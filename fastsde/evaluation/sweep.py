@@ -250,7 +250,7 @@ class Sweep:
         return summary
 
 
-_AVERAGED = ("fid_infinite", "kid", "precision", "recall", "density", "coverage", "inception_score")
+_AVERAGED = ("fid_infinite", "kid", "divergence", "precision", "recall", "density", "coverage", "inception_score")
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -2,9 +2,9 @@ r"""GAN losses in one form: four scalar functions of the critic, and what the cr
 
     L_D = E f_1(u_r) + E f_2(u_f),    L_G = E g_1(u_r) + E g_2(u_f)
 
-with u_r, u_f made of the critic's values C(x_r) of real and C(x_f) of fake data by `plain` (themselves), `paired` or
-`average`. Source: Jolicoeur-Martineau, "The relativistic discriminator", https://arxiv.org/abs/1807.00734, eqs. 9-16;
-thesis, eqs. 4.9-4.16 and appendix A.7.
+with u_r, u_f made of the critic's values C(x_r) of real and C(x_f) of fake data by `plain` (themselves), `paired`,
+`average`, `centred`, `one_way` or `all_pairs`. Source: Jolicoeur-Martineau, "The relativistic discriminator",
+https://arxiv.org/abs/1807.00734, eqs. 9-16; thesis, eqs. 4.9-4.16, ch. 6 and appendix A.7.
 """
 
 from __future__ import annotations
@@ -38,6 +38,24 @@ def average(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
     return real - fake.mean(), fake - real.mean()
 
 
+def centred(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Relativistic centred: both less the mean of the two means (thesis, thm. 6.4.1, R_c)."""
+    middle = (real.mean() + fake.mean()) / 2
+    return real - middle, fake - middle
+
+
+def one_way(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """Relativistic average of real data alone: u_r = C(x_r) - E C(x_f), u_f = -u_r (R_alf)."""
+    u = real - fake.mean()
+    return u, -u
+
+
+def all_pairs(real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+    """`paired` over all B^2 pairs, the unbiased estimate of least variance (thesis, corollary 6.5.1)."""
+    u = (real[:, None] - fake).flatten()
+    return u, -u
+
+
 @dataclasses.dataclass(frozen=True)
 class GANLoss:
     """The four functions and the comparison.
@@ -47,7 +65,7 @@ class GANLoss:
         f_2: of the discriminator, for fake data.
         g_1: of the generator, for real data: without gradient for `plain`, with one for relativistic comparisons.
         g_2: of the generator, for fake data.
-        compare: `plain`, `paired` or `average`.
+        compare: `plain`, `paired`, `average`, `centred`, `one_way` or `all_pairs`.
     """
 
     f_1: Scalar
@@ -119,14 +137,17 @@ def wgan(compare: Comparison = plain) -> GANLoss:
     return GANLoss(torch.neg, lambda u: u, lambda u: u, torch.neg, compare)
 
 
-def gradient_penalty(critic: Scalar, real: Tensor, fake: Tensor, mix: Tensor) -> Tensor:
+def gradient_penalty(critic: Scalar, real: Tensor, fake: Tensor, mix: Tensor, *, one_sided: bool = False) -> Tensor:
     r"""E (|grad C(x^)|_2 - 1)^2 at x^ = mix x_r + (1 - mix) x_f, to be multiplied by lambda (eq. A.16).
+
+    One-sided, E max(0, |grad C(x^)|_2 - 1)^2: slopes below 1 are free.
 
     Args:
         critic: from (B, *event) to (B,).
         real: real data, with shape (B, *event).
         fake: fake data, with shape (B, *event).
         mix: uniform in [0, 1], with shape (B,).
+        one_sided: whether only slopes above 1 are penalised.
 
     Raises:
         ValueError: if the shapes differ or `mix` has not one entry for each row.
@@ -139,4 +160,5 @@ def gradient_penalty(critic: Scalar, real: Tensor, fake: Tensor, mix: Tensor) ->
     share = mix.reshape(-1, *[1] * (real.ndim - 1))
     between = (share * real + (1 - share) * fake).detach().requires_grad_()
     (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
-    return (slope.flatten(1).norm(dim=1) - 1).square().mean()
+    excess = slope.flatten(1).norm(dim=1) - 1
+    return (relu(excess) if one_sided else excess).square().mean()
