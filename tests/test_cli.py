@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from PIL import Image
 
 import fastsde
+from fastsde.checkpoints import ASSETS
 from fastsde.cli import output
 from fastsde.cli.info import solver_table
 from fastsde.cli.main import main
 from fastsde.cli.sample import sample as sample_command
 from fastsde.cli.solver_options import SOLVER_NAMES, Steps, build_solver
 from fastsde.evaluation.images import image_grid, to_uint8
-from fastsde.pretrained import ASSETS
 from fastsde.score import GaussianScore
 
 

@@ -29,12 +29,12 @@ LEVELS = {
     "api": 7,
     "diagnosis": 8,
     "fitting": 8,
-    "integrate": 8,
-    "langevin": 8,
+    "integration": 8,
+    "chains": 8,
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,
-    "pretrained": 8,
+    "checkpoints": 8,
     "training": 9,
     "diffusers": 9,
     "evaluation": 10,
@@ -46,7 +46,7 @@ FOUNDATIONS = {
     "noise": {"types", "batching"},
     "sde": {"types", "checks", "batching"},
     "control": {"types", "checks", "batching", "result", "noise"},
-    "training": {"types", "checks", "files", "batching", "result", "sde", "score", "api", "pretrained"},
+    "training": {"types", "checks", "files", "batching", "result", "sde", "score", "api", "checkpoints"},
 }
 """Parts that stand on less than all lower levels. `solvers` and `control` share a level: neither imports the other."""
 INTERNAL = {"engine", "batching", "types"}

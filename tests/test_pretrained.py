@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde import pretrained as load
-from fastsde.pretrained import ASSETS, CARD, CONFIG, WEIGHTS, packaged, read_card, weight_hash
+from fastsde.checkpoints import ASSETS, CARD, CONFIG, WEIGHTS, packaged, read_card, weight_hash
 from fastsde.score.network import check_weights
 
 PACKAGED = "fashion-mnist"

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from fastsde.checkpoints import packaged, read_card, weight_hash
 from fastsde.cli import options as option
 from fastsde.cli.output import versions
-from fastsde.pretrained import packaged, read_card, weight_hash
 from fastsde.solvers import SOLVERS, FittedSolver, Solver
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 import fastsde
-from fastsde.result import DataRangeWarning, RepeatedSeedWarning
 
 _COMMANDS = {
     "sample": ("sample", "Draw samples: a PNG grid, an .npz and a JSON record."),
@@ -72,7 +71,7 @@ def main() -> None:
     usual = warnings.formatwarning
 
     def told(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> str:
-        own = issubclass(category, (DataRangeWarning, RepeatedSeedWarning))
+        own = issubclass(category, (fastsde.DataRangeWarning, fastsde.RepeatedSeedWarning))
         return f"Warning: {message}\n" if own else usual(message, category, *place, **more)
 
     warnings.formatwarning = told

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
+from fastsde.checkpoints import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.diffusers import decode_latents, from_diffusers, load
 from fastsde.diffusers.adapter import network_of
 from fastsde.diffusers.latents import autoencoder
-from fastsde.pretrained import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
 from fastsde.score.network import weights_hash

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
+from fastsde.checkpoints import save_checkpoint_folder, score_model
 from fastsde.cli import options as option
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
@@ -23,7 +24,6 @@ from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
 from fastsde.files import csv_text, write_whole
-from fastsde.pretrained import save_checkpoint_folder, score_model
 from fastsde.score.base import ScoreModel
 from fastsde.sde.vp import VPSDE
 from fastsde.training.checkpoint import History

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastsde.checkpoints import CONFIG, WEIGHTS
 from fastsde.diffusers.networks import offloaded_to
 from fastsde.diffusers.schedules import Config, filled
-from fastsde.pretrained import CONFIG, WEIGHTS
 
 _EMA = ("ema_unet", "unet_ema", "ema")
 """Subfolders in which repositories keep averaged weights beside the others."""

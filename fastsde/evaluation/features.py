@@ -17,10 +17,10 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from fastsde.arguments import usable_device
+from fastsde.checkpoints import ASSETS
 from fastsde.evaluation.classifier import CARD, load_classifier
 from fastsde.evaluation.images import Images
 from fastsde.files import sha256
-from fastsde.pretrained import ASSETS
 
 PACKAGED = ASSETS / "features"
 
