@@ -50,7 +50,10 @@ def test_the_spread_of_a_slice_is_what_its_form_says():
     # The standard error of a standard deviation is 1 / sqrt(2 n) of it: five of them.
     assert float(normals.std()) == pytest.approx((2.5 * d) ** 0.5, rel=5 / (2 * n) ** 0.5)
     assert float(signs.std()) == pytest.approx((d / 2) ** 0.5, rel=5 / (2 * n) ** 0.5)
-    torch.testing.assert_close(signs, implicit_score_loss(torch.neg, x[:, :784]), rtol=1e-12, atol=1e-9)
+    few = x[:3, :8]
+    torch.testing.assert_close(
+        sliced_score_loss(torch.neg, few, v[:3, :8].sign()), implicit_score_loss(torch.neg, few), rtol=1e-12, atol=0
+    )
 
 
 class Affine(nn.Module):
@@ -86,6 +89,7 @@ def test_matching_noisy_scores_has_the_gradient_of_denoising_in_the_mean(exact):
         assert slope is None or abs(float(ours)) < 5 * 1.5 / n**0.5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("objective", ["sliced", "implicit"])
 def test_training_with_it_finds_the_score_of_a_gaussian(objective, tmp_path):
     sde = fastsde.VPSDE()
@@ -103,7 +107,7 @@ def test_training_with_it_finds_the_score_of_a_gaussian(objective, tmp_path):
 
     model = fastsde.ScoreModel(Linear(), sde, "epsilon", event_shape=(2,))
     data = torch.randn(4000, 2, generator=generator(9)) * torch.tensor([0.5, 1.5])
-    config = TrainConfig(steps=300, batch_size=256, learning_rate=0.05, warmup=10, bf16=False, objective=objective)
+    config = TrainConfig(steps=200, batch_size=256, learning_rate=0.05, warmup=10, bf16=False, objective=objective)
     train(model, data, None, config, tmp_path / "run.safetensors")
     found = model.network.log_variance.detach().exp()
     torch.testing.assert_close(found, data.var(0), rtol=0.1, atol=0)  # measured within 4 %
