@@ -100,7 +100,7 @@ class Prediction:
 
 
 class ScoreModel:
-    """A network and how to read it.
+    """A network and its reading: what it predicts, and for which time.
 
     Calling it gives a `Prediction`. The network gets the state in its own dtype, and the time as a float32 vector with
     shape (B,). The time is float64 if the state is and the network has no lower precision. It is never a Python number,
