@@ -167,9 +167,9 @@ def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:
         warn(
             f"{int(outside.sum())} of {len(outside)} samples left the range of the data: values beyond "
             f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range=({low:g}, {high:g}). "
-            "Either the model's data_range is not that of the data; or the network is read in a wrong way (prediction, "
-            "timestep=, sign), which fastsde.diagnose(model) tells; or its predictions need clipping, "
-            "fastsde.score.Clipped(model), noise, ExponentialPC(eta=1.0), or a start at less noise, t_max of the SDE.",
+            "Probably the network is read in a wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). "
+            "Or the model's data_range is not that of the data. If both are right, clip the predictions "
+            "(fastsde.score.Clipped), add noise (ExponentialPC(eta=1.0)), or start at less noise (t_max of the SDE).",
             DataRangeWarning,
         )
     return dataclasses.replace(result, outside=outside)

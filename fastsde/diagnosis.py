@@ -167,7 +167,7 @@ def diagnose(
     if data is not None:
         check_states("data", data)
         if len(data) < 4:
-            raise ValueError(f"data must hold at least 4, better 16; got {len(data)}.")
+            raise ValueError(f"data must have at least 4 rows, better 16; got {len(data)}.")
         if cond is not None and isinstance(cond, Mapping):
             cond = {k: v[:_MOST_DATA] if isinstance(v, Tensor) and len(v) == len(data) else v for k, v in cond.items()}
         data = data[:_MOST_DATA]

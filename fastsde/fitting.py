@@ -149,11 +149,11 @@ def fit(
     wanted, given = _wanted(model, process, nfe, rtol, times)
     history = check_count("history", history, 0)
     if history > 8 or (given is not None and history == 0):
-        raise ValueError(f"history must be 0 to 8, and not 0 where times are given; got {history}.")
+        raise ValueError(f"history must be from 0 to 8, and at least 1 if times are given; got {history}.")
     eta = check_number("eta", eta, 0.0, 5.0)
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
-        raise ValueError("which shape has a sample? Give shape=, for example shape=(3, 32, 32).")
+        raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
     price = PRICE * max(1.0, (wanted[0] / 6) ** 2) if calls is None else check_count("calls", calls, 500) / model.calls
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)

@@ -123,7 +123,7 @@ def log_likelihood(
     probes, draws = check_count("probes", probes, 1), check_count("draws", draws, 1)
     bin_width = None if bin_width is None else check_positive("bin_width", bin_width)
     if bin_width is None and draws > 1:
-        raise ValueError("draws counts dequantisations; it needs bin_width=.")
+        raise ValueError("draws is the number of dequantisations; it needs bin_width=.")
     flow = ProbabilityFlow(tableau=tableau)
     if controller is None:
         if not flow.adaptive:

@@ -48,7 +48,9 @@ class Grid(Controller):
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(f"times must be a vector of at least 2 numbers; got shape {tuple(self.times.shape)}.")
         if not torch.isfinite(self.times).all() or not (self.times.diff() < 0).all():
-            raise ValueError("times must be finite and strictly decreasing, from t_max to t_min.")
+            raise ValueError(
+                f"times must be finite and strictly decreasing, from t_max to t_min; got {str(times)[:80]}."
+            )
 
     @property
     def steps(self) -> int:

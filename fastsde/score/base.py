@@ -213,8 +213,8 @@ class ScoreModel:
             signature.bind(None, None, **cond)
         except TypeError as error:
             raise ValueError(
-                f"cond has {', '.join(cond) or 'nothing'}, but {self.role} is called as network(x, t, **cond) with the "
-                f"signature {signature}: {error}."
+                f"{self.role} cannot be called as network(x, t, **cond): its signature is {signature}, and cond has "
+                f"{', '.join(cond) or 'nothing'} ({error})."
             ) from error
 
     def call(self, x: State, time: Tensor, cond: Cond) -> object:

@@ -56,7 +56,7 @@ class DiscreteVPSDE(VariancePreserving):
         if betas is not None:
             rates = table
             if rates.ndim != 1 or not len(rates) or not ((rates > 0) & (rates < 1)).all():
-                raise ValueError("betas must be one-dimensional with every value in (0, 1).")
+                raise ValueError(f"betas must be one-dimensional with every value in (0, 1); got {str(given)[:80]}.")
             log_alpha_bar = torch.log1p(-rates).cumsum(0)
         else:
             bars = table

@@ -116,7 +116,7 @@ class FittedSolver(ExponentialPC):
         """
         own = torch.tensor(self.times, dtype=torch.float64)
         if times is None or len(times) != len(own) or not torch.allclose(times.cpu(), own, rtol=1e-9, atol=0.0):
-            raise ValueError("a fitted solver walks its own times, from noise to data, and no others.")
+            raise ValueError("a fitted solver can only use its own times, from noise to data.")
         there = sde.log_snr(own)
         if not torch.allclose(there, torch.tensor(self.log_snr, dtype=torch.float64), rtol=0.0, atol=_SAME):
             fitted_to = self.record.get("sde", "its log-SNR differs")
@@ -126,15 +126,15 @@ class FittedSolver(ExponentialPC):
         """Refuses, with a ValueError, a model whose network has other weights, or that is read or guided otherwise."""
         if self.reading_sha256 is None:
             return
-        how = "Fit it again, or say that it may walk any model: solver.for_any_model()."
+        how = "Fit again. Or use solver.for_any_model(), which takes any model."
         found = weights_hash(model.network)
         if found != self.weights_sha256:
             theirs, ours = (f"weights {v[:12]}" if v else "no weights" for v in (self.weights_sha256, found))
             raise ValueError(f"this solver was fitted to a network with {theirs}; this one has {ours}. {how}")
         if reading_hash(model) != self.reading_sha256:
             raise ValueError(
-                "this solver was fitted to a model that is read otherwise, in its process, prediction, times, guidance "
-                f"or clipping: {self.record.get('model')}; got {model!r}. {how}"
+                "this solver was fitted to a model with another process, prediction, timestep, guidance or clipping: "
+                f"{self.record.get('model')}; got {model!r}. {how}"
             )
 
     def for_any_model(self) -> FittedSolver:
