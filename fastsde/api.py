@@ -53,64 +53,65 @@ def sample(
 ) -> SampleResult:
     r"""Draws samples by solving the reverse-time SDE from `sde.t_max`, or a start below it, to `sde.t_min`.
 
-    By default `ExponentialPC` walks a grid along the probability flow, of as many steps as `rtol` asks for; with
-    `solver=ExponentialPC(eta=1.0)` along the reverse-time SDE. No sample starts again on a finer grid unless
-    `controller=AdaptiveGrid(...)` says so: that pays where few samples are far harder than the others, and on trained
-    networks it was never nearer than the plain grid at equal mean calls. Steps per sample from errors alone are those
-    of `solver=ExtrapolatedEM()`, nearly Algorithm 1 of "Gotta Go Fast", and of `ProbabilityFlow()`.
-    Sample i depends on (seed, i) and on nothing else: not on n, the batch size or its neighbours.
-    The grid ends at t_min; on a flow or a table of up to 250 levels it ends at more noise the fewer steps it has
-    (`Grid.central`), unless `denoise=False` asks for the state at t_min.
-    The result is denoised, E[x_0 | x_t] = (x_t + sigma^2 score) / alpha at `t_min`, with one more call where the solver
-    does not end with it.
+    By default `ExponentialPC` solves the probability flow on a fixed grid of times. `rtol` or `nfe` says how many steps
+    the grid has. `solver=ExponentialPC(eta=1.0)` solves the reverse-time SDE. `solver=ExtrapolatedEM()` (nearly
+    Algorithm 1 of "Gotta Go Fast") and `solver=ProbabilityFlow()` choose the steps of each sample from estimated
+    errors. With `controller=AdaptiveGrid(...)` a sample with a large error starts again on a finer grid.
+
+    Sample i depends on (seed, i) and on nothing else: not on n, and not on the batch.
+
+    The result is denoised: E[x_0 | x_t] = (x_t + sigma^2 score) / alpha at the last time. Some solvers need one more
+    call for it. The grid ends at `t_min`. There is one exception: on a flow or a table of up to 250 levels, a grid of
+    few steps ends at more noise (`Grid.central`). With `denoise=False` it ends at `t_min`.
 
     Args:
-        score_fn: `score_fn(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the score with the shape
-            of x; or a `ScoreModel`, which reads other kinds of networks. A torch module runs in evaluation mode.
-        sde: the forward process the score belongs to; a `ScoreModel` brings its own.
-        n: number of samples, if the model knows its event shape (or with `shape` or `index`, which must then agree).
+        score_fn: a `ScoreModel`; or a function `score_fn(x, t)` that returns the score with the shape of x, for x with
+            shape (B, *event) and t with shape (B,). A torch module runs in evaluation mode.
+        sde: the forward process that the score belongs to. A `ScoreModel` has its own.
+        n: number of samples, if the model knows its event shape. If `shape` or `index` is also given, it must agree.
         shape: (n, *event).
-        rtol: relative tolerance, positive; 0.05 by default. For adaptive solvers; it sets the number of steps of
-            `ExponentialPC`.
-        atol: absolute tolerance in units of the data, where steps follow errors; by default one 8-bit level of the
-            model's data range, that is (high - low) / 256: 1/128 for a plain function, taken to be for data in [-1, 1].
-        nfe: budget: network calls that no sample exceeds, in place of rtol and atol. The solver walks its own grid.
-        solver: the stepping method, `ExponentialPC()` by default; one that `fit` made for this network needs the
-            fewest calls, and says how many itself.
-        controller: overrides what rtol, atol and the solver's `steps` say: a `Grid`, an `AdaptiveGrid` or `Adaptive`.
-        seed: in [0, 2^64); 0 by default, so that a program gives the same samples again. A loop must say another seed
-            or other numbers in each turn: without it the same samples come again, and a warning.
-        index: draw these sample numbers of the seed, rather than 0 .. n - 1.
+        rtol: relative tolerance of adaptive solvers, positive; 0.05 by default. For `ExponentialPC` it sets the number
+            of steps.
+        atol: absolute tolerance in units of the data, for adaptive solvers. By default one 8-bit level of the model's
+            data range: (high - low) / 256. A plain function is taken to be for data in [-1, 1], which gives 1/128.
+        nfe: budget, instead of rtol and atol: no sample makes more network calls. The solver takes its own grid.
+        solver: the method that makes the steps; `ExponentialPC()` by default. A solver from `fit` needs the fewest
+            calls, and has a fixed number of them.
+        controller: a `Grid`, an `AdaptiveGrid` or `Adaptive`, instead of rtol, atol, nfe and the solver's `steps`.
+        seed: in [0, 2^64); 0 by default. So a program gives the same samples when it runs again. In a loop give another
+            seed, or other sample numbers, in each turn. Otherwise the same samples come again, with a warning.
+        index: draw the samples with these numbers, instead of 0 .. n - 1.
         batch_size: rows evaluated at a time; at most 64 by default.
-        cond: keyword arguments of the network, each with leading axis n; they travel with their sample.
-        x_init: start states with shape (n, *event), rather than draws from the prior; no gradient goes to them.
-        x_data: data with shape (n, *event), to be edited: sampling starts at alpha x_data + sigma z, with each sample's
-            own noise z, at the time that `strength`, `t_start` or a `Grid` says.
-        strength: in (0, 1], with x_data or x_init: starts at the time t_min + strength (t_max - t_min), as a share of
-            the network's time as in diffusers. 1 forgets the data. Not for `EDM`, whose time is the noise.
-        t_start: the time to start at, in its place; in (t_min, t_max].
-        denoise: whether to return the denoised sample rather than the state at `t_min`.
-        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`, and none starts again on a grid which
-            they do not pay for; 10,000, or what grids need. One call of a batch of b rows counts for each of them.
+        cond: keyword arguments of the network, each with leading axis n: one row for each sample.
+        x_init: start states with shape (n, *event), instead of draws from the prior. No gradient goes through sampling.
+        x_data: data to edit, with shape (n, *event). Sampling starts at alpha x_data + sigma z, with the sample's own
+            noise z. `strength`, `t_start` or a `Grid` says at which time.
+        strength: in (0, 1], with x_data or x_init: sampling starts at the time t_min + strength (t_max - t_min), as in
+            diffusers. With 1 nothing is left of the data. Not for `EDM`, because its time is the noise.
+        t_start: the time to start at, instead of `strength`; in (t_min, t_max].
+        denoise: True to return the denoised sample, False to return the state at `t_min`.
+        max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`. By default 10,000, or more if the grid
+            needs more. No sample starts again on a finer grid if it would need more calls than this.
         dtype: floating dtype of the state; float32 by default, float64 for start states in float64.
-        device: that of `x_init` or of the network by default.
-        trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result; or the times to
-            keep, which adaptive solvers then step on exactly and a grid must contain.
+        device: by default that of `x_init` or of the network.
+        trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result. Or the times to
+            keep: adaptive solvers step on them exactly, and a grid must contain them.
         progress: show a bar over finished samples, with their mean NFE.
         callback: called with an `EngineState` after every turn of the engine.
 
     Returns:
-        A `SampleResult` with samples of shape (n, *event) and the cost of each. A failure of single samples is data:
-        their `status` says so and the others finish.
+        A `SampleResult` with samples of shape (n, *event) and the cost of each. If single samples fail, their `status`
+        says so, and the others finish.
 
     Raises:
-        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
-        SamplingError: if the network fails after the first sample was finished; the finished ones are in `.result`.
-        Interrupted: at Ctrl-C, a `KeyboardInterrupt`; what is finished is in `.result`.
+        ValueError, TypeError: before the first network call. The message names the argument, what came and what is
+            allowed.
+        SamplingError: if the network fails after the first sample was finished. Finished samples are in `.result`.
+        Interrupted: at Ctrl-C; it is a `KeyboardInterrupt`. Finished samples are in `.result`.
 
     Warns:
-        DataRangeWarning: if samples leave the range of the data (`.outside` of the result), which as a rule means that
-            the network is read in a wrong way.
+        DataRangeWarning: if samples leave the range of the data (`.outside` of the result). It usually means that the
+            network is read in a wrong way.
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
     for given, name in ((x_init, "x_init"), (x_data, "x_data")):
@@ -166,9 +167,9 @@ def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:
         warn(
             f"{int(outside.sum())} of {len(outside)} samples left the range of the data: values beyond "
             f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range=({low:g}, {high:g}). "
-            "Either the model's data_range is not that of the data; or the network is read in a wrong way (prediction, "
-            "timestep=, sign), which fastsde.diagnose(model) tells; or its predictions need clipping, "
-            "fastsde.score.Clipped(model), noise, ExponentialPC(eta=1.0), or a start at less noise, t_max of the SDE.",
+            "Probably the network is read in a wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). "
+            "Or the model's data_range is not that of the data. If both are right, clip the predictions "
+            "(fastsde.score.Clipped), add noise (ExponentialPC(eta=1.0)), or start at less noise (t_max of the SDE).",
             DataRangeWarning,
         )
     return dataclasses.replace(result, outside=outside)
@@ -214,20 +215,20 @@ def encode(
     trajectory: bool | Iterable[float] | Tensor = False,
     progress: bool = False,
 ) -> SampleResult:
-    r"""The inverse of deterministic sampling: from the state at t_min, along the probability flow, to noise at t_max.
+    r"""The inverse of deterministic sampling: it solves the probability flow from t_min up to noise at t_max.
 
-    `sample(..., x_init=encode(..., x=x).samples, denoise=False)` with the same solver gives x back, up to the error of
-    the solver. With `solver=fastsde.DDIM(steps=50)` this is DDIM inversion. Source: Song, Meng and Ermon,
+    `sample(..., x_init=encode(..., x=x).samples, denoise=False)` with the same solver returns x, up to the error of the
+    solver. With `solver=fastsde.DDIM(steps=50)` this is DDIM inversion. Source: Song, Meng and Ermon,
     https://arxiv.org/abs/2010.02502, sec. 4.3; Song et al., https://arxiv.org/abs/2011.13456, sec. 4.3.
 
     Args:
         score_fn: as for `sample`.
         sde: as for `sample`.
-        x: states at t_min (data, for practical purposes), with shape (n, *event).
-        rtol: relative tolerance of an adaptive solver, 1e-3 by default: what is lost here, sampling cannot bring back.
+        x: states at t_min, with shape (n, *event). In practice these are data.
+        rtol: relative tolerance of an adaptive solver, 1e-3 by default. Sampling cannot repair an error made here.
         atol: absolute tolerance in units of the data, 1e-3 by default.
         solver: a deterministic one; adaptive `ProbabilityFlow()` by default.
-        controller: as for `sample`; a `Grid` is walked from its last time to its first.
+        controller: as for `sample`. A `Grid` is used from its last time to its first.
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n.
         max_nfe: as for `sample`.

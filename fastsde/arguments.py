@@ -58,7 +58,7 @@ def _check_time(model: ScoreModel) -> None:
         n = inside.sde.levels
         warn(
             f"the network gets the time of {inside.sde}, from 0 to 1. One that was trained on levels 0 .. {n - 1} "
-            f"needs ScoreModel(..., timestep=lambda t: {n} * t - 1); timestep=lambda t: t says that this one does not.",
+            f"needs ScoreModel(..., timestep=lambda t: {n} * t - 1). If yours was not, say timestep=lambda t: t.",
             UserWarning,
         )
 
@@ -138,7 +138,9 @@ def _shape(
         count = n if index is None or n is not None else len(index)
         if model.event_shape is None or count is None:
             hint = "shape=(n, *event)" if model.event_shape is None else "n= or shape=(n, *event)"
-            raise ValueError(f"how many samples of which shape? Give {hint}, for example shape=(64, 3, 32, 32).")
+            raise ValueError(
+                f"the number and shape of the samples are missing: give {hint}, for example shape=(64, 3, 32, 32)."
+            )
         shape = (count, *model.event_shape)
     if not isinstance(shape, Sequence):
         raise TypeError(f"shape must be (n, *event), for example (64, 3, 32, 32); got {shape!r}.")
@@ -220,13 +222,13 @@ def started(
         return sde
     if len(said) == 2 or controller is not None:
         others = "strength and t_start" if len(said) == 2 else f"{next(iter(said))} and controller"
-        raise ValueError(f"give {others} apart: both say where to start.")
+        raise ValueError(f"give only one of {others}: both say where to start.")
     if given is None:
-        raise ValueError(f"{next(iter(said))} starts in the middle: give x_data=, the data to edit, or x_init=.")
+        raise ValueError(f"{next(iter(said))} needs a start state: give x_data=, the data to edit, or x_init=.")
     if strength is not None:
         check_number("strength", strength, 0.0, 1.0, ends="(]")
         if isinstance(sde, EDM):
-            raise ValueError("strength is a share of the time, which for EDM is the noise: give t_start=, its sigma.")
+            raise ValueError("strength is not for EDM, whose time is the noise: give t_start=, the sigma to start at.")
         # Rounding may end a little outside of the range.
         t_start = min(max(sde.t_min + strength * (sde.t_max - sde.t_min), math.nextafter(sde.t_min, 1e9)), sde.t_max)
     cut = copy.copy(sde)

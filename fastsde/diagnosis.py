@@ -66,18 +66,18 @@ class Diagnosis:
 
     Attributes:
         fits: whether the model as given fits its network.
-        advice: what to do, in a sentence or two.
+        advice: what to do, in one or two sentences.
         given: the reading that the model has.
-        best: the reading that fits best; `given` where it fits; None if none does.
-        model: a score model with the best reading; None if there is none. Wrappers of the given one, guidance or
-            clipping, are not around it unless the given reading fits.
-        level: sigma / alpha of the levels looked at, with shape (k,), falling.
-        error: mean squared error of the denoised prediction over that of the best linear prediction, at each level; at
-            most 1 for a right reading, but for the network's own errors and chance.
+        best: the reading that fits best. It is `given` if that fits, and None if no reading fits.
+        model: a score model with the best reading; None if there is none. If the given reading does not fit, wrappers
+            such as guidance or clipping are left out.
+        level: sigma / alpha of the tested levels, with shape (k,), decreasing.
+        error: mean squared error of the denoised prediction, divided by that of the best linear prediction, at each
+            level. For a right reading it is at most 1, apart from the network's own errors and chance.
         magnitude: root mean square of the denoised prediction, at each level; grows as noise falls.
         best_error: `error` of the best reading.
         calls: network calls, each of one batch.
-        from_data: whether data were given, rather than the model's own samples.
+        from_data: whether data were given. If not, the model's own samples were used.
     """
 
     fits: bool
@@ -133,25 +133,27 @@ def diagnose(
     device: torch.device | str | None = None,
     progress: bool = False,
 ) -> Diagnosis:
-    r"""Says whether a network and its reading fit each other, and if not, which reading does.
+    r"""Says whether a network is read as it was trained, and if not, which reading fits.
 
-    A network that is read rightly gives D(x_t) = E[x_0 | x_t], which has the smallest squared error of all predictions
-    of x_0, at each level of noise. So on data, noised to six levels, its error is at most that of the best linear
-    prediction m + c (x_t - alpha m), c = alpha s^2 / (alpha^2 s^2 + sigma^2), with m the data's mean and s^2 their
-    variance about it. A reading that is not right fails that at some level, or another one does better. Other
-    predictions and signs are always compared; unless the given reading is clearly better than linear, so are the usual
-    times and three ranges of the data. Without data, each reading draws 16 samples in 10 calls and is tried on them:
-    they must stay in the range of the data, too. Data tell more readings apart.
+    With the right reading a network gives D(x_t) = E[x_0 | x_t]. This has the smallest squared error of all predictions
+    of x_0, at each level of noise. So it is at least as good as the best linear prediction m + c (x_t - alpha m), c =
+    alpha s^2 / (alpha^2 s^2 + sigma^2), with m the mean of the data and s^2 their variance. This is tested on data with
+    noise of six levels. A wrong reading fails at some level, or another reading has a smaller error. Other predictions
+    and signs are always compared. If the given reading is not clearly better than the linear prediction, the usual
+    times and three ranges of the data are compared, too.
 
-    Costs 14 calls with data if the model fits, 24 without; a search about 140 with data, some hundreds without.
+    Without data, each reading draws 16 samples with 10 calls and is tested on them. They must also stay in the range of
+    the data. With data more wrong readings are found.
+
+    It costs 14 calls with data if the model fits, and 24 without data. If other readings are tried, it costs about 140
+    calls with data and some hundreds without.
 
     Args:
         score_fn: as for `sample`, like sde.
-        data: a few data, 16 or so and at least 4, with shape (n, *event), in the model's `data_range`; more than 64 are
-            not read.
-        shape: shape of one sample, (C, H, W), where neither the model nor the data say.
+        data: about 16 data, at least 4, with shape (n, *event), in the model's `data_range`. At most 64 are used.
+        shape: shape of one sample, (C, H, W), if neither the model nor the data say it.
         cond: keyword arguments of the network, each with the leading axis of `data` (or 16).
-        seed: of the noise.
+        seed: that of the noise.
         device: that of the network by default.
         progress: show a bar over the times tried in a search.
 
@@ -165,7 +167,7 @@ def diagnose(
     if data is not None:
         check_states("data", data)
         if len(data) < 4:
-            raise ValueError(f"data must hold at least 4, better 16; got {len(data)}.")
+            raise ValueError(f"data must have at least 4 rows, better 16; got {len(data)}.")
         if cond is not None and isinstance(cond, Mapping):
             cond = {k: v[:_MOST_DATA] if isinstance(v, Tensor) and len(v) == len(data) else v for k, v in cond.items()}
         data = data[:_MOST_DATA]

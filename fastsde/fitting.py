@@ -90,52 +90,53 @@ def fit(
     cache: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> FittedSolver:
-    r"""The multistep solver that this network needs the fewest calls with, from some 30 samples of it.
+    r"""Fits the times and weights of a multistep solver to one network, with about 30 samples of it.
 
         fitted = fastsde.fit(model, nfe=6)
         r = fastsde.sample(model, n=50_000, solver=fitted)
 
-    A few pilot samples are solved accurately. Then times and weights of a `FittedSolver` with as many calls as wanted
-    are chosen to bring it to the same samples from the same start, x to x*:
+    A few pilot samples are solved accurately. Call their solutions x*. Then the times and weights of a `FittedSolver`
+    are chosen such that its samples x, from the same start and with few calls, are close to x*:
 
-    1. some 20 grids (equal steps in the log-SNR between several ends, equal steps in t, Karras's, the default) are
-       walked with the weights of `ExponentialPC`; the best is the start;
-    2. Gauss-Newton steps on levels, step weights and output weights at once lower
+    1. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
+       equal steps in t, Karras's grid, the default. The best one is the start.
+    2. Gauss-Newton steps on levels, step weights and output weights together reduce
 
            sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 25)^2,
            v = (Var x / Var x* - 1) / 2,
 
-       with s^2 = Var x*, by least squares of x - x* with weights 1 / r_i, so that one sample that ends elsewhere does
-       not rule. Derivatives are finite differences. A third of the pilots is left out of them: the step with the least
-       mean r on those is kept, or the default if that is not at least 5 % lower there.
+       with s^2 = Var x*. This is least squares of x - x* with weights 1 / r_i, so one sample with a large error has
+       little weight. Derivatives are finite differences. A third of the pilots is held out of this step. Of all steps,
+       the one with the smallest mean r on the held-out pilots is kept. If it is not at least 5 % lower than that of the
+       default, the default is kept.
 
-    The model is fitted as it is, with its guidance and clipping, and the conditioning of the pilots; one with other
-    weights, or read or guided otherwise, is refused by `sample`.
-    Least squares for the weights of multistep samplers: Duan et al., https://arxiv.org/abs/2305.14677 (OLSS), of the
-    reference's own outputs. Fitted with gradients: Shaul et al., https://arxiv.org/abs/2403.01329 (BNS).
+    The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
+    solver for a model with other weights, another reading or other guidance. Source: Duan et al.,
+    https://arxiv.org/abs/2305.14677 (OLSS), for least squares on the outputs of the accurate solver; Shaul et al.,
+    https://arxiv.org/abs/2403.01329 (BNS), for a fit with gradients.
 
     Args:
         score_fn: as for `sample`.
         sde: as for `sample`.
         nfe: network calls of a sample, at least 2 evaluations of the model.
-        rtol: in place of `nfe`: the error allowed, in (0, 1): the median over the held-out pilots of
-            || x - x* || / || x* ||. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations that meets it is taken, or,
-            with a warning, the best of them.
-        eta: noise of the sampler, 0 to 5; its path is the same for the accurate solution.
+        rtol: instead of `nfe`: the error allowed, in (0, 1). The error is the median of || x - x* || / || x* || over
+            the held-out pilots. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations with at most this error is taken.
+            If none has, the best is taken, with a warning.
+        eta: noise of the sampler, 0 to 5. The accurate solution uses the same noise.
         shape: shape of one sample, if the model does not know it.
         cond: conditioning of the pilot samples, each with leading axis `pilots`.
-        calls: what the fit may cost in network calls, about; 8,000 for up to 6 evaluations, more for more. The
-            least is what 16 pilots need, some 2,000 at 5 calls.
-        pilots: how many pilot samples, at least 6; by default those of `cond`, or 16 to 64, as `calls` pays for.
-        times: the levels to call the network at, falling from t_max, in place of `nfe`: only weights are fitted.
-        history: how many predictions a step reads, 0 to 8; with 0 only levels are fitted, and weights are those of
+        calls: about how many network calls the fit may make. By default 8,000 for up to 6 evaluations; for more it
+            grows as the square. The minimum is what 16 pilots need, about 2,000 for 5 calls.
+        pilots: number of pilot samples, at least 6. By default the length of `cond`, or 16 to 64, depending on `calls`.
+        times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
+        history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
             `ExponentialPC`.
-        seed: of the pilot samples, which are none of those that `sample` draws by default.
+        seed: of the pilot samples. They differ from the samples that `sample` draws by default.
         batch_size: rows evaluated at a time.
         device: as for `sample`.
-        cache: a JSON file to keep the solver in. If it is there and was made for these weights and settings, it is
-            returned without any call; made for others, it is replaced. A fit that was interrupted goes on from
-            CACHE.part, its last accurate solution and its last step.
+        cache: a JSON file for the solver. If it exists and was made for these weights and settings, its solver is
+            returned without any call. If it was made for others, it is replaced. An interrupted fit goes on from the
+            file CACHE.part.
         progress: show a bar over the calls.
 
     Raises:
@@ -148,11 +149,11 @@ def fit(
     wanted, given = _wanted(model, process, nfe, rtol, times)
     history = check_count("history", history, 0)
     if history > 8 or (given is not None and history == 0):
-        raise ValueError(f"history must be 0 to 8, and not 0 where times are given; got {history}.")
+        raise ValueError(f"history must be from 0 to 8, and at least 1 if times are given; got {history}.")
     eta = check_number("eta", eta, 0.0, 5.0)
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
-        raise ValueError("which shape has a sample? Give shape=, for example shape=(3, 32, 32).")
+        raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
     price = PRICE * max(1.0, (wanted[0] / 6) ** 2) if calls is None else check_count("calls", calls, 500) / model.calls
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)

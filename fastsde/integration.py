@@ -58,38 +58,38 @@ def integrate(
         x~  = x + h f(x', t + h) + g(x', t + h) (dW + S sqrt(h))
         x'' = (x' + x~) / 2,    error = x' + S sqrt(h) g(x, t) - x''
 
-    The diffusion is diagonal: each element of x has a Brownian motion of its own. S = 0 for a Stratonovich SDE, and for
-    additive noise, where the two kinds agree; for an Ito SDE each element draws S = +1 or -1. Strong order 1, weak
-    order 1 (2 for additive noise). Noise comes from a Brownian path that is a function of (seed, sample, time), so
-    runs at other tolerances see the same path. Source: Roberts, https://arxiv.org/abs/1210.0933; thesis algorithm 9,
-    with the changes that docs/explanation/sources.md lists.
+    The diffusion is diagonal: each element of x has its own Brownian motion. For an Ito SDE each element draws S = +1
+    or -1. S = 0 for a Stratonovich SDE, and for additive noise, where both kinds agree. Strong order 1, weak order 1 (2
+    for additive noise). The Brownian path is a function of (seed, sample, time). So runs at other tolerances see the
+    same path. Source: Roberts, https://arxiv.org/abs/1210.0933; thesis algorithm 9, with the changes that
+    docs/explanation/sources.md lists.
 
-    The adaptive steps of an SDE are decided before their noise is seen: a step is taken whatever its error, short of
-    ten tolerances, and its error decides the next, at most half as long again. The rejections of Algorithm 9 bias the
-    law in few dimensions, whether the noise is kept after them or drawn anew: a step that is rejected for its noise is
-    followed by one that knows that noise (compare Gaines and Lyons, https://doi.org/10.1137/S0036139995286515). The
-    bias that is left falls as the steps do; equal steps have less, as theirs do not vary, so where the time scale of
-    the problem is known, `steps` is better. An ODE keeps the rejections. Measured in docs/explanation/sources.md.
+    For an SDE a step is rejected only if its error is above ten tolerances. Its error decides the size of the next
+    step, at most 1.5 times as long. The reason: in few dimensions the rejections of Algorithm 9 bias the samples, with
+    kept and with new noise. After a rejection the step size depends on the noise (compare Gaines and Lyons,
+    https://doi.org/10.1137/S0036139995286515). The bias that is left falls with the step size. Equal steps have less
+    bias, because their size does not vary. So if you know a good step size, `steps` is better. For an ODE steps are
+    rejected as usual. docs/explanation/sources.md has the measurements.
 
     Args:
         drift: `drift(x, t)`, with x of shape (B, *event) and t of shape (B,), returning the shape of x.
         diffusion: `diffusion(x, t)`, returning the shape of x, (B, 1, .., 1) or a number; None for an ODE.
         x0: start states, with shape (n, *event), floating.
         t0: start, finite.
-        t1: end, above t0 by more than 2^-32 of the larger of their sizes.
-        ito: read the SDE in the sense of Ito, rather than of Stratonovich.
-        additive: say that the diffusion does not depend on x.
+        t1: end, above t0. The difference must be more than 2^-32 of max(|t0|, |t1|).
+        ito: True for an SDE in the sense of Ito, False for Stratonovich.
+        additive: True if the diffusion does not depend on x.
         rtol: relative tolerance, at least 4 machine epsilons of x0's dtype.
         atol: absolute tolerance in units of x, positive.
-        steps: this many equal steps, rather than adaptive ones.
-        extrapolate: return x'' (default), or Euler-Maruyama's x with x'' as error estimate only (Ito: strong order 1/2,
-            1 for additive noise).
+        steps: this many equal steps, instead of adaptive ones.
+        extrapolate: True: return x''. False: return Euler-Maruyama's x, with x'' only for the error estimate (Ito:
+            strong order 1/2, 1 for additive noise).
         save_at: times in [t0, t1] at which to keep the state: `.trajectory[i].x` of the result, with shape (k, *event).
         dense: keep every accepted state of every sample instead.
         seed: in [0, 2^64).
         index: sample numbers, 0 .. n - 1 by default; the noise of a sample depends on (seed, number, time) alone.
         batch_size: rows evaluated at a time; at most 64 by default.
-        max_nfe: a sample that would need more evaluations of the drift ends with `Status.MAX_NFE`, where it is.
+        max_nfe: a sample that would need more evaluations of the drift stops there, with `Status.MAX_NFE`.
         progress: show a bar.
 
     Returns:

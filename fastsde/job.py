@@ -25,7 +25,7 @@ _LEAST_MAX_NFE = 10_000
 
 @dataclasses.dataclass(frozen=True)
 class EngineState:
-    """What a callback sees after every turn: copies, so that it cannot disturb the run.
+    """What a callback gets after every turn. All values are copies, so it cannot change the run.
 
     Attributes:
         turn: turns so far.

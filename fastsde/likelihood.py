@@ -72,35 +72,35 @@ def log_likelihood(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Likelihood:
-    r"""Log-likelihood of data under the probability flow, with a step size per sample and a standard error.
+    r"""Log-likelihood of data under the probability flow, with a standard error.
 
         log p(x) = log N(y_T; 0, rho_T^2 I) + integral over rho from rho_0 to rho_T of div eps(y) drho - d log alpha_0
 
-    along dy / drho = eps in y = x / alpha, rho = sigma / alpha, from t_min to t_max, stepping in log rho, where the
-    divergence is smooth. The density is that of x_t at `t_min`, where the noise is sigma(t_min). The divergence is
-    estimated by Hutchinson's v^T (d eps / dy) v with `probes` vectors v, fixed along the path of a sample, or computed
-    exactly, by d backward passes. Source: Song et al., https://arxiv.org/abs/2011.13456, app. D; Grathwohl et al.,
-    https://arxiv.org/abs/1810.01367, sec. 3.
+    along dy / drho = eps, with y = x / alpha and rho = sigma / alpha, from t_min to t_max. Each sample has its own step
+    size. Steps are chosen in log rho, because the divergence is smooth there. The density is that of x_t at `t_min`,
+    with noise sigma(t_min). The divergence is estimated by Hutchinson's v^T (d eps / dy) v. The `probes` random vectors
+    v are the same at all times of a sample. With `exact` it is computed by d backward passes. Source: Song et al.,
+    https://arxiv.org/abs/2011.13456, app. D; Grathwohl et al., https://arxiv.org/abs/1810.01367, sec. 3.
 
-    The price: 100 to 200 network calls a sample at the default tolerances, each with `probes` backward passes (d with
-    `exact`); half a minute for four images of 28 x 28 with the packaged model on two cores.
+    A sample costs 100 to 200 network calls at the default tolerances. Each has `probes` backward passes (d with
+    `exact`). Four images of 28 x 28 take half a minute with the packaged model on two cores.
 
     Args:
         score_fn: as for `sample`; differentiable in x by autograd.
         sde: as for `sample`.
         x: data, with shape (n, *event).
-        probes: number of probe vectors v for each sample; one backward pass each, at each call. The standard error
-            needs two or more of them, or of the draws.
-        exact: compute the trace exactly instead.
-        gaussian: normal probes rather than Rademacher's signs, which have less variance.
-        bin_width: spacing of the values that quantised data can take, in units of x (2 / 255 for 8 bits in [-1, 1]).
-            The data are then dequantised by uniform noise over a bin, and the bits are those of the quantised data (a
-            bound from above). None for continuous data.
-        draws: number of dequantisations of each sample.
+        probes: number of vectors v for each sample. Each costs one backward pass at each call. The standard error needs
+            two or more probes, or two or more draws.
+        exact: compute the trace exactly, without probes.
+        gaussian: take normal probes. By default they are random signs (Rademacher), which have less variance.
+        bin_width: spacing of the values of quantised data, in units of x (2 / 255 for 8 bits in [-1, 1]). Uniform noise
+            over a bin is added to the data. The bits are then an upper bound of those of the quantised data. None for
+            continuous data.
+        draws: how many times this noise is drawn for each sample.
         rtol: relative tolerance, 1e-4 by default.
         atol: absolute tolerance, in units of the data and of nats per dimension, 1e-4 by default.
         tableau: Runge-Kutta method.
-        controller: a `Grid` to walk instead.
+        controller: a `Grid`, instead of tolerances.
         seed: of probes and dequantisation; sample i depends on (seed, i) alone.
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n.
@@ -112,7 +112,7 @@ def log_likelihood(
     Raises:
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         SamplingError: if the network fails after the first sample was finished.
-        Interrupted: at Ctrl-C; a `Likelihood` with what is finished, NaN elsewhere, is in `.result`.
+        Interrupted: at Ctrl-C. A `Likelihood` is in `.result`, with NaN for what is not finished.
     """
     check_states("x", x)
     check_flags(exact=exact, gaussian=gaussian)
@@ -123,7 +123,7 @@ def log_likelihood(
     probes, draws = check_count("probes", probes, 1), check_count("draws", draws, 1)
     bin_width = None if bin_width is None else check_positive("bin_width", bin_width)
     if bin_width is None and draws > 1:
-        raise ValueError("draws counts dequantisations; it needs bin_width=.")
+        raise ValueError("draws is the number of dequantisations; it needs bin_width=.")
     flow = ProbabilityFlow(tableau=tableau)
     if controller is None:
         if not flow.adaptive:

@@ -17,8 +17,9 @@ class ProbabilityFlowODE:
     r"""dx/dt = f(t) x - g(t)^2 score(x, t) / 2, in the signature of torchdiffeq: `ode(t, x)`.
 
     With `times = torch.tensor([sde.t_max, sde.t_min])`, `torchdiffeq.odeint(ode, x, times, options={"step_t":
-    times[1:]})[-1]` samples: without the option its adaptive methods step beyond the end, where no diffusion is. Our
-    own way is `sample(..., solver=ProbabilityFlow())`. Source: Song et al., https://arxiv.org/abs/2011.13456, eq. 13.
+    times[1:]})[-1]` draws samples. Without the option its adaptive methods step beyond the end, where the process is
+    not defined. Our own solver is `sample(..., solver=ProbabilityFlow())`. Source: Song et al.,
+    https://arxiv.org/abs/2011.13456, eq. 13.
 
     Args:
         score_fn: as for `sample`.
@@ -26,7 +27,7 @@ class ProbabilityFlowODE:
         cond: keyword arguments of the network, each with the leading axis of x.
 
     Attributes:
-        nfe: network calls so far; each is of the whole batch.
+        nfe: network calls so far. Each is for the whole batch.
 
     Raises:
         TypeError, ValueError: as for `sample`.

@@ -15,14 +15,13 @@ class Status(enum.IntEnum):
 
     PENDING: not finished; sampling was interrupted. Its row of `samples` is NaN.
     SUCCESS: reached t_min.
-    MAX_NFE: would have exceeded `max_nfe`; the sample is the denoised state where it stopped.
-    MIN_STEP: the tolerance asked for a step below the smallest allowed; the sample is the denoised state where it
-        stopped.
+    MAX_NFE: needed more calls than `max_nfe`; the sample is the denoised state where it stopped.
+    MIN_STEP: the tolerance asked for a step below the smallest one; the sample is the denoised state where it stopped.
     NON_FINITE: the network or the step gave NaN or infinity. Its row of `samples` is NaN.
-    NOT_DENOISED: reached t_min, but the run failed or was interrupted before its last call; the sample is the state
-        there.
-    STOPPED: a callback stopped its pipeline on the way; the output is the pipeline's, its row of `samples` is NaN.
-    FAILED: memory did not suffice for it alone. Its row of `samples` is NaN.
+    NOT_DENOISED: reached t_min, but the run failed or was interrupted before the denoising call; the sample is the
+        state at t_min.
+    STOPPED: a callback stopped its pipeline; the output is the pipeline's. Its row of `samples` is NaN.
+    FAILED: memory was too small, even for this sample alone. Its row of `samples` is NaN.
     """
 
     PENDING = 0
@@ -37,7 +36,7 @@ class Status(enum.IntEnum):
 
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
-    """The way of one sample.
+    """The intermediate states of one sample.
 
     Attributes:
         t: times in the order they were reached, in float64, with shape (k,).
@@ -50,21 +49,21 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class SampleResult:
-    """Samples and what each of them cost, in the order they were asked for.
+    """Samples and the cost of each, in the order in which they were asked for.
 
     Attributes:
         samples: with shape (n, *event).
-        nfe: network calls each sample cost, counted where the network is called, with shape (n,).
+        nfe: network calls of each sample, with shape (n,).
         accepted: accepted steps, with shape (n,).
-        rejected: rejected steps, those that a sample took before it started again included, with shape (n,).
+        rejected: rejected steps, with shape (n,). Steps before a sample started again are included.
         status: a `Status` for each sample, with shape (n,).
-        index: the number of each sample in the seed's stream, with shape (n,).
-        seed: the seed; (seed, index) determines the sample.
+        index: the sample number: (seed, index) determines the sample. With shape (n,).
+        seed: the seed.
         seconds: wall time of the whole run.
-        trajectory: the states on the way, for each sample, if they were asked for.
-        outside: which samples left the range of the data: more than 1 % of their elements, or one of less than 100, are
-            farther from the middle of the model's `data_range` than its width; with shape (n,). None where the samples
-            are no data, and of runs that were interrupted or failed.
+        trajectory: the intermediate states of each sample, if they were asked for.
+        outside: which samples left the range of the data, with shape (n,): more than 1 % of their elements are farther
+            from the middle of the model's `data_range` than its width. None if the samples are not data, or if the run
+            was interrupted or failed.
     """
 
     samples: Tensor
@@ -126,7 +125,7 @@ class SamplingError(RuntimeError):
     """Sampling failed after some samples were finished.
 
     Attributes:
-        result: everything finished before the failure; the cause is chained to this exception.
+        result: everything finished before the failure. The cause is in `__cause__`.
     """
 
     def __init__(self, message: str, result: Any) -> None:

@@ -35,9 +35,9 @@ def check_start(sde: SDE, t: float) -> None:
     noise = math.exp(-0.5 * float(sde.log_snr(torch.tensor([t], dtype=torch.float64))))
     if t < sde.t_max and noise < ALL_NOISE:
         raise ValueError(
-            f"the grid starts at t = {t:g}, below t_max = {sde.t_max:g}, where sigma / alpha is {noise:.3g}: noise "
-            "alone is not the law there. Give x_data=, the data to edit, or x_init=, states of that time; or let it "
-            "start at t_max."
+            f"the grid starts at t = {t:g}, below t_max = {sde.t_max:g}. There a state also contains data (sigma / "
+            f"alpha is {noise:.3g}), so sampling cannot start from noise alone. Give x_data=, the data to edit, or "
+            "x_init=, states of that time; or start the grid at t_max."
         )
 
 
@@ -64,7 +64,7 @@ def resolve_controller(
     if solver.times is not None:
         said += [*(["nfe"] if nfe is not None else []), *(["controller"] if controller is not None else [])]
         if said:
-            raise ValueError(f"{name} walks its own times and takes no {' or '.join(said)}.")
+            raise ValueError(f"{name} has its own times and takes no {' or '.join(said)}.")
         return Grid(list(solver.times))
     if controller is not None:
         if not isinstance(controller, Controller):
@@ -84,7 +84,7 @@ def resolve_controller(
         level = (high - low) / 256 if atol is None else atol
         return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level, denoise)
     if tolerances:
-        raise ValueError(f"{name} walks a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
+        raise ValueError(f"{name} has a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
     if solver.steps is None:
         raise ValueError(
             f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
@@ -114,7 +114,8 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool)
         if solver.keep_path and steps > 1 / solver.resolution:
             least = rtol * (steps * solver.resolution) ** 2
             raise ValueError(
-                f"rtol must be at least {least:.1g} with noise, or steps fall below its path's; got {rtol}."
+                f"rtol must be at least {least:.1g} with noise: smaller steps are below the resolution of the Brownian "
+                f"path; got {rtol}."
             )
         return AdaptiveGrid([own_grid(sde, solver, steps, denoise)], rtol, atol)
     if solver.log_snr_steps:

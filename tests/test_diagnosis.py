@@ -209,7 +209,7 @@ def test_a_few_data_are_enough_to_pass_the_right_reading():
     dress = Dress(VP, "epsilon")
     for n in (4, 6, 10):
         assert diagnose(dress.right(), data=draw(n, seed=n)).fits
-    with pytest.raises(ValueError, match="data must hold at least 4, better 16; got 3"):
+    with pytest.raises(ValueError, match="data must have at least 4 rows, better 16; got 3"):
         diagnose(dress.right(), data=draw(3))
 
 

@@ -403,7 +403,7 @@ def test_conditioning_is_checked_before_the_first_call():
     refused("from 0 to 10; got 3 .. 11", tiny.dit, {"class_labels": torch.tensor([3, 11])})
     refused("integers with shape", tiny.dit, {"class_labels": torch.tensor([3.0, 1.0])})
     refused("without classes", tiny.unet, {"class_labels": torch.tensor([0, 1])})
-    refused("guidance needs the other half", lambda: tiny.unet(num_class_embeds=3), None, guidance_scale=2.0)
+    refused("the condition of the unguided half", lambda: tiny.unet(num_class_embeds=3), None, guidance_scale=2.0)
 
 
 def test_wrong_models_are_refused(without_type_checks):

@@ -428,7 +428,7 @@ def test_a_fitted_solver_gives_our_samples_in_a_pipelines_loop(name, tmp_path):
     torch.testing.assert_close(loop(again, network, x, 4), theirs)
     for work, message in (
         (lambda: again.set_timesteps(5), "fitted for 4 steps; got num_inference_steps=5"),
-        (lambda: again.set_timesteps(timesteps=[900.0, 500.0, 100.0]), "walks its own times"),
+        (lambda: again.set_timesteps(timesteps=[900.0, 500.0, 100.0]), "has its own times"),
         (lambda: again.set_begin_index(2), "starts from noise"),
         (lambda: scheduler_of("squaredcos_cap_v2 epsilon", fitted=fitted), "another process"),
     ):

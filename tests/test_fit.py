@@ -335,8 +335,8 @@ def test_printed_and_drawn(tmp_path):
         ({}, "give one of nfe=, rtol= and times="),
         ({"nfe": 8, "rtol": 0.1}, "give one of nfe=, rtol= and times="),
         ({"times": [0.5, 0.1]}, "times must start at t_max=1.0; got 0.5"),
-        ({"times": [1.0, 0.1], "history": 0}, "history must be 0 to 8, and not 0 where times are given"),
-        ({"nfe": 8, "history": 9}, "history must be 0 to 8"),
+        ({"times": [1.0, 0.1], "history": 0}, "history must be from 0 to 8, and at least 1 if times are given"),
+        ({"nfe": 8, "history": 9}, "history must be from 0 to 8"),
         ({"nfe": 1}, "nfe must be an integer of at least 2; got 1"),
         ({"rtol": 1.5}, r"rtol must be in \(0, 1\); got 1.5"),
         ({"nfe": 8, "pilots": 5}, "pilots must be an integer of at least 6; got 5"),
@@ -364,7 +364,7 @@ def test_an_rtol_that_no_fit_meets_is_told():
 
 
 def test_a_shape_is_needed():
-    with pytest.raises(ValueError, match="which shape has a sample"):
+    with pytest.raises(ValueError, match="the shape of a sample is missing"):
         fastsde.fit(ScoreModel(never, VP), nfe=8)
 
 
@@ -380,15 +380,15 @@ def test_a_fitted_solver_refuses_what_it_was_not_made_for():
     for other, message in (
         (counted(0.9), "fitted to a network with weights"),
         (ScoreModel(never, VP, event_shape=(64,)), "this one has no weights"),
-        (fastsde.score.Clipped(model), "read otherwise"),
-        (ScoreModel(model.network, VP, "epsilon", event_shape=(64,)), "read otherwise"),
-        (ScoreModel(model.network, VP, event_shape=(64,), timestep=lambda t: 0.5 * t), "read otherwise"),
-        (ScoreModel(model.network, VPSDE(beta_max=10.0), event_shape=(64,)), "read otherwise"),
+        (fastsde.score.Clipped(model), "model with another process"),
+        (ScoreModel(model.network, VP, "epsilon", event_shape=(64,)), "model with another process"),
+        (ScoreModel(model.network, VP, event_shape=(64,), timestep=lambda t: 0.5 * t), "model with another process"),
+        (ScoreModel(model.network, VPSDE(beta_max=10.0), event_shape=(64,)), "model with another process"),
     ):
         with pytest.raises(ValueError, match=message):
             fastsde.sample(other, **asked)
     for options in ({"nfe": 3}, {"rtol": 0.1}, {"controller": Grid([1.0, 0.1])}):
-        with pytest.raises(ValueError, match="walks its own times and takes no"):
+        with pytest.raises(ValueError, match="has its own times and takes no"):
             fastsde.sample(model, **asked, **options)
     with pytest.raises(ValueError, match="goes from noise to data only"):
         fastsde.encode(model, x=torch.zeros(2, 64), solver=fitted)
@@ -415,7 +415,7 @@ def test_guidance_scales_are_told_apart_and_functions_known_again():
 
     fitted = fastsde.fit(guided(2.0), nfe=6, pilots=6)
     assert fastsde.sample(guided(2.0), n=2, solver=fitted).success.all()
-    with pytest.raises(ValueError, match="read otherwise"):
+    with pytest.raises(ValueError, match="model with another process"):
         fastsde.sample(guided(3.0), n=2, solver=fitted)
 
 

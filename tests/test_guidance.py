@@ -167,7 +167,7 @@ def test_wrong_arguments_are_refused_before_the_first_call():
     for limit, ratio in ((0.0, None), (1.0, 1.0)):
         with pytest.raises(ValueError, match=r"limit|ratio"):
             Clipped(inner, limit, ratio=ratio)
-    with pytest.raises(ValueError, match="guidance needs the other half"):
+    with pytest.raises(ValueError, match="guidance needs the condition of the unguided half"):
         fastsde.sample(ClassifierFreeGuidance(inner), n=2)
     model = ClassifierFreeGuidance(inner, negative=NULL)
     with pytest.raises(ValueError, match="negative_class_labels but not"):

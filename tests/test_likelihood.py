@@ -158,7 +158,7 @@ def test_labels_travel_with_their_sample():
     ("change", "message"),
     [
         ({"probes": 0}, "probes must be an integer of at least 1"),
-        ({"draws": 3}, "draws counts dequantisations; it needs bin_width"),
+        ({"draws": 3}, "draws is the number of dequantisations; it needs bin_width"),
         ({"bin_width": 0.0}, "bin_width must be a positive"),
         ({"exact": 1}, "exact must be True or False"),
         ({"x": torch.ones(2, 5)}, r"samples have shape \(2,\); got \(5,\)"),

@@ -145,16 +145,19 @@ def test_strength_starts_at_a_share_of_the_time(sde):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"strength": 0.5}, "strength starts in the middle: give x_data="),
-        ({"strength": 0.5, "t_start": 0.5, "x_data": torch.zeros(2, 3)}, "strength and t_start apart"),
+        ({"strength": 0.5}, "strength needs a start state: give x_data="),
+        ({"strength": 0.5, "t_start": 0.5, "x_data": torch.zeros(2, 3)}, "only one of strength and t_start"),
         ({"strength": 0.0, "x_data": torch.zeros(2, 3)}, r"strength must be in \(0, 1\]"),
         ({"t_start": 1.5, "x_data": torch.zeros(2, 3)}, r"t_start must be in \(0.001, 1\]"),
         ({"t_start": "0.5", "x_data": torch.zeros(2, 3)}, "t_start must be in"),
         (
             {"strength": 0.5, "x_data": torch.zeros(2, 3), "controller": Grid([0.4, 0.1])},
-            "strength and controller apart",
+            "only one of strength and controller",
         ),
-        ({"sde": EDM(), "strength": 0.5, "x_data": torch.zeros(2, 3)}, "EDM is the noise: give t_start="),
+        (
+            {"sde": EDM(), "strength": 0.5, "x_data": torch.zeros(2, 3)},
+            "not for EDM, whose time is the noise: give t_start=",
+        ),
     ],
 )
 def test_starts_that_are_refused(options, match, without_type_checks):
@@ -386,7 +389,7 @@ def test_conditioning_that_is_refused(without_type_checks):
         "cond has the key 'self'",
         lambda: fastsde.sample(nn.Identity(), VP, shape=(2, 3), cond={"self": torch.zeros(2)}),
     )
-    refused("is called as network", lambda: fastsde.sample(network, VP, shape=(2, 3)))
+    refused("cannot be called as network", lambda: fastsde.sample(network, VP, shape=(2, 3)))
     refused(
         "ordinary dense", lambda: fastsde.sample(network, VP, shape=(2, 3), cond={"y": torch.empty(2, device="meta")})
     )
@@ -415,12 +418,12 @@ def test_labels_of_the_packaged_model_are_checked():
 def test_tensors_of_single_samples_belong_into_cond():
     shift = torch.linspace(-0.3, 0.3, 8)[:, None]
     refused(
-        r"called on 3 rows. What belongs to single samples goes into cond=",
+        r"called on 3 rows. Give tensors with one row for each sample in cond=",
         lambda: fastsde.sample(lambda x, t: gaussian(x - shift, t), VP, shape=(8, 3), batch_size=3, nfe=3),
         RuntimeError,
     )
     refused(
-        "goes into cond=",
+        "row for each sample in cond=",
         lambda: fastsde.sample(lambda x, t: gaussian(x - shift, t), VP, shape=(8, 3), batch_size=1, nfe=3),
     )
 

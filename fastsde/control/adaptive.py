@@ -24,15 +24,14 @@ class Adaptive(Controller):
     The rule and its constants are those of thesis sec. 10.4.1 and Algorithm 6. (The prose of sec. 10.4.2 names q =
     infinity as default; the algorithm, the released code and Table D.2 use q = 2, and so does this class.)
 
-    Two things are added. h is rounded to six significant bits, in units of the Brownian path's resolution: a Brownian
-    path is so rough that a change of 1e-7 in a time changes its value by 3e-4, the next time by more, and after a few
-    steps everything; with rounded steps the last digits of the network do not reach the times, and a sample is the
-    same at any batch size. That moves h by at most 1.6 %, after a rejection down by at most 3 %. And h grows at most
-    tenfold from one step to the next: in few dimensions an error can be tiny by accident, and the step after it would
-    leave the data.
+    Two things are added. First, h is rounded to six significant bits, in units of the Brownian path's resolution. A
+    Brownian path is rough: a change of 1e-7 in a time changes its value by 3e-4, the next time by more, and after a few
+    steps the whole sample. With rounded steps the last digits of the network's output do not change the times, so a
+    sample is the same at any batch size. Rounding changes h by at most 1.6 %, and after a rejection makes it smaller by
+    at most 3 %. Second, h grows at most tenfold from one step to the next. In few dimensions an error can be tiny by
+    accident, and the next step would be far too long.
 
-    A sample whose next step would be below the smallest one takes the smallest. It ends with `Status.MIN_STEP` when a
-    step is rejected and the next try would be the same one.
+    No step is below the smallest one. If a step of that size is rejected, the sample ends with `Status.MIN_STEP`.
 
     Args:
         rtol: relative tolerance, positive.
@@ -42,12 +41,12 @@ class Adaptive(Controller):
         h_init: first step, in units of time (or of the clock), positive; cut to the time range.
         norm: 2 or `math.inf`.
         growth: largest ratio of a step to the one before, above 1.
-        limit: largest E that is accepted, at least 1; `math.inf` to reject nothing. Above 1, a rejection is for steps
-            that blow up, and the errors before a step decide its size.
+        limit: largest E that is accepted, at least 1; `math.inf` to reject nothing. If it is above 1, only very large
+            errors are rejected. Smaller ones only decide the size of the next step.
         resolution: smallest step, as a share of the time range; by default that of a Brownian path.
         stops: times that every sample steps on exactly, in any order.
-        clock: an SDE, to plan steps in its log-SNR rather than in t: h is then a difference of log-SNR. Right for a
-            solver whose error depends on that, whatever the process calls time.
+        clock: an SDE, to choose steps in its log-SNR instead of t. Then h is a difference of log-SNR. For solvers whose
+            error depends on the log-SNR, and not on t.
         mirrored: whether the engine runs on u = -t.
 
     Raises:

@@ -19,31 +19,30 @@ from fastsde.types import Carry, Index, State, Time
 
 @dataclasses.dataclass(frozen=True)
 class AdaptiveGrid(Controller):
-    r"""Walks a grid, and starts a sample again on a finer one where its error is far above what is meant.
+    r"""A grid, and finer ones on which a sample starts again if its error is large.
 
         E = || error / max(atol, rtol scale) ||_2 / d^(1/2)
 
-    A sample whose step has E above `limit` goes back to its start, to the same start state and noise, and walks the
-    next of the grids; on the last one every step is accepted. So a multistep method sees a smooth grid all the way, a
-    sample without difficulties walks the first grid itself, and times are the same numbers at any batch size. What is
-    wrong with a hard sample was as a rule decided some steps before its error is seen; shorter steps from there on
-    would not mend it (docs/explanation/solver.md).
+    If a step has E above `limit`, the sample starts again from the same start state, with the same noise, on the next
+    grid. On the last grid every step is accepted. So a multistep method always has a smooth grid, and the times are the
+    same at any batch size. Shorter steps from there on would not help: the cause of a large error usually lies some
+    steps before it is seen (docs/explanation/solver.md).
 
-    This pays where a few samples are far harder than the others, as in mixtures with rare tight clusters. On trained
-    networks nobody started again, or so many did that the plain grid was nearer at equal mean calls: so `sample(rtol=)`
-    has one grid alone, and finer ones are asked for here:
+    This helps if a few samples are far harder than the others, as in mixtures with rare tight clusters. On the trained
+    networks that we measured it did not help. So `sample(rtol=)` has only one grid. Ask for finer ones here:
 
         AdaptiveGrid([Grid.tapered(sde, 15 << k) for k in range(3)], rtol=0.05, atol=1 / 128)
 
-    The noise is the same again if the solver keeps its path, as `ExponentialPC` does; drawn anew, it would make those
-    samples rarer that are sent back.
+    The solver must keep its Brownian path, as `ExponentialPC` does. With new noise, samples that start again would
+    become rarer than they should be.
 
     Args:
         grids: the base grid and finer ones, from the same start to the same end.
         rtol: relative tolerance, positive.
         atol: absolute tolerance in units of the data, positive.
         limit: E above which a sample starts again; `math.inf` for the base grid alone.
-        stops: times that every sample steps on exactly, in any order. Steps about them are not judged: they are uneven.
+        stops: times that every sample steps on exactly, in any order. Steps next to them are not judged, because they
+            are uneven.
 
     Raises:
         TypeError, ValueError: naming the argument and what is allowed.

@@ -28,11 +28,11 @@ _ROUNDING = 1e-6
 
 
 class Grid(Controller):
-    """Walks the given times, the same for every sample, and accepts every step.
+    """Fixed times, the same for every sample. Every step is accepted.
 
     Args:
-        times: strictly decreasing, within the process's t_max .. t_min, usually from end to end: sampling starts at the
-            first and denoises at the last. A tensor or a sequence of at least 2 numbers.
+        times: strictly decreasing, within t_max .. t_min of the process, usually from t_max to t_min. Sampling starts
+            at the first and denoises at the last. A tensor or a sequence of at least 2 numbers.
 
     Raises:
         ValueError: if the times are too few, not finite or not strictly decreasing.
@@ -48,7 +48,9 @@ class Grid(Controller):
         if self.times.ndim != 1 or len(self.times) < 2:
             raise ValueError(f"times must be a vector of at least 2 numbers; got shape {tuple(self.times.shape)}.")
         if not torch.isfinite(self.times).all() or not (self.times.diff() < 0).all():
-            raise ValueError("times must be finite and strictly decreasing, from t_max to t_min.")
+            raise ValueError(
+                f"times must be finite and strictly decreasing, from t_max to t_min; got {str(times)[:80]}."
+            )
 
     @property
     def steps(self) -> int:
@@ -76,10 +78,10 @@ class Grid(Controller):
     def tapered(cls, clock: Clock, steps: int, *, first: float | None = None) -> Grid:
         """Steps in log-SNR of relative lengths `first`, 1, .., 1, 0.85, 0.7: `ExponentialPC`'s on most processes.
 
-        The last ones are shorter because no later step makes up for an error there; up to six steps there is no length
-        to spare for them. The first is up to twice as long, as far as it ends where sigma / alpha is 10 or more: the
-        denoised sample of data within [-1, 1] or so is still their mean there, and hardly moves. docs/measured has
-        the measurements.
+        The last two are shorter because no later step repairs an error there. With six steps or fewer they are not
+        shorter. The first is up to twice as long, if it ends where sigma / alpha is 10 or more. For data within about
+        [-1, 1] the denoised sample is there still close to their mean, and hardly changes. docs/measured has the
+        measurements.
 
         Args:
             clock: the SDE.
@@ -104,16 +106,17 @@ class Grid(Controller):
 
             v = 1 / (1 + rho^(1 / width))
 
-        from the start of the process to where the share of noise, rho / (1 + rho), is 1 / (steps + 1) of that at the
-        start, or to the end of the process if that comes first. For a flow that share is t, and width 1 gives equal
-        steps in t, the last level at t_max / (steps + 1); width 100, equal steps in log-SNR, nearly. The sample is
-        denoised at the last level, so detail far below 1 / (steps + 1) of the data's size is smoothed away. That is
-        less than what the shorter steps gain, unless data are mostly such detail (docs/explanation/solver.md).
+        from the start of the process. The share of noise is rho / (1 + rho). The last level is where this share is 1 /
+        (steps + 1) of that at the start, or at the end of the process if that comes first. For a flow the share is t.
+        There width 1 gives equal steps in t, with the last level at t_max / (steps + 1). Width 100 gives nearly equal
+        steps in log-SNR. The sample is denoised at the last level, so detail far below 1 / (steps + 1) of the data's
+        size is smoothed. The shorter steps gain more than that, unless the data are mostly such detail
+        (docs/explanation/solver.md).
 
         Args:
             clock: the SDE.
             steps: number of steps, at least 1.
-            width: positive; in lam = -log rho, steps are twice as long as in the middle at 1.76 widths from it.
+            width: positive. At a distance of 1.76 widths from the middle, in log rho, steps are twice as long as there.
             first: relative length of the first step, at least 0.1; None for that of `tapered`.
         """
         check_count("steps", steps, 1)
@@ -140,7 +143,7 @@ class Grid(Controller):
 
     @classmethod
     def timesteps(cls, table: Levels, steps: int, spacing: str = "trailing", *, offset: int = 0) -> Grid:
-        """Timesteps of a discrete table as pipelines choose them: `steps` levels, that is `steps` calls in all.
+        """Timesteps of a discrete table, as pipelines choose them: `steps` levels, and so `steps` calls.
 
         "leading": k N' with N' = N // steps, plus `offset`; "trailing": N, N - N / steps, .. rounded, minus 1;
         "linspace": equal steps from 0 to N - 1, rounded; level k is at t = (k + 1) / N. The last level is where the

@@ -33,40 +33,42 @@ def from_diffusers(
     allow_distilled: bool = False,
     **loading: Any,
 ) -> ScoreModel:
-    r"""Any pretrained diffusers model as a score model.
+    r"""A pretrained diffusers model as a score model.
 
         r = fastsde.sample(fastsde.from_diffusers("google/ddpm-cifar10-32"), n=64, rtol=0.05)
 
-    Read from configurations, never from a scheduler's class: the noise levels (`alphas_cumprod`), the network's time,
-    what it predicts, whether predictions are clipped. Knows UNet2DModel (class labels and the score_sde networks, whose
-    time is sigma, included), UNet2DConditionModel, DiT, PixArt and SD3 transformers, and callables with such a
-    signature; all others are refused, and their pipelines are `sample_pipeline`'s. Of a pipeline the network and the
-    scheduler are taken: what text networks need goes into `sample(cond=...)`. Samples of latent models are latents:
-    `fastsde.diffusers.decode_latents(pipe.vae, r.samples)`.
+    The configurations say the noise levels (`alphas_cumprod`), the network's time, what it predicts, and whether
+    predictions are clipped. The class of the scheduler is not used. Known networks are UNet2DModel (with class labels,
+    and those of score_sde, whose time is sigma), UNet2DConditionModel, DiT, PixArt and SD3 transformers, and callables
+    with such a signature. All others are refused. For these use `sample_pipeline`.
+
+    From a pipeline only the network and the scheduler are taken. Give the embeddings that text networks need in
+    `sample(cond=...)`. Samples of latent models are latents: `fastsde.diffusers.decode_latents(pipe.vae, r.samples)`.
 
     Args:
-        pipe_or_model: a pipeline, a network, a callable `network(x, timestep, **cond)`, or where to load one from: a
+        pipe_or_model: a pipeline, a network, or a callable `network(x, timestep, **cond)`. Or where to load it from: a
             folder, a name on the hub, a `.safetensors` file (see `fastsde.diffusers.load`).
-        scheduler: a scheduler or its configuration; a pipeline brings its own.
-        guidance_scale: classifier-free guidance with this scale, two calls for one; none by default or up to 1.
+        scheduler: a scheduler or its configuration. A pipeline has its own.
+        guidance_scale: classifier-free guidance with this scale. It makes two calls in each evaluation. None and values
+            up to 1 mean no guidance.
         guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
         guidance_interval: as `interval` of `ClassifierFreeGuidance`.
-        clip: whether denoised predictions are clipped as the configuration says (`clip_sample`, `thresholding`); by
-            default where it says so, but never for latents. Clipping makes the score rough; see `Clipped`.
+        clip: whether denoised predictions are clipped. By default they are if the configuration says so (`clip_sample`,
+            `thresholding`), but never for latents. Clipping makes the score less smooth; see `Clipped`.
         event_shape: (C, H, W) of the state; from the configuration by default. Plain callables need it, or
             `shape=` in `sample`.
-        data_range: (low, high) of the data, which sets the default atol; [0, 1] for the score_sde networks, two
-            standard deviations for latents, else [-1, 1].
+        data_range: (low, high) of the data, which sets the default atol. By default [0, 1] for the score_sde networks,
+            two standard deviations for latents, and [-1, 1] for all others.
         allow_distilled: do not refuse checkpoints that look distilled.
         loading: arguments of `fastsde.diffusers.load`.
 
     Returns:
-        The score model; its process is `.sde`, and `model, sde = from_diffusers(...)` gives both.
+        The score model. Its process is `.sde`. `model, sde = from_diffusers(...)` also works.
 
     Raises:
         ValueError: for models that cannot work, with the reason: distilled ones (LCM, turbo, schnell), epsilon with
             zero terminal SNR, networks that need an image beside the state, integer timesteps, weights not finite.
-        TypeError: if it is neither a model nor where to find one, or there is no scheduler.
+        TypeError: if `pipe_or_model` is neither a model nor a place to load one from, or if there is no scheduler.
         FileNotFoundError: if there is nothing to load.
     """
     if isinstance(pipe_or_model, (str, Path)):

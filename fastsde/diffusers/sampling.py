@@ -119,47 +119,49 @@ def sample_pipeline(
     allow_distilled: bool = False,
     **arguments: Any,
 ) -> PipelineResult:
-    r"""Samples with any diffusers pipeline in its own loop: its call runs unchanged, our engine answers its scheduler.
+    r"""Samples with a pipeline of diffusers: its own loop runs unchanged, with our solver in place of its scheduler.
 
         r = fastsde.sample_pipeline(pipe, "a lighthouse in fog", n=4, rtol=0.05, seed=0)
         r.images, r.result.nfe
 
     Everything but the steps is the pipeline's: prompts, guidance, control images, masks, strength, adapters, experts,
-    decoding. Each sample runs in a call of its own and takes its own steps. Network calls of the samples in flight are
-    one forward where their tensors can be joined, at different times and prompts; those that are done leave.
+    decoding. The pipeline is called once for each sample, and each sample takes its own steps. The network calls of
+    several samples are joined into one forward if the shapes of their tensors allow it, also at different times and
+    with different prompts.
 
-    The pipeline's number of steps, its default or `num_inference_steps`, is the length of its own list of times. It
-    says how finely `strength` cuts, and what a share of the steps is, as in `control_guidance_end`; what counts steps,
-    such as `callback_on_step_end`, sees the place of the time in that list, and some places may be skipped. It does not
-    say how many steps are taken, unless it is given without rtol, nfe, controller and steps of the solver: then there
-    are as many evaluations as in its own loop, numbered as there.
+    `num_inference_steps` is the length of the pipeline's own list of times. If none of rtol, nfe, controller and the
+    solver's steps is given, it also sets the cost: there are as many evaluations as in the pipeline's own loop, with
+    the same numbers. Otherwise it only sets to which times `strength` is rounded, and where a share of the steps ends,
+    as in `control_guidance_end`. The number of a step, for example in `callback_on_step_end`, is then the place of its
+    time in the list. Some numbers may be skipped.
 
     Args:
-        pipe: a pipeline whose loop takes one step of one scheduler a turn.
-        prompt: as the pipeline's; a list for several samples.
-        n: number of samples, where there is one prompt or none.
-        rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback; 0.05 where
-            nothing says how many steps. Of a fitted solver the network's weights are compared, its guidance is not.
-        nfe: network calls that no sample exceeds; both halves of guidance count. An evaluation is taken to cost what
-            the first one does; where a pipeline makes later ones dearer, samples cost more.
-        seed: in [0, 2^64); drawn by torch by default, and then in `.result.seed`. Sample i, its start and all noise of
-            its pipeline, is a function of (seed, i), at any batch size.
-        batch_size: samples in flight.
+        pipe: a pipeline whose loop makes one step of one scheduler in each turn.
+        prompt: as for the pipeline. A list gives one sample for each prompt.
+        n: number of samples, if there is one prompt or none.
+        rtol: as for `sample`, like atol, solver, controller, index, max_nfe, dtype, progress and callback. 0.05 if no
+            argument sets the number of steps. For a fitted solver the network's weights are checked, its guidance is
+            not.
+        nfe: no sample makes more network calls than this. Guidance makes two calls in each evaluation. All evaluations
+            are assumed to cost as much as the first one. If later ones make more calls, samples cost more.
+        seed: in [0, 2^64). By default it is drawn by torch; `.result.seed` has it. Sample i, with its start and all
+            noise of its pipeline, is a function of (seed, i), at any batch size.
+        batch_size: number of samples that run at the same time.
         per_sample: arguments of the pipeline with one value for each sample, such as `{"image": [a, b]}`. Lists of
-            prompts, of embeddings (by their leading axis), class labels, latents, generators and guidance scales need
-            not stand here.
+            prompts, embeddings (by their leading axis), class labels, latents, generators and guidance scales need not
+            be given here.
         allow_distilled: do not refuse checkpoints that look distilled.
-        arguments: those of the pipeline's call. With `generator=` of one sample, or a list, its pipeline draws from
-            that one, and its state decides the solver's noise.
+        arguments: those of the pipeline's call. With `generator=` (a list for several samples) the pipeline draws from
+            it, and its state determines the solver's noise.
 
     Returns:
         A `PipelineResult`.
 
     Raises:
-        ValueError, TypeError: before the first network call, naming the argument; after one, if the loop then turns out
-            to be none that can be answered.
-        SamplingError: if the pipeline or a callback fails after samples were finished, or a decoder at the end; a
-            `PipelineResult` with what there is is in `.result`.
+        ValueError, TypeError: before the first network call, naming the argument. After the first call if only then the
+            loop turns out to be one that is not supported.
+        SamplingError: if the pipeline or a callback fails after samples were finished, or if a decoder fails. `.result`
+            is a `PipelineResult` with what was finished.
         Interrupted: at Ctrl-C; likewise.
     """
     from fastsde.diffusers.loop import counting

@@ -242,7 +242,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         lengths = {len(v) for v in (timesteps, sigmas) if v is not None}
         counted = isinstance(n, Integral) and not isinstance(n, bool) and n >= 1
         if lengths and self.solver.times is not None:
-            raise ValueError("a fitted solver walks its own times; give num_inference_steps, not timesteps or sigmas.")
+            raise ValueError("a fitted solver has its own times; give num_inference_steps, not timesteps or sigmas.")
         if len(lengths) > 1 or not (n in lengths or (counted and not lengths) or (n is None and lengths)):
             raise ValueError(
                 "give num_inference_steps of at least 1, timesteps or sigmas (or both), of the same length; got "

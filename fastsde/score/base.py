@@ -47,7 +47,7 @@ PREDICTIONS = tuple(_READ)
 
 
 class Prediction:
-    """One network call, readable in every form. All tensors have shape (B, *event); `x_0` and `epsilon` are kept.
+    """One network call, readable in every form. Tensors have shape (B, *event). `x_0` and `epsilon` are computed once.
 
     Args:
         kind: what the network predicts, a key of diffusers' `prediction_type` or "score".
@@ -100,24 +100,24 @@ class Prediction:
 
 
 class ScoreModel:
-    """A network and how to read it.
+    """A network and its reading: what it predicts, and for which time.
 
-    Calling it gives a `Prediction`. The network sees the state in its own dtype and the time as one float32
-    vector with shape (B,) (float64 if the state is float64 and the network is not bound to a lower precision),
-    never as a Python number, which diffusers' UNets would round to an integer.
+    Calling it gives a `Prediction`. The network gets the state in its own dtype, and the time as a float32 vector with
+    shape (B,). The time is float64 if the state is and the network has no lower precision. It is never a Python number,
+    because diffusers' UNets round that to an integer.
 
     Args:
         network: `network(x, t, **cond)`, with x of shape (B, *event) and t of shape (B,); returns a tensor of the
             shape of x, an object with such a tensor under `.sample`, or a tuple that begins with it.
         sde: the forward process it was trained for.
         prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
-        event_shape: shape of one sample, for callers that say only `n=`.
-        data_range: (low, high) of the data, taken to be (-1, 1) where nobody says; one 8-bit level of it is the default
-            absolute tolerance, and samples that leave it are warned of.
-        timestep: maps the SDE's time, float64 with shape (B,), to the network's, with shape (B,); the identity by
-            default. Another dtype than float64, integers for an embedding, is what the network gets. For networks of
-            levels 0 .. N - 1: `timestep=lambda t: N * t - 1`.
-        default_cond: conditioning of one row when the caller gives none: a dict of tensors without batch axis.
+        event_shape: shape of one sample. With it, `sample(n=...)` is enough.
+        data_range: (low, high) of the data; (-1, 1) by default. One 8-bit level of it is the default absolute
+            tolerance. There is a warning if samples leave it.
+        timestep: maps the SDE's time, float64 with shape (B,), to the network's time, with shape (B,); the identity by
+            default. For a network of levels 0 .. N - 1: `timestep=lambda t: N * t - 1`. If it returns another dtype
+            than float64, such as integers for an embedding, the network gets that dtype.
+        default_cond: conditioning of each row if `cond` has none: a dict of tensors without batch axis.
 
     Raises:
         ValueError: naming the argument that is unknown or out of range.
@@ -213,8 +213,8 @@ class ScoreModel:
             signature.bind(None, None, **cond)
         except TypeError as error:
             raise ValueError(
-                f"cond has {', '.join(cond) or 'nothing'}, but {self.role} is called as network(x, t, **cond) with the "
-                f"signature {signature}: {error}."
+                f"{self.role} cannot be called as network(x, t, **cond): its signature is {signature}, and cond has "
+                f"{', '.join(cond) or 'nothing'} ({error})."
             ) from error
 
     def call(self, x: State, time: Tensor, cond: Cond) -> object:

@@ -80,7 +80,7 @@ class ClassifierFreeGuidance(Wrapper):
             raise ValueError(f"cond['guidance_scale'] must be finite with shape (n,); got {tuple(scale.shape)}.")
         if not given:
             raise ValueError(
-                f"guidance needs the other half: negative= at construction, or cond with names that begin with "
+                f"guidance needs the condition of the unguided half: negative=, or cond with names that begin with "
                 f"{NEGATIVE!r} (such as {NEGATIVE}class_labels); got {sorted(cond)}."
             )
         for key in given:

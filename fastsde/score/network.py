@@ -32,8 +32,8 @@ def hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype) 
 
 
 _PER_SAMPLE = (
-    "What belongs to single samples goes into cond=, with leading axis n, not into the function: rows leave the batch "
-    "and enter it."
+    "Give tensors with one row for each sample in cond=, with leading axis n, and not inside the function: the rows of "
+    "the batch change."
 )
 
 

@@ -95,8 +95,8 @@ class Mask(LinearOperator):
         )
         if not fits:
             raise ValueError(
-                f"mask must broadcast to the shape of one sample, {event}; got {tuple(known.shape)}. It holds for all "
-                "samples: masks of their own need calls of their own (with index=, for the same noise)."
+                f"mask must broadcast to the shape of one sample, {event}; got {tuple(known.shape)}. The mask is for "
+                "all samples. For different masks call sample once for each (with index=, for the same noise)."
             )
         return torch.where(known, x, torch.zeros_like(x))
 

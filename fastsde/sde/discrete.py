@@ -22,17 +22,17 @@ class DiscreteVPSDE(VariancePreserving):
         alpha(t_k)^2 = alpha_bar_k at t_k = (k + 1) / N,    log alpha linear between levels and 0 at t = 0,
         sigma^2 = 1 - alpha^2,    f = d log alpha / dt,    g^2 = -2 f
 
-    Level k of the table belongs to t = (k + 1) / N, so the network's timestep is `N t - 1`; using `N t` would shift the
-    noise near the data by a whole level. Interpolating log alpha is the choice of Lu et al.,
+    Level k of the table belongs to t = (k + 1) / N. So the network's timestep is `N t - 1`. With `N t` the noise near
+    the data would be wrong by a whole level. Interpolating log alpha is the choice of Lu et al.,
     https://arxiv.org/abs/2206.00927, app. D.4.
 
     Args:
         betas: the N betas, each in (0, 1). Give these or `alphas_cumprod`.
         alphas_cumprod: the N cumulative products of 1 - beta, strictly decreasing inside (0, 1).
         t_min: end of sampling; level k = 0, that is 1 / N, by default.
-        t_max: start of sampling, at most 1; by default 1, or where sigma / alpha is 160 in tables that go on to more
-            noise (cosine tables reach 20,000, zero terminal SNR infinity): all that a network could say there is the
-            mean of the data, and an error of its epsilon is multiplied by sigma / alpha.
+        t_max: start of sampling, at most 1. By default 1, or where sigma / alpha is 160 if the table goes on to more
+            noise. (Cosine tables reach 20,000, zero terminal SNR infinity.) There the denoised sample is only the mean
+            of the data, and an error of the network's epsilon is multiplied by sigma / alpha.
 
     Raises:
         ValueError: if not exactly one table is given, or it is not as said.
@@ -56,7 +56,7 @@ class DiscreteVPSDE(VariancePreserving):
         if betas is not None:
             rates = table
             if rates.ndim != 1 or not len(rates) or not ((rates > 0) & (rates < 1)).all():
-                raise ValueError("betas must be one-dimensional with every value in (0, 1).")
+                raise ValueError(f"betas must be one-dimensional with every value in (0, 1); got {str(given)[:80]}.")
             log_alpha_bar = torch.log1p(-rates).cumsum(0)
         else:
             bars = table

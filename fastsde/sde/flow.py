@@ -14,7 +14,8 @@ class RectifiedFlow(SDE):
         alpha(t) = 1 - t,    sigma(t) = t,    f(t) = -1 / (1 - t),    g(t)^2 = 2 t / (1 - t)
 
     Source: Lipman et al., https://arxiv.org/abs/2210.02747; Liu et al., https://arxiv.org/abs/2209.03003. The
-    coefficients are infinite at t = 1, so sampling starts a little below, where the data's share is alpha(t_max).
+    coefficients are infinite at t = 1. So sampling starts a little below it, where the share of the data is
+    alpha(t_max).
 
     Args:
         t_min: end of sampling, positive.

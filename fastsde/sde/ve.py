@@ -16,9 +16,9 @@ class VESDE(SDE):
 
         alpha(t) = 1,    sigma(t) = sigma_min R^t,    g(t)^2 = 2 log(R) sigma(t)^2,    R = sigma_max / sigma_min
 
-    The transition kernel of this SDE has variance sigma(t)^2 - sigma(0)^2; like every published model, and like their
-    networks, we take sigma(t)^2, that is, data that already carry noise sigma_min. The defaults are the constants of
-    Song et al. (https://arxiv.org/abs/2011.13456, app. C) for CIFAR-10 scaled to [0, 1].
+    The transition kernel of this SDE has variance sigma(t)^2 - sigma(0)^2. Like all published models and their
+    networks, we take sigma(t)^2. This means that the data already have noise sigma_min. The defaults are the constants
+    of Song et al. (https://arxiv.org/abs/2011.13456, app. C) for CIFAR-10 scaled to [0, 1].
 
     Args:
         sigma_min: noise scale at t = 0, positive, in units of the data.

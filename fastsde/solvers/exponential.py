@@ -38,32 +38,35 @@ class ExponentialPC(ExponentialAdams):
         corrected = base + (k / 2) (D_{n+1} - D_n)
 
     and order 3 mixes it with the exact weights w of the parabola through three values, in both stages: q w + (1 - q)
-    (weights of order 2) with q = 1 / (1 + (c h / 0.8)^3.2), because a parabola overshoots the sigmoid D(lam) at long
-    steps and wins at short ones. The first correction leans to its new value, which comes after a prediction of order 1
-    only and so lacks a part; hardly, where there is hardly anything but noise:
+    (weights of order 2) with q = 1 / (1 + (c h / 0.8)^3.2). For short steps the parabola is better. For long ones it
+    overshoots the sigmoid D(lam). The first correction is larger, because the first prediction has only order 1. In
+    nearly pure noise g is close to 0:
 
         corrected = base + (k / 2) (1 + g) (D_1 - D_0),    g = min(1, c h / 0.8) min(1, 10 / rho_1)^2,
 
-    and it reads D_0, a trained network's worst value, as D_0 + j (D_1 - D_0), j = || D_0 ||^2 / || D_1 ||^2 - 1 within
-    [0, 1]: the norm of D (about zero) only grows as noise falls, on average, and what is above that is error.
+    It also replaces D_0, a trained network's worst value, by D_0 + j (D_1 - D_0), j = || D_0 ||^2 / || D_1 ||^2 - 1,
+    kept within [0, 1]. On average the norm of D can only grow while noise falls. So if D_0 is larger than D_1, the
+    difference is an error.
 
     The state is `corrected`; the last D is the denoised sample. N steps cost N + 1 calls: the first gives D_0.
 
-    Without `steps`, `rtol` sets the number of steps. With `controller=AdaptiveGrid(...)` a sample walks a finer grid,
-    on its own Brownian path, if at one of its steps, in y and with || . || the root mean square over the elements,
+    Without `steps`, `rtol` sets the number of steps. With `controller=AdaptiveGrid(...)` a sample starts again on a
+    finer grid, with the same Brownian path, if at one of its steps, in y and with || . || the root mean square over the
+    elements,
 
         || corrected - predicted || / max(atol, rtol || D_{n+1} ||)  0.25 / sqrt(rho_s^2 + 0.1^2)  >  1.
 
-    The law at noise rho is smooth over a length rho: the less noise is left, the more samples an error carries over a
-    border between two ends. For eta > 0 the difference is less what noise alone makes of it.
+    The density at noise rho is smooth over a length rho. So the less noise is left, the more samples an error moves
+    over a border between two modes. For eta > 0 the part of the difference that comes from noise alone is subtracted.
 
     The predictor of order 2 is DPM-Solver++ 2M's (Lu et al., https://arxiv.org/abs/2211.01095; SDE form for eta = 1);
     a corrector that reuses the next call is UniPC's idea (Zhao et al., https://arxiv.org/abs/2302.04867).
 
     Args:
         steps: number of steps of its own grid; None with `rtol`, `nfe` or a controller.
-        eta: 0 (probability flow) to 5, 1 for the reverse-time SDE; or, on a grid, an elementwise function of rho. With
-            noise, times are up to a 32nd of the mean step beside those of `Grid.tapered`, where the path costs less.
+        eta: 0 (probability flow) to 5; 1 is the reverse-time SDE. On a grid it can also be an elementwise function of
+            rho. With noise, times differ from those of `Grid.tapered` by up to a 32nd of the mean step. There the path
+            is cheaper.
         order: 3, 2, or 1 for `base` alone (for eta = 0 that is DDIM), on a grid only.
 
     Raises:

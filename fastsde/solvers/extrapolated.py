@@ -30,19 +30,18 @@ class ExtrapolatedEM(Solver):
     with h = t - s and b the reverse drift f x - g^2 score. Strong order 1 with a smaller constant than Euler-Maruyama,
     weak order 2 (1 with `lamba` or without `extrapolate`), and 2 where the noise vanishes. Source: Jolicoeur-Martineau
     et al., "Gotta Go Fast When Generating Data with Score-Based Models", https://arxiv.org/abs/2105.14080, algorithm 1
-    (thesis: algorithm 6); Roberts, https://arxiv.org/abs/1210.0933, for x''. Its step sizes come from
-    `fastsde.Adaptive`. The published rule is `ExtrapolatedEM(keep_path=False)` with `Adaptive(rtol, atol,
-    growth=math.inf)`, but for the rounding of steps: by default the path is kept and growth is capped.
+    (thesis: algorithm 6); Roberts, https://arxiv.org/abs/1210.0933, for x''. `fastsde.Adaptive` chooses its step sizes.
+    By default the path is kept and the growth of steps is limited. The published rule is
+    `ExtrapolatedEM(keep_path=False)` with `Adaptive(rtol, atol, growth=math.inf)`, apart from the rounding of steps.
 
     Args:
         extrapolate: return x'' (published), or x' with x'' as error estimate only.
-        lamba: Lamba's estimate (2003, https://doi.org/10.1016/j.cam.2003.05.001): the improved Euler step of the drift
-            alone, g(t) dW in both halves, so that the noise does not enter the error.
-        reference: what besides |x'| the relative tolerance refers to: "previous", |x'| of the last accepted step
-            (eq. 10.5); "current", |x_t|, which is what the released code computed; "proposal", nothing else (eq. 10.4).
-        keep_path: a rejected step sees the same Brownian path again (default), so that no noise is thrown away. False
-            draws the noise anew, as published. In few dimensions a rejection by the error still chooses steps by their
-            noise, either way (docs/explanation/sources.md).
+        lamba: Lamba's estimate (2003, https://doi.org/10.1016/j.cam.2003.05.001): an improved Euler step only for the
+            drift, with g(t) dW in both halves. So the error estimate does not contain the noise.
+        reference: the relative tolerance refers to |x'| and to a second magnitude. "previous": |x'| of the last
+            accepted step (eq. 10.5). "current": |x_t|, as in the released code. "proposal": none (eq. 10.4).
+        keep_path: True: a rejected step sees the same Brownian path again. False: new noise is drawn, as published. In
+            few dimensions rejections bias the samples in both cases (docs/explanation/sources.md).
 
     Raises:
         ValueError: for an unknown `reference`.

@@ -35,25 +35,25 @@ class FittedPlan(AdamsPlan):
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FittedSolver(ExponentialPC):
-    r"""A multistep method with times and weights of its own at each step, as `fit` finds them for one network.
+    r"""A multistep method with its own time and weights for each step. `fit` finds them for one network.
 
     In y = x / alpha, with D_k the network's denoised prediction at level k, and h the step in half the log-SNR,
 
         y_k = a_k y_{k-1} + sum_j w_kj D_{k-1-j} + rho_k sqrt(1 - e^{-2 eta^2 h}) z,        x = sum_j v_j D_{N-j}
 
-    One call a step: N + 1 levels cost N + 1 calls, and the sample is a combination of the last predictions.
-    `ExponentialPC` is of this form, but for its rule for a network's first value: its corrector adds to a state what
-    later predictions can add as well (`standard_weights`). Without weights it is `ExponentialPC` on these times.
+    Each level costs one call. So N steps cost N + 1 calls. The sample is a combination of the last predictions.
+    `ExponentialPC` has this form, too, apart from its rule for a network's first value (`standard_weights`). Without
+    weights this solver is `ExponentialPC` at these times.
 
     Args:
         eta: of the noise, as for `ExponentialPC`; a number.
-        times: the levels, as times of the process, falling; the network is called at each of them once.
-        log_snr: the log-SNR of the process at these times, by which the process is known again.
+        times: the levels, as decreasing times of the process. The network is called once at each of them.
+        log_snr: the log-SNR of the process at these times. It is compared with that of the process in `sample`.
         weights: for each step (a_k, w_k0, w_k1, ..); empty for those of `ExponentialPC`.
         output: (v_0, v_1, ..).
         weights_sha256: of the network that it was fitted to; None for a plain function.
-        reading_sha256: of how that network was read (`score.base.reading_hash`); None walks any model.
-        record: how it was found, as JSON can hold it.
+        reading_sha256: of how that network was read (`score.base.reading_hash`); None for any model.
+        record: how it was found, in types that JSON has.
 
     Raises:
         ValueError: if the numbers do not fit each other.
@@ -116,7 +116,7 @@ class FittedSolver(ExponentialPC):
         """
         own = torch.tensor(self.times, dtype=torch.float64)
         if times is None or len(times) != len(own) or not torch.allclose(times.cpu(), own, rtol=1e-9, atol=0.0):
-            raise ValueError("a fitted solver walks its own times, from noise to data, and no others.")
+            raise ValueError("a fitted solver can only use its own times, from noise to data.")
         there = sde.log_snr(own)
         if not torch.allclose(there, torch.tensor(self.log_snr, dtype=torch.float64), rtol=0.0, atol=_SAME):
             fitted_to = self.record.get("sde", "its log-SNR differs")
@@ -126,19 +126,19 @@ class FittedSolver(ExponentialPC):
         """Refuses, with a ValueError, a model whose network has other weights, or that is read or guided otherwise."""
         if self.reading_sha256 is None:
             return
-        how = "Fit it again, or say that it may walk any model: solver.for_any_model()."
+        how = "Fit again. Or use solver.for_any_model(), which takes any model."
         found = weights_hash(model.network)
         if found != self.weights_sha256:
             theirs, ours = (f"weights {v[:12]}" if v else "no weights" for v in (self.weights_sha256, found))
             raise ValueError(f"this solver was fitted to a network with {theirs}; this one has {ours}. {how}")
         if reading_hash(model) != self.reading_sha256:
             raise ValueError(
-                "this solver was fitted to a model that is read otherwise, in its process, prediction, times, guidance "
-                f"or clipping: {self.record.get('model')}; got {model!r}. {how}"
+                "this solver was fitted to a model with another process, prediction, timestep, guidance or clipping: "
+                f"{self.record.get('model')}; got {model!r}. {how}"
             )
 
     def for_any_model(self) -> FittedSolver:
-        """The same solver, which no model is refused by."""
+        """The same solver, for any model: it refuses none."""
         return dataclasses.replace(self, weights_sha256=None, reading_sha256=None)
 
     def plan(self, sde: SDE, times: Tensor) -> AdamsPlan:

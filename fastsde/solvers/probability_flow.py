@@ -19,15 +19,15 @@ from fastsde.types import Carry, State, Time
 
 @dataclasses.dataclass(frozen=True)
 class ProbabilityFlow(Solver):
-    r"""Runge-Kutta for the probability-flow ODE, with a step size per sample.
+    r"""Runge-Kutta method for the probability-flow ODE, with a step size for each sample.
 
     The ODE dx = [f x - g^2 score / 2] dt has the marginals of the SDE. In y = x / alpha and rho = sigma / alpha its
     linear part is gone and its slope is the predicted noise:
 
         dy / drho = eps(alpha y, t(rho))
 
-    so that Euler's method is DDIM and Heun's is EDM's sampler. Without `steps`, the steps come from rtol and atol, by
-    the tableau's own error estimate in x; rtol refers to the root mean square of the sample. Source: Song et al.,
+    So Euler's method is DDIM, and Heun's method is EDM's sampler. Without `steps`, rtol, atol and the tableau's error
+    estimate in x decide the steps. rtol refers to the root mean square of the sample. Source: Song et al.,
     https://arxiv.org/abs/2011.13456, sec. 4.3; Karras et al., https://arxiv.org/abs/2206.00364, sec. 3.
     `fastsde.ProbabilityFlowODE` is the same ODE in t, for other libraries' solvers.
 
