@@ -149,7 +149,7 @@ def test_correctors_leave_the_law_alone(corrector):
         ({"kernel": fastsde.Langevin()}, r"kernel must be fastsde.LangevinDynamics\(..\) or fastsde.MALA"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"t": 2.0}, "t must be in"),
-        ({"n": None}, "how many samples of which shape"),
+        ({"n": None}, "n="),
         ({"x_init": torch.full((2, 2), math.nan)}, "x_init holds NaN"),
         ({"max_nfe": 0}, "max_nfe must be an integer"),
     ],
