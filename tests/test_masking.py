@@ -7,8 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fastsde
 from fastsde.training.adversarial import Adversary
-from fastsde.training.masking import CAP, Masking, band_energy, band_of
+from fastsde.training.gan_losses import wgan
+from fastsde.training.masking import CAP, Masking, attention_gini, band_energy, band_of
 
 
 def seeded(seed=0):
@@ -38,6 +40,70 @@ def test_every_pixel_and_every_image_is_masked_with_the_share_asked_for(space, p
     share = round(space * height * width) / (height * width)
     # 5.5 standard errors of a share of n, for up to 289 pixels in 15 examples.
     assert (masked.mean(0) - share).abs().max() <= 5.5 * math.sqrt(share * (1 - share) / n) + 1e-6
+
+
+@pytest.mark.parametrize("shape", ["square", "block"])
+def test_one_region_masks_every_pixel_with_the_share_asked_for(shape):
+    n, space = 4000, 0.3
+    masked = 1 - Masking(space=space, shape=shape).visible(torch.zeros(n, 1, 12, 16), seeded())
+    share = round(space * 12 * 16) / (12 * 16)
+    assert (masked.sum((1, 2, 3)) == round(space * 12 * 16)).all()
+    # 5.5 standard errors of a share of n, for 192 pixels.
+    assert (masked.mean(0) - share).abs().max() <= 5.5 * math.sqrt(share * (1 - share) / n)
+
+
+def test_a_square_is_one_around_the_edges():
+    masked = 1 - Masking(space=49 / 256, shape="square").visible(torch.zeros(20, 1, 16, 16), seeded())
+    for image in masked[:, 0]:
+        rows, columns = image.any(1), image.any(0)
+        assert rows.sum() == columns.sum() == 7
+        assert torch.equal(image.bool(), rows[:, None] & columns[None])
+        # In one run each, across the edge or not.
+        assert all((line != line.roll(1)).sum() == 2 for line in (rows, columns))
+
+
+def test_a_centre_grid_masks_the_middle_of_every_patch_and_does_not_move():
+    seen = Masking(space=0.25, patch=4, shape="grid").visible(torch.zeros(3, 1, 8, 8), seeded())
+    expected = torch.ones(4, 4)
+    expected[1:3, 1:3] = 0
+    assert torch.equal(seen, expected.repeat(2, 2).expand(3, 1, 8, 8))
+
+
+def test_the_gini_coefficient_of_attention():
+    x = torch.randn(4, 2, 6, 5, generator=seeded(), dtype=torch.float64)
+    zero = torch.zeros(4, dtype=torch.float64)
+    torch.testing.assert_close(attention_gini(lambda y: y.sum((1, 2, 3)), x), zero, rtol=0, atol=1e-12)
+    torch.testing.assert_close(attention_gini(lambda y: y[:, 0, 2, 3], x), zero + 29 / 30, rtol=1e-12, atol=0)
+    # Weights 1 .. n: sum_i (2 i - n - 1) i / (n sum_i i) = (n^2 - 1) / (3 n (n + 1)) = (n - 1) / (3 n).
+    ramp = torch.arange(1, 31, dtype=torch.float64).reshape(6, 5)
+    torch.testing.assert_close(
+        attention_gini(lambda y: (ramp * y[:, 0]).sum((1, 2)), x), zero + 29 / 90, rtol=1e-12, atol=0
+    )
+
+
+def test_masks_of_the_score_networks_turn_are_its_own():
+    """D sees whole images; the score network's gradient through a linear D is scaled by what it lets through."""
+    sde = fastsde.VPSDE()
+    weight = torch.nn.Parameter(torch.randn(1, 8, 8, generator=seeded()))
+
+    class Linear(torch.nn.Module):
+        def forward(self, x):
+            return (x * weight).sum((1, 2, 3))
+
+    shift = torch.nn.Parameter(torch.zeros(()))
+    model = fastsde.ScoreModel(lambda x, t: x + shift, sde, "sample", event_shape=(1, 8, 8))
+    x_0, noise = torch.randn(2, 400, 1, 8, 8, generator=seeded(1))
+    t = torch.full((400,), 0.5, dtype=torch.float64)
+
+    def slope(**masks):
+        adversary = Adversary(Linear(), wgan(), weight=0.0, **masks)
+        loss = adversary.score_loss(model, x_0, t, noise, {}, seeded(2))
+        return float(torch.autograd.grad(loss, shift)[0])
+
+    whole, masked = slope(), slope(score_masking=Masking(space=0.5, spectrum=0.0, patch=2))
+    # The mean over 400 masks of half of the weights: 64 weights of size 1 leave a spread of 4 a mask.
+    assert masked == pytest.approx(0.5 * whole, abs=5 * 4 / 400**0.5)
+    assert slope(masking=Masking(space=0.5, spectrum=0.0, patch=2)) == masked
 
 
 def test_masked_places_are_whole_patches_on_a_shifted_grid():

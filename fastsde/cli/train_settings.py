@@ -71,6 +71,7 @@ class AdversarySettings:
     width: int = 32
     halvings: int = 3
     masking: Masking | None = None
+    score_masking: Masking | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("compare", COMPARISONS)):
@@ -95,6 +96,7 @@ class AdversarySettings:
                 self.betas,
                 self.penalty,
                 self.masking,
+                self.score_masking,
             )
         except ValueError as error:
             raise ValueError(f"adversary: {error}") from error

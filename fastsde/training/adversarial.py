@@ -62,6 +62,8 @@ class Adversary:
         betas: of its Adam; the published ones. For the score network they are (0, 0.9): `TrainConfig(betas=...)`.
         penalty: lambda of the gradient penalty, added to D's loss; 10 is the published one for `wgan`.
         masking: masks on what D sees, real and fake; or None.
+        score_masking: other masks in the score network's turn; a larger share slows it down, as its gradient through D
+            is scaled by what is seen (supplement, eq. 29). `masking` where None.
 
     Raises:
         ValueError: naming the attribute out of range.
@@ -75,6 +77,7 @@ class Adversary:
     betas: tuple[float, float] = (-0.5, 0.9)
     penalty: float = 0.0
     masking: Masking | None = None
+    score_masking: Masking | None = None
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 1)
@@ -95,6 +98,7 @@ class Adversary:
             "loss": loss,
             "penalty": self.penalty,
             "masking": None if self.masking is None else dataclasses.asdict(self.masking),
+            "score_masking": None if self.score_masking is None else dataclasses.asdict(self.score_masking),
         }
 
     def optimizer(self) -> Adam:
@@ -116,7 +120,7 @@ class Adversary:
         """
         with torch.no_grad():
             denoised = self._of_others(model(model.sde.marginal(x_0, t, noise), t, cond).x_0)
-        real, fake = self._seen(x_0, x_0, generator), self._seen(denoised, x_0, generator)
+        real, fake = (_seen(self.masking, x, x_0, generator) for x in (x_0, denoised))
         loss = self.loss.discriminator(self._judged(real), self._judged(fake))
         if self.penalty == 0:
             return loss
@@ -139,11 +143,12 @@ class Adversary:
         for p in moving:
             p.requires_grad_(False)
         try:
-            fake = self._judged(self._seen(self._of_others(prediction.x_0), x_0, generator))
+            masking = self.score_masking or self.masking
+            fake = self._judged(_seen(masking, self._of_others(prediction.x_0), x_0, generator))
             if self.loss.compare is plain:
                 adversarial = self.loss.g_2(fake).mean()
             else:
-                adversarial = self.loss.generator(self._judged(self._seen(x_0, x_0, generator)), fake)
+                adversarial = self.loss.generator(self._judged(_seen(masking, x_0, x_0, generator)), fake)
             return adversarial + 0.5 * self.weight * matching
         finally:
             for p in moving:
@@ -161,8 +166,10 @@ class Adversary:
             raise ValueError(f"discriminator must give one number a row, ({len(x)},); it gave {tuple(value.shape)}.")
         return value
 
-    def _seen(self, x: State, x_0: State, generator: torch.Generator | None) -> State:
-        return x if self.masking is None else self.masking(x, x_0, _needed(generator))
+
+def _seen(masking: Masking | None, x: State, x_0: State, generator: torch.Generator | None) -> State:
+    """What D sees of x, with shape (B, *event), among data x_0."""
+    return x if masking is None else masking(x, x_0, _needed(generator))
 
 
 def _needed(generator: torch.Generator | None) -> torch.Generator:

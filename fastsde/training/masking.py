@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from fastsde.checks import check_count, check_number
 
 CAP = 0.5
 """Largest probability of dropping a band: each is seen at least every other time."""
+SHAPES = ("patches", "square", "block", "grid")
+"""What may be masked in space."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,9 @@ class Masking:
         patch: side of a patch in pixels.
         spectrum: mean share of the bands dropped, in [0, 0.5].
         bands: number of bands; those without a frequency, in small images, do not count.
+        shape: what is masked in space: "patches"; or for comparisons one "square" or one "block" (a rectangle of an
+            aspect ratio up to 4) at a random place, of the same share of pixels, or the middle of each patch of a
+            "grid" that does not move.
 
     Raises:
         ValueError: naming the attribute out of range.
@@ -46,12 +52,15 @@ class Masking:
     patch: int = 8
     spectrum: float = 0.25
     bands: int = 64
+    shape: str = "patches"
 
     def __post_init__(self) -> None:
         check_number("space", self.space, 0.0, 1.0, ends="[)")
         check_number("spectrum", self.spectrum, 0.0, CAP)
         check_count("patch", self.patch, 1)
         check_count("bands", self.bands, 2)
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}.")
 
     def __call__(self, x: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Masked images, differentiable in x.
@@ -69,6 +78,8 @@ class Masking:
                 f"masks are for images with shape (B, C, H, W), and data of the same; got {tuple(x.shape)} and "
                 f"{tuple(data.shape)}."
             )
+        if self.space > 0 and self.patch > min(x.shape[-2:]):
+            raise ValueError(f"patch must be at most the image's side, {min(x.shape[-2:])}; got {self.patch}.")
         if self.spectrum > 0:
             band = band_of(x.shape[-2], x.shape[-1], self.bands).to(x.device)
             drop = torch.rand(len(x), self.bands, generator=generator).to(x.device)
@@ -91,17 +102,54 @@ class Masking:
     def visible(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """1 where a pixel is seen and 0 where it is masked, with shape (B, 1, H, W)."""
         n, _, height, width = x.shape
-        i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        patch = i // self.patch * -(-width // self.patch) + j // self.patch
-        sizes = patch.flatten().bincount()
-        order = torch.rand(n, len(sizes), generator=generator).argsort(1)
-        before = torch.zeros_like(order).scatter(1, order, sizes[order].cumsum(1) - sizes[order])
-        inside = i % self.patch * (width - j // self.patch * self.patch).clamp(max=self.patch) + j % self.patch
-        seen = before[:, patch] + inside >= round(self.space * height * width)
+        seen = self._order(n, height, width, generator) >= round(self.space * height * width)
+        if self.shape == "grid":
+            return seen[:, None].to(x)
         row = (torch.arange(height) + torch.randint(height, (n, 1), generator=generator)) % height
         column = (torch.arange(width) + torch.randint(width, (n, 1), generator=generator)) % width
         picked = seen[torch.arange(n)[:, None, None], row[:, :, None], column[:, None, :]]
         return picked[:, None].to(x)
+
+    def _order(self, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+        """In which order pixels would be masked, each number once an image, with shape (n, H, W)."""
+        i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        if self.shape == "patches":
+            patch = i // self.patch * -(-width // self.patch) + j // self.patch
+            sizes = patch.flatten().bincount()
+            order = torch.rand(n, len(sizes), generator=generator).argsort(1)
+            before = torch.zeros_like(order).scatter(1, order, sizes[order].cumsum(1) - sizes[order])
+            inside = i % self.patch * (width - j // self.patch * self.patch).clamp(max=self.patch) + j % self.patch
+            return before[:, patch] + inside
+        if self.shape == "grid":
+            middle = (self.patch - 1) / 2
+            distance = torch.maximum((i % self.patch - middle).abs(), (j % self.patch - middle).abs())[None]
+        else:  # from a corner, around the edges
+            stretch = 2 ** (2 * torch.rand(n, generator=generator) - 1) if self.shape == "block" else torch.ones(n)
+            down, across = torch.minimum(i, height - i), torch.minimum(j, width - j)
+            distance = torch.maximum(down * stretch[:, None, None], across / stretch[:, None, None])
+        ranks = distance.flatten(1).argsort(dim=1, stable=True).argsort(1)
+        return ranks.reshape(-1, height, width).expand(n, height, width)
+
+
+def attention_gini(critic: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The Gini coefficient of what a critic looks at: 0 if at all pixels alike, near 1 if at a single one.
+
+    The attention to a pixel is the norm of the critic's gradient there, over channels. Source: Huang et al., fig. 1,
+    which has the coefficient of the discriminator's attention.
+
+    Args:
+        critic: from (B, C, H, W) to (B,), row by row.
+        x: images with shape (B, C, H, W).
+
+    Returns:
+        With shape (B,).
+    """
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(critic(x).sum(), x)
+    size = gradient.square().sum(1).sqrt().flatten(1).sort(1).values.double()
+    n = size.shape[1]
+    weight = 2 * torch.arange(1, n + 1, dtype=torch.float64, device=size.device) - n - 1
+    return (size * weight).sum(1) / (n * size.sum(1)).clamp(min=1e-300)
 
 
 def band_of(height: int, width: int, bands: int) -> Tensor:
