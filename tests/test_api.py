@@ -230,9 +230,9 @@ def model(**options):
 
 
 REFUSED = {
-    "no shape": (never, {"sde": VP}, r"Give shape=\(n, \*event\)"),
-    "n without event shape": (never, {"sde": VP, "n": 3}, r"Give shape=\(n, \*event\)"),
-    "no n": (model(), {}, r"Give n= or shape=\(n, \*event\)"),
+    "no shape": (never, {"sde": VP}, r"give shape=\(n, \*event\)"),
+    "n without event shape": (never, {"sde": VP, "n": 3}, r"give shape=\(n, \*event\)"),
+    "no n": (model(), {}, r"give n= or shape=\(n, \*event\)"),
     "empty shape": (model(), {"shape": ()}, r"shape must be .* positive integers; got \(\)"),
     "event of another size": (model(), {"shape": (3, 4)}, r"shape \(2,\); got \(4,\) in shape=\(3, 4\)"),
     "event of another rank": (model(), {"shape": (3, 2, 2)}, r"shape \(2,\); got \(2, 2\) in shape"),
