@@ -70,7 +70,7 @@ def log_likelihood(
     max_nfe: int | None = None,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: bool = False,
 ) -> Likelihood:
     r"""Log-likelihood of data under the probability flow, with a standard error.
 

@@ -147,8 +147,9 @@ class ScoreModel:
         timestep: Callable[[Time], Tensor] | None = None,
         default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
-        if not callable(network):
-            raise TypeError(f"network must be callable as network(x, t); got {type(network).__name__}.")
+        if not callable(network) or isinstance(network, type):
+            came = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
+            raise TypeError(f"network must be callable as network(x, t); got {came}.")
         if not isinstance(sde, SDE):
             raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
         if not isinstance(prediction, str) or prediction not in _READ:
