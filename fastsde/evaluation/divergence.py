@@ -197,7 +197,7 @@ def fit_critic(
     both = torch.cat([p, q])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic = _Critic(both.mean(0), both.std(0).clamp(min=1e-6), width)
+        critic = _Critic(both.mean(0), both.std(0).clamp(min=1e-6), width).float()
     optimizer = torch.optim.AdamW(critic.parameters(), learning_rate, weight_decay=weight_decay)
     for _ in range(steps):
         rows = [torch.randint(len(x), (min(batch_size, len(p), len(q)),), generator=generator) for x in (p, q)]
