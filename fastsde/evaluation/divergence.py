@@ -140,9 +140,10 @@ class _Critic(nn.Module):
         super().__init__()
         self.register_buffer("mean", mean)
         self.register_buffer("std", std)
-        d = len(mean)
-        layers = (nn.Linear(d, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
-        self.layers = nn.Sequential(*layers)
+        sizes = ((len(mean), width), (width, width), (width, 1))
+        # In single precision whatever the default is, so that its start is the same.
+        first, second, last = (nn.Linear(a, b, dtype=torch.float32) for a, b in sizes)
+        self.layers = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
     def forward(self, x: Tensor) -> Tensor:
         """Values with shape (B,)."""
@@ -197,7 +198,7 @@ def fit_critic(
     both = torch.cat([p, q])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        critic = _Critic(both.mean(0), both.std(0).clamp(min=1e-6), width).float()
+        critic = _Critic(both.mean(0), both.std(0).clamp(min=1e-6), width)
     optimizer = torch.optim.AdamW(critic.parameters(), learning_rate, weight_decay=weight_decay)
     for _ in range(steps):
         rows = [torch.randint(len(x), (min(batch_size, len(p), len(q)),), generator=generator) for x in (p, q)]
