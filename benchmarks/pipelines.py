@@ -33,7 +33,7 @@ from common import Row, command, table, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from loop_checks import PROMPTS, agreement, built, mixed, restarted
-from tiny_pipelines import PIPELINES, drop_in
+from tiny_pipelines import PIPELINES
 
 import fastsde
 
@@ -81,7 +81,7 @@ def classes(steps: int, only: tuple[str, ...]) -> list[Row]:
                 row["restart"] = f"{restarted(name)[0]:.0e}"
             except Exception as error:  # noqa: BLE001 - it stands in the table
                 row["restart"] = f"FAILS: {type(error).__name__}: {first_sentence(error)}"
-        rows.append(row | {"drop-in": said(lambda name=name: drop_in(name, steps)), "diffusers": diffusers.__version__})
+        rows.append(row | {"diffusers": diffusers.__version__})
         print(*rows[-1].values(), sep=" | ", flush=True)
     return rows
 

@@ -512,17 +512,15 @@ def guidance(rows: list[Row]) -> list[Row]:
 @shows("pipelines")
 def pipelines(rows: list[Row]) -> list[Row]:
     """All classes."""
-    return [{key: value for key, value in row.items() if key != "diffusers"} for row in rows]
+    return [{key: value for key, value in row.items() if key not in ("diffusers", "drop-in")} for row in rows]
 
 
 @shows("pipelines")
 def pipelines_count(rows: list[Row]) -> list[Row]:
     """How many classes do what."""
-    found, words = [], {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
-    for key, shown in (("in its own loop", "`sample_pipeline`"), ("drop-in", "`FastSDEScheduler`")):
-        counts = {name: sum(row[key].startswith(word) for row in rows) for name, word in words.items()}
-        found.append({"": shown, "classes": len(rows)} | counts)
-    return found
+    words = {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
+    counts = {name: sum(row["in its own loop"].startswith(word) for row in rows) for name, word in words.items()}
+    return [{"classes": len(rows)} | counts]
 
 
 @shows("codebases")
