@@ -3,8 +3,8 @@
 A line of code is one that is neither blank, comment nor part of a docstring. A name counts if the code of the part
 uses it and the package defines it: a class, a function or a method of its own. The sources are read, not imported:
 
-    pip install --no-deps --target /tmp/others azula k-diffusion diffrax torchode
-    python benchmarks/codebases.py --others /tmp/others
+    pip install --no-deps --target others azula k-diffusion diffrax torchode
+    python benchmarks/codebases.py --others others
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ OTHERS = (
     "thesis/ddim.py",
     "thesis/annealed.py",
     "thesis/adversarial.py points",
+    "thesis/divergences.py",
     "thesis/adversarial.py images --data {images}",
 )
 

@@ -30,6 +30,7 @@ SCRIPTS = {
     "annealed_steps": "thesis/annealed.py",
     "batching": "overhead.py batching",
     "ddim": "thesis/ddim.py",
+    "divergences": "thesis/divergences.py",
     "guided_pipeline": "pipelines.py guidance",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
@@ -521,6 +522,12 @@ def pipelines_count(rows: list[Row]) -> list[Row]:
     words = {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
     counts = {name: sum(row["in its own loop"].startswith(word) for row in rows) for name, word in words.items()}
     return [{"classes": len(rows)} | counts]
+
+
+@shows("divergences")
+def divergences(rows: list[Row]) -> list[Row]:
+    """All of them, and FID first."""
+    return rows
 
 
 @shows("codebases")
