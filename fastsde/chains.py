@@ -84,6 +84,10 @@ def langevin(
     asked = resolve_samples(
         model, n=n, shape=shape, given=x_init, index=index, seed=seed, cond=cond, dtype=dtype, device=device
     )
+    if asked.dtype.itemsize < 4:
+        raise TypeError(
+            f"dtype must be torch.float32 or torch.float64 for a chain, which counts moves; got {asked.dtype}."
+        )
     if x_init is None:
         x_init = process.prior(FreshNoise(asked.seed, asked.event, asked.dtype).prior(asked.index), level)
     flat = x_init.to(asked.device, asked.dtype).flatten(1)

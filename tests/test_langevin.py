@@ -126,8 +126,25 @@ def test_conditioning_calls_and_failures_of_rows():
     )
     assert r.status.tolist() == [1, fastsde.Status.NON_FINITE, 1]
     assert all((t == 0.5).all() for _, t, _ in network.calls)
-    refused = fastsde.langevin(model, kernel=MALA(0.1), steps=3, t=0.5, n=1, cond={"label": torch.ones(1)})
-    assert refused.status.tolist() == [fastsde.Status.NON_FINITE] or refused.accepted.tolist() == [0]
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["integral", "density"])
+def test_a_score_that_is_no_number_ends_the_sample_and_a_density_of_zero_refuses_the_move(known):
+    def log_density(x, t):  # N(0, 1) above 0, and nothing below
+        return torch.where(x[:, 0] > 0, -0.5 * x.square().sum(1), -math.inf)
+
+    network = Recorder(lambda x, t: torch.where(x > 0, -x, math.nan))
+    model = ScoreModel(network, VP, event_shape=(1,))
+    start = torch.tensor([[1.0], [-1.0], [0.5]], dtype=torch.float64)
+    kernel = MALA(0.5, log_density=log_density if known else None)
+    r = fastsde.langevin(model, kernel=kernel, steps=40, t=0.5, x_init=start, batch_size=2, seed=3)
+    assert r.status[1] == fastsde.Status.NON_FINITE  # its own score
+    if known:
+        assert r.status.tolist() == [1, fastsde.Status.NON_FINITE, 1]
+        assert (r.samples[[0, 2]] > 0).all()
+        assert (r.rejected[[0, 2]] > 0).all()
+    else:  # a path that leaves the support has no integral
+        assert (r.status == fastsde.Status.NON_FINITE).all()
 
 
 @pytest.mark.long
@@ -149,7 +166,7 @@ def test_correctors_leave_the_law_alone(corrector):
         ({"kernel": fastsde.Langevin()}, r"kernel must be fastsde.LangevinDynamics\(..\) or fastsde.MALA"),
         ({"steps": 0}, "steps must be an integer of at least 1"),
         ({"t": 2.0}, "t must be in"),
-        ({"n": None}, "n="),
+        ({"n": None}, "number and shape of the samples are missing"),
         ({"x_init": torch.full((2, 2), math.nan)}, "x_init holds NaN"),
         ({"max_nfe": 0}, "max_nfe must be an integer"),
     ],

@@ -67,11 +67,7 @@ def relativistic(
         ValueError, TypeError: naming the argument, what came and what is allowed.
     """
     for name, values in (("real", real), ("fake", fake)):
-        check_tensor(name, values)
-        if values.ndim != 1 or len(values) < 2 or not values.is_floating_point():
-            raise ValueError(f"{name} must be floats with shape (n,), n at least 2; got {tuple(values.shape)}.")
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} holds NaN or infinity.")
+        _check_floats(name, values, "(n,)", least=2)
     for name, value, allowed in (
         ("f", f, tuple(FUNCTIONS)),
         ("kind", kind, KINDS),
@@ -92,6 +88,16 @@ def relativistic(
         )
     found = _value(real, fake, FUNCTIONS[f], kind, everyone=estimator == "mvue")
     return found + _correction(real, fake, kind) if estimator == "unbiased" else found
+
+
+def _check_floats(name: str, x: object, shape: str, least: int) -> None:
+    """Refuses, with a TypeError or ValueError, what is no tensor of finite floats of that shape, n at least `least`."""
+    check_tensor(name, x)
+    assert isinstance(x, Tensor)  # for the types
+    if x.ndim != len(shape.strip("(,)").split(",")) or len(x) < least or not x.is_floating_point():
+        raise ValueError(f"{name} must be floats with shape {shape}, n at least {least}; got {tuple(x.shape)}.")
+    if not torch.isfinite(x).all():
+        raise ValueError(f"{name} holds NaN or infinity.")
 
 
 def _value(real: Tensor, fake: Tensor, f: Callable[[Tensor], Tensor], kind: str, *, everyone: bool) -> Tensor:
@@ -180,11 +186,7 @@ def fit_critic(
         ValueError, TypeError: naming the argument.
     """
     for name, x in (("features_p", features_p), ("features_q", features_q)):
-        check_tensor(name, x)
-        if x.ndim != 2 or len(x) < 20 or not x.is_floating_point():
-            raise ValueError(f"{name} must be floats with shape (n, d), n at least 20; got {tuple(x.shape)}.")
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{name} holds NaN or infinity.")
+        _check_floats(name, x, "(n, d)", least=20)
     if features_p.shape[1] != features_q.shape[1]:
         raise ValueError(f"features must be as wide; got {features_p.shape[1]} and {features_q.shape[1]}.")
     relativistic(torch.zeros(2), torch.zeros(2), f, kind)  # refuses unknown names

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like, row_norm
+from fastsde.batching import all_finite, expand_like, row_norm
 from fastsde.checks import check_flags, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -95,8 +95,8 @@ class LangevinDynamics(Corrector):
 
         x <- x + lam_k score(x, t) + sqrt(2 lam_k) z,    lam_k = step_size (k + 1)^-decay
 
-    On N(0, 1) the chain has variance 2 / (2 - lam): right as lam falls to 0. With decay in (1/2, 1] the steps sum to
-    infinity and their squares do not (thesis sec. 2.2 prints the two the other way round), and the law at the end is
+    On N(0, 1) the chain has variance 2 / (2 - lam): right as lam falls to 0. With decay in (1/2, 1] the sum of the steps
+    is infinite and that of their squares is finite (thesis eq. 2.3 prints 0 and infinity), and the law at the end is
     right in the limit. Source: Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML
     2011; thesis eqs. 2.2 and 2.3.
 
@@ -172,7 +172,10 @@ class MALA(LangevinDynamics):
     def move(
         self, score: Callable[[State], State], x: State, at_x: State, t: Time, lam: Coef, z: State, u: Coef
     ) -> tuple[State, State, Mask]:
-        """One move of rows whose score is known, with `u` uniform on (0, 1): states, scores, and who has moved."""
+        """One move of rows whose score is known, with `u` uniform on (0, 1): states, scores, and who has moved.
+
+        A proposal of density 0 is refused. A row becomes NaN where its own score, or the integral, is not a number.
+        """
         after = moved(x, at_x, lam, z)
         step, at_after = after - x, score(after)
         if self.log_density is None:
@@ -183,8 +186,11 @@ class MALA(LangevinDynamics):
         scale = expand_like(lam, x)
         there, back = ((v.flatten(1).double() ** 2).sum(1) for v in (step - scale * at_x, -step - scale * at_after))
         taken = u.log() <= gain + (there - back) / (4 * lam).clamp(min=1e-300)  # false for NaN; true where lam is 0
+        # Where lam is 0 the score after the move is that of the row itself.
+        lost = gain.isnan() | ~all_finite(at_x) | ((lam == 0) & ~all_finite(at_after))
         rows = expand_like(taken, x)
-        return torch.where(rows, after, x), torch.where(rows, at_after, at_x), taken
+        x = torch.where(rows, after, x).masked_fill(expand_like(lost, x), torch.nan)
+        return x, torch.where(rows, at_after, at_x), taken
 
     def correct(
         self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
