@@ -259,7 +259,8 @@ class _Host(ScoreModel):
             seed=self._seed(seed, needed=noise_sampler is None and stochastic),
             cond={"row": items},
         )
-        samples = dataclasses.replace(samples, start=self.x * self.scale)
+        x = self.x * self.scale
+        samples = dataclasses.replace(samples, start=x)
         if noise_sampler is not None and stochastic:
             noise = _HostNoise(noise_sampler, self.level_at, samples.event, samples.dtype)
             samples = dataclasses.replace(samples, noise=noise, index=items)
@@ -267,7 +268,6 @@ class _Host(ScoreModel):
         times = list(dict.fromkeys(min(v, self.sde.t_max) for v in levels if v > 0))
         self.start = times[0] if levels[0] == self.levels[0] else math.inf
         self.told = len(times) if denoise else len(times) - 1
-        x = self.x * self.scale
         with tqdm(total=len(times), disable=disable) as self.bar:
             if len(times) == 1:
                 with torch.no_grad():

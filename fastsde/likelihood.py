@@ -15,7 +15,7 @@ from fastsde.control import Controller
 from fastsde.engine import Engine
 from fastsde.job import Options, Samples, make_job
 from fastsde.noise import FreshNoise, StepNoise
-from fastsde.result import Interrupted, Status
+from fastsde.result import Interrupted, SampleResult, Status
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Solver, Step
@@ -151,30 +151,34 @@ def log_likelihood(
     solver = Forward(_Density(tableau, event, columns, exact, gaussian))
     options = Options(batch_size, max_nfe, progress=progress)
     job = make_job(model, process, solver, controller.reversed(), (t_end, t_start), samples, options)
-    stopped = None
-    try:
-        result = Engine(job).run()
-    except Interrupted as interruption:
-        result, stopped = interruption.result, interruption
-    y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
     rho, log_alpha = float(noise_level(process, ends)[1]), float(process.log_alpha(ends)[0])
-    prior = -0.5 * (y / rho).square().sum(1) - d * (math.log(rho) + 0.5 * math.log(2 * math.pi))
-    status = result.status.reshape(n, draws)
-    log_prob = (prior[:, None] + d * (gained - log_alpha)).reshape(n, draws, columns)
+
+    def told(result: SampleResult) -> Likelihood:
+        y, gained = result.samples[:, :d].double(), result.samples[:, d:].double()
+        prior = -0.5 * (y / rho).square().sum(1) - d * (math.log(rho) + 0.5 * math.log(2 * math.pi))
+        log_prob = (prior[:, None] + d * (gained - log_alpha)).reshape(n, draws, columns)
+        return _averaged(result, log_prob, d, bin_width, certain=exact and bin_width is None)
+
+    try:
+        return told(Engine(job).run())
+    except Interrupted as interruption:
+        raise Interrupted(told(interruption.result)) from None
+
+
+def _averaged(result: SampleResult, log_prob: Tensor, d: int, bin_width: float | None, *, certain: bool) -> Likelihood:
+    """The likelihoods from estimates of log p with shape (n, draws, columns) in d dimensions; `certain` if exact."""
+    status = result.status.reshape(log_prob.shape[:2])
     log_prob = log_prob.masked_fill((status != Status.SUCCESS).any(1)[:, None, None], torch.nan)
     average, bits = log_prob.mean((1, 2)), d * math.log(2)
     pending = (status == Status.PENDING).any(1)
-    likelihood = Likelihood(
+    return Likelihood(
         average,
         -average / bits - (0.0 if bin_width is None else math.log2(bin_width)),
-        _standard_error(log_prob, certain=exact and bin_width is None) / bits,
-        result.nfe.reshape(n, draws).sum(1),
+        _standard_error(log_prob, certain=certain) / bits,
+        result.nfe.reshape(status.shape).sum(1),
         status.max(1).values.masked_fill(pending, int(Status.PENDING)),
         result.seconds,
     )
-    if stopped is not None:
-        raise Interrupted(likelihood) from None
-    return likelihood
 
 
 def _standard_error(log_prob: Tensor, *, certain: bool) -> Tensor:

@@ -95,10 +95,10 @@ class LangevinDynamics(Corrector):
 
         x <- x + lam_k score(x, t) + sqrt(2 lam_k) z,    lam_k = step_size (k + 1)^-decay
 
-    On N(0, 1) the chain has variance 2 / (2 - lam): right as lam falls to 0. With decay in (1/2, 1] the sum of the steps
-    is infinite and that of their squares is finite (thesis eq. 2.3 prints 0 and infinity), and the law at the end is
-    right in the limit. Source: Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML
-    2011; thesis eqs. 2.2 and 2.3.
+    On N(0, 1) the chain has variance 2 / (2 - lam): right as lam falls to 0. With decay in (1/2, 1] the steps have an
+    infinite sum and their squares a finite one (thesis eq. 2.3 prints 0 and infinity), and the law at the end is right
+    in the limit. Source: Welling and Teh, "Bayesian learning via stochastic gradient Langevin dynamics", ICML 2011;
+    thesis eqs. 2.2 and 2.3.
 
     Args:
         step_size: lam of the first step, positive, in units of x^2; of sigma_t^2 if `relative`.
