@@ -100,7 +100,7 @@ def test_the_law_of_a_mixture_with_the_density_and_with_the_integral_of_the_scor
     for kernel in (MALA(0.1, log_density=model.log_density), MALA(0.1)):
         r = chain(kernel, 30, model, **options)
         # A chain that starts in its law stays there: Kolmogorov's distance of two samples of 20,000 is above 0.0195 in
-        # one case of a thousand. Measured 0.0146 and 0.0141; 0.042 by the trapezoidal rule.
+        # one case of a thousand. Measured 0.0146 and 0.0141.
         assert stats.ks_2samp(r.samples[:, 0].numpy(), exact[:, 0].numpy()).statistic < 0.0195
     # Without acceptance the modes are too wide: 0.032.
     wide = chain(LangevinDynamics(0.1), 30, model, **options).samples
