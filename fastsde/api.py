@@ -48,6 +48,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     trajectory: bool | Iterable[float] | Tensor = False,
+    differentiable: bool = False,
     progress: bool = False,
     callback: Callable[[EngineState], None] | None = None,
 ) -> SampleResult:
@@ -83,7 +84,7 @@ def sample(
         index: draw the samples with these numbers, instead of 0 .. n - 1.
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n: one row for each sample.
-        x_init: start states with shape (n, *event), instead of draws from the prior. No gradient goes through sampling.
+        x_init: start states with shape (n, *event), instead of draws from the prior.
         x_data: data to edit, with shape (n, *event). Sampling starts at alpha x_data + sigma z, with the sample's own
             noise z. `strength`, `t_start` or a `Grid` says at which time.
         strength: in (0, 1], with x_data or x_init: sampling starts at the time t_min + strength (t_max - t_min), as in
@@ -96,6 +97,10 @@ def sample(
         device: by default that of `x_init` or of the network.
         trajectory: True to keep every accepted state of every sample, in `.trajectory` of the result. Or the times to
             keep: adaptive solvers step on them exactly, and a grid must contain them.
+        differentiable: True to let gradients go through sampling, from the samples to `x_init`, `x_data`, `cond` and
+            the network's parameters. For steps on one fixed grid. The noise of a solver is a constant. The network is
+            called again in the backward pass, one step at a time. So memory is that of one step and of the states; the
+            calls of the backward pass are not in `.nfe`. The trajectory carries no gradient.
         progress: show a bar over finished samples, with their mean NFE.
         callback: called with an `EngineState` after every turn of the engine.
 
@@ -114,9 +119,10 @@ def sample(
             network is read in a wrong way.
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
+    check_flags(denoise=denoise, differentiable=differentiable)
     for given, name in ((x_init, "x_init"), (x_data, "x_data")):
         if given is not None:
-            check_states(name, given)
+            check_states(name, given, gradient=differentiable)
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
     if x_init is not None and x_data is not None:
@@ -137,7 +143,6 @@ def sample(
         device=device,
     )
     solver = ExponentialPC() if solver is None else solver
-    check_flags(denoise=denoise)
     process = started(process, given, strength, t_start, controller)
     steps = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
     solver.check_model(model)
@@ -146,12 +151,18 @@ def sample(
         check_start(process, span[0])
     if x_data is not None:
         samples = dataclasses.replace(samples, start=_edited(process, x_data, span[0], samples))
-    options = Options(batch_size, max_nfe, trajectory, progress, callback)
+    options = Options(batch_size, max_nfe, trajectory, progress, callback, differentiable)
     job = make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
-    if seed is None:
+    if seed is None and not differentiable:  # optimisation draws the same samples again, of changed inputs
         numbers, asked = tuple(samples.index.tolist()), (samples.event, process.t_max, repr(solver), rtol, atol, nfe)
         _warn_of_repetition(model.network, (numbers, *asked, id(controller), id(given)))
     result = Engine(job).run()
+    if differentiable and torch.is_grad_enabled() and not result.samples.requires_grad:
+        warn(
+            "differentiable=True, but the samples carry no gradient: nothing that they depend on requires one (x_init, "
+            "x_data, cond, parameters of the network).",
+            UserWarning,
+        )
     return _with_range(result, model) if denoise else result
 
 

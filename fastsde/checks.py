@@ -97,8 +97,11 @@ def check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} must be an ordinary dense tensor; got one of kind {kind}.")
 
 
-def check_states(name: str, value: object) -> None:
-    """Refuses, with a TypeError or ValueError, what cannot be states with shape (n, *event)."""
+def check_states(name: str, value: object, *, gradient: bool = False) -> None:
+    """Refuses, with a TypeError or ValueError, what cannot be states with shape (n, *event).
+
+    A state that requires a gradient is refused where none goes through what follows: unless `gradient` is set.
+    """
     check_tensor(name, value)
     assert isinstance(value, Tensor)  # for the types
     if not value.is_floating_point():
@@ -108,9 +111,10 @@ def check_states(name: str, value: object) -> None:
     wide = value.float() if value.itemsize == 1 else value  # such floats have no arithmetic
     if not torch.isfinite(wide).all():
         raise ValueError(f"{name} holds NaN or infinity.")
-    if value.requires_grad and torch.is_grad_enabled():
+    if value.requires_grad and torch.is_grad_enabled() and not gradient:
         raise ValueError(
-            f"{name} requires a gradient, but none goes through sampling; give {name}.detach(), or call under no_grad."
+            f"{name} requires a gradient, but none goes through here; give {name}.detach(), or call under no_grad. "
+            "Through sample(..., differentiable=True) one goes."
         )
 
 

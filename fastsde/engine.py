@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import enum
 import time
+from collections.abc import Callable
+from functools import partial
 from itertools import islice
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
@@ -22,7 +26,9 @@ from fastsde.job import EngineState, Job
 from fastsde.noise import StepNoise
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import BoundModel
-from fastsde.types import Carry
+from fastsde.types import Carry, State, Time
+
+_T = TypeVar("_T")
 
 
 class _Row(enum.IntEnum):
@@ -77,7 +83,8 @@ class Engine:
             Interrupted: at Ctrl-C; it carries what is finished.
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
-        with torch.no_grad(), self.job.model.sampling():
+        recorded = self.job.differentiable and torch.is_grad_enabled()
+        with torch.set_grad_enabled(recorded), self.job.model.sampling():
             return self._run()
 
     def _run(self) -> SampleResult:
@@ -165,11 +172,13 @@ class Engine:
             self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = BoundModel(job.model, rows["cond"], active, row["nfe"])
-        if job.plan is None:
-            step = job.solver.step(model, job.sde, x, t, s, noise, rows["solver"])
+        plan = None if job.plan is None else job.plan.rows(job.controller.plan_row(control))
+
+        if plan is None:
+            solver_step = partial(job.solver.step, model, job.sde, x, t, s, noise, rows["solver"])
         else:
-            plan = job.plan.rows(job.controller.plan_row(control))
-            step = job.solver.planned_step(model, job.sde, x, t, s, noise, rows["solver"], plan)
+            solver_step = partial(job.solver.planned_step, model, job.sde, x, t, s, noise, rows["solver"], plan)
+        step = self._again_in_backward(solver_step)
         proposal = step.x if job.model.edit is None else step.x + job.model.edit
         decision = job.controller.update(t, s, t_end, step.error, step.scale, control)
 
@@ -191,6 +200,20 @@ class Engine:
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
         return (row["status"] > _Row.ACTIVE) | (row["status"] == _Row.RESTART)
+
+    def _again_in_backward(self, evaluate: Callable[[], _T]) -> _T:
+        """What `evaluate` returns; in a run with gradients it is evaluated again for the backward pass.
+
+        So such a run keeps the state of each step, rather than all that the network computes in it.
+        """
+        if not torch.is_grad_enabled():
+            return evaluate()
+
+        def in_same_mode() -> _T:
+            with self.job.model.sampling():  # by then the run has given the network its own mode back
+                return evaluate()
+
+        return checkpoint(in_same_mode, use_reentrant=False)
 
     def _pool_ended(self) -> None:
         """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
@@ -281,7 +304,7 @@ class Engine:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             if denoise:
                 model = BoundModel(self.job.model, cond, row["status"] != Status.NON_FINITE, row["nfe"])
-                row["x"] = model(row["x"], row["t"]).x_0
+                row["x"] = self._again_in_backward(partial(_denoised, model, row["x"], row["t"]))
                 row["nfe"] = model.nfe
             else:
                 raw = row["status"] == Status.SUCCESS
@@ -316,3 +339,7 @@ class Engine:
             seconds,
             None if job.recorder is None else job.recorder.paths(),
         )
+
+
+def _denoised(model: BoundModel, x_t: State, t: Time) -> State:
+    return model(x_t, t).x_0

@@ -84,6 +84,7 @@ class Options:
     trajectory: bool | Iterable[float] | Tensor = False
     progress: bool = False
     callback: Callable[[EngineState], None] | None = None
+    differentiable: bool = False
     saved_by: str = "trajectory"
 
 
@@ -98,6 +99,7 @@ class Job:
         plan: coefficients of the steps of all grids of the controller, one after another, and of one step more, for
             rows that have ended; None if steps are not known beforehand.
         recorder: keeps the states on the way, if anyone wants them.
+        differentiable: whether gradients go through the samples, where torch records them.
     """
 
     model: ScoreModel
@@ -119,6 +121,7 @@ class Job:
     plan: Plan | None = None
     recorder: Recorder | None = None
     finished: Callable[[Tensor, Tensor, Tensor], None] | None = None
+    differentiable: bool = False
 
 
 def make_job(
@@ -150,6 +153,11 @@ def make_job(
     batch = 64 if options.batch_size is None else check_count("batch_size", options.batch_size, 1)
     controller, saved = _stopping(controller, options, sign, span)
     grids = controller.all_grids()
+    if options.differentiable and len(grids) != 1:
+        raise ValueError(
+            f"differentiable=True needs one fixed grid of steps, such as nfe=12 or steps of a solver; {controller!r} "
+            "chooses steps by errors."
+        )
     solver.check(sde, grids[0].times if grids else None)
     least, each = fewest_calls(model, solver, denoise), model.calls * solver.calls_per_step
     # Of a sample that walks one grid after the other, at the end of each.
@@ -181,6 +189,7 @@ def make_job(
         plan=_planned(solver, sde, controller, device, samples.dtype),
         recorder=None if saved is None else Recorder(count, saved or None, sign=sign),
         finished=samples.finished,
+        differentiable=options.differentiable,
     )
 
 

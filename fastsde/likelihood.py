@@ -227,12 +227,7 @@ class _Density(Solver):
             with torch.enable_grad():
                 y = packed[:, : -self.columns].detach().requires_grad_()
                 x = (expand_like(sde.alpha(at), y) * y).reshape(-1, *self.event)
-                prediction = model(x, at)
-                if not prediction.out.requires_grad:
-                    raise ValueError(
-                        "the network's output must be differentiable in x: no no_grad, detach or constant."
-                    )
-                eps = prediction.epsilon.reshape(len(y), -1)
+                eps = model(x, at).epsilon.reshape(len(y), -1)
             divergence = [self._divergence(eps, y, v) for v in vectors]
             per_dim = torch.stack(divergence, 1)
             if self.exact:

@@ -409,6 +409,11 @@ class BoundModel:
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""
         prediction = self.model(x_t, t, self.cond)
+        if x_t.requires_grad and torch.is_grad_enabled() and not prediction.out.requires_grad:
+            raise ValueError(
+                f"{self.model.role} must be differentiable in x, and its output carries no gradient: no no_grad, no "
+                "detach, no constant, and no wrapper that takes gradients itself, such as DPS."
+            )
         self._count(t)
         return prediction
 

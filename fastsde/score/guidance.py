@@ -172,12 +172,13 @@ class ClassifierGuidance(Wrapper):
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         own = {key: (cond or {})[key] for key in self.own_cond}
+        recorded = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+            x = x_t if recorded and x_t.requires_grad else x_t.detach().requires_grad_()
             log_prob = self.log_prob(x, t, **own)
             if log_prob.shape != t.shape:
                 raise ValueError(f"log_prob must return shape {tuple(t.shape)}; it returned {tuple(log_prob.shape)}.")
-            (gradient,) = torch.autograd.grad(log_prob.sum(), x)
+            (gradient,) = torch.autograd.grad(log_prob.sum(), x, create_graph=recorded)
         eps = self.model(x_t, t, self.inner_cond(cond)).epsilon
         return eps - expand_like(self.scale * self.sde.sigma(t), eps) * gradient
 

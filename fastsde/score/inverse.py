@@ -107,8 +107,9 @@ class _Likelihood(_Measured):
         raise NotImplementedError
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
+        recorded = torch.is_grad_enabled()
         with torch.enable_grad():
-            x = x_t.detach().requires_grad_()
+            x = x_t if recorded and x_t.requires_grad else x_t.detach().requires_grad_()
             prediction = self.model(x, t, self.inner_cond(cond))
             x_0 = prediction.x_0
         if not prediction.out.requires_grad:
@@ -116,9 +117,9 @@ class _Likelihood(_Measured):
         gain = expand_like(prediction.sigma**2 / prediction.alpha, x_t)
 
         def spread(v: Tensor) -> Tensor:
-            return gain * torch.autograd.grad(x_0, x, v, retain_graph=True)[0]
+            return gain * torch.autograd.grad(x_0, x, v, retain_graph=True, create_graph=recorded)[0]
 
-        x_0_hat = x_0.detach()
+        x_0_hat = x_0 if recorded else x_0.detach()
         return x_0_hat + spread(self.operator.adjoint(self.whiten(self.residual(x_0_hat, cond), t, spread)))
 
 
