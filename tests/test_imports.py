@@ -31,6 +31,7 @@ LEVELS = {
     "fitting": 8,
     "integration": 8,
     "chains": 8,
+    "latent": 8,
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,
