@@ -258,7 +258,8 @@ class LatentFlow:
             x = torch.full((len(numbers), *self.event_shape), torch.nan, dtype=self.dtype, device=self.device)
             with torch.no_grad():
                 for rows in (r.status == Status.SUCCESS).nonzero().flatten().split(self.batch_size):
-                    x[rows] = self._generate(r.samples[rows]).to(self.dtype)
+                    if len(rows):
+                        x[rows] = self._generate(r.samples[rows]).to(self.dtype)
         finite = torch.isfinite(x.flatten(1)).all(1)
         status = r.status.masked_fill((r.status == Status.SUCCESS) & ~finite, int(Status.NON_FINITE))
         return LatentResult(
