@@ -25,7 +25,7 @@ from tqdm import tqdm
 from fastsde.api import sample
 from fastsde.arguments import as_model, resolve_samples, warn
 from fastsde.batching import select_rows
-from fastsde.checks import check_count, check_kind, check_number
+from fastsde.checks import check_count, check_flags, check_kind, check_number
 from fastsde.control import Grid
 from fastsde.files import ArrayFile, json_hash, write_whole
 from fastsde.job import Samples, noise_of
@@ -48,6 +48,9 @@ _SCOUTS = 8
 """Pilots on which the grids are compared first, at most; a quarter of them all."""
 _GRIDS = 20
 """How many grids there are, about."""
+_GUESSED_AT, _AGREE, _LARGEST_GUESS = -2.0, 0.5, 1 << 18
+"""Where the mean of the data is looked for beside t_max, in half the log-SNR for data of variance 1; the share of the
+data's variance up to which predictions there agree; and the elements of a sample up to which it is kept."""
 FEWEST = 6
 """Pilots at least."""
 _FEW, _MOST = 16, 64
@@ -84,6 +87,7 @@ def fit(
     pilots: int | None = None,
     times: Sequence[float] | None = None,
     history: int = 4,
+    guess: bool = True,
     seed: int = 0,
     batch_size: int = 64,
     device: torch.device | str | None = None,
@@ -98,9 +102,12 @@ def fit(
     A few pilot samples are solved accurately. Call their solutions x*. Then the times and weights of a `FittedSolver`
     are chosen such that its samples x, from the same start and with few calls, are close to x*:
 
-    1. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
+    1. In pure noise the best prediction is the mean of the data, whatever the noise. If the network's predictions at
+       t_max, or at a little less noise, agree over the pilots, their mean is the `guess` of `FittedSolver`: it takes
+       the place of the first call.
+    2. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
        equal steps in t, Karras's grid, the default. The best one is the start.
-    2. Gauss-Newton steps on levels, step weights and output weights together reduce
+    3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
            sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 25)^2,
            v = (Var x / Var x* - 1) / 2,
@@ -131,6 +138,7 @@ def fit(
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
         history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
             `ExponentialPC`.
+        guess: False to call the network at t_max, too. With a guess the solver is for one shape of samples.
         seed: of the pilot samples. They differ from the samples that `sample` draws by default.
         batch_size: rows evaluated at a time.
         device: as for `sample`.
@@ -151,6 +159,7 @@ def fit(
     if history > 8 or (given is not None and history == 0):
         raise ValueError(f"history must be from 0 to 8, and at least 1 if times are given; got {history}.")
     eta = check_number("eta", eta, 0.0, 5.0)
+    check_flags(guess=guess)
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
         raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
@@ -158,8 +167,10 @@ def fit(
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
     teacher = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
-    count = _pilots_for(price, wanted[0], teacher) if pilots is None else check_count("pilots", pilots, FEWEST)
-    least = count * teacher + _least(wanted[0], count, history, moving=given is None)
+    guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
+    levels, before = wanted[0] + guess, teacher + 2 * guess
+    count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
+    least = count * before + _least(levels, count, history, moving=given is None)
     if calls is not None and calls < least * model.calls:
         raise ValueError(
             f"calls must be at least {least * model.calls:,} for {wanted[0]} evaluations a sample and {count} pilot "
@@ -169,7 +180,14 @@ def fit(
     numbers = torch.arange((1 << 32) - count, 1 << 32)
     samples = resolve_samples(model, shape=(count, *event), index=numbers, seed=seed, cond=cond, device=device)
     settings = {
-        "asked": {"evaluations": list(wanted), "rtol": rtol, "eta": eta, "calls": calls, "history": history},
+        "asked": {
+            "evaluations": list(wanted),
+            "rtol": rtol,
+            "eta": eta,
+            "calls": calls,
+            "history": history,
+            "guess": guess,
+        },
         "times": None if given is None else given.times.tolist(),
         "pilots": count,
         "seed": samples.seed,
@@ -185,12 +203,14 @@ def fit(
         return found
     pilot = _Pilot(model, process, samples, eta, check_count("batch_size", batch_size, 1), given, history, teacher)
     if calls is None:
-        price = max(price, float(count * teacher + _cost(wanted[0], count, history, moving=given is None)))
+        price = max(price, float(count * before + _cost(levels, count, history, moving=given is None)))
     total = round(price * model.calls)
     with tqdm(total=total, desc=f"fit, {count} pilots", unit="call", disable=not progress) as bar:
         pilot.bar = bar
         with torch.no_grad(), model.sampling():
             pilot.solve(kept)
+            if guess:
+                pilot.agree()
             fitted = _search(pilot, wanted, rtol, price * model.calls, calls is not None, settings, kept)
         bar.total = pilot.cost
         bar.refresh()
@@ -345,7 +365,7 @@ class _Pilot:
         self.held = torch.zeros(count, dtype=torch.bool)
         self.held[order[:held]] = True
         self.scouts = order[held : held + _scouts(count)].sort().values
-        self.cost, self.bar = 0, tqdm(disable=True)
+        self.cost, self.bar, self.guess = 0, tqdm(disable=True), tuple[float, ...]()
         self.noise = noise_of(samples, ExponentialPC(eta=eta), sde, (sde.t_min, sde.t_max))
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
@@ -383,6 +403,30 @@ class _Pilot:
         centred = (self.target - self.target.mean(0)).double()
         self.variance = max(float(centred.square().mean()), 1e-12)
         self.floor = self.variance / 625  # of a squared error: a 25th of the samples' size
+
+    def agree(self) -> None:
+        """Looks for the mean of the data in the network's predictions in noise, and keeps it if they agree."""
+        rows = torch.arange(self.count)
+        mean, noise = self.target.mean(0), self.start / self.sde.prior_std
+        lams = [self.lams[0], max(self.lams[0], _GUESSED_AT - 0.5 * math.log(self.variance))]
+        best, found = _AGREE * self.variance, None
+        times = self.sde.t_of_log_snr(2 * torch.tensor(lams, dtype=torch.float64))
+        times[0] = self.sde.t_max
+        for t in times.tolist():
+            time = torch.full((self.count,), t, dtype=torch.float64, device=self.device)
+            x = self.sde.marginal(mean.expand_as(noise), time, noise)
+            predicted = []
+            for part in self.chunks(rows.to(self.device)):
+                active = torch.ones(len(part), dtype=torch.bool, device=self.device)
+                model = BoundModel(self.model, select_rows(part, self.samples.cond), active)
+                predicted.append(model(x[part], time[part]).x_0)
+                self.paid(int(model.nfe.sum()))
+            d = torch.cat(predicted).double()
+            spread = float((d - d.mean(0)).square().mean())
+            if spread < best:
+                best, found = spread, d.mean(0)
+        if found is not None:
+            self.guess = tuple(round(v, 6) for v in found.flatten().tolist())
 
     def _fine(self, steps: int) -> Grid:
         """The default's grid, and on to t_min in equal steps of the log-SNR where it ends before."""
@@ -446,10 +490,13 @@ class _Pilot:
         active = torch.ones(len(rows), dtype=torch.bool, device=self.device)
         model = BoundModel(self.model, select_rows(rows.to(self.device), self.samples.cond), active)
         normals = self.normals(times, rows.to(self.device))
+        states = []
         if state is None:
             x = self.start[rows.to(self.device)]
             state = {"x": x, **solver.init(x)}
-        states = []
+            if solver.guesses:  # its first level is the start
+                first = 1
+                states.append(state)
         for k in range(first, len(times)):
             c = plan.rows(torch.full((len(rows),), k)).map(lambda value: value.to(self.device))
             ahead = solver.predict(state["x"], c, state, normals[k])
@@ -466,7 +513,13 @@ class _Pilot:
         states = [self.walk(solver, part) for part in self.chunks(rows)]
         return _Walked(solver, torch.cat([chain[-1]["x_0"] for chain in states]), states)
 
-    def solver(self, lams: Sequence[float], weights: tuple[Row, ...] | None, output: Sequence[float]) -> FittedSolver:
+    def solver(
+        self,
+        lams: Sequence[float],
+        weights: tuple[Row, ...] | None,
+        output: Sequence[float],
+        guess: tuple[float, ...] = (),
+    ) -> FittedSolver:
         """With given levels in half the log-SNR, the first of which is that of t_max; standard weights if None."""
         log_snr = 2 * torch.tensor(list(lams), dtype=torch.float64)
         times = self.sde.t_of_log_snr(log_snr).clamp(self.sde.t_min, self.sde.t_max)
@@ -486,6 +539,7 @@ class _Pilot:
             log_snr=tuple(self.sde.log_snr(times).tolist()),
             weights=weights,
             output=tuple(output),
+            guess=guess,
         )
 
     def own_times(self, levels: int) -> Tensor:
@@ -500,8 +554,18 @@ class _Pilot:
         log_snr = tuple(self.sde.log_snr(times).tolist())
         return self.walked(FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr))
 
+    def starts(self, calls: int) -> dict[str, FittedSolver]:
+        """Where a fit may start, by name: those of `grids`, with the guess for its first call if there is one."""
+        found = {name: self.solver(lams, None, (1.0,)) for name, lams in self.grids(calls).items()}
+        if self.guess:
+            # The default and Karras's grid begin where noise is all there is; the others are better without that call.
+            found = {name: solver for name, solver in found.items() if name.startswith(("default", "Karras"))}
+            for name, lams in self.grids(calls + 1).items():
+                found[f"{name}, with a guess"] = self.solver(lams, None, (1.0,), self.guess)
+        return found
+
     def grids(self, levels: int) -> dict[str, list[float]]:
-        """Levels in half the log-SNR, by name: where a fit may start."""
+        """Levels in half the log-SNR, by name."""
         low, high = self.lams
         # Where data of this size are decided.
         middle = -0.5 * math.log(self.variance)
@@ -535,8 +599,7 @@ class _Fit:
 
     def __init__(self, pilot: _Pilot, levels: int, default: _Walked, until: float, kept: _Kept | None) -> None:
         self.pilot, self.levels, self.default, self.until, self.kept = pilot, levels, default, until, kept
-        self.numbers = _numbers(levels, pilot.history, moving=pilot.given is None)
-        self.path = list[dict[str, float]]()
+        self.path, self.last = list[dict[str, float]](), 0
 
     def run(self) -> _Fit:
         """Finds the best start, steps from there, and leaves in `best` what is best on the held-out pilots."""
@@ -548,7 +611,7 @@ class _Fit:
             now, self.name = pilot.walked(resumed), "resumed"
             value, mu = pilot.objective(now.x), _DAMPING
         best, held = now, float(pilot.held_errors(now.x).mean())
-        last = 0
+        last = self.last
         for turn in range(_ITERATIONS):
             self.path.append({"cost": pilot.cost, "error": pilot.relative(now.x)})
             if pilot.cost + last > self.until:
@@ -572,8 +635,7 @@ class _Fit:
     def _start(self) -> tuple[_Walked, float, float]:
         """The best grid after a step from it: of all on a few pilots, of the best few on all pilots."""
         pilot = self.pilot
-        solvers = {name: pilot.solver(lams, None, (1.0,)) for name, lams in pilot.grids(self.levels).items()}
-
+        solvers = pilot.starts(self.levels)
         first = {
             name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
             for name, solver in solvers.items()
@@ -587,6 +649,7 @@ class _Fit:
             value = pilot.objective(walked.x)
             stepped = self._step(walked, value, _DAMPING) if math.isfinite(value) else None
             found.append((name, *(stepped or (walked, value, _DAMPING))))
+            self.last = pilot.cost - before
         self.name, walked, value, mu = min(found, key=lambda entry: entry[2])
         if not math.isfinite(value):
             raise RuntimeError("pilot samples are not finite at the levels of any grid: the network returned NaN.")
@@ -614,7 +677,7 @@ class _Fit:
         lams = [v / 2 for v in solver.log_snr]
         weights = [list(row) for row in solver.weights]
         output = list(solver.output)
-        for (kind, k, j), by in zip(self.numbers, move, strict=True):
+        for (kind, k, j), by in zip(self._numbers(solver), move, strict=True):
             if kind == "level":
                 lams[k] = min(lams[k] + max(-_FARTHEST, min(_FARTHEST, by)), high)
             elif kind == "weight":
@@ -624,7 +687,10 @@ class _Fit:
         finite = all(math.isfinite(v) for row in (lams, output, *weights) for v in row)
         if not finite or (self.pilot.given is None and not _walkable(lams, high)):
             return None
-        return self.pilot.solver(lams, self._rows(weights), output)
+        return self.pilot.solver(lams, self._rows(weights), output, solver.guess)
+
+    def _numbers(self, solver: FittedSolver) -> list[tuple[str, int, int]]:
+        return _numbers(len(solver.times), self.pilot.history, moving=self.pilot.given is None)
 
     def _rows(self, weights: list[list[float]]) -> tuple[Row, ...] | None:
         """The weights, or None for the standard ones, which move with the levels."""
@@ -632,7 +698,7 @@ class _Fit:
 
     def _normal_equations(self, now: _Walked) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix and right-hand side for the move of all numbers, each in units of its effect, and these units."""
-        pilot, size = self.pilot, len(self.numbers)
+        pilot, size = self.pilot, len(self._numbers(now.solver))
         own = ~pilot.held
         matrix, vector = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         slope = torch.zeros(size, dtype=torch.float64)
@@ -663,7 +729,7 @@ class _Fit:
         """Derivatives of the samples after each number, with shape (numbers, rows, elements)."""
         pilot, last = self.pilot, states[-1]
         found = []
-        for kind, k, j in self.numbers:
+        for kind, k, j in self._numbers(solver):
             if kind == "output":
                 found.append(last[f"past_{j}"].flatten(1))
                 continue
@@ -688,7 +754,7 @@ class _Fit:
             lams[k] += change
         else:
             weights[k - 1][j] += change
-        return self.pilot.solver(lams, self._rows(weights), solver.output)
+        return self.pilot.solver(lams, self._rows(weights), solver.output, solver.guess)
 
     def _judge(self, found: _Walked) -> None:
         """Keeps what was found, or the default if that is not clearly farther off, and notes both errors."""

@@ -107,6 +107,27 @@ def test_a_pipelines_own_result(name, guidance):
     assert (plain.images - theirs).abs().max() > 1e-3 * scale
 
 
+def test_a_solver_with_a_guess_in_a_pipelines_loop():
+    pipe = tiny.stable_diffusion()
+    louder(pipe.unet)
+    pipe.set_progress_bar_config(disable=True)
+    model = from_diffusers(pipe)
+    times = Grid.log_snr(model.sde, 4).times
+    solver = fastsde.FittedSolver(
+        times=tuple(times.tolist()),
+        log_snr=tuple(model.sde.log_snr(times).tolist()),
+        weights=fastsde.solvers.fitted.standard_weights(model.sde, times.tolist()),
+        guess=tuple(torch.linspace(-1, 1, START[0].numel()).tolist()),
+    )
+    arguments = {"latents": START, "guidance_scale": 1.0, "output_type": "latent"}
+    theirs = sample_pipeline(pipe, PROMPTS, solver=solver, **arguments, **QUIET)
+    text, _ = pipe.encode_prompt(PROMPTS, "cpu", 1, False)
+    ours = fastsde.sample(model, x_init=START, cond={"encoder_hidden_states": text}, solver=solver)
+    # A pipeline is known to start when it has called its network at its first timestep.
+    assert (theirs.result.nfe.tolist(), ours.nfe.tolist()) == ([5, 5], [4, 4])
+    close(theirs.images, ours.samples)
+
+
 @pytest.mark.parametrize("clip", [False, True])
 def test_ddpm_with_the_same_noise(clip, monkeypatch):
     pipe = tiny.ddpm()

@@ -52,7 +52,8 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         exponential_eta: its noise: 0 for the probability flow, 1 for the reverse-time SDE.
         fitted: what `FittedSolver.as_json` gives, to walk in place of `ExponentialPC`; `from_config` takes the solver
             itself or the file that `fastsde fit` wrote. The pipeline then runs with as many steps as it was fitted for,
-            from the start. The process is checked, the network, which a scheduler does not see, is not.
+            from the start; with a guess it makes one call more, whose output is not used. The process is checked, the
+            network, which a scheduler does not see, is not.
 
     Raises:
         ValueError: as `read_schedule`.
@@ -111,7 +112,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError("fitted= says eta and order itself; leave exponential_eta and exponential_order out.")
             self.solver = FittedSolver.from_json(fitted, "fitted=")
         self._read()
-        self.set_timesteps(num_train_timesteps if self.solver.times is None else len(self.solver.times))
+        self.set_timesteps(self.solver.nfe if isinstance(self.solver, FittedSolver) else num_train_timesteps)
 
     @classmethod
     def from_config(cls, config: Any = None, return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -260,7 +261,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         if times[0] > self.sde.t_max:  # the end itself cannot be stepped from
             times[0] = max(self.sde.t_max, float(times[:2].mean()) if len(times) > 1 else 0.0)
         self.times = times
-        self.num_inference_steps, self._own_grid = len(times), not lengths
+        self.num_inference_steps, self._own_grid = len(times) if n is None else int(n), not lengths
         network = self.reading.timestep(self.times) if timesteps is None else torch.as_tensor(timesteps)
         self.timesteps = network.float().to(device or "cpu")
         self.begin_index = None
@@ -270,12 +271,12 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
     def _own_times(self, levels: int) -> Time:
         """Those of `sample(nfe=levels)`, or of the fitted solver."""
-        if self.solver.times is None:
+        if not isinstance(self.solver, FittedSolver):
             clock, steps = self._clock(), levels - 1
             return own_grid(clock, self.solver, steps).times if steps else torch.tensor([clock.t_max]).double()
-        if levels != len(self.solver.times):
+        if levels != self.solver.nfe:
             raise ValueError(
-                f"the solver was fitted for {len(self.solver.times)} steps; got num_inference_steps={levels}. Fit one "
+                f"the solver was fitted for {self.solver.nfe} steps; got num_inference_steps={levels}. Fit one "
                 "for as many, or take the scheduler without fitted=."
             )
         times = torch.tensor(self.solver.times, dtype=torch.float64)
@@ -372,6 +373,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         c = self._coefficients(k, x)
         level = self.sde.level(self.times[k].to(x.device).expand(len(x)))
         prediction, edit = self._prediction(model_output.to(x.dtype), x, level, use_clipped_model_output)
+        if start and isinstance(self.solver, FittedSolver) and self.solver.guesses:
+            # The pipeline's loop has called the network all the same, at each of its timesteps.
+            guess = self.solver.first_prediction(x)
+            prediction, edit = Prediction("sample", guess, x, level.alpha, level.sigma), None
         state, self._carry = self.solver.correct(self._ahead, prediction, c, self._carry)
         if not start:
             state = state + (x - self._returned)

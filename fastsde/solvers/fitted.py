@@ -41,16 +41,19 @@ class FittedSolver(ExponentialPC):
 
         y_k = a_k y_{k-1} + sum_j w_kj D_{k-1-j} + rho_k sqrt(1 - e^{-2 eta^2 h}) z,        x = sum_j v_j D_{N-j}
 
-    Each level costs one call. So N steps cost N + 1 calls. The sample is a combination of the last predictions.
+    Each level costs one call. So N steps cost N + 1 calls. The sample is a combination of the last predictions. With a
+    `guess` the first level costs none: D_0 is the guess, the mean of the data as the network sees it in noise.
     `ExponentialPC` has this form, too, apart from its rule for a network's first value (`standard_weights`). Without
     weights this solver is `ExponentialPC` at these times.
 
     Args:
         eta: of the noise, as for `ExponentialPC`; a number.
-        times: the levels, as decreasing times of the process. The network is called once at each of them.
+        times: the levels, as decreasing times of the process. The network is called once at each of them; with a guess
+            not at the first.
         log_snr: the log-SNR of the process at these times. It is compared with that of the process in `sample`.
         weights: for each step (a_k, w_k0, w_k1, ..); empty for those of `ExponentialPC`.
         output: (v_0, v_1, ..).
+        guess: D_0, the elements of one sample in order; empty for a call of the network.
         weights_sha256: of the network that it was fitted to; None for a plain function.
         reading_sha256: of how that network was read (`score.base.reading_hash`); None for any model.
         record: how it was found, in types that JSON has.
@@ -66,13 +69,14 @@ class FittedSolver(ExponentialPC):
     log_snr: Row = ()
     weights: tuple[Row, ...] = ()
     output: Row = (1.0,)
+    guess: Row = ()
     weights_sha256: str | None = None
     reading_sha256: str | None = None
     record: Mapping[str, Any] = dataclasses.field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("times", "log_snr", "output"):
+        for name in ("times", "log_snr", "output", "guess"):
             object.__setattr__(self, name, tuple(float(v) for v in getattr(self, name)))
         object.__setattr__(self, "weights", tuple(tuple(float(v) for v in row) for row in self.weights))
         levels = len(self.times)
@@ -90,13 +94,24 @@ class FittedSolver(ExponentialPC):
                 raise ValueError(f"step {k} has 2 to {k + 1} weights: of the state and of predictions; got {len(row)}.")
         if not 1 <= len(self.output) <= levels:
             raise ValueError(f"output must have 1 to {levels} weights; got {len(self.output)}.")
-        if not all(math.isfinite(v) for row in (self.times, self.output, *self.weights) for v in row):
-            raise ValueError("times, weights and output must be finite.")
+        if self.guess and not self.weights:
+            raise ValueError("a guess needs weights.")
+        if not all(math.isfinite(v) for row in (self.times, self.output, self.guess, *self.weights) for v in row):
+            raise ValueError("times, weights, output and guess must be finite.")
 
     @property
     def nfe(self) -> int:
-        """Network calls of a sample of a model with one call an evaluation: as many as there are levels."""
-        return len(self.times)
+        """Network calls of a sample of a model with one call an evaluation: one a level, but for a guess."""
+        return len(self.times) - self.guesses
+
+    @property
+    def guesses(self) -> bool:
+        """Whether a guess stands for the first prediction."""
+        return bool(self.guess)
+
+    @property
+    def warm_up(self) -> bool:  # type: ignore[override]
+        return not self.guesses
 
     @property
     def values(self) -> tuple[int, int]:
@@ -167,6 +182,23 @@ class FittedSolver(ExponentialPC):
             output=output,
         )
 
+    def init(self, x_t: State) -> Carry:
+        carry = super().init(x_t)
+        return carry | {"past_0": self.first_prediction(x_t)} if self.guesses else carry
+
+    def first_prediction(self, x_t: State) -> State:
+        """The guess for each row, with shape (B, *event).
+
+        Raises:
+            ValueError: if it is for samples of another size.
+        """
+        if x_t[0].numel() != len(self.guess):
+            raise ValueError(
+                f"this solver was fitted to samples of {len(self.guess)} elements; got {tuple(x_t.shape[1:])}. Fit one "
+                "for this shape, or without a guess: fit(..., guess=False)."
+            )
+        return torch.tensor(self.guess).to(x_t).reshape(x_t.shape[1:]).expand_as(x_t).clone()
+
     def correct(self, ahead: Predicted, prediction: Prediction, c: AdamsPlan, carry: Carry) -> tuple[State, Carry]:
         x_s, kept = super().correct(ahead, prediction, c, carry)
         if isinstance(c, FittedPlan):
@@ -193,10 +225,11 @@ class FittedSolver(ExponentialPC):
         if not isinstance(content, Mapping):
             raise ValueError(f"{source} is no fitted solver: it is a {type(content).__name__}.")
         try:
+            content = {"guess": (), **content}  # files of version 0.1 have none
             known = {field.name for field in dataclasses.fields(cls)}
             if set(content) != known:
                 raise ValueError(f"it has the keys {sorted(content)}")
-            rows = {name: tuple(content[name]) for name in ("times", "log_snr", "output")}
+            rows = {name: tuple(content[name]) for name in ("times", "log_snr", "output", "guess")}
             return cls(**{**content, **rows, "weights": tuple(tuple(row) for row in content["weights"])})
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{source} is no fitted solver as FittedSolver.save writes it: {error}.") from error
@@ -234,6 +267,7 @@ class FittedSolver(ExponentialPC):
         for k, (lam, t) in enumerate(zip(lams, self.times, strict=True)):
             row = self.weights[k - 1] if k and self.weights else ()
             text = f"{row[0]:.4g}; " + ", ".join(f"{v:.4g}" for v in row[1:]) if row else ""
+            text = "no call: the mean of the data" if k == 0 and self.guesses else text
             lines.append(f"{lam:12.3f}   {t:<8.5g}   {text}")
         if self.weights:
             lines.append("sample:                   " + ", ".join(f"{v:.4g}" for v in self.output))
