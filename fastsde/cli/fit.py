@@ -35,6 +35,12 @@ _LABELLED = 40
     show_default=f"as --calls pays for; {_LABELLED} for models with classes, in turn",
     help="Pilot samples.",
 )
+@click.option(
+    "--guess/--no-guess",
+    default=True,
+    help="Whether the mean of the data may take the place of the call in pure noise. A pipeline's loop makes that call "
+    "in any case.",
+)
 @option.seed
 @option.batch_size
 @option.device
