@@ -281,7 +281,7 @@ class FittedSolver(ExponentialPC):
             raise ImportError("the picture needs matplotlib: pip install matplotlib.") from error
         figure = Figure(figsize=(7, 3), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-        rows = {"fitted": self.log_snr, "default": self.record.get("default_log_snr", ())}
+        rows = {"fitted": self.log_snr[self.guesses :], "default": self.record.get("default_log_snr", ())}
         for height, (name, levels) in enumerate(rows.items()):
             left.plot([v / 2 for v in levels], [height] * len(levels), "o-", label=name)
         left.set(yticks=range(len(rows)), yticklabels=list(rows), ylim=(-0.5, 1.5), title=f"{self.nfe} calls a sample")
