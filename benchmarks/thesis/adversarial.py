@@ -14,6 +14,9 @@ settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 
 sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
 features, of the last state and of its expected denoised sample. It goes on where it stopped, and several processes may
 share the trainings.
+
+`inception`: appendix C.9 with the packaged network: Frechet distance and inception score (by the packaged classifier)
+of last states and of their expected denoised samples.
 """
 
 from __future__ import annotations
@@ -32,14 +35,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chapter10 import floor_of
-from common import RUNS, Row, command, table
+from common import RUNS, Row, command, labels, table
 
 import fastsde
 from fastsde.evaluation.features import Features, open_features
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.jobs import claim, write_whole
 from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import frechet
+from fastsde.evaluation.statistics import frechet, inception_score
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
@@ -234,6 +237,36 @@ def images(
         rows += [{"training": kind, "seed": seed} | row for row in json.loads(file.read_text())]
     table(rows)
     return {"real_images": floor_of(packaged_reference("fashion-mnist"), samples), "rows": rows}
+
+
+@command("Does denoising worsen the inception score?", "inception", main, samples=130, levels=8)
+@click.option("--samples", "-n", default=400)
+@click.option("--levels", default=20, help="Of annealed sampling.")
+def inception(samples: int, levels: int) -> list[Row]:
+    """Prints the table."""
+    model, features = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
+    reference, rows = packaged_reference("fashion-mnist"), list[Row]()
+    cond, last = labels(samples), torch.full((samples,), model.sde.t_min, dtype=torch.float64)
+    for solver in (
+        fastsde.ExponentialPC(10),
+        fastsde.AnnealedLangevin(levels=levels, eta=0.45),
+        fastsde.ConsistentAnnealed(levels=levels, eta=0.45),
+    ):
+        r = fastsde.sample(model, n=samples, solver=solver, cond=cond, batch_size=100, seed=0, denoise=False)
+        with torch.no_grad():
+            parts = [
+                (r.samples[k], last[k], {"class_labels": cond["class_labels"][k]})
+                for k in torch.arange(samples).split(100)
+            ]
+            denoised = torch.cat([model(*part).x_0 for part in parts])
+        for key, x in (("last state", r.samples), ("denoised", denoised)):
+            seen, logits = features.of(pixels(x).split(100))
+            assert logits is not None
+            distance, score = frechet(seen, reference.mean, reference.covariance), inception_score(logits, splits=5)
+            row: Row = {"solver": type(solver).__name__, "of": key, "fid": distance.value, "fid error": distance.error}
+            rows.append(row | {"inception score": score[0], "score's sd of splits": score[1]})
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-r"""Small GANs on Fashion-MNIST of 14 x 14 pixels: Figure 6.2, and the masks of MaskedGAN.
+r"""Small networks on Fashion-MNIST of 14 x 14 pixels: Figure 6.2, masks of MaskedGAN, six comparisons of critics.
 
-Two convolutions each for the generator (44,000 parameters) and the critic (9,000, spectral norm), batches of 32, Adam
-with a rate of 2e-4 and betas (0.5, 0.999), the critic first.
+A GAN has two convolutions each in generator (44,000 parameters) and critic (9,000, spectral norm), batches of 32, Adam
+with a rate of 2e-4 and betas (0.5, 0.999), and the critic moves first.
 
 `bias`: batch estimates of the divergence that the critic is trained for, over the estimate whose means are of 3200
 values (the thesis has 320), while it is trained; the mean of 100 batches of 32. For least squares the known bias gives
@@ -10,6 +10,10 @@ a second ratio.
 `masks`: plain hinge GANs on few images, with masks on what the critic sees, in both turns or with another spatial share
 in the generator's. The Frechet distance is between 1000 images and 5000 of the test split, both enlarged, in the
 packaged features; the Gini coefficient is that of the critic's attention on training images, at the end.
+
+`comparisons`: adversarial score matching with the six comparisons of `gan_losses` beside plain training: a perceptron
+on VP that predicts x_0, the same critic, least squares and the published betas and weight. Distances as for `masks`, of
+1000 samples with 10 calls.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import dataclasses
 import itertools
 import statistics
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,16 +36,33 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import RUNS, Book, Row, command, table
 
+import fastsde
 from fastsde.evaluation.divergence import relativistic
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.statistics import frechet
+from fastsde.training.adversarial import Adversary
+from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
-from fastsde.training.gan_losses import GANLoss, average, centred, hinge, lsgan, plain, sgan
+from fastsde.training.gan_losses import (
+    GANLoss,
+    all_pairs,
+    average,
+    centred,
+    hinge,
+    lsgan,
+    one_way,
+    paired,
+    plain,
+    sgan,
+)
+from fastsde.training.loop import train
 from fastsde.training.masking import Masking, attention_gini
+from fastsde.training.networks import MLP
 
 LATENT, BATCH = 32, 32
 LOSSES = {"least squares": lsgan, "log": sgan, "hinge": hinge}
 KINDS = {"average": average, "centred": centred}
+COMPARISONS = {"plain": plain, "paired": paired, "all pairs": all_pairs, "one way": one_way} | KINDS
 BOTH = Masking(bands=16)
 MASKS = {
     "none": None,
@@ -81,6 +103,36 @@ def critic_network() -> nn.Sequential:
 def small(data: Path, *, train: bool) -> Tensor:
     """Images with shape (n, 1, 14, 14), each pixel the mean of four."""
     return avg_pool2d(to_unit_range(load_images(data, train=train)[0]), 2)
+
+
+class Ruler:
+    """The Frechet distance to 5000 images of the test split, all enlarged to 28 x 28, in the packaged features."""
+
+    def __init__(self, data: Path) -> None:
+        self.network = open_features("fashion-mnist")
+        held_out = self.features(small(data, train=False)[:5000])
+        self.mean, self.covariance = held_out.mean(0), held_out.T.cov()
+
+    def features(self, x: Tensor) -> Tensor:
+        """With shape (n, d)."""
+        whole = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+        whole = whole.repeat_interleave(2, 2).repeat_interleave(2, 3)
+        return torch.cat([self.network(part)[0] for part in whole.split(500)]).double()
+
+    def __call__(self, x: Tensor) -> float:
+        return frechet(self.features(x), self.mean, self.covariance, draws=2).value
+
+
+class Flat(nn.Module):
+    """A perceptron on images, of denoised samples in (-1, 1)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network = MLP(196, width=384, depth=3)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """From (B, 1, 14, 14) and (B,) to (B, 1, 14, 14)."""
+        return self.network(x.flatten(1), t).reshape(x.shape).tanh()
 
 
 def play(
@@ -170,20 +222,13 @@ def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[R
 
 @command("Do masks help with few images?", "gan_masks", main, steps=2, sizes=[600], seeds=1, few=1)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=1500)
+@click.option("--steps", default=600)
 @click.option("--seeds", default=2)
 @click.option("--size", "sizes", type=int, multiple=True, default=(600, 6000), help="Of the training set.")
 @click.option("--few", default=0, help="So many of the rows; 0: all.")
 def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) -> list[Row]:
     """Prints the table."""
-    features, everything = open_features("fashion-mnist"), small(data, train=True)
-
-    def measured(x: Tensor) -> Tensor:
-        whole = (x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)).repeat_interleave(2, 2)
-        return torch.cat([features(part)[0] for part in whole.repeat_interleave(2, 3).split(500)])
-
-    held_out = measured(small(data, train=False)[:5000]).double()
-    mean, covariance = held_out.mean(0), held_out.T.cov()
+    ruler, everything = Ruler(data), small(data, train=True)
     shares: list[tuple[int, str, float | None]] = [(n, name, None) for n in sizes for name in MASKS]
     shares += [(sizes[0], "patches and bands", share) for share in (0.05, 0.15, 0.35, 0.45)]
     values = ("fid", "best fid", "gini")
@@ -197,7 +242,7 @@ def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) 
             with torch.no_grad():
                 z = torch.randn(1000, LATENT, generator=torch.Generator().manual_seed(7))
                 fake = torch.cat([maker(part) for part in z.split(500)])
-            found.append(frechet(measured(fake).double(), mean, covariance, draws=2).value)
+            found.append(ruler(fake))
             gini = float(attention_gini(judge, images[:200]).mean())
         return {"fid": found[-1], "best fid": min(found), "gini": gini}
 
@@ -211,6 +256,45 @@ def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) 
     ]
     table(rows)
     return rows
+
+
+@command("Which comparison does adversarial score matching want?", "comparisons", main, steps=2, seeds=1, samples=140)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
+@click.option("--steps", default=600)
+@click.option("--seeds", default=3)
+@click.option("--samples", "-n", default=1000)
+def comparisons(data: Path, steps: int, seeds: int, samples: int) -> Row:
+    """Prints the table."""
+    images, ruler = small(data, train=True), Ruler(data)
+    book = Book(RUNS / f"comparisons_{steps}_{samples}.csv", ("training", "seed"), ("fid",))
+
+    def run(kind: str, seed: int) -> Row:
+        torch.manual_seed(seed)
+        model = fastsde.ScoreModel(Flat(), fastsde.VPSDE(), "sample", event_shape=(1, 14, 14))
+        adversary = None
+        if kind in COMPARISONS:
+            adversary = Adversary(critic_network(), lsgan(COMPARISONS[kind]), learning_rate=4e-4)
+        betas = (0.9, 0.999) if kind == "no critic" else (0.0, 0.9)
+        # The adversarial loss has half of the sum over 196 pixels where the plain one has the mean.
+        clip = 98.0 if adversary else 1.0
+        config = TrainConfig(
+            steps, 64, 1e-3, ema_decay=0.99, betas=betas, seed=seed, bf16=False, grad_clip=clip, warmup=100
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "c.safetensors"
+            model.network = train(model, images, None, config, file, adversary=adversary, save_every=steps)
+        return {"fid": ruler(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=samples).samples)}
+
+    kinds = ("no critic", "no critic, no momentum", *COMPARISONS)
+    for seed, kind in tqdm(list(itertools.product(range(seeds), kinds)), disable=None):
+        book.need(kind, seed, work=lambda kind=kind, seed=seed: run(kind, seed))
+    rows: list[Row] = [
+        {"training": kind} | {f"seed {seed}": float(book.rows[kind, str(seed)]["fid"]) for seed in range(seeds)}
+        for kind in kinds
+    ]
+    table(rows)
+    real = ruler(images[:samples])
+    return {"real_images": real, "rows": rows}
 
 
 if __name__ == "__main__":
