@@ -73,6 +73,21 @@ def test_adam_follows_its_formulas_also_with_negative_momentum(betas):
         Adam([weight], 0.1, (-1.0, 0.9))
 
 
+def test_the_scale_of_a_gradient_does_not_slow_adam():
+    """So masks, which scale the gradient of a linear critic by 1 - p, set no time scale (MaskedGAN, Proposition 1)."""
+    ends = []
+    for scale in (1.0, 0.55):
+        weight = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+        optimizer = Adam([weight], 0.1, (0.0, 0.999))
+        for _ in range(10):
+            optimizer.zero_grad()
+            (scale * (weight - 3) ** 2).sum().backward()
+            optimizer.step()
+        ends.append(weight.detach())
+    # Up to Adam's epsilon of 1e-8, beside gradients above 1.
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-7)
+
+
 def test_losses_are_equations_8_4_and_8_5():
     """On VE, where x_t = x + sigma z and H = x_t + sigma^2 s."""
     model, adversary = setting(sde=fastsde.VESDE(0.1, 5.0), weight=0.7)
