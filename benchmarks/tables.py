@@ -568,12 +568,12 @@ def comparisons(results: Row) -> list[Row]:
     return results["rows"]
 
 
-MASKED = "{fid:.2f} / {best fid:.2f} / {gini:.2f} / {gap:.2f}"
+MASKED = "{fid:.2f} / {gini:.2f} / {gap:.2f}"
 
 
 @shows("gan_masks")
 def masks(rows: list[Row]) -> list[Row]:
-    """Frechet distance, the last and the best, Gini coefficient and gap, with the same masks in both turns."""
+    """Frechet distance, Gini coefficient and gap, with the same masks in both turns."""
     rows = some(rows, **{"generator's share": None})
     return pivot(rows, {"masks": "masks"}, "{n} images, seed {seed}", MASKED)
 
