@@ -44,10 +44,16 @@ OTHERS = (
     "thesis/nfe.py",
     "thesis/chapter10.py exact",
     "thesis/chapter10.py network",
+    "thesis/chapter10.py stability",
     "thesis/ddim.py",
     "thesis/annealed.py",
     "thesis/adversarial.py points",
+    "thesis/adversarial.py langevin",
+    "thesis/adversarial.py inception",
     "thesis/divergences.py",
+    "thesis/gans.py bias --data {images}",
+    "thesis/gans.py comparisons --data {images}",
+    "thesis/gans.py masks --data {images}",
     "thesis/adversarial.py images --data {images}",
 )
 

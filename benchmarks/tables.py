@@ -29,9 +29,14 @@ SCRIPTS = {
     "adversarial_images": "thesis/adversarial.py images",
     "annealed_steps": "thesis/annealed.py",
     "batching": "overhead.py batching",
+    "comparisons": "thesis/gans.py comparisons",
     "ddim": "thesis/ddim.py",
     "divergences": "thesis/divergences.py",
+    "gan_bias": "thesis/gans.py bias",
+    "gan_masks": "thesis/gans.py masks",
     "guided_pipeline": "pipelines.py guidance",
+    "inception": "thesis/adversarial.py inception",
+    "langevin_2d": "thesis/adversarial.py langevin",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
     "network": "network.py (last in 6513568; fitted.py has its question now)",
@@ -39,6 +44,7 @@ SCRIPTS = {
     "overhead_cuda": "overhead.py runs --device cuda",
     "pipelines": "pipelines.py classes",
     "posterior": "posterior.py exact",
+    "stability": "thesis/chapter10.py stability",
     "thesis_network": "thesis/chapter10.py network",
     "thesis_nfe": "thesis/nfe.py",
     "thesis_tables": "thesis/chapter10.py exact",
@@ -528,6 +534,63 @@ def pipelines_count(rows: list[Row]) -> list[Row]:
 def divergences(rows: list[Row]) -> list[Row]:
     """All of them, and FID first."""
     return rows
+
+
+@shows("stability")
+def stability(rows: list[Row]) -> list[Row]:
+    """Stationary variance over the exact one."""
+    by = {"steps": "steps", "elements": "elements"}
+    found = pivot(rows, by, "rule", "{variance:.3g} ± {error:.1g}")
+    closed = pivot(rows, by, "{rule}, closed form", "closed form")
+    return [a | b for a, b in zip(found, closed, strict=True)]
+
+
+@shows("langevin_2d")
+def one_level(rows: list[Row]) -> list[Row]:
+    """Distance to the data of last states and of their denoised samples."""
+    rows = sorted(rows, key=lambda row: (row["data"] != "swiss roll", row["start"]))
+    said = "{gap_last:.3f} / {gap_denoised:.3f}"
+    return pivot(rows, {"data": "data", "start": "start"}, "seed {seed}: last state / denoised", said)
+
+
+@shows("gan_bias")
+def estimators(rows: list[Row]) -> list[Row]:
+    """Batch estimate over the one with means of 3200 values; in brackets the range over seeds and times."""
+    said = "{{{0} half:.4f}} ({{{0} half, range[0]:.4f}} to {{{0} half, range[1]:.4f}})".format
+    shown = {"first_half": said("first"), "second_half": said("second")}
+    known = {"second_half,_by_the_known_bias": "{second half, known bias:.4f}"}
+    return columns(rows, f="f", kind="kind", **shown, **known)
+
+
+@shows("comparisons")
+def comparisons(results: Row) -> list[Row]:
+    """Frechet distance, each seed."""
+    return results["rows"]
+
+
+MASKED = "{fid:.2f} / {gini:.2f} / {gap:.2f}"
+
+
+@shows("gan_masks")
+def masks(rows: list[Row]) -> list[Row]:
+    """Frechet distance, Gini coefficient and gap, with the same masks in both turns."""
+    rows = some(rows, **{"generator's share": None})
+    return pivot(rows, {"masks": "masks"}, "{n} images, seed {seed}", MASKED)
+
+
+@shows("gan_masks")
+def mask_ratios(rows: list[Row]) -> list[Row]:
+    """The same by the share of pixels masked in the generator's turn."""
+    key, own = "generator's share", some(rows, masks="patches and bands", n=min(row["n"] for row in rows))
+    own = sorted((row | {key: row[key] or 0.25} for row in own), key=lambda row: row[key])
+    return pivot(own, {"share in the generator's turn": key}, "seed {seed}", MASKED)
+
+
+@shows("inception")
+def inception(rows: list[Row]) -> list[Row]:
+    """FID and inception score, before and after."""
+    score = "{inception score:.3f} ± {score's sd of splits:.3f}"
+    return columns(rows, solver="solver", of="of", FID="{fid:.2f} ± {fid error:.2f}", inception_score=score)
 
 
 @shows("codebases")

@@ -18,6 +18,8 @@ from fastsde.training.adversarial import Adam, Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.gan_losses import average, gradient_penalty, lsgan, paired, sgan
 from fastsde.training.loop import train
+from fastsde.training.masking import Masking, attention_gini
+from fastsde.training.networks import Discriminator
 
 
 class Field(nn.Module):
@@ -69,6 +71,21 @@ def test_adam_follows_its_formulas_also_with_negative_momentum(betas):
         torch.testing.assert_close(weight.detach(), expected, rtol=1e-12, atol=0)
     with pytest.raises(ValueError, match="the first of betas must be in"):
         Adam([weight], 0.1, (-1.0, 0.9))
+
+
+def test_the_scale_of_a_gradient_does_not_slow_adam():
+    """So masks, which scale the gradient of a linear critic by 1 - p, set no time scale (MaskedGAN, Proposition 1)."""
+    ends = []
+    for scale in (1.0, 0.55):
+        weight = torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True)
+        optimizer = Adam([weight], 0.1, (0.0, 0.999))
+        for _ in range(10):
+            optimizer.zero_grad()
+            (scale * (weight - 3) ** 2).sum().backward()
+            optimizer.step()
+        ends.append(weight.detach())
+    # Up to Adam's epsilon of 1e-8, beside gradients above 1.
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-7)
 
 
 def test_losses_are_equations_8_4_and_8_5():
@@ -226,3 +243,103 @@ def test_the_discriminator_learns_to_tell_and_the_game_keeps_the_score(tmp_path)
     config = dataclasses.replace(CONFIG, steps=300, batch_size=64, learning_rate=1e-2)
     train(model, DATA, None, config, tmp_path / "d.safetensors", adversary=adversary, save_every=300)
     assert matching() < 0.7 * first
+
+
+def test_simultaneous_updates_take_both_gradients_at_the_same_weights(tmp_path):
+    """The discriminator moves as in turns, the score network as beside a discriminator that stays where it is."""
+    config = dataclasses.replace(CONFIG, steps=1, warmup=1)
+
+    def after(name, **options):
+        model, adversary = setting(weight=0.1)
+        adversary = dataclasses.replace(adversary, **options)
+        train(model, DATA, None, config, tmp_path / name, adversary=adversary)
+        return [torch.cat([p.detach().flatten() for p in m.parameters()]) for m in (model.network, adversary.network)]
+
+    at_once, in_turn = after("a.safetensors", updates="simultaneous"), after("b.safetensors")
+    beside_one_that_stays = after("c.safetensors", learning_rate=1e-300)
+    assert torch.equal(at_once[1], in_turn[1])
+    assert torch.equal(at_once[0], beside_one_that_stays[0])
+    assert not torch.equal(at_once[0], in_turn[0])
+    with pytest.raises(ValueError, match="steps must be 1 for simultaneous updates; got 2"):
+        setting(updates="simultaneous", steps=2)
+    with pytest.raises(ValueError, match="updates must be one of alternating, simultaneous; got 'both'"):
+        setting(updates="both")
+
+
+IMAGES = torch.randint(256, (32, 1, 8, 8), generator=torch.Generator().manual_seed(5), dtype=torch.uint8)
+
+
+class Shift(nn.Module):
+    """A score network with one weight: the denoised sample is x_t plus it."""
+
+    def __init__(self):
+        super().__init__()
+        self.shift = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, t):
+        return x + self.shift
+
+
+def of_images(**options):
+    torch.manual_seed(0)
+    model = fastsde.ScoreModel(Shift(), fastsde.VPSDE(), "sample", event_shape=(1, 8, 8))
+    return model, Adversary(Discriminator(1, 4, 1), **options)
+
+
+def test_two_discriminators_see_one_kind_of_mask_each_and_their_losses_are_averaged():
+    """Each half of the loss is that of an adversary with that discriminator and that kind of mask alone."""
+    both = Masking(space=0.5, spectrum=0.4, patch=2, bands=4)
+    kinds = (dataclasses.replace(both, spectrum=0.0), dataclasses.replace(both, space=0.0))
+    model, first = of_images(masking=kinds[0])
+    judge = Discriminator(1, 4, 1)
+    second = dataclasses.replace(first, discriminator=judge, masking=kinds[1])
+    together = dataclasses.replace(first, masking=both, spectral_discriminator=judge)
+    together.network.eval()  # spectral norm moves its vector at each call in training
+    x, z = torch.randn(2, 6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    t = torch.full((6,), 0.5, dtype=torch.float64)
+    for name in ("discriminator_loss", "score_loss"):
+        generator = torch.Generator().manual_seed(2)
+        halves = [getattr(part, name)(model, x, t, z, {}, generator) for part in (first, second)]
+        whole = getattr(together, name)(model, x, t, z, {}, torch.Generator().manual_seed(2))
+        torch.testing.assert_close(whole, sum(halves) / 2)
+    together.score_loss(model, x, t, z, {}, generator).backward()
+    assert all(p.grad is None and p.requires_grad for p in together.network.parameters())
+    with pytest.raises(ValueError, match="spectral_discriminator needs masking"):
+        dataclasses.replace(together, masking=None)
+
+
+def test_two_discriminators_are_trained_and_resumed(tmp_path):
+    options = {"masking": Masking(patch=2, bands=4), "spectral_discriminator": Discriminator(1, 4, 1)}
+    start = [p.detach().clone() for p in options["spectral_discriminator"].parameters()]
+    config = dataclasses.replace(CONFIG, steps=2)
+    model, adversary = of_images(**options)
+    train(model, IMAGES, None, config, tmp_path / "a.safetensors", adversary=adversary)
+    assert not any(
+        torch.equal(a, b) for a, b in zip(start, options["spectral_discriminator"].parameters(), strict=True)
+    )
+    again, longer = of_images(**options), dataclasses.replace(config, steps=3)
+    train(again[0], IMAGES, None, longer, tmp_path / "a.safetensors", adversary=again[1], resume=True)
+    assert len(contents(tmp_path / "a.safetensors")["history.gini"]) == 3
+
+
+def test_the_log_has_where_the_discriminator_looks(tmp_path):
+    model, adversary = of_images(learning_rate=1e-2)
+    found = {}
+
+    def note(step, history, network):
+        found[step] = history["gini"][-1], float(adversary.attention(IMAGES.float() / 127.5 - 1))
+
+    config = dataclasses.replace(CONFIG, steps=2, batch_size=16)
+    train(model, IMAGES, None, config, tmp_path / "a.safetensors", adversary=adversary, save_every=1, callback=note)
+    logged, own = found[2]
+    # Of 16 of the images and of all 32: the coefficients differ by a few percent from image to image.
+    assert logged == pytest.approx(own, rel=0.1)
+    # Looking leaves no trace.
+    state = {key: value.clone() for key, value in adversary.network.state_dict().items()}
+    adversary.attention(IMAGES.float())
+    assert equal(state, adversary.network.state_dict())
+    assert adversary.network.training
+    # In evaluation, where spectral norm stands still, it is the function of masking.
+    adversary.network.eval()
+    x = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(adversary.attention(x), attention_gini(adversary.discriminator, x).mean())

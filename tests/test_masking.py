@@ -1,5 +1,6 @@
 """Masks of a discriminator's input."""
 
+import dataclasses
 import math
 
 import pytest
@@ -176,10 +177,22 @@ def test_masking_scales_the_gradient_of_a_linear_pooling_discriminator():
     )
 
 
+@pytest.mark.parametrize("shape", ["patches", "grid"])
+def test_a_patch_given_as_a_share_grows_with_the_image(shape):
+    share = Masking(patch=0.25, shape=shape)
+    for height, width, side in ((32, 32, 8), (64, 64, 16), (14, 20, 4), (2, 2, 1)):
+        x = torch.zeros(3, 1, height, width)
+        assert torch.equal(share.visible(x, seeded()), dataclasses.replace(share, patch=side).visible(x, seeded()))
+
+
 def test_values_out_of_range_are_refused():
     for options, name in (({"space": 1.0}, "space"), ({"spectrum": 0.6}, "spectrum"), ({"patch": 0}, "patch")):
         with pytest.raises(ValueError, match=name):
             Masking(**options)
+    with pytest.raises(ValueError, match=r"patch must be a share of the side below 1, or whole pixels; got 2\.5"):
+        Masking(patch=2.5)
+    with pytest.raises(ValueError, match="patch must be at most the image's side, 4; got 5"):
+        Masking(patch=5)(torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 4, 6), seeded())
     with pytest.raises(ValueError, match="images"):
         Masking()(torch.zeros(3, 2), torch.zeros(3, 2), seeded())
 

@@ -38,6 +38,8 @@ widths = [8, 8, 16]
 [adversary]
 loss = "hinge"
 compare = "average"
+updates = "simultaneous"
+two_discriminators = true
 
 [adversary.masking]
 patch = 4
@@ -78,7 +80,10 @@ def test_a_file_then_set_then_options(tmp_path):
     assert found.adversary.masking == Masking(patch=4)
     assert found.title == "Name; MIT"
     assert found.classes == ("a", "b")
-    loss = found.adversary.build(1, 8).loss
+    built = found.adversary.build(1, 8)
+    assert built.updates == "simultaneous"
+    assert built.spectral_discriminator is not built.discriminator
+    loss = built.loss
     u, v = torch.tensor([0.3, -2.0]), torch.tensor([1.5, 0.1])
     torch.testing.assert_close(loss.discriminator(u, v), fastsde_hinge_average(u, v))
     assert read_settings(None, [], {}) == Settings()
@@ -120,6 +125,8 @@ def test_what_differs_can_be_said_again():
         ("samples_every=300", "a multiple"),
         ("training.steps", "KEY=VALUE"),
         ("adversary.steps=0", "adversary: steps must be"),
+        ("adversary.updates=both", "adversary: updates must be one of alternating, simultaneous"),
+        ("adversary.two_discriminators=true", "adversary: spectral_discriminator needs masking"),
         ("adversary.halvings=0", "adversary: halvings must be"),
         ("adversary.halvings=4", "adversary: halvings must leave a pixel of 8"),
         ("adversary.width=0", "adversary: width must be"),
@@ -171,7 +178,7 @@ def test_an_adversarial_run_and_what_it_leaves(tmp_path, data):
     (out / "losses.csv").unlink()
     assert run(*options, "--steps", 6, "--resume").exit_code == 0  # nothing left to do but what was lost
     text = (out / "losses.csv").read_text()
-    assert text.startswith("step,loss,discriminator\n")
+    assert text.startswith("step,loss,discriminator,gini\n")
     rows = list(csv.DictReader(text.splitlines()))
     assert [int(row["step"]) for row in rows] == list(range(6))
     history = load_file(out / "checkpoint.safetensors")

@@ -5,11 +5,18 @@ denoising score matching, plain, adversarial (least squares, lambda 10) or plain
 which has no momentum; same steps and seeds. "gap" is the root mean square distance to the roll's curve or the nearest
 centre, of the last state and of its expected denoised sample.
 
+`langevin`: Figure 8.2 in its own setting (appendix C.2), on the same data: a perceptron trained at the one level 0.1,
+and 10 steps of Langevin dynamics there. Their epsilon, 0.2, is taken in units of sigma^2, as in Algorithm 4: in units
+of x^2 a step would overshoot 20 times. Samples start at data or at normals of the data's spread.
+
 `images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, plain and adversarial with the published
 settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, with n_sigma 1 at several step
 sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
 features, of the last state and of its expected denoised sample. It goes on where it stopped, and several processes may
 share the trainings.
+
+`inception`: appendix C.9 with the packaged network: Frechet distance and inception score (by the packaged classifier)
+of last states and of their expected denoised samples.
 """
 
 from __future__ import annotations
@@ -28,14 +35,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from chapter10 import floor_of
-from common import RUNS, Row, command, table
+from common import RUNS, Row, command, labels, table
 
 import fastsde
 from fastsde.evaluation.features import Features, open_features
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.jobs import claim, write_whole
 from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import frechet
+from fastsde.evaluation.statistics import frechet, inception_score
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
@@ -122,6 +129,35 @@ def points(steps: int, samples: int, seeds: int) -> Row:
     return {"data": {name: gap(name, draw(name, samples, 6)) for name in names}, "rows": rows}
 
 
+@command("And by Langevin dynamics at one level?", "langevin_2d", main, steps=2, samples=10, seeds=1)
+@click.option("--steps", default=2000)
+@click.option("--samples", "-n", default=4000)
+@click.option("--seeds", default=3)
+@click.option("--n-sigma", default=10)
+@click.option("--eta", default=0.2)
+def langevin(steps: int, samples: int, seeds: int, n_sigma: int, eta: float) -> list[Row]:
+    """Prints the table."""
+    sde, rows = fastsde.VESDE(0.1, 0.1001), list[Row]()  # one level, to a thousandth
+    kernel = fastsde.LangevinDynamics(eta, relative=True)
+    for name, seed in itertools.product(("swiss roll", "25 Gaussians"), range(seeds)):
+        torch.manual_seed(seed)
+        network = MLP(2, depth=4, octaves=5)
+        model = fastsde.ScoreModel(network, sde, "epsilon", event_shape=(2,), data_range=(-2.0, 2.0))
+        data = draw(name, 50_000, 1)
+        config = TrainConfig(steps, 256, 2e-3, seed=seed, bf16=False)
+        with tempfile.TemporaryDirectory() as folder:
+            model.network = train(model, data, None, config, Path(folder) / "c.safetensors", save_every=steps)
+        normals = torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed + 10))
+        for start, x in (("data", draw(name, samples, 6)), ("normals", normals * data.std(0))):
+            r = fastsde.langevin(model, kernel=kernel, steps=n_sigma, t=1.0, x_init=x, seed=seed, batch_size=samples)
+            with torch.no_grad():
+                denoised = model(r.samples, torch.ones(samples, dtype=torch.float64)).x_0
+            row: Row = {"data": name, "seed": seed, "start": start, "gap_start": gap(name, x)}
+            rows.append(row | {"gap_last": gap(name, r.samples), "gap_denoised": gap(name, denoised)})
+    table(rows)
+    return rows
+
+
 def trained(folder: Path, images: Tensor, kind: str, seed: int, steps: int) -> fastsde.ScoreModel:
     """A score model with the averaged weights, in bfloat16; goes on from what is in the folder.
 
@@ -201,6 +237,36 @@ def images(
         rows += [{"training": kind, "seed": seed} | row for row in json.loads(file.read_text())]
     table(rows)
     return {"real_images": floor_of(packaged_reference("fashion-mnist"), samples), "rows": rows}
+
+
+@command("Does denoising worsen the inception score?", "inception", main, samples=130, levels=8)
+@click.option("--samples", "-n", default=400)
+@click.option("--levels", default=20, help="Of annealed sampling.")
+def inception(samples: int, levels: int) -> list[Row]:
+    """Prints the table."""
+    model, features = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
+    reference, rows = packaged_reference("fashion-mnist"), list[Row]()
+    cond, last = labels(samples), torch.full((samples,), model.sde.t_min, dtype=torch.float64)
+    for solver in (
+        fastsde.ExponentialPC(10),
+        fastsde.AnnealedLangevin(levels=levels, eta=0.45),
+        fastsde.ConsistentAnnealed(levels=levels, eta=0.45),
+    ):
+        r = fastsde.sample(model, n=samples, solver=solver, cond=cond, batch_size=100, seed=0, denoise=False)
+        with torch.no_grad():
+            parts = [
+                (r.samples[k], last[k], {"class_labels": cond["class_labels"][k]})
+                for k in torch.arange(samples).split(100)
+            ]
+            denoised = torch.cat([model(*part).x_0 for part in parts])
+        for key, x in (("last state", r.samples), ("denoised", denoised)):
+            seen, logits = features.of(pixels(x).split(100))
+            assert logits is not None
+            distance, score = frechet(seen, reference.mean, reference.covariance), inception_score(logits, splits=5)
+            row: Row = {"solver": type(solver).__name__, "of": key, "fid": distance.value, "fid error": distance.error}
+            rows.append(row | {"inception score": score[0], "score's sd of splits": score[1]})
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

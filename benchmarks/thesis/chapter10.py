@@ -9,6 +9,9 @@ settings. "same NFE" rows get the calls that it took. DDIM walks the process's o
 `network`: the VP column and Table D.2 with the packaged network in bfloat16, classes in turn, one seed for all rows, at
 rtol 0.05; the Frechet distance in the features of the packaged classifier. RD & Langevin has half the published steps.
 Cells are those of `fastsde bench`: a folder that survives being killed, which several processes share.
+
+`stability`: the linear test equation of appendix D.6, dx = -x dt + sqrt(2) dw, whose stationary variance is 1, by
+Euler-Maruyama and by the extrapolated step: equal steps h beside the closed forms, and adaptive ones.
 """
 
 from __future__ import annotations
@@ -257,6 +260,42 @@ def network(
     ]
     table(results)
     return {"real_images": floor_of(reference, samples), "rows": results}
+
+
+def stationary(h: float, extrapolate: bool) -> float:
+    """The stationary variance with equal steps: b^2 h / (1 - a^2), x being multiplied by a and the noise by b."""
+    a, b = (1 - h + h * h / 2, 1 - h / 2) if extrapolate else (1 - h, 1.0)
+    return 2 * h * b * b / (1 - a * a) if abs(a) < 1 else math.inf
+
+
+@command("Is the extrapolated step as stable, and unbiased?", "stability", main, samples=100, rtols=[0.5])
+@click.option("--samples", "-n", default=4000)
+@click.option("--rtol", "rtols", type=float, multiple=True, default=(0.02, 0.1, 0.5))
+def stability(samples: int, rtols: tuple[float, ...]) -> list[Row]:
+    """Prints the table."""
+    end, rows = 40.0, list[Row]()
+
+    def variance(elements: int, **options: object) -> Row:
+        x0 = torch.randn(samples, elements, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        r = fastsde.integrate(
+            lambda x, t: -x, lambda x, t: 2**0.5, x0, 0.0, end, additive=True, batch_size=samples, **options
+        )
+        square = r.samples.square().mean(1)
+        return {"variance": float(square.mean()), "error": float(square.std()) / samples**0.5}
+
+    for extrapolate in (False, True):
+        rule = "extrapolated" if extrapolate else "Euler-Maruyama"
+        for h in (0.1, 0.5, 1.0, 1.6, 2.5):
+            steps = round(end / h)
+            row: Row = {"rule": rule, "steps": f"h = {h:g}", "elements": 1}
+            found = variance(1, steps=steps, extrapolate=extrapolate)
+            rows.append(row | found | {"closed form": stationary(end / steps, extrapolate)})
+        for elements in (1, 64):
+            for rtol in rtols:
+                found = variance(elements, rtol=rtol, atol=rtol / 5, extrapolate=extrapolate)
+                rows.append({"rule": rule, "steps": f"rtol = {rtol:g}", "elements": elements} | found)
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

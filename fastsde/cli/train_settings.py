@@ -72,6 +72,8 @@ class AdversarySettings:
     halvings: int = 3
     masking: Masking | None = None
     score_masking: Masking | None = None
+    updates: str = "alternating"
+    two_discriminators: bool = False
 
     def __post_init__(self) -> None:
         for name, known in (("loss", LOSSES), ("compare", COMPARISONS)):
@@ -87,8 +89,11 @@ class AdversarySettings:
         try:
             if image_size >> max(self.halvings, 0) < 1:
                 raise ValueError(f"halvings must leave a pixel of {image_size}; got {self.halvings}.")
+            first, *second = (
+                Discriminator(channels, self.width, self.halvings) for _ in range(1 + self.two_discriminators)
+            )
             return Adversary(
-                Discriminator(channels, self.width, self.halvings),
+                first,
                 LOSSES[self.loss](COMPARISONS[self.compare]),
                 self.weight,
                 self.steps,
@@ -97,6 +102,8 @@ class AdversarySettings:
                 self.penalty,
                 self.masking,
                 self.score_masking,
+                self.updates,
+                *second,
             )
         except ValueError as error:
             raise ValueError(f"adversary: {error}") from error

@@ -3,7 +3,7 @@ r"""Adversarial score matching: a discriminator judges the expected denoised sam
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,8 +13,11 @@ from fastsde.checks import check_count, check_number
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import check_betas
 from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, paired, plain
-from fastsde.training.masking import Masking
+from fastsde.training.masking import Masking, attention_gini
 from fastsde.types import Cond, State, Time
+
+UPDATES = ("alternating", "simultaneous")
+"""When the discriminator and the score network move."""
 
 
 class Adam(torch.optim.Adam):
@@ -41,7 +44,7 @@ class Adam(torch.optim.Adam):
 
 @dataclasses.dataclass(frozen=True)
 class Adversary:
-    r"""A discriminator D, and how it is trained in turns with the score network.
+    r"""A discriminator D, and how it is trained with the score network.
 
         D:     min  E f_1(D(x_0)) + E f_2(D(H(x_t)))                      (n_D updates before each of the score network)
         score: min  E g_2(D(H(x_t))) + lambda / 2 E |sigma score + eps|^2
@@ -64,6 +67,10 @@ class Adversary:
         masking: masks on what D sees, real and fake; or None.
         score_masking: other masks in the score network's turn; a larger share slows it down, as its gradient through D
             is scaled by what is seen (supplement, eq. 29). `masking` where None.
+        updates: "alternating", D first; or "simultaneous": both gradients are taken at the same parameters, and then
+            both networks step, for which n_D must be 1.
+        spectral_discriminator: a second D. It sees the spectral masks alone, and `discriminator` the spatial ones alone
+            (supplement, D.2). The losses are means over both.
 
     Raises:
         ValueError: naming the attribute out of range.
@@ -78,6 +85,8 @@ class Adversary:
     penalty: float = 0.0
     masking: Masking | None = None
     score_masking: Masking | None = None
+    updates: str = "alternating"
+    spectral_discriminator: nn.Module | None = None
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps, 1)
@@ -85,6 +94,19 @@ class Adversary:
             check_number(name, getattr(self, name), 0.0, ends="[)")
         check_number("learning_rate", self.learning_rate, 0.0, ends="()")
         check_betas(self.betas)
+        if self.updates not in UPDATES:
+            raise ValueError(f"updates must be one of {', '.join(UPDATES)}; got {self.updates!r}.")
+        if self.updates == "simultaneous" and self.steps != 1:
+            raise ValueError(f"steps must be 1 for simultaneous updates; got {self.steps}.")
+        if self.spectral_discriminator is not None and self.masking is None:
+            raise ValueError("spectral_discriminator needs masking, of which it sees the spectral part; got None.")
+
+    @property
+    def network(self) -> nn.Module:
+        """The discriminator, or both."""
+        if self.spectral_discriminator is None:
+            return self.discriminator
+        return nn.ModuleList([self.discriminator, self.spectral_discriminator])
 
     def settings(self) -> dict[str, Any]:
         """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""
@@ -99,11 +121,12 @@ class Adversary:
             "penalty": self.penalty,
             "masking": None if self.masking is None else dataclasses.asdict(self.masking),
             "score_masking": None if self.score_masking is None else dataclasses.asdict(self.score_masking),
+            "updates": self.updates,
         }
 
     def optimizer(self) -> Adam:
         """Adam on the discriminator's parameters."""
-        return Adam(self.discriminator.parameters(), self.learning_rate, self.betas)
+        return Adam(self.network.parameters(), self.learning_rate, self.betas)
 
     def discriminator_loss(
         self,
@@ -120,12 +143,15 @@ class Adversary:
         """
         with torch.no_grad():
             denoised = self._of_others(model(model.sde.marginal(x_0, t, noise), t, cond).x_0)
-        real, fake = (_seen(self.masking, x, x_0, generator) for x in (x_0, denoised))
-        loss = self.loss.discriminator(self._judged(real), self._judged(fake))
-        if self.penalty == 0:
-            return loss
-        mix = torch.rand(len(real), generator=_needed(generator)).to(real)
-        return loss + self.penalty * gradient_penalty(self.discriminator, real, fake, mix)
+        losses = []
+        for judge, masking in self._judges(self.masking):
+            real, fake = (_seen(masking, x, x_0, generator) for x in (x_0, denoised))
+            loss = self.loss.discriminator(_judged(judge, real), _judged(judge, fake))
+            if self.penalty > 0:
+                mix = torch.rand(len(real), generator=_needed(generator)).to(real)
+                loss = loss + self.penalty * gradient_penalty(judge, real, fake, mix)
+            losses.append(loss)
+        return torch.stack(losses).mean()
 
     def score_loss(
         self,
@@ -139,20 +165,42 @@ class Adversary:
         """The score network's loss, a scalar; the discriminator gets no gradient."""
         prediction = model(model.sde.marginal(x_0, t, noise), t, cond)
         matching = (prediction.epsilon - noise).square().flatten(1).sum(1).mean()
-        moving = [p for p in self.discriminator.parameters() if p.requires_grad]
+        moving = [p for p in self.network.parameters() if p.requires_grad]
         for p in moving:
             p.requires_grad_(False)
         try:
-            masking = self.score_masking or self.masking
-            fake = self._judged(_seen(masking, self._of_others(prediction.x_0), x_0, generator))
-            if self.loss.compare is plain:
-                adversarial = self.loss.g_2(fake).mean()
-            else:
-                adversarial = self.loss.generator(self._judged(_seen(masking, x_0, x_0, generator)), fake)
-            return adversarial + 0.5 * self.weight * matching
+            losses = []
+            for judge, masking in self._judges(self.score_masking or self.masking):
+                fake = _judged(judge, _seen(masking, self._of_others(prediction.x_0), x_0, generator))
+                if self.loss.compare is plain:
+                    losses.append(self.loss.g_2(fake).mean())
+                else:
+                    losses.append(self.loss.generator(_judged(judge, _seen(masking, x_0, x_0, generator)), fake))
+            return torch.stack(losses).mean() + 0.5 * self.weight * matching
         finally:
             for p in moving:
                 p.requires_grad_(True)
+
+    def attention(self, images: State) -> Tensor:
+        """Mean Gini coefficient of where D looks (`attention_gini`), a scalar, on whole images with shape (B, C, H, W).
+
+        It leaves no trace: the vectors of spectral norm stay as they are.
+        """
+        training = [(module, module.training) for module in self.network.modules()]
+        self.network.eval()
+        try:
+            return torch.stack([attention_gini(judge, images).mean() for judge, _ in self._judges(None)]).mean()
+        finally:
+            for module, mode in training:
+                module.training = mode
+
+    def _judges(self, masking: Masking | None) -> Iterator[tuple[nn.Module, Masking | None]]:
+        """Each discriminator with its masks."""
+        if self.spectral_discriminator is None:
+            yield self.discriminator, masking
+        else:
+            yield self.discriminator, masking and dataclasses.replace(masking, spectrum=0.0)
+            yield self.spectral_discriminator, masking and dataclasses.replace(masking, space=0.0)
 
     def _of_others(self, denoised: State) -> State:
         """The denoised sample of another row, whose data is an independent draw."""
@@ -160,11 +208,12 @@ class Adversary:
             raise ValueError("a paired comparison needs a batch of at least 2 on each process; got 1.")
         return denoised.roll(1, 0)
 
-    def _judged(self, x: State) -> Tensor:
-        value: Tensor = self.discriminator(x)
-        if value.shape != x.shape[:1]:
-            raise ValueError(f"discriminator must give one number a row, ({len(x)},); it gave {tuple(value.shape)}.")
-        return value
+
+def _judged(judge: nn.Module, x: State) -> Tensor:
+    value: Tensor = judge(x)
+    if value.shape != x.shape[:1]:
+        raise ValueError(f"discriminator must give one number a row, ({len(x)},); it gave {tuple(value.shape)}.")
+    return value
 
 
 def _seen(masking: Masking | None, x: State, x_0: State, generator: torch.Generator | None) -> State:

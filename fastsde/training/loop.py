@@ -40,6 +40,9 @@ def train(
     number changes rounding alone (with the `average` comparison of GAN losses also what is averaged); the first one
     writes.
 
+    With an adversary on images the history has the column "gini": the Gini coefficient of where the discriminator
+    looks, on the first 16 images of its last batch. Source: Huang et al., NeurIPS 2022, supplement, fig. 1.
+
     Args:
         model: score model around a torch module.
         images: uint8 images with shape (N, C, H, W), scaled to [-1, 1]; or floats with shape (N, *event), as they are.
@@ -80,9 +83,9 @@ def train(
     settings = {**dataclasses.asdict(config), **batches.describe()}
     history: History = {"loss": []}
     if adversary is not None:
-        modules["discriminator"], optimizers["discriminator_adam"] = adversary.discriminator, adversary.optimizer()
+        modules["discriminator"], optimizers["discriminator_adam"] = adversary.network, adversary.optimizer()
         settings["adversary"] = adversary.settings()
-        history["discriminator"] = []
+        history |= {"discriminator": []} | ({"gini": []} if images.ndim == 4 else {})
     settings = plain_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
@@ -100,15 +103,23 @@ def train(
                 batch, generator = batches.draw(step, turn)
                 with batches.precision():
                     loss = adversary.discriminator_loss(model, *batch, generator)
-                judge, rule = adversary.discriminator, optimizers["discriminator_adam"]
-                losses["discriminator"] = _descend(judge, rule, loss, f"discriminator at step {step}")
+                judge, rule = modules["discriminator"], optimizers["discriminator_adam"]
+                losses["discriminator"] = _slope(judge, loss, f"discriminator at step {step}")
+                if adversary.updates == "alternating":
+                    rule.step()
+            if "gini" in history:
+                few = batch[0][: max(1, 16 // rank_and_size()[1])]
+                losses["gini"] = float(_over_processes(adversary.attention(few)))
         batch, generator = batches.draw(step)
         with batches.precision():
             if adversary is None:
                 loss = score_loss(config.objective, model, batch, generator).mean()
             else:
                 loss = adversary.score_loss(model, *batch, generator)
-        losses["loss"] = _descend(network, optimizer, loss, f"score network at step {step}", config.grad_clip)
+        losses["loss"] = _slope(network, loss, f"score network at step {step}", config.grad_clip)
+        optimizer.step()
+        if adversary is not None and adversary.updates == "simultaneous":
+            rule.step()
         ema.update_parameters(network)
         for name, value in losses.items():
             history[name].append(value)
@@ -131,30 +142,34 @@ def score_loss(objective: str, model: ScoreModel, batch: Batch, generator: torch
     return noisy_score_loss(model, *batch, directions=signs if objective == "sliced" else None)
 
 
-def _descend(
-    network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, where: str, grad_clip: float = math.inf
-) -> float:
-    """One step of the optimiser down the gradient averaged over processes; the loss, averaged too.
+def _slope(network: nn.Module, loss: Tensor, where: str, grad_clip: float = math.inf) -> float:
+    """Puts the gradient, averaged over processes, on the parameters; gives the loss, averaged too.
 
     Raises:
-        FloatingPointError: if loss or gradient is not finite; nothing was changed then.
+        FloatingPointError: if loss or gradient is not finite.
     """
-    optimizer.zero_grad(set_to_none=True)
+    network.zero_grad(set_to_none=True)
     loss.backward()
-    value = loss.detach().clone()
-    size = rank_and_size()[1]
-    if size > 1:
-        for part in (value, *(p.grad for p in network.parameters() if p.grad is not None)):
-            torch.distributed.all_reduce(part)
-            part /= size
+    value = _over_processes(loss.detach().clone())
+    for p in network.parameters():
+        if p.grad is not None:
+            _over_processes(p.grad)
     norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         raise FloatingPointError(
             f"{where}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller learning_rate may "
             "help; what was saved before is as it was."
         )
-    optimizer.step()
     return float(value)
+
+
+def _over_processes(value: Tensor) -> Tensor:
+    """The mean over processes, in place."""
+    size = rank_and_size()[1]
+    if size > 1:
+        torch.distributed.all_reduce(value)
+        value /= size
+    return value
 
 
 def _check_weights(modules: dict[str, nn.Module], step: int) -> None:

@@ -37,7 +37,8 @@ class Masking:
 
     Attributes:
         space: share of the pixels of each image masked, in [0, 1).
-        patch: side of a patch in pixels.
+        patch: side of a patch: below 1 its share of the image's shorter side, as published (8 pixels of 32), rounded to
+            a pixel; from 1 on, whole pixels.
         spectrum: mean share of the bands dropped, in [0, 0.5].
         bands: number of bands; those without a frequency, in small images, do not count.
         shape: what is masked in space: "patches"; or for comparisons one "square" or one "block" (a rectangle of an
@@ -49,7 +50,7 @@ class Masking:
     """
 
     space: float = 0.25
-    patch: int = 8
+    patch: float | int = 0.25
     spectrum: float = 0.25
     bands: int = 64
     shape: str = "patches"
@@ -57,7 +58,9 @@ class Masking:
     def __post_init__(self) -> None:
         check_number("space", self.space, 0.0, 1.0, ends="[)")
         check_number("spectrum", self.spectrum, 0.0, CAP)
-        check_count("patch", self.patch, 1)
+        check_number("patch", self.patch, 0.0, ends="()")
+        if self.patch >= 1 and self.patch != int(self.patch):
+            raise ValueError(f"patch must be a share of the side below 1, or whole pixels; got {self.patch}.")
         check_count("bands", self.bands, 2)
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}.")
@@ -78,7 +81,7 @@ class Masking:
                 f"masks are for images with shape (B, C, H, W), and data of the same; got {tuple(x.shape)} and "
                 f"{tuple(data.shape)}."
             )
-        if self.space > 0 and self.patch > min(x.shape[-2:]):
+        if self.space > 0 and self.side(*x.shape[-2:]) > min(x.shape[-2:]):
             raise ValueError(f"patch must be at most the image's side, {min(x.shape[-2:])}; got {self.patch}.")
         if self.spectrum > 0:
             band = band_of(x.shape[-2], x.shape[-1], self.bands).to(x.device)
@@ -87,6 +90,10 @@ class Masking:
             spectrum = torch.fft.rfft2(x.float()) * kept[:, band][:, None]
             x = torch.fft.irfft2(spectrum, s=x.shape[-2:]).to(x.dtype)
         return x * self.visible(x, generator) if self.space > 0 else x
+
+    def side(self, height: int, width: int) -> int:
+        """The side of a patch in pixels."""
+        return int(self.patch) if self.patch >= 1 else max(1, round(self.patch * min(height, width)))
 
     def drop_probabilities(self, data: Tensor) -> Tensor:
         """p_b, with shape (bands,), on the device of the data; 0 for bands without a frequency."""
@@ -113,16 +120,17 @@ class Masking:
     def _order(self, n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """In which order pixels would be masked, each number once an image, with shape (n, H, W)."""
         i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        side = self.side(height, width)
         if self.shape == "patches":
-            patch = i // self.patch * -(-width // self.patch) + j // self.patch
+            patch = i // side * -(-width // side) + j // side
             sizes = patch.flatten().bincount()
             order = torch.rand(n, len(sizes), generator=generator).argsort(1)
             before = torch.zeros_like(order).scatter(1, order, sizes[order].cumsum(1) - sizes[order])
-            inside = i % self.patch * (width - j // self.patch * self.patch).clamp(max=self.patch) + j % self.patch
+            inside = i % side * (width - j // side * side).clamp(max=side) + j % side
             return before[:, patch] + inside
         if self.shape == "grid":
-            middle = (self.patch - 1) / 2
-            distance = torch.maximum((i % self.patch - middle).abs(), (j % self.patch - middle).abs())[None]
+            middle = (side - 1) / 2
+            distance = torch.maximum((i % side - middle).abs(), (j % side - middle).abs())[None]
         else:  # from a corner, around the edges
             stretch = 2 ** (2 * torch.rand(n, generator=generator) - 1) if self.shape == "block" else torch.ones(n)
             down, across = torch.minimum(i, height - i), torch.minimum(j, width - j)
