@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,27 +63,102 @@ def train(
         FileExistsError: if there is a checkpoint, and nothing says to resume it.
         FloatingPointError: if a loss, gradient or weight is no longer finite; the last checkpoint stays.
     """
-    network, checkpoint = model.network, Path(checkpoint)
+    network = model.network
     if not isinstance(network, nn.Module):
         raise TypeError(f"model must be around a torch module to be trained; its network is {network!r}.")
+    if adversary is not None and config.objective != "denoising":
+        raise ValueError(f"an adversary needs objective='denoising'; got {config.objective!r}.")
+    batches = Batches(model, images, labels, config)
+    rules = {"loss": Rule.of("score network", network, config)}
+    settings = {**dataclasses.asdict(config), **batches.describe()}
+    if adversary is not None:
+        rules["discriminator"] = Rule("discriminator", adversary.discriminator, adversary.optimizer())
+        settings["adversary"] = adversary.settings()
+
+    def losses(step: int) -> Losses:
+        if adversary is not None:
+            for turn in range(1, adversary.steps + 1):
+                batch, generator = batches.draw(step, turn)
+                with batches.precision(model.device):
+                    loss = adversary.discriminator_loss(model, *batch, generator)
+                yield "discriminator", loss
+        batch, generator = batches.draw(step)
+        with batches.precision(model.device):
+            if adversary is None:
+                loss = score_loss(config.objective, model, batch, generator).mean()
+            else:
+                loss = adversary.score_loss(model, *batch, generator)
+        yield "loss", loss
+
+    return run(network, rules, losses, config, settings, checkpoint, resume, save_every, callback)
+
+
+Losses = Iterator[tuple[str, Tensor]]
+"""Losses of one step in turn, by name; each is made after the one before has been descended. A name without a rule is a
+number to be noted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a loss is descended.
+
+    Attributes:
+        what: the network's name in messages and checkpoints.
+        network: whose weights.
+        optimizer: of these.
+        grad_clip: largest norm of the gradient.
+        scheduled: whether the learning rate is that of `TrainConfig.learning_rate_at`; else it stays.
+    """
+
+    what: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    grad_clip: float = math.inf
+    scheduled: bool = False
+
+    @classmethod
+    def of(cls, what: str, network: nn.Module, config: TrainConfig) -> Rule:
+        """Adam as the settings have it."""
+        optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
+        return cls(what, network, optimizer, config.grad_clip, scheduled=True)
+
+
+def run(
+    network: nn.Module,
+    rules: dict[str, Rule],
+    losses: Callable[[int], Losses],
+    config: TrainConfig,
+    settings: dict[str, Any],
+    checkpoint: Path,
+    resume: bool,
+    save_every: int,
+    callback: Callable[[int, History, nn.Module], None] | None,
+    noted: Sequence[str] = (),
+) -> nn.Module:
+    """The loop: any losses, each a function of the step. Returns the averaged copy of the network.
+
+    Args:
+        network: what is averaged.
+        rules: by names of losses; "loss" is among them, and every step yields it.
+        losses: of the step from 0.
+        config, checkpoint, resume, save_every, callback: as for `train`.
+        settings: what a checkpoint must agree on.
+        noted: names of the numbers among the losses that have no rule.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, FloatingPointError: as `train`.
+    """
+    checkpoint = Path(checkpoint)
     check_count("save_every", save_every, 1)
     if checkpoint.is_dir() or not checkpoint.parent.is_dir():
         raise FileNotFoundError(f"checkpoint must be a file in a folder that exists; got {checkpoint}.")
     if checkpoint.is_file() and not resume:
         raise FileExistsError(f"{checkpoint} exists; resume=True goes on from it, or name another file.")
-    batches = Batches(model, images, labels, config)
     ema = ema_model(network, config.ema_decay)
-    optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
     modules: dict[str, nn.Module] = {"network": network, "ema": ema}
-    optimizers: dict[str, torch.optim.Optimizer] = {"adam": optimizer}
-    if adversary is not None and config.objective != "denoising":
-        raise ValueError(f"an adversary needs objective='denoising'; got {config.objective!r}.")
-    settings = {**dataclasses.asdict(config), **batches.describe()}
-    history: History = {"loss": []}
-    if adversary is not None:
-        modules["discriminator"], optimizers["discriminator_adam"] = adversary.discriminator, adversary.optimizer()
-        settings["adversary"] = adversary.settings()
-        history["discriminator"] = []
+    modules |= {name: rule.network for name, rule in rules.items() if not rule.scheduled}
+    optimizers = {"adam" if name == "loss" else f"{name}_adam": rule.optimizer for name, rule in rules.items()}
+    history: History = {name: [] for name in (*rules, *noted)}
     settings = plain_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
@@ -92,26 +168,15 @@ def train(
     shown = None if leads else True  # in a terminal only, and once
     bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, unit="step", disable=shown)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        losses = {}
-        if adversary is not None:
-            for turn in range(1, adversary.steps + 1):
-                batch, generator = batches.draw(step, turn)
-                with batches.precision():
-                    loss = adversary.discriminator_loss(model, *batch, generator)
-                judge, rule = adversary.discriminator, optimizers["discriminator_adam"]
-                losses["discriminator"] = _descend(judge, rule, loss, f"discriminator at step {step}")
-        batch, generator = batches.draw(step)
-        with batches.precision():
-            if adversary is None:
-                loss = score_loss(config.objective, model, batch, generator).mean()
-            else:
-                loss = adversary.score_loss(model, *batch, generator)
-        losses["loss"] = _descend(network, optimizer, loss, f"score network at step {step}", config.grad_clip)
+        for rule in rules.values():
+            for group in rule.optimizer.param_groups if rule.scheduled else ():
+                group["lr"] = config.learning_rate_at(step)
+        found = {}
+        for name, loss in losses(step):
+            found[name] = _descend(rules[name], loss, step) if name in rules else float(averaged([loss.detach()])[0])
         ema.update_parameters(network)
-        for name, value in losses.items():
-            history[name].append(value)
+        for name, values in history.items():
+            values.append(found[name])
         bar.set_postfix({name: f"{sum(last) / len(last):.4f}" for name, v in history.items() if (last := v[-50:])})
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
             _check_weights(modules, step)
@@ -131,29 +196,32 @@ def score_loss(objective: str, model: ScoreModel, batch: Batch, generator: torch
     return noisy_score_loss(model, *batch, directions=signs if objective == "sliced" else None)
 
 
-def _descend(
-    network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, where: str, grad_clip: float = math.inf
-) -> float:
+def averaged(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors averaged over the processes, in place."""
+    size = rank_and_size()[1]
+    for part in parts if size > 1 else ():
+        torch.distributed.all_reduce(part)
+        part /= size
+    return parts
+
+
+def _descend(rule: Rule, loss: Tensor, step: int) -> float:
     """One step of the optimiser down the gradient averaged over processes; the loss, averaged too.
 
     Raises:
         FloatingPointError: if loss or gradient is not finite; nothing was changed then.
     """
-    optimizer.zero_grad(set_to_none=True)
+    rule.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     value = loss.detach().clone()
-    size = rank_and_size()[1]
-    if size > 1:
-        for part in (value, *(p.grad for p in network.parameters() if p.grad is not None)):
-            torch.distributed.all_reduce(part)
-            part /= size
-    norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    averaged([value, *(p.grad for p in rule.network.parameters() if p.grad is not None)])
+    norm = nn.utils.clip_grad_norm_(rule.network.parameters(), rule.grad_clip)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         raise FloatingPointError(
-            f"{where}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller learning_rate may "
-            "help; what was saved before is as it was."
+            f"{rule.what} at step {step}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller "
+            "learning_rate may help; what was saved before is as it was."
         )
-    optimizer.step()
+    rule.optimizer.step()
     return float(value)
 
 
