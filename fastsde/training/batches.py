@@ -125,8 +125,13 @@ def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tenso
     parameter = model.parameter
     device = torch.device("cpu") if parameter is None else parameter.device
     cond = {} if labels is None else {"class_labels": labels.to(device)}
-    x_0 = to_unit_range(images) if images.dtype == torch.uint8 else images
+    x_0 = in_unit_range(images)
     return x_0.to(device), t.to(device), noise.to(device, x_0.dtype), cond
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """8-bit images in [-1, 1], floats as they are."""
+    return to_unit_range(images) if images.dtype == torch.uint8 else images
 
 
 def data_hash(images: Tensor, labels: Tensor | None) -> str:
