@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_labels, check_number
-from fastsde.diffusers.latents import decode_latents, encode_images
+from fastsde.diffusers.latents import SCALE, decode_latents, encode_images
 from fastsde.diffusers.loading import CONFIG, WEIGHTS
 from fastsde.files import read_json, sha256, write_json, write_whole
 from fastsde.score.base import ScoreModel
@@ -126,6 +126,8 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> Packa
     vae = None
     if "autoencoder_sha256" in card:
         vae = _network("AutoencoderKL", folder / AUTOENCODER, card["autoencoder_sha256"])
+        if any(vae.config.get(key) != card.get("latents", {}).get(key) for key in SCALE):
+            raise ValueError(f"{folder / AUTOENCODER / CONFIG} has another scale of latents than {folder / CARD} says.")
     try:
         model = score_model(network, VPSDE(**card["sde"]), card, vae)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:

@@ -22,7 +22,7 @@ from fastsde.cli import options as option
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.train_settings import AUTOENCODERS, Settings, as_toml, read_settings
-from fastsde.diffusers.latents import encode_images, measure_scale
+from fastsde.diffusers.latents import SCALE, encode_images, measure_scale
 from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
@@ -182,7 +182,7 @@ def _train_score(
         images = measure_scale(vae, images)
         test = test and (encode_images(vae, test[0]), test[1])
         card["autoencoder"] = _card_of(Path(settings.autoencoder))
-        card["latents"] = {key: vae.config[key] for key in ("latents_mean", "latents_std")}
+        card["latents"] = {key: vae.config[key] for key in SCALE}
     torch.manual_seed(config.seed)
     unet = small_unet(images.shape[-1], images.shape[1], len(names) or None, widths=settings.network.widths)
     network = cast(nn.Module, unet)

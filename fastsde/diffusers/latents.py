@@ -10,6 +10,9 @@ from torch import Tensor
 from fastsde.batching import expand_like
 from fastsde.diffusers.networks import config_of, offloaded_to
 
+SCALE = ("latents_mean", "latents_std")
+"""Where a configuration has the scale of each channel."""
+
 
 def autoencoder(pipe: Any) -> Any:
     """The autoencoder of a pipeline, or None if it works on pixels."""
