@@ -32,6 +32,8 @@ SCRIPTS = {
     "ddim": "thesis/ddim.py",
     "divergences": "thesis/divergences.py",
     "guided_pipeline": "pipelines.py guidance",
+    "latent_autoencoders": "latent.py autoencoders",
+    "latent_diffusion": "latent.py diffusion",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
     "network": "network.py (last in 6513568; fitted.py has its question now)",
@@ -398,6 +400,30 @@ def trainings(results: Row) -> list[Row]:
     rows = (best[key] for key in sorted(best, key=lambda key: (key[2:], key[0] == "adversarial", key[1])))
     by = {"sampler": "sampler", "n_sigma": "n_sigma"}
     return pivot(rows, by, "{training}, seed {seed}", "{raw:.2f} / {denoised:.2f}")
+
+
+@shows("latent_autoencoders")
+def autoencoders(results: Row) -> list[Row]:
+    """Every seed: distances, and KL against the margin."""
+    shown = {
+        "prior": "{prior:.2f}",
+        "reconstructions": "{rec:.2f}",
+        "rms error": "{rms:.3f}",
+        "KL of data": "{kl:.1f}",
+        "of reconstructions": "{kl_reconstructed:.1f}",
+        "of samples": "{kl_generated:.1f}",
+    }
+    rows = [row | {"m": f"{row['margin']:.1f}" if row["kind"] == "IntroVAE" else None} for row in results["rows"]]
+    return columns(rows, training="kind", seed="seed", **shown, m="m")
+
+
+@shows("latent_diffusion")
+def latent_diffusion(rows: list[Row]) -> list[Row]:
+    """FID and time of an image."""
+    said = [
+        row | {"all": row["parameters"] + row.get("parameters_vae", 0), "fids": slashed(row["fid"])} for row in rows
+    ]
+    return columns(said, model="model", parameters="all", FID_of_three_seeds="fids", ms_per_image="{ms_per_image:.1f}")
 
 
 # Cost
