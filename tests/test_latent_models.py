@@ -11,9 +11,15 @@ from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde.checkpoints import AUTOENCODER, CARD, CONFIG, WEIGHTS, load_autoencoder
+from fastsde.cli.bench import build_cells
 from fastsde.cli.main import main
 from fastsde.diffusers import decode_latents, encode_images
 from fastsde.diffusers.latents import measure_scale
+from fastsde.evaluation.features import Features
+from fastsde.evaluation.images import to_uint8
+from fastsde.evaluation.reference import Reference
+from fastsde.evaluation.sweep import Problem, Sweep
+from fastsde.training.data import load_images
 from fastsde.training.networks import small_autoencoder
 from tests.test_training import write_idx
 
@@ -72,7 +78,7 @@ def test_one_folder_has_both(folders, model, data):
 
 def test_latents_have_mean_zero_and_variance_one(folders, model, data):
     """Over the data, and the decoder undoes the scale."""
-    images = torch.from_numpy(fastsde_images(data))
+    images = load_images(data)[0]
     z = model.encode(images)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     # Weights of the folder are in half precision, those the scale was measured with were not.
@@ -87,12 +93,6 @@ def test_latents_have_mean_zero_and_variance_one(folders, model, data):
     assert torch.equal(encode_images(vae, images), encode_images(vae, images.float() / 127.5 - 1))
 
 
-def fastsde_images(data):
-    from fastsde.training.data import load_images
-
-    return load_images(data)[0].numpy()
-
-
 def test_solvers_likelihood_encoding_and_fits_take_latents(model, data):
     cond = {"class_labels": torch.arange(4) % 2}
     fitted = fastsde.fit(model, nfe=3, pilots=12, calls=1500)
@@ -100,7 +100,7 @@ def test_solvers_likelihood_encoding_and_fits_take_latents(model, data):
     r = fastsde.sample(model, n=4, cond=cond, nfe=8)
     assert r.samples.shape == (4, 4, 4, 4)
     assert model.decode(r.samples).shape == (4, 1, 8, 8)
-    x, rough = model.encode(torch.from_numpy(fastsde_images(data))[:4]), {"cond": cond, "rtol": 1e-3, "atol": 1e-3}
+    x, rough = model.encode(load_images(data)[0][:4]), {"cond": cond, "rtol": 1e-3, "atol": 1e-3}
     found = fastsde.log_likelihood(model, x=x, cond=cond, rtol=0.1, atol=0.1)
     assert torch.isfinite(found.log_prob).all()
     there = fastsde.encode(model, x=x, **rough).samples
@@ -196,3 +196,24 @@ def test_settings_that_do_not_fit_are_refused(tmp_path, data, folders):
         assert found.exit_code == 1, assignments
         assert words in " ".join(found.output.split()), found.output
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
+
+
+def test_a_sweep_measures_what_is_decoded(tmp_path, model):
+    features = Features(lambda x: (x.flatten(1)[:, 20:23], None), "three pixels", 1, shape=(1, 8, 8))
+    reference = Reference(torch.zeros(3, dtype=torch.float64), torch.eye(3, dtype=torch.float64), None, {})
+    cells = build_cells(model, ["DDIM"], [3], [], [0])
+    sweep = Sweep(tmp_path / "bench", Problem(model, features, reference, {}, 2), cells, 20, batch_size=10)
+    assert list(sweep.run()) == cells
+    assert sweep.row(cells[0])["fid"] > 0
+    cond = {"class_labels": torch.arange(20) % 2}
+    r = fastsde.sample(model, n=20, nfe=3, solver=fastsde.DDIM(), seed=0, cond=cond, batch_size=10)
+    assert np.array_equal(sweep.images(cells[0], 4), to_uint8(model.decode(r.samples), (-1.0, 1.0))[:4])
+
+
+def test_latents_go_where_the_decoder_is(folders, device):
+    model = fastsde.pretrained(folders[1], device=device)
+    z = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    expected = fastsde.pretrained(folders[1]).decode(z)
+    # Convolutions of two devices, in float32 or TF32.
+    torch.testing.assert_close(model.decode(z), expected, rtol=0, atol=1e-5 if device.type == "cpu" else 1e-2)
+    assert model.encode(expected).device.type == "cpu"
