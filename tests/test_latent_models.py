@@ -95,7 +95,7 @@ def test_latents_have_mean_zero_and_variance_one(folders, model, data):
 
 def test_solvers_likelihood_encoding_and_fits_take_latents(model, data):
     cond = {"class_labels": torch.arange(4) % 2}
-    fitted = fastsde.fit(model, nfe=3, pilots=12, calls=1500)
+    fitted = fastsde.fit(model, nfe=3, pilots=12, calls=800)
     assert fastsde.sample(model, n=4, cond=cond, solver=fitted).nfe.tolist() == [3] * 4
     r = fastsde.sample(model, n=4, cond=cond, nfe=8)
     assert r.samples.shape == (4, 4, 4, 4)
@@ -107,6 +107,27 @@ def test_solvers_likelihood_encoding_and_fits_take_latents(model, data):
     back = fastsde.sample(model, x_init=there, solver=fastsde.ProbabilityFlow(), denoise=False, **rough).samples
     # Two solves at the tolerance of 1e-3 a step, whose errors the flow stretches, on latents of variance 1.
     assert float((back - x).square().mean().sqrt()) < 0.03
+
+
+def test_a_run_that_resumes_does_not_encode_again(tmp_path, folders, data):
+    """To the same numbers; latents of another autoencoder are refused."""
+    options = ["--data", data, *TINY, "--set", "model=latent", "--set", "network.widths=[8]", "--set", "save_every=1"]
+    own = [*options, "--set", f"autoencoder={folders[0]}"]
+    for name, steps in (("whole", (3,)), ("half", (1, 3))):
+        for k, n in enumerate(steps):
+            found = run("train", *own, "--out", tmp_path / name, "--steps", n, *["--resume"][:k])
+            assert found.exit_code == 0, found.output
+    latents = [load_file(tmp_path / name / "latents.safetensors") for name in ("whole", "half")]
+    assert all(torch.equal(latents[0][key], latents[1][key]) for key in ("train", "test"))
+    card = json.loads((tmp_path / "half" / "model" / CARD).read_text())
+    assert card["latents"] == json.loads((tmp_path / "whole" / "model" / CARD).read_text())["latents"]
+    other = shutil.copytree(folders[0], tmp_path / "other")
+    save_file({key: 1.5 * value for key, value in load_file(other / WEIGHTS).items()}, other / WEIGHTS)
+    found = run(
+        "train", *options, "--set", f"autoencoder={other}", "--out", tmp_path / "half", "--steps", 4, "--resume"
+    )
+    assert found.exit_code == 1
+    assert "is of other data or another autoencoder" in " ".join(found.output.split())
 
 
 def test_batches_of_the_decoder_do_not_matter(model):

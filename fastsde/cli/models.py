@@ -71,8 +71,10 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
             raise ValueError("--guidance-scale is for diffusers' models; this one has no guidance.")
         model = pretrained(name, device=device)
         nn.Module.to(cast(nn.Module, model.network), dtype)  # diffusers' own `to` warns of layers that this one has not
+        card = read_card(name)
         ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
-        return Opened(model, len(read_card(name)["classes"]), ours_source)
+        ours_source |= {key: card[key] for key in ("autoencoder_sha256",) if key in card}
+        return Opened(model, len(card["classes"]), ours_source)
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
     if hasattr(loaded, "encode_prompt"):

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import click
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastsde import api
@@ -26,8 +28,10 @@ from fastsde.diffusers.latents import SCALE, encode_images, measure_scale
 from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
-from fastsde.files import csv_text, read_json, write_whole
+from fastsde.files import csv_text, read_json, sha256, write_whole
+from fastsde.score.network import weights_hash
 from fastsde.sde.vp import VPSDE
+from fastsde.training.batches import check_data, data_hash
 from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, load_test_images, to_unit_range
@@ -179,8 +183,11 @@ def _train_score(
     names = settings.classes or tuple(str(k) for k in range(0 if labels is None else int(labels.max()) + 1))
     sde, card = VPSDE(), _card(images.shape, settings)
     if vae is not None:
-        images = measure_scale(vae, images)
-        test = test and (encode_images(vae, test[0]), test[1])
+        check_data(images, labels)
+        images, seen = _latents(
+            vae, images, None if test is None else test[0], out / "latents.safetensors", leads=leads
+        )
+        test = None if test is None or seen is None else (seen, test[1])
         card["autoencoder"] = _card_of(Path(settings.autoencoder))
         card["latents"] = {key: vae.config[key] for key in SCALE}
     torch.manual_seed(config.seed)
@@ -214,6 +221,32 @@ def _train_score(
         loss = _finite(held_out_loss(model, *test), "the loss on test images")
         card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
         save_checkpoint_folder(out / "model", model.network, card, vae)
+
+
+def _latents(
+    vae: Any, images: Tensor, test: Tensor | None, cache: Path, *, leads: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Latents of both splits, and their scale in the autoencoder's configuration.
+
+    They are encoded once and kept in a file: encoded again, on another number of threads or on a GPU, they would differ
+    in their last digits, and a run that resumes would be one with other data.
+    """
+    of = sha256(f"{weights_hash(vae)} {data_hash(images, None)} {None if test is None else len(test)}".encode())
+    if cache.is_file():
+        with safe_open(cache, "pt") as file:
+            kept = file.metadata() or {}
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        if kept.get("of") != of:
+            raise ValueError(f"{cache} is of other data or another autoencoder. Choose another --out, or delete it.")
+        scale = json.loads(kept["scale"])
+        vae.register_to_config(scaling_factor=1.0, shift_factor=None, **scale)
+    else:
+        found = {"train": measure_scale(vae, images).contiguous()}
+        found |= {} if test is None else {"test": encode_images(vae, test, batch_size=250).contiguous()}
+        scale = {key: vae.config[key] for key in SCALE}
+        if leads:
+            write_whole(cache, save(found, {"of": of, "scale": json.dumps(scale)}))
+    return found["train"], found.get("test")
 
 
 def _train_autoencoder(
