@@ -40,7 +40,8 @@ def _scales(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
 
 def check_latents(vae: Any, latents: Tensor) -> None:
     """Refuses, with a ValueError, what is no finite batch of latents of an autoencoder."""
-    channels = config_of(vae).get("latent_channels")
+    config = config_of(vae)
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
     if latents.ndim < 3 or not latents.is_floating_point() or (channels is not None and latents.shape[1] != channels):
         wanted = "channels" if channels is None else channels
         raise ValueError(

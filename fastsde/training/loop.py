@@ -103,11 +103,12 @@ class Rule:
     """How a loss is descended.
 
     Attributes:
-        what: the network's name in messages and checkpoints.
+        what: the network's name in messages.
         network: whose weights.
         optimizer: of these.
         grad_clip: largest norm of the gradient.
-        scheduled: whether the learning rate is that of `TrainConfig.learning_rate_at`; else it stays.
+        scheduled: whether the weights are part of the network that is averaged, and the learning rate is that of
+            `TrainConfig.learning_rate_at`; else it stays, and a checkpoint holds this network besides.
     """
 
     what: str
