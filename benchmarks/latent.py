@@ -18,7 +18,7 @@ from pathlib import Path
 
 import click
 import torch
-from common import RUNS, Book, Row, command, labels, table, timed
+from common import RUNS, Book, Row, command, in_turn, labels, table, timed
 from torch import Tensor, nn
 
 import fastsde
@@ -114,30 +114,33 @@ def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
     return {"test_images": distance(to_unit_range(test), features), "rows": rows}
 
 
-@command("What do latents save?", "latent_diffusion", main, samples=130, seeds=1)
-@click.option("--model", default="fashion-mnist-latent", help="A latent model.")
+@command("What do latents save?", "latent_diffusion", main, samples=130, seeds=1, seconds=1)
+@click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of a latent model.")
 @click.option("--samples", "-n", default=2500)
 @click.option("--seeds", default=3)
-def diffusion(model: str, samples: int, seeds: int) -> list[Row]:
+@click.option("--seconds", default=60, help="For the times.")
+def diffusion(model: Path, samples: int, seeds: int, seconds: int) -> Row:
     """Prints the table."""
-    features, rows = open_features("fashion-mnist"), list[Row]()
-    for name in (model, "fashion-mnist"):
-        opened = fastsde.pretrained(name)
-        row: Row = {"model": name, "parameters": sum(p.numel() for p in opened.network.parameters())}
-        if opened.autoencoder is not None:
-            row["parameters_vae"] = sum(p.numel() for p in opened.autoencoder.parameters())
+    features, models = open_features("fashion-mnist"), {"latents": fastsde.pretrained(model)}
+    models["pixels"] = fastsde.pretrained("fashion-mnist")
 
-        def draw(n: int, seed: int) -> Tensor:
-            r = fastsde.sample(opened, n=n, nfe=12, seed=seed, cond=labels(n), batch_size=64)  # noqa: B023
-            return opened.decode(r.samples)  # noqa: B023
+    def draw(name: str, n: int, seed: int) -> Tensor:
+        r = fastsde.sample(models[name], n=n, nfe=12, seed=seed, cond=labels(n), batch_size=64)
+        return models[name].decode(r.samples)
 
-        draw(64, 0)  # the first call is slower
-        row["ms_per_image"] = min(timed(lambda: draw(64, 0)) for _ in range(5)) / 64 * 1000
-        row["fid"] = [distance(draw(samples, seed), features) for seed in range(seeds)]
+    times = in_turn(
+        lambda: timed(lambda: draw("latents", 64, 0)), lambda: timed(lambda: draw("pixels", 64, 0)), seconds
+    )
+    rows = list[Row]()
+    for name, mine in models.items():
+        parts = [part for part in (mine.network, mine.autoencoder) if part is not None]
+        time = times["ours_seconds" if name == "latents" else "theirs_seconds"]
+        row: Row = {"model": name, "parameters": sum(p.numel() for part in parts for p in part.parameters())}
+        row["ms_per_image"] = 1000 * float(str(time)) / 64
+        row["fid"] = [distance(draw(name, samples, seed), features) for seed in range(seeds)]
         rows.append(row)
-    rows[0]["faster"] = rows[1]["ms_per_image"] / rows[0]["ms_per_image"]  # type: ignore[operator]
     table(rows)
-    return rows
+    return {"times": times, "rows": rows}
 
 
 if __name__ == "__main__":

@@ -48,10 +48,10 @@ def folders(data, tmp_path_factory):
     """Folders of an autoencoder and of a latent model, trained for a few steps."""
     out = tmp_path_factory.mktemp("runs")
     command = ["train", "--data", data, *TINY]
-    options = ["--steps", 40, "--set", "model=vae", "--set", "vae.widths=[8,8]", "--set", "vae.beta=50"]
+    options = ["--steps", 25, "--set", "model=vae", "--set", "vae.widths=[8,8]", "--set", "vae.beta=50"]
     assert run(*command, "--out", out / "vae", *options).exit_code == 0
     options = ["--steps", 10, "--set", "model=latent", "--set", f"autoencoder={out / 'vae' / 'model'}"]
-    options += ["--set", "network.widths=[8,8]", "--set", "network.prediction=v_prediction"]
+    options += ["--set", "network.widths=[8]", "--set", "network.prediction=v_prediction"]
     found = run(*command, "--out", out / "latent", *options)
     assert found.exit_code == 0, found.output
     return out / "vae" / "model", out / "latent" / "model"
