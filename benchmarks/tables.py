@@ -37,6 +37,8 @@ SCRIPTS = {
     "guided_pipeline": "pipelines.py guidance",
     "inception": "thesis/adversarial.py inception",
     "langevin_2d": "thesis/adversarial.py langevin",
+    "latent_autoencoders": "latent.py autoencoders",
+    "latent_diffusion": "latent.py diffusion",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
     "network": "network.py (last in 6513568; fitted.py has its question now)",
@@ -404,6 +406,31 @@ def trainings(results: Row) -> list[Row]:
     rows = (best[key] for key in sorted(best, key=lambda key: (key[2:], key[0] == "adversarial", key[1])))
     by = {"sampler": "sampler", "n_sigma": "n_sigma"}
     return pivot(rows, by, "{training}, seed {seed}", "{raw:.2f} / {denoised:.2f}")
+
+
+@shows("latent_autoencoders")
+def autoencoders(results: Row) -> list[Row]:
+    """Every seed: distances, and KL against the margin."""
+    shown = {
+        "prior": "{prior:.2f}",
+        "reconstructions": "{rec:.2f}",
+        "rms error": "{rms:.3f}",
+        "KL of data": "{kl:.1f}",
+        "of reconstructions": "{kl_reconstructed:.1f}",
+        "of samples": "{kl_generated:.1f}",
+    }
+    rows = [row | {"m": f"{row['margin']:.1f}" if row["kind"] == "IntroVAE" else None} for row in results["rows"]]
+    return columns(rows, training="kind", seed="seed", **shown, m="m")
+
+
+@shows("latent_diffusion")
+def latent_diffusion(results: Row) -> list[Row]:
+    """FID and time of an image; how many times faster, as the median of pairs."""
+    faster = f"{1 / results['times']['ratio']:.0f} times faster"
+    rows = [row | {"fids": slashed(row["fid"])} for row in results["rows"]]
+    rows = [row | ({"faster": faster} if row["model"] == "latents" else {}) for row in rows]
+    shown = {"ms_an_image": "{ms_per_image:.1f}", "beside_pixels": "{faster}"}
+    return columns(rows, model="model", parameters="parameters", FID="fids", **shown)
 
 
 # Cost

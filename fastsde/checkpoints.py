@@ -1,4 +1,7 @@
-"""Checkpoints: a folder with a diffusers network in safetensors and a card, packaged or written by `fastsde train`."""
+"""Checkpoints: a folder with a diffusers network in safetensors and a card, packaged or written by `fastsde train`.
+
+That of a latent model also has the autoencoder, in a folder of its own as in diffusers' pipelines.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_labels, check_number
+from fastsde.diffusers.latents import SCALE, decode_latents, encode_images
+from fastsde.diffusers.loading import CONFIG, WEIGHTS
 from fastsde.files import read_json, sha256, write_json, write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.score.network import check_weights
@@ -20,7 +25,7 @@ from fastsde.sde.vp import VPSDE
 from fastsde.types import Cond, Time
 
 ASSETS = Path(__file__).parent / "assets"
-WEIGHTS, CONFIG, CARD = "diffusion_pytorch_model.safetensors", "config.json", "card.json"
+CARD, AUTOENCODER = "card.json", "vae"
 
 
 def packaged() -> list[str]:
@@ -56,6 +61,11 @@ def read_card(name: str | Path) -> dict[str, Any]:
     """
     path = find_checkpoint(name) / CARD
     card = read_json(path)
+    if "latent_shape" in card:
+        raise ValueError(
+            f"{path.parent} is an autoencoder. Train a score network of its latents: fastsde train --set model=latent "
+            f"--set autoencoder={path.parent}."
+        )
     needed = ("timestep_levels", "classes", "event_shape", "data_range", "prediction", "sde")
     missing = [key for key in needed if key not in card]
     if missing:
@@ -85,10 +95,15 @@ def weight_hash(name: str | Path) -> str:
     return sha256((find_checkpoint(name) / WEIGHTS).read_bytes())
 
 
-def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> ScoreModel:
+def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> PackagedModel:
     """Loads a packaged model by name, or a checkpoint written by `fastsde train` by its folder.
 
         r = fastsde.sample(fastsde.pretrained("fashion-mnist"), n=64, rtol=0.05)
+
+    The samples of a latent model are latents; `model.decode` makes images of them:
+
+        model = fastsde.pretrained("fashion-mnist-latent")
+        images = model.decode(fastsde.sample(model, n=64, nfe=12).samples)
 
     Class-conditional models take `cond={"class_labels": ...}`, int64 with shape (n,); without it they draw from all
     classes through their "no label" class.
@@ -106,21 +121,56 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> Score
         ImportError: if diffusers is not installed.
     """
     folder = find_checkpoint(name)
+    card = read_card(folder)
+    network = _network("UNet2DModel", folder, card.get("weights_sha256"))  # older cards have none
+    vae = None
+    if "autoencoder_sha256" in card:
+        vae = _network("AutoencoderKL", folder / AUTOENCODER, card["autoencoder_sha256"])
+        if any(vae.config.get(key) != card.get("latents", {}).get(key) for key in SCALE):
+            raise ValueError(f"{folder / AUTOENCODER / CONFIG} has another scale of latents than {folder / CARD} says.")
     try:
-        from diffusers import UNet2DModel
+        model = score_model(network, VPSDE(**card["sde"]), card, vae)
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder / CARD} does not describe a network: {error}") from error
+    for part in (network, vae):
+        if part is not None:
+            part.to(device)
+    return model
+
+
+def load_autoencoder(folder: str | Path, *, device: torch.device | str = "cpu") -> Any:
+    """The AutoencoderKL of a folder in diffusers' layout, in evaluation mode and float32.
+
+    Args:
+        folder: with `config.json` and `diffusion_pytorch_model.safetensors`: of `fastsde train` or of diffusers.
+        device: where it goes.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if they are damaged or of another network.
+        ImportError: if diffusers is not installed.
+    """
+    return _network("AutoencoderKL", Path(folder), None).to(device)
+
+
+def _network(kind: str, folder: Path, stated: str | None) -> Any:
+    """A network of diffusers, by the name of its class, whose weights have the stated hash if there is one."""
+    try:
+        import diffusers
     except ImportError as error:
         raise ImportError("this network is diffusers': pip install 'fastsde[diffusers]'.") from error
-    card = read_card(folder)
+    for file in (CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} is no folder of a network: {file} is missing.")
     config = read_json(folder / CONFIG)
+    if config.get("_class_name", kind) != kind:
+        raise ValueError(f"{folder / CONFIG} is of a network {config['_class_name']!r}, not {kind}.")
     try:
-        network = UNet2DModel.from_config(config)
-        sde = VPSDE(**card["sde"])
-        model = score_model(network.float().eval(), sde, card)
+        network = getattr(diffusers, kind).from_config(config).float().eval()
     except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
-        raise ValueError(f"{folder / CONFIG} or {folder / CARD} does not describe a network: {error}") from error
-    stated = card.get("weights_sha256")  # older cards have none
-    if stated is not None and stated != weight_hash(folder):
-        raise ValueError(f"{folder / WEIGHTS} is not the file that {folder / CARD} describes.")
+        raise ValueError(f"{folder / CONFIG} does not describe a network: {error}") from error
+    if stated is not None and stated != sha256((folder / WEIGHTS).read_bytes()):
+        raise ValueError(f"{folder / WEIGHTS} is not the file that the card describes.")
     try:
         network.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})
     except SafetensorError as error:
@@ -128,8 +178,7 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> Score
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
     check_weights(network)
-    network.to(device)
-    return model
+    return network
 
 
 class PackagedModel(ScoreModel):
@@ -137,6 +186,66 @@ class PackagedModel(ScoreModel):
 
     labels: int | None = None
     """How many labels there are, "no label" included; None for networks without classes."""
+    autoencoder: Any = None
+    """Of a latent model, diffusers' AutoencoderKL, with the scale of the latents in its configuration; else None."""
+
+    def decode(self, latents: Tensor, *, batch_size: int = 64) -> Tensor:
+        """Images of samples, in about [-1, 1]: of a latent model by its decoder, of others as they are.
+
+        Args:
+            latents: samples with shape (n, *event).
+            batch_size: latents decoded at a time.
+
+        Returns:
+            With shape (n, C, H, W), in float32 on the CPU.
+
+        Raises:
+            ValueError: if the latents have another shape or are not finite.
+        """
+        if tuple(latents.shape[1:]) != self.event_shape:
+            raise ValueError(
+                f"latents must have shape (n, {', '.join(map(str, self.event_shape or ()))}); got "
+                f"{tuple(latents.shape)}."
+            )
+        if self.autoencoder is None:
+            return latents.float().cpu()
+        return decode_latents(self.autoencoder, latents, batch_size=batch_size)
+
+    def encode(self, images: Tensor, *, batch_size: int = 64) -> Tensor:
+        """The inverse of `decode`, up to the error of the autoencoder: data that the score network knows.
+
+        Args:
+            images: with shape (n, C, H, W): uint8, or floats in [-1, 1].
+            batch_size: images encoded at a time.
+
+        Returns:
+            With shape (n, *event), in the dtype of the images or else float32.
+
+        Raises:
+            ValueError: if the images have another shape.
+        """
+        if tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(
+                f"images must have shape (n, {', '.join(map(str, self.image_shape))}); got {tuple(images.shape)}."
+            )
+        if self.autoencoder is None:
+            return images if images.is_floating_point() else images.float() / 127.5 - 1
+        return encode_images(self.autoencoder, images, batch_size=batch_size)
+
+    @property
+    def image_range(self) -> tuple[float, float]:
+        """(low, high) of what `decode` gives."""
+        return self.data_range if self.autoencoder is None else (-1.0, 1.0)
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of what `decode` gives."""
+        event = self.event_shape or ()
+        if self.autoencoder is None:
+            return event
+        config = self.autoencoder.config
+        grow = 2 ** (len(config["block_out_channels"]) - 1)
+        return (config["out_channels"], *(side * grow for side in event[1:]))
 
     def check_cond(self, cond: Cond) -> None:
         super().check_cond(cond)
@@ -144,8 +253,8 @@ class PackagedModel(ScoreModel):
             check_labels(cond["class_labels"], self.labels)
 
 
-def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreModel:
-    """The score model around a network described by a card, before or after training."""
+def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any], vae: nn.Module | None = None) -> PackagedModel:
+    """The score model around a network described by a card, before or after training; `vae` decodes its samples."""
     levels, classes, size = card["timestep_levels"], card["classes"], card["event_shape"]
     model = PackagedModel(
         network,
@@ -157,6 +266,7 @@ def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any]) -> ScoreMo
         default_cond={"class_labels": torch.tensor(len(classes))} if classes else None,
     )
     model.labels = len(classes) + 1 if classes else None
+    model.autoencoder = vae
     return model
 
 
@@ -165,25 +275,36 @@ def _level(levels: int, t: Time) -> Time:
     return levels * t - 1
 
 
-def save_checkpoint_folder(folder: Path, network: nn.Module, card: dict[str, Any]) -> None:
+def save_checkpoint_folder(
+    folder: Path, network: nn.Module, card: dict[str, Any], vae: nn.Module | None = None
+) -> None:
     """Writes a checkpoint in half precision, each file atomically, with the weights' hash in the card.
 
     Args:
         folder: created if needed.
         network: a diffusers network.
-        card: what `read_card` will return; must hold what `score_model` reads. It gets `weights_sha256`.
+        card: what `read_card` will return; must hold what `score_model` reads. It gets `weights_sha256`, and
+            `autoencoder_sha256` of a latent model.
+        vae: the autoencoder of a latent model, which goes into a folder of its own.
 
     Raises:
         ValueError: if the weights are not finite in half precision.
     """
+    if vae is not None:
+        card["autoencoder_sha256"] = _write_network(folder / AUTOENCODER, vae)
+    card["weights_sha256"] = _write_network(folder, network)
+    write_json(folder / CARD, card)
+
+
+def _write_network(folder: Path, network: nn.Module) -> str:
+    """Writes configuration and weights, and returns the hash of the latter."""
     weights: dict[str, Tensor] = {k: v.detach().half().contiguous().cpu() for k, v in network.state_dict().items()}
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise ValueError(
             "the weights are not finite in half precision: training diverged, with too high a learning_rate."
         )
     content = save(weights, {"format": "pt"})
-    card["weights_sha256"] = sha256(content)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]
-    write_json(folder / CARD, card)
     write_whole(folder / WEIGHTS, content)
+    return sha256(content)

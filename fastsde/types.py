@@ -15,6 +15,9 @@ from torch import Tensor
 State: TypeAlias = Float[Tensor, "B *E"]
 """A batch of states with shape (B, *event), in the user's floating dtype."""
 
+Latent: TypeAlias = Float[Tensor, "B *L"]
+"""A batch of latents with shape (B, *latent), where states beside them have another shape."""
+
 Time: TypeAlias = Float64[Tensor, "B"]
 """One float64 time per row, with shape (B,)."""
 

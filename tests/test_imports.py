@@ -35,12 +35,12 @@ LEVELS = {
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,
-    "checkpoints": 8,
-    "training": 9,
     "diffusers": 9,
-    "evaluation": 10,
-    "cli": 11,
-    "__main__": 12,
+    "checkpoints": 10,
+    "training": 11,
+    "evaluation": 12,
+    "cli": 13,
+    "__main__": 14,
 }
 """A module imports from lower levels or from its own part. `import fastsde` counts as `api`."""
 FOUNDATIONS = {

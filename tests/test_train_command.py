@@ -120,7 +120,7 @@ def test_what_differs_can_be_said_again():
         ("training.learning_rate=-1", "learning_rate must be in (0, inf)"),
         ("adversary.loss=gan", "adversary.loss must be one of sgan"),
         ("adversary.masking.space=1.5", "adversary.masking: space"),
-        ("network.widths=[8, 8, 9]", "three multiples of 8"),
+        ("network.widths=[8, 8, 9]", "multiples of 8"),
         ("network.prediction=noise", "network.prediction must be one of epsilon, v_prediction"),
         ("samples_every=300", "a multiple"),
         ("training.steps", "KEY=VALUE"),

@@ -153,7 +153,7 @@ def bench(
         {"model": model, **opened.source, "versions": versions()},
         opened.classes,
     )
-    prepare_folder(out, needed=len(cells) * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
+    prepare_folder(out, needed=len(cells) * n * math.prod(problem.image_shape) + (1 << 20))
     sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
     try:
         _run(sweep, *ranks)

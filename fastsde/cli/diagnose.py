@@ -8,6 +8,7 @@ import click
 import torch
 from torch import Tensor
 
+from fastsde.checkpoints import PackagedModel
 from fastsde.cli import options as option
 from fastsde.cli.models import open_model
 from fastsde.cli.options import PATH
@@ -16,6 +17,7 @@ from fastsde.diagnosis import Diagnosis
 from fastsde.diagnosis import diagnose as run
 from fastsde.diffusers.latents import autoencoder
 from fastsde.evaluation.images import open_images
+from fastsde.score.base import ScoreModel
 
 _IMAGES = 16
 
@@ -47,7 +49,7 @@ def diagnose(model: str, data: Path | None, seed: int, device: torch.device, plo
     opened = open_model(model, device, torch.float32)
     if opened.pipe is not None and data is not None and autoencoder(opened.pipe) is not None:
         raise click.UsageError("--data is for models of pixels; this one has latents.")
-    images = None if data is None else _images(data, opened.model.data_range)
+    images = None if data is None else _images(data, opened.model)
     found = run(opened.model, data=images, seed=seed, progress=True)
     if plot is not None:
         found.plot(plot)
@@ -56,11 +58,14 @@ def diagnose(model: str, data: Path | None, seed: int, device: torch.device, plo
         raise SystemExit(1)
 
 
-def _images(source: Path, data_range: tuple[float, float]) -> Tensor:
-    """The first images of a set, in the model's range, with shape (16, C, H, W)."""
-    low, high = data_range
+def _images(source: Path, model: ScoreModel) -> Tensor:
+    """The first images of a set as the model knows them: in its range or its latents, with shape (16, *event)."""
     opened = open_images(source)
-    return low + opened.read(0, min(_IMAGES, opened.n)).float() / 255 * (high - low)
+    images = opened.read(0, min(_IMAGES, opened.n))
+    if isinstance(model, PackagedModel) and model.autoencoder is not None:
+        return model.encode(images)
+    low, high = model.data_range
+    return low + images.float() / 255 * (high - low)
 
 
 def _record(found: Diagnosis) -> dict[str, object]:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.checkpoints import CARD, CONFIG, packaged, pretrained, read_card, weight_hash
+from fastsde.checkpoints import CARD, PackagedModel, packaged, pretrained, read_card, weight_hash
 from fastsde.diffusers import decode_latents, from_diffusers, load
 from fastsde.diffusers.adapter import network_of
 from fastsde.diffusers.latents import autoencoder
+from fastsde.diffusers.loading import CONFIG
 from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
 from fastsde.score.network import weights_hash
@@ -40,11 +41,18 @@ class Opened:
         cond = None if labels is None else {"class_labels": labels}
         return api.sample(self.model, index=index, cond=cond, **options)
 
+    @property
+    def autoencoder(self) -> Any:
+        """That of a latent model; None of models of pixels."""
+        return getattr(self.model, "autoencoder", None) if self.pipe is None else autoencoder(self.pipe)
+
     def images(self, x: Tensor) -> Tensor:
         """Images in [0, 1] with shape (n, C, H, W) of finite samples."""
-        vae = None if self.pipe is None else autoencoder(self.pipe)
-        low, high = self.model.data_range if vae is None else (-1.0, 1.0)
-        decoded = x.float().cpu() if vae is None else decode_latents(vae, x)
+        low, high = self.model.data_range if self.autoencoder is None else (-1.0, 1.0)
+        if isinstance(self.model, PackagedModel):
+            decoded = self.model.decode(x)
+        else:
+            decoded = x.float().cpu() if self.autoencoder is None else decode_latents(self.autoencoder, x)
         return ((decoded - low) / (high - low)).clamp(0, 1)
 
 
@@ -63,8 +71,10 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
             raise ValueError("--guidance-scale is for diffusers' models; this one has no guidance.")
         model = pretrained(name, device=device)
         nn.Module.to(cast(nn.Module, model.network), dtype)  # diffusers' own `to` warns of layers that this one has not
+        card = read_card(name)
         ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
-        return Opened(model, len(read_card(name)["classes"]), ours_source)
+        ours_source |= {key: card[key] for key in ("autoencoder_sha256",) if key in card}
+        return Opened(model, len(card["classes"]), ours_source)
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
     if hasattr(loaded, "encode_prompt"):
@@ -72,7 +82,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
             f"{name} is prompted by text; draw from it with `fastsde sample --pipeline {name} --prompt ..`."
         )
     loaded.to(device)
-    model = from_diffusers(loaded, scheduler, guidance_scale=guidance_scale)
+    read = from_diffusers(loaded, scheduler, guidance_scale=guidance_scale)
     network = loaded if pipe is None else network_of(pipe)
-    source = {"weights_sha256": weights_hash(model.network), "source": network.fastsde_source, "dtype": str(dtype)}
-    return Opened(model, getattr(innermost(model), "labels", 0), source, pipe)
+    source = {"weights_sha256": weights_hash(read.network), "source": network.fastsde_source, "dtype": str(dtype)}
+    return Opened(read, getattr(innermost(read), "labels", 0), source, pipe)

@@ -185,7 +185,7 @@ def _sample_model(
     if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
         check_request(opened.model, **chosen)
         record |= {"seed": seed, "label": label}
-        if opened.pipe is None and opened.model.event_shape:  # of latents the decoder decides
+        if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
             channels, *size = opened.model.event_shape
             record["image_shape"] = [*size, channels]
         job = ShardedJob.begin(out, n, shard_size, record)
@@ -268,7 +268,7 @@ def _write(
 
 def _decoded(opened: Opened, samples: Tensor) -> np.ndarray:
     """The samples in 8 bits, decoded if they are latents."""
-    if opened.pipe is None:
+    if opened.autoencoder is None and opened.pipe is None:  # straight to 8 bits, without a rounding to [0, 1]
         return to_uint8(samples, opened.model.data_range)
     return to_uint8(opened.images(samples), (0.0, 1.0))
 

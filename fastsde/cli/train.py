@@ -8,30 +8,37 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import click
 import torch
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastsde import api
-from fastsde.checkpoints import save_checkpoint_folder, score_model
+from fastsde.checkpoints import CARD, PackagedModel, load_autoencoder, save_checkpoint_folder, score_model
 from fastsde.cli import options as option
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
-from fastsde.cli.train_settings import Settings, as_toml, read_settings
+from fastsde.cli.train_settings import AUTOENCODERS, Settings, as_toml, read_settings
+from fastsde.diffusers.latents import SCALE, encode_images, measure_scale
+from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
-from fastsde.files import csv_text, write_whole
-from fastsde.score.base import ScoreModel
+from fastsde.files import csv_text, read_json, sha256, write_whole
+from fastsde.score.network import weights_hash
 from fastsde.sde.vp import VPSDE
+from fastsde.training.batches import check_data, data_hash
 from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
-from fastsde.training.data import load_images, load_test_images
+from fastsde.training.data import load_images, load_test_images, to_unit_range
+from fastsde.training.introvae import decoded, divergence, posterior, reconstruction, train_autoencoder
 from fastsde.training.loop import held_out_loss
 from fastsde.training.loop import train as run_training
-from fastsde.training.networks import small_unet
+from fastsde.training.networks import small_autoencoder, small_unet
 
 _DEFAULT = TrainConfig()
 
@@ -76,6 +83,9 @@ def train(
 ) -> None:
     """Train a UNet by denoising score matching under the VP SDE; 2.2 M parameters that predict the noise, by default.
 
+    With model=vae, introvae or soft-introvae among the settings it is an autoencoder that is trained; with model=latent
+    a score network of an autoencoder's latents, which are encoded once.
+
     With labels the network is class-conditional; a tenth of them is dropped, so that it also draws without one. An
     [adversary] among the settings adds a discriminator of denoised samples. Every 250 steps a checkpoint and losses.csv
     in --out are replaced, every 1000 --out/samples gets a picture; at the end --out/model holds the averaged weights,
@@ -86,6 +96,8 @@ def train(
       fastsde train --data data/FashionMNIST --out runs/fashion --steps 6000
       fastsde train --config run.toml --set adversary.weight=2 --out runs/adversarial
       torchrun --nproc-per-node 2 -m fastsde train --data photos/ --out runs/photos
+      fastsde train --data data/FashionMNIST --out runs/vae --set model=vae --set vae.beta=30
+      fastsde train --data data/FashionMNIST --out runs/latent --set model=latent --set autoencoder=runs/vae/model
     """
     options = {
         "data": data,
@@ -103,18 +115,28 @@ def train(
     settings = read_settings(config, assignments, options)
     rank, size = processes(None, None, os.environ)
     images, labels, test = _read_data(settings, out)
+    vae = load_autoencoder(settings.autoencoder, device=device) if settings.model == "latent" else None
+    if vae is not None and vae.config["in_channels"] != images.shape[1]:
+        raise ValueError(
+            f"autoencoder={settings.autoencoder} takes images of {vae.config['in_channels']} channels; the data have "
+            f"{images.shape[1]}."
+        )
     prepare_folder(out, needed=100 << 20)
     try:
         if size > 1:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        _run(settings, images, labels, test, device, out, resume, leads=rank == 0)
+        if settings.model in AUTOENCODERS:
+            _train_autoencoder(settings, images, test, device, out, resume, leads=rank == 0)
+        else:
+            _train_score(settings, images, labels, test, vae, device, out, resume, leads=rank == 0)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if rank == 0:
-        click.echo(f"{out / 'model'} is ready: fastsde sample --model {out / 'model'}")
+        todo = "train --set model=latent --set autoencoder=" if settings.model in AUTOENCODERS else "sample --model "
+        click.echo(f"{out / 'model'} is ready: fastsde {todo}{out / 'model'}")
 
 
 _Labelled = tuple[Tensor, Tensor | None]
@@ -145,39 +167,41 @@ def _read_data(settings: Settings, out: Path) -> tuple[Tensor, Tensor | None, _L
     return images, labels, test
 
 
-def _run(
+def _train_score(
     settings: Settings,
     images: Tensor,
     labels: Tensor | None,
     test: _Labelled | None,
+    vae: Any,
     device: torch.device,
     out: Path,
     resume: bool,
     *,
     leads: bool,
 ) -> None:
-    config, channels = settings.training, images.shape[1]
+    config = settings.training
     names = settings.classes or tuple(str(k) for k in range(0 if labels is None else int(labels.max()) + 1))
+    sde, card = VPSDE(), _card(images.shape, settings)
+    if vae is not None:
+        check_data(images, labels)
+        images, seen = _latents(
+            vae, images, None if test is None else test[0], out / "latents.safetensors", leads=leads
+        )
+        test = None if test is None or seen is None else (seen, test[1])
+        card["autoencoder"] = _card_of(Path(settings.autoencoder))
+        card["latents"] = {key: vae.config[key] for key in SCALE}
     torch.manual_seed(config.seed)
-    network = cast(
-        nn.Module, small_unet(images.shape[-1], channels, len(names) or None, widths=settings.network.widths)
-    )
-    sde, card = VPSDE(), _card(images.shape, list(names), settings)
+    unet = small_unet(images.shape[-1], images.shape[1], len(names) or None, widths=settings.network.widths)
+    network = cast(nn.Module, unet)
+    card |= _reading(images.shape, list(names), settings, latent=vae is not None)
     card["parameters"] = sum(p.numel() for p in network.parameters())
-    model = score_model(network.to(device), sde, card)
-    adversary = None if settings.adversary is None else settings.adversary.build(channels, images.shape[-1])
+    model = score_model(network.to(device), sde, card, vae)
+    adversary = None if settings.adversary is None else settings.adversary.build(images.shape[1], images.shape[-1])
     if adversary is not None:
         adversary.discriminator.to(device)
 
-    def note(step: int, history: History, averaged: nn.Module) -> None:
-        names_of_losses = ("step", *history)
-        rows = [
-            dict(zip(names_of_losses, row, strict=True)) for row in zip(range(step), *history.values(), strict=True)
-        ]
-        write_whole(out / "losses.csv", csv_text(rows))
-        if settings.samples_every and step % settings.samples_every == 0:
-            (out / "samples").mkdir(exist_ok=True)
-            draw_samples(score_model(averaged, sde, card), len(names), out / "samples" / f"{step:06d}.png")
+    def draw(averaged: nn.Module, path: Path) -> None:
+        draw_samples(score_model(averaged, sde, card, vae), len(names), path)
 
     model.network = run_training(
         model,
@@ -188,51 +212,182 @@ def _run(
         adversary=adversary,
         resume=resume,
         save_every=settings.save_every,
-        callback=note,
+        callback=_noting(settings, out, draw),
     )
     if not leads:
         return
-    save_checkpoint_folder(out / "model", model.network, card)
+    save_checkpoint_folder(out / "model", model.network, card, vae)
     if test is not None:
-        loss = held_out_loss(model, *test)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss on test images is {loss}: training diverged; lower the learning_rate.")
+        loss = _finite(held_out_loss(model, *test), "the loss on test images")
         card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
-        save_checkpoint_folder(out / "model", model.network, card)
+        save_checkpoint_folder(out / "model", model.network, card, vae)
 
 
-def draw_samples(model: ScoreModel, classes: int, path: Path, n: int = 40) -> None:
+def _latents(
+    vae: Any, images: Tensor, test: Tensor | None, cache: Path, *, leads: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Latents of both splits, and their scale in the autoencoder's configuration.
+
+    They are encoded once and kept in a file: encoded again, on another number of threads or on a GPU, they would differ
+    in their last digits, and a run that resumes would be one with other data.
+    """
+    of = sha256(f"{weights_hash(vae)} {data_hash(images, None)} {None if test is None else len(test)}".encode())
+    if cache.is_file():
+        with safe_open(cache, "pt") as file:
+            kept = file.metadata() or {}
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        if kept.get("of") != of:
+            raise ValueError(f"{cache} is of other data or another autoencoder. Choose another --out, or delete it.")
+        scale = json.loads(kept["scale"])
+        vae.register_to_config(scaling_factor=1.0, shift_factor=None, **scale)
+    else:
+        found = {"train": measure_scale(vae, images).contiguous()}
+        found |= {} if test is None else {"test": encode_images(vae, test, batch_size=250).contiguous()}
+        scale = {key: vae.config[key] for key in SCALE}
+        if leads:
+            write_whole(cache, save(found, {"of": of, "scale": json.dumps(scale)}))
+    return found["train"], found.get("test")
+
+
+def _train_autoencoder(
+    settings: Settings,
+    images: Tensor,
+    test: _Labelled | None,
+    device: torch.device,
+    out: Path,
+    resume: bool,
+    *,
+    leads: bool,
+) -> None:
+    config, vae = settings.training, settings.vae
+    torch.manual_seed(config.seed)
+    built = small_autoencoder(images.shape[-1], images.shape[1], widths=vae.widths, latent_channels=vae.channels)
+    network, card = cast(nn.Module, built).to(device), _card(images.shape, settings)
+    side = images.shape[-1] >> len(vae.widths) - 1
+    card |= {"latent_shape": [vae.channels, side, side], "parameters": sum(p.numel() for p in network.parameters())}
+    shown = to_unit_range(images[:20])
+
+    def draw(averaged: nn.Module, path: Path) -> None:
+        draw_reconstructions(averaged, shown, path)
+
+    averaged = train_autoencoder(
+        network,
+        images,
+        config,
+        out / "checkpoint.safetensors",
+        vae.objective(settings.model),
+        plain=vae.plain,
+        resume=resume,
+        save_every=settings.save_every,
+        callback=_noting(settings, out, draw),
+    )
+    if not leads:
+        return
+    if test is not None:
+        card["metrics"] = {**reconstruction_error(averaged, test[0]), "test_images": len(test[0])}
+    save_checkpoint_folder(out / "model", averaged, card)
+
+
+def _noting(
+    settings: Settings, out: Path, draw: Callable[[nn.Module, Path], None]
+) -> Callable[[int, History, nn.Module], None]:
+    """What writes losses and pictures after every checkpoint."""
+
+    def note(step: int, history: History, averaged: nn.Module) -> None:
+        names_of_losses = ("step", *history)
+        rows = [
+            dict(zip(names_of_losses, row, strict=True)) for row in zip(range(step), *history.values(), strict=True)
+        ]
+        write_whole(out / "losses.csv", csv_text(rows))
+        if settings.samples_every and step % settings.samples_every == 0:
+            (out / "samples").mkdir(exist_ok=True)
+            draw(averaged, out / "samples" / f"{step:06d}.png")
+
+    return note
+
+
+def draw_samples(model: PackagedModel, classes: int, path: Path, n: int = 40) -> None:
     """A picture of samples with 12 calls, the same noise every time, labels in turn."""
     cond = {"class_labels": torch.arange(n) % classes} if classes else None
     r = api.sample(model, n=n, nfe=12, cond=cond, batch_size=n)
     whole = r.samples[torch.isfinite(r.samples).flatten(1).all(1)]
     if len(whole):
-        write_whole(path, image_grid(to_uint8(whole, model.data_range), columns=10, width=56).save)
+        _draw_images(model.decode(whole), path)
 
 
-def _card(shape: torch.Size, names: list[str], settings: Settings) -> dict[str, Any]:
-    """What the model says of itself, and how to read its network."""
+@torch.no_grad()
+def draw_reconstructions(network: nn.Module, images: Tensor, path: Path) -> None:
+    """A picture of images, their reconstructions below, and as many decoded draws from the prior."""
+    images = images.to(next(network.parameters()).device)
+    mean, _ = posterior(network, images)
+    z_p = torch.randn(mean.shape, generator=torch.Generator().manual_seed(0)).to(mean)
+    parts = (images, decoded(network, mean), decoded(network, z_p))
+    rows = [half for part in (parts[:2], parts[2:]) for half in zip(*(one.split(10) for one in part), strict=True)]
+    _draw_images(torch.cat([one for row in rows for one in row]).cpu(), path)
+
+
+def _draw_images(images: Tensor, path: Path) -> None:
+    write_whole(path, image_grid(to_uint8(images, (-1.0, 1.0)), columns=10, width=56).save)
+
+
+@torch.no_grad()
+def reconstruction_error(network: nn.Module, images: Tensor) -> dict[str, float]:
+    """Of 8-bit images: root mean square error of decoded means in [-1, 1], and the mean KL in nats."""
+    device, error, kl = next(network.parameters()).device, 0.0, 0.0
+    for part in images.split(250):
+        x = to_unit_range(part).to(device)
+        mean, logvar = posterior(network, x)
+        error += 2 * float(reconstruction(x, decoded(network, mean)).double().sum())
+        kl += float(divergence(mean, logvar).double().sum())
+    rms = _finite(math.sqrt(error / images.numel()), "the error on test images")
+    return {"test_rms_error": round(rms, 5), "test_kl": round(kl / len(images), 3)}
+
+
+def _finite(value: float, what: str) -> float:
+    if not math.isfinite(value):
+        raise FloatingPointError(f"{what} is {value}: training diverged; lower the learning_rate.")
+    return value
+
+
+def _card(shape: torch.Size, settings: Settings) -> dict[str, Any]:
+    """What a network says of itself: data, command and settings."""
     source, _, licence = settings.title.partition(";")
     config = settings.training
     named = {"training.steps": "--steps", "training.batch_size": "--batch-size", "training.seed": "--seed"}
     command = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
     others = [f"{key}={as_toml(v)}" for key, v in settings.differences() if key not in named]
     command += "".join(f" --set {shlex.quote(text)}" for text in others)
+    command += " --set autoencoder=FOLDER" if settings.autoencoder else ""
     own = dataclasses.asdict(settings)
+    own_table = "vae" if settings.model in AUTOENCODERS else "network"
     return {
+        "model": settings.model,
         "data": source.strip() or "not stated",
         "licence": licence.strip() or "not stated",
         "command": f"fastsde train --data FOLDER --out OUT {command}",
-        "settings": json.loads(json.dumps(own.pop("training"))),
-        "network": json.loads(json.dumps(own["network"])),
+        "settings": json.loads(json.dumps(own["training"])),
+        own_table: json.loads(json.dumps(own[own_table])),
         "adversary": json.loads(json.dumps(own["adversary"])),
         "images_seen": config.steps * config.batch_size,
         "metrics": {},
+        "image_shape": list(shape[1:]),
+        "versions": versions(),
+    }
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    """Where an autoencoder is from: what its card says, if it has one."""
+    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
+    return {key: card[key] for key in ("data", "licence", "command", "metrics", "parameters") if key in card}
+
+
+def _reading(shape: torch.Size, names: list[str], settings: Settings, *, latent: bool) -> dict[str, Any]:
+    """How to read a score network, on a card."""
+    return {
         "event_shape": list(shape[1:]),
-        "data_range": [-1.0, 1.0],
+        "data_range": list(LATENT_RANGE) if latent else [-1.0, 1.0],
         "classes": names,
         "prediction": settings.network.prediction,
         "timestep_levels": 1000,
         "sde": {"beta_min": 0.1, "beta_max": 20.0},
-        "versions": versions(),
     }

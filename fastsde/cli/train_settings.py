@@ -25,6 +25,7 @@ from fastsde.training.gan_losses import (
     sgan,
     wgan,
 )
+from fastsde.training.introvae import IntroVAE, SoftIntroVAE
 from fastsde.training.masking import Masking
 from fastsde.training.networks import Discriminator
 
@@ -34,6 +35,8 @@ else:
     import tomli as tomllib
 
 LOSSES = {"sgan": sgan, "lsgan": lsgan, "hinge": hinge, "wgan": wgan}
+AUTOENCODERS = ("vae", "introvae", "soft-introvae")
+MODELS = ("score", *AUTOENCODERS, "latent")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 COMPARISONS = {
     "plain": plain,
@@ -110,9 +113,43 @@ class AdversarySettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class VAESettings:
+    """Of `small_autoencoder`, channels at its resolutions and of its latents; and weights of its losses.
+
+    See `IntroVAE` for alpha, margin and beta, and `SoftIntroVAE` for the others. `plain` is a number of steps of the
+    plain VAE at first.
+    """
+
+    widths: tuple[int, ...] = (16, 16, 32)
+    channels: int = 4
+    plain: int = 0
+    alpha: float = 0.25
+    margin: float = 25.0
+    beta: float = 1.0
+    beta_rec: float = 1.0
+    beta_kl: float = 1.0
+    beta_neg: float = 256.0
+
+    def objective(self, model: str) -> IntroVAE | SoftIntroVAE:
+        """The losses of one of `AUTOENCODERS`.
+
+        Raises:
+            ValueError: naming the setting out of range.
+        """
+        try:
+            if model == "soft-introvae":
+                return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg)
+            return IntroVAE(0.0 if model == "vae" else self.alpha, self.margin, self.beta)
+        except ValueError as error:
+            raise ValueError(f"vae: {error}") from error
+
+
+@dataclasses.dataclass(frozen=True)
 class Settings:
     """All that `--config` may say. Paths are relative to where the command runs."""
 
+    model: str = "score"
+    autoencoder: str = ""
     data: str = ""
     title: str = ""
     classes: tuple[str, ...] = ()
@@ -121,9 +158,19 @@ class Settings:
     samples_every: int = 1000
     training: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     network: NetworkSettings = dataclasses.field(default_factory=NetworkSettings)
+    vae: VAESettings = dataclasses.field(default_factory=VAESettings)
     adversary: AdversarySettings | None = None
 
     def __post_init__(self) -> None:
+        if self.model not in MODELS:
+            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {self.model!r}.")
+        if (self.model == "latent") != bool(self.autoencoder):
+            raise ValueError(
+                f"model=latent needs autoencoder=FOLDER, and no other model takes one; got model={self.model} with "
+                f"autoencoder={self.autoencoder!r}."
+            )
+        if self.adversary is not None and self.model != "score":
+            raise ValueError(f"an adversary goes with model=score; got {self.model}.")
         if self.save_every < 1 or self.samples_every < 0 or self.samples_every % self.save_every:
             raise ValueError(
                 f"save_every must be at least 1 and samples_every a multiple of it, or 0 for no samples; got "
@@ -136,7 +183,7 @@ class Settings:
         """The settings that are not the defaults, as `--set` takes them, but for the data and what it is called."""
         default = _flat(dataclasses.asdict(Settings()))
         for key, value in _flat(dataclasses.asdict(self)):
-            named = key not in ("data", "title", "classes") and value is not None  # None: not said
+            named = key not in ("data", "title", "classes", "autoencoder") and value is not None  # None: not said
             if named and (key, value) not in default:
                 yield key, value
 
@@ -167,7 +214,9 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
     for key, value in options.items():
         if value is not None:
             _put(found, key, value)
-    training = found.get("training", {})
+    training, network = found.get("training", {}), found.get("network", {})
+    if found.get("model") == "latent" and isinstance(network, dict) and "widths" not in network:
+        _put(found, "network.widths", [32])  # latents of 7 x 7 cannot be halved
     if "adversary" in found and isinstance(training, dict) and "betas" not in training:
         _put(found, "training.betas", [0.0, 0.9])  # published; momentum of the score network makes the game unstable
     settings: Settings = _build(Settings, found, "")

@@ -10,6 +10,9 @@ from torch import Tensor
 from fastsde.batching import expand_like
 from fastsde.diffusers.networks import config_of, offloaded_to
 
+SCALE = ("latents_mean", "latents_std")
+"""Where a configuration has the scale of each channel."""
+
 
 def autoencoder(pipe: Any) -> Any:
     """The autoencoder of a pipeline, or None if it works on pixels."""
@@ -35,24 +38,71 @@ def _scales(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     return expand_like(std, z[0]), expand_like(mean, z[0])
 
 
+def check_latents(vae: Any, latents: Tensor) -> None:
+    """Refuses, with a ValueError, what is no finite batch of latents of an autoencoder."""
+    config = config_of(vae)
+    channels = config.get("vq_embed_dim") or config.get("latent_channels")
+    if latents.ndim < 3 or not latents.is_floating_point() or (channels is not None and latents.shape[1] != channels):
+        wanted = "channels" if channels is None else channels
+        raise ValueError(
+            f"latents must be floating point with shape (n, {wanted}, h, w); got {tuple(latents.shape)} of "
+            f"{latents.dtype}."
+        )
+    lost = ~torch.isfinite(latents).flatten(1).all(1)
+    if lost.any():
+        raise ValueError(
+            f"{int(lost.sum())} of {len(latents)} latents are not finite, the first at {int(lost.int().argmax())}."
+        )
+
+
+def measure_scale(vae: Any, images: Tensor, *, batch_size: int = 250) -> Tensor:
+    """Measures the scale of latents, writes it into the autoencoder's configuration, and returns them in that scale.
+
+    The mean is of each channel, the standard deviation the root of the mean variance of channels: so a channel that the
+    autoencoder does not use stays small.
+
+    Args:
+        vae: a diffusers autoencoder; its `latents_mean` and `latents_std` are set, and what scaled before is dropped.
+        images: as for `encode_images`, or uint8.
+        batch_size: images encoded at a time.
+
+    Returns:
+        As `encode_images`, with mean 0 and variance 1 over the images.
+
+    Raises:
+        ValueError: if the latents are constant or not finite.
+    """
+    vae.register_to_config(latents_mean=None, latents_std=None, scaling_factor=1.0, shift_factor=None)
+    raw = encode_images(vae, images, batch_size=batch_size)
+    check_latents(vae, raw)
+    axes = (0, *range(2, raw.ndim))
+    mean, std = raw.double().mean(axes), raw.double().var(axes, correction=0).mean().sqrt()
+    if not std > 0:
+        raise ValueError(f"the autoencoder gives all {len(raw)} images the same latents.")
+    vae.register_to_config(latents_mean=mean.tolist(), latents_std=[float(std)] * len(mean))
+    return (raw - expand_like(mean, raw[0]).to(raw)) / float(std)
+
+
 def encode_images(vae: Any, images: Tensor, *, batch_size: int = 8) -> Tensor:
     """The latents that a model samples: z = (mode of the encoder - mean) / std.
 
     Args:
         vae: a diffusers autoencoder; its `scaling_factor`, `shift_factor`, `latents_mean` and `latents_std` are used.
-        images: in [-1, 1], with shape (n, 3, H, W).
+        images: in [-1, 1], with shape (n, C, H, W); or uint8, which is brought there.
         batch_size: images encoded at a time.
 
     Returns:
-        With shape (n, C, H / f, W / f), in the dtype of the images.
+        With shape (n, C, H / f, W / f), in the dtype of the images; in float32 for uint8.
     """
+    kind = images.dtype if images.is_floating_point() else torch.float32
     parts, place = [], offloaded_to(vae) or vae.device
     with torch.no_grad():
         for part in images.split(batch_size):
-            encoded = vae.encode(part.to(place, vae.dtype))
+            shown = part if part.is_floating_point() else part.float() / 127.5 - 1
+            encoded = vae.encode(shown.to(place, vae.dtype))
             raw = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
             std, mean = _scales(vae, raw)
-            parts.append(((raw - mean) / std).to(images.device, images.dtype))
+            parts.append(((raw - mean) / std).to(images.device, kind))
     return torch.cat(parts)
 
 
@@ -65,8 +115,12 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> Tensor:
         batch_size: latents decoded at a time.
 
     Returns:
-        In about [-1, 1], in float32 on the CPU, with shape (n, 3, H, W).
+        In about [-1, 1], in float32 on the CPU, with shape (n, C, H, W).
+
+    Raises:
+        ValueError: if latents are not finite or have other channels than the autoencoder's.
     """
+    check_latents(vae, latents)
     parts, place = [], offloaded_to(vae) or vae.device
     # Some half-precision autoencoders overflow, and say so; pipelines then decode in single precision.
     upcast = vae.dtype == torch.float16 and bool(config_of(vae).get("force_upcast"))

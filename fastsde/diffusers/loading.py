@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fastsde.checkpoints import CONFIG, WEIGHTS
 from fastsde.diffusers.networks import offloaded_to
 from fastsde.diffusers.schedules import Config, filled
 
+WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
+"""The files of a network in diffusers' layout."""
 _EMA = ("ema_unet", "unet_ema", "ema")
 """Subfolders in which repositories keep averaged weights beside the others."""
 _SCHEDULERS = ("scheduler_config.json", "scheduler/scheduler_config.json", "../scheduler/scheduler_config.json")

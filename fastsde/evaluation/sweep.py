@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fastsde import api
+from fastsde.checkpoints import PackagedModel
 from fastsde.control import Controller
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
@@ -66,7 +68,7 @@ class Problem:
     """What is swept.
 
     Attributes:
-        model: the score model, with its process and event shape (C, H, W).
+        model: the score model, with its process and event shape: (C, H, W) of images, or that of latents.
         features: the feature network.
         reference: statistics of the data.
         record: where the model is from, with the hash of its weights; part of every cell's settings.
@@ -78,6 +80,17 @@ class Problem:
     reference: Reference
     record: Mapping[str, Any]
     classes: int = 0
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """(C, H, W) of images, which of latent models are not the samples."""
+        return self.model.image_shape if isinstance(self.model, PackagedModel) else self.model.event_shape or ()
+
+    def images(self, x: Tensor) -> np.ndarray:
+        """Samples in 8 bits, decoded if they are latents, with shape (n, H, W, C)."""
+        if isinstance(self.model, PackagedModel):
+            return to_uint8(self.model.decode(x), self.model.image_range)
+        return to_uint8(x, self.model.data_range)
 
 
 class Sweep:
@@ -114,7 +127,7 @@ class Sweep:
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice or not names:
             raise ValueError(f"a sweep needs cells that differ; got {twice[0] + ' twice' if twice else 'none'}.")
-        event, width = problem.model.event_shape or (), len(problem.reference.mean)
+        event, width = problem.image_shape, len(problem.reference.mean)
         problem.features.check(event)
         problem.reference.check(problem.features, event)
         if n < fewest(width):
@@ -163,7 +176,7 @@ class Sweep:
         }
 
     def _job(self, cell: Cell) -> ShardedJob:
-        channels, height, width = self.problem.model.event_shape or ()
+        channels, height, width = self.problem.image_shape
         shape = {"image_shape": [height, width, channels]}
         settings = {**self.settings, **self._cell_settings(cell), **shape}
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
@@ -184,7 +197,7 @@ class Sweep:
             batch_size=self.batch_size,
             cond=None if labels is None else {"class_labels": labels},
         )
-        return shard_arrays(result, lambda whole: to_uint8(whole, model.data_range), labels)
+        return shard_arrays(result, self.problem.images, labels)
 
     def _measured(self, cell: Cell, job: ShardedJob) -> bool:
         """Whether the cell's figures are there, after measuring it if all samples are."""

@@ -24,11 +24,10 @@ def rank_and_size() -> tuple[int, int]:
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if there else (0, 1)
 
 
-class Batches:
-    """Draws data, times, noise and conditioning.
+class Rows:
+    """Which data each step sees.
 
     Args:
-        model: the score model, on whose device batches are put.
         images: uint8 with shape (N, C, H, W), or floats with shape (N, *event).
         labels: int64 with shape (N,), or None.
         config: the settings.
@@ -40,6 +39,45 @@ class Batches:
     """
 
     def __init__(
+        self, images: Tensor, labels: Tensor | None, config: TrainConfig, share: tuple[int, int] | None = None
+    ) -> None:
+        check_data(images, labels)
+        self.rank, self.size = share or rank_and_size()
+        if config.batch_size % self.size:
+            raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {self.size} processes.")
+        self.images, self.labels, self.config = images, labels, config
+        self.own = slice(self.rank, None, self.size)
+        """This process's share of what is drawn for a whole batch."""
+
+    def describe(self) -> dict[str, str]:
+        """What a checkpoint must agree on besides the settings: the data."""
+        return {"data": data_hash(self.images, self.labels)}
+
+    def precision(self, device: torch.device) -> AbstractContextManager[None]:
+        """Autocast to bfloat16 if the settings say so."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.config.bf16)
+
+    def rows(self, step: int, turn: int = 0) -> tuple[Tensor, torch.Generator]:
+        """Numbers of the images of a whole batch, and a generator for what else is drawn for it."""
+        generator = torch.Generator().manual_seed(self._seed(step, turn))
+        return torch.randint(len(self.images), (self.config.batch_size,), generator=generator), generator
+
+    def _seed(self, step: int, turn: int) -> int:
+        return self.config.seed * 1_000_003 + step + (turn << 40)
+
+
+class Batches(Rows):
+    """Draws data, times, noise and conditioning.
+
+    Args:
+        model: the score model, on whose device batches are put.
+        images, labels, config, share: as for `Rows`.
+
+    Raises:
+        ValueError: as `Rows`.
+    """
+
+    def __init__(
         self,
         model: ScoreModel,
         images: Tensor,
@@ -47,29 +85,16 @@ class Batches:
         config: TrainConfig,
         share: tuple[int, int] | None = None,
     ) -> None:
-        check_data(images, labels)
-        self.rank, self.size = share or rank_and_size()
-        if config.batch_size % self.size:
-            raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {self.size} processes.")
-        self.model, self.images, self.labels, self.config = model, images, labels, config
+        super().__init__(images, labels, config, share)
+        self.model = model
         self.no_label = 0 if labels is None else int(labels.max()) + 1
         sde = model.sde
         last, first = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).div(-2).exp().tolist()
         self.levels = geometric_levels(first, last, config.levels) if config.levels else None
 
     def describe(self) -> dict[str, str]:
-        """What a checkpoint must agree on besides the settings: the data, and how the network is read."""
-        return {
-            "data": data_hash(self.images, self.labels),
-            "sde": repr(self.model.sde),
-            "prediction": str(self.model.prediction),
-        }
-
-    def precision(self) -> AbstractContextManager[None]:
-        """Autocast to bfloat16 if the settings say so."""
-        parameter = self.model.parameter
-        kind = "cpu" if parameter is None else parameter.device.type
-        return torch.autocast(kind, torch.bfloat16, enabled=self.config.bf16)
+        """The data, and how the network is read."""
+        return {**super().describe(), "sde": repr(self.model.sde), "prediction": str(self.model.prediction)}
 
     def draw(self, step: int, turn: int = 0) -> tuple[Batch, torch.Generator]:
         """This process's share of a step's batch, and a generator for what else it draws.
@@ -78,9 +103,8 @@ class Batches:
             step: from 0.
             turn: 0 for the score network, from 1 for the updates of a discriminator.
         """
-        size, seed = self.config.batch_size, self.config.seed * 1_000_003 + step + (turn << 40)
-        generator = torch.Generator().manual_seed(seed)
-        rows = torch.randint(len(self.images), (size,), generator=generator)
+        rows, generator = self.rows(step, turn)
+        size, own = len(rows), self.own
         if self.levels is None:
             t = stratified_times(self.model.sde, size, generator)
         else:
@@ -90,11 +114,10 @@ class Batches:
         if self.labels is not None:
             drop = torch.rand(size, generator=generator) < self.config.label_dropout
             chosen = torch.where(drop, torch.tensor(self.no_label), self.labels[rows])
-        own = slice(self.rank, None, self.size)
         batch = on_device(
             self.model, self.images[rows[own]], chosen if chosen is None else chosen[own], t[own], noise[own]
         )
-        return batch, torch.Generator().manual_seed(seed + (self.rank + 1 << 50))
+        return batch, torch.Generator().manual_seed(self._seed(step, turn) + (self.rank + 1 << 50))
 
 
 def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Batch:
@@ -102,8 +125,13 @@ def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tenso
     parameter = model.parameter
     device = torch.device("cpu") if parameter is None else parameter.device
     cond = {} if labels is None else {"class_labels": labels.to(device)}
-    x_0 = to_unit_range(images) if images.dtype == torch.uint8 else images
+    x_0 = in_unit_range(images)
     return x_0.to(device), t.to(device), noise.to(device, x_0.dtype), cond
+
+
+def in_unit_range(images: Tensor) -> Tensor:
+    """8-bit images in [-1, 1], floats as they are."""
+    return to_unit_range(images) if images.dtype == torch.uint8 else images
 
 
 def data_hash(images: Tensor, labels: Tensor | None) -> str:

@@ -70,14 +70,14 @@ def load_checkpoint(
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     if not {"step", "config"} <= meta.keys():
         raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
-    history = {name: tensors.get(f"history.{name}", torch.zeros(0)).tolist() for name in losses}
-    if any(str(len(values)) != meta["step"] for values in history.values()):
-        raise ValueError(f"{path} does not hold the losses of its {meta['step']} steps: another version wrote it.")
     stored, wanted = json.loads(meta["config"]), plain_json(settings)
     changed = [k for k in sorted(stored.keys() | wanted.keys()) if k != "steps" and stored.get(k) != wanted.get(k)]
     if changed:
         pairs = ", ".join(f"{k}: {stored.get(k)} there, {wanted.get(k)} here" for k in changed)
         raise ValueError(f"{path} was written with other settings ({pairs}).")
+    history = {name: tensors.get(f"history.{name}", torch.zeros(0)).tolist() for name in losses}
+    if any(str(len(values)) != meta["step"] for values in history.values()):
+        raise ValueError(f"{path} does not hold the losses of its {meta['step']} steps: another version wrote it.")
     if int(meta["step"]) > int(wanted["steps"]):
         raise ValueError(f"{path} is at step {meta['step']}, beyond the {wanted['steps']} steps asked for.")
     for name, module in modules.items():

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,27 +66,121 @@ def train(
         FileExistsError: if there is a checkpoint, and nothing says to resume it.
         FloatingPointError: if a loss, gradient or weight is no longer finite; the last checkpoint stays.
     """
-    network, checkpoint = model.network, Path(checkpoint)
+    network = model.network
     if not isinstance(network, nn.Module):
         raise TypeError(f"model must be around a torch module to be trained; its network is {network!r}.")
+    if adversary is not None and config.objective != "denoising":
+        raise ValueError(f"an adversary needs objective='denoising'; got {config.objective!r}.")
+    batches = Batches(model, images, labels, config)
+    rules = {"loss": Rule.of("score network", network, config)}
+    settings = {**dataclasses.asdict(config), **batches.describe()}
+    if adversary is not None:
+        rules["discriminator"] = Rule("discriminator", adversary.network, adversary.optimizer())
+        settings["adversary"] = adversary.settings()
+    looks = adversary is not None and images.ndim == 4
+
+    def losses(step: int) -> Losses:
+        if adversary is not None:
+            for turn in range(1, adversary.steps + 1):
+                batch, generator = batches.draw(step, turn)
+                with batches.precision(model.device):
+                    loss = adversary.discriminator_loss(model, *batch, generator)
+                yield "discriminator", loss
+            if looks:
+                yield "gini", adversary.attention(batch[0][: max(1, 16 // batches.size)])
+        batch, generator = batches.draw(step)
+        with batches.precision(model.device):
+            if adversary is None:
+                loss = score_loss(config.objective, model, batch, generator).mean()
+            else:
+                loss = adversary.score_loss(model, *batch, generator)
+        yield "loss", loss
+
+    return run(
+        network,
+        rules,
+        losses,
+        config,
+        settings,
+        checkpoint,
+        resume,
+        save_every,
+        callback,
+        noted=("gini",) if looks else (),
+        simultaneous=adversary is not None and adversary.updates == "simultaneous",
+    )
+
+
+Losses = Iterator[tuple[str, Tensor]]
+"""Losses of one step in turn, by name; each is made after the one before has been descended, unless updates are
+simultaneous. A name without a rule is a number to be noted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """How a loss is descended.
+
+    Attributes:
+        what: the network's name in messages.
+        network: whose weights.
+        optimizer: of these.
+        grad_clip: largest norm of the gradient.
+        scheduled: whether the weights are part of the network that is averaged, and the learning rate is that of
+            `TrainConfig.learning_rate_at`; else it stays, and a checkpoint holds this network besides.
+    """
+
+    what: str
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    grad_clip: float = math.inf
+    scheduled: bool = False
+
+    @classmethod
+    def of(cls, what: str, network: nn.Module, config: TrainConfig) -> Rule:
+        """Adam as the settings have it."""
+        optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
+        return cls(what, network, optimizer, config.grad_clip, scheduled=True)
+
+
+def run(
+    network: nn.Module,
+    rules: dict[str, Rule],
+    losses: Callable[[int], Losses],
+    config: TrainConfig,
+    settings: dict[str, Any],
+    checkpoint: Path,
+    resume: bool,
+    save_every: int,
+    callback: Callable[[int, History, nn.Module], None] | None,
+    noted: Sequence[str] = (),
+    *,
+    simultaneous: bool = False,
+) -> nn.Module:
+    """The loop: any losses, each a function of the step. Returns the averaged copy of the network.
+
+    Args:
+        network: what is averaged.
+        rules: by names of losses; "loss" is among them, and every step yields it.
+        losses: of the step from 0.
+        config, checkpoint, resume, save_every, callback: as for `train`.
+        settings: what a checkpoint must agree on.
+        noted: names of the numbers among the losses that have no rule.
+        simultaneous: whether weights move after all losses of a step, rather than after each.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError, FloatingPointError: as `train`.
+    """
+    checkpoint = Path(checkpoint)
     check_count("save_every", save_every, 1)
     if checkpoint.is_dir() or not checkpoint.parent.is_dir():
         raise FileNotFoundError(f"checkpoint must be a file in a folder that exists; got {checkpoint}.")
     if checkpoint.is_file() and not resume:
         raise FileExistsError(f"{checkpoint} exists; resume=True goes on from it, or name another file.")
-    batches = Batches(model, images, labels, config)
     ema = ema_model(network, config.ema_decay)
-    optimizer = Adam(network.parameters(), config.learning_rate, config.betas)
     modules: dict[str, nn.Module] = {"network": network, "ema": ema}
-    optimizers: dict[str, torch.optim.Optimizer] = {"adam": optimizer}
-    if adversary is not None and config.objective != "denoising":
-        raise ValueError(f"an adversary needs objective='denoising'; got {config.objective!r}.")
-    settings = {**dataclasses.asdict(config), **batches.describe()}
-    history: History = {"loss": []}
-    if adversary is not None:
-        modules["discriminator"], optimizers["discriminator_adam"] = adversary.network, adversary.optimizer()
-        settings["adversary"] = adversary.settings()
-        history |= {"discriminator": []} | ({"gini": []} if images.ndim == 4 else {})
+    modules |= {name: rule.network for name, rule in rules.items() if not rule.scheduled}
+    optimizers = {"adam" if name == "loss" else f"{name}_adam": rule.optimizer for name, rule in rules.items()}
+    history: History = {name: [] for name in (*rules, *noted)}
     settings = plain_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
@@ -95,34 +190,22 @@ def train(
     shown = None if leads else True  # in a terminal only, and once
     bar = tqdm(range(first, config.steps), "train", config.steps, initial=first, unit="step", disable=shown)
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        losses = {}
-        if adversary is not None:
-            for turn in range(1, adversary.steps + 1):
-                batch, generator = batches.draw(step, turn)
-                with batches.precision():
-                    loss = adversary.discriminator_loss(model, *batch, generator)
-                judge, rule = modules["discriminator"], optimizers["discriminator_adam"]
-                losses["discriminator"] = _slope(judge, loss, f"discriminator at step {step}")
-                if adversary.updates == "alternating":
-                    rule.step()
-            if "gini" in history:
-                few = batch[0][: max(1, 16 // rank_and_size()[1])]
-                losses["gini"] = float(_over_processes(adversary.attention(few)))
-        batch, generator = batches.draw(step)
-        with batches.precision():
-            if adversary is None:
-                loss = score_loss(config.objective, model, batch, generator).mean()
-            else:
-                loss = adversary.score_loss(model, *batch, generator)
-        losses["loss"] = _slope(network, loss, f"score network at step {step}", config.grad_clip)
-        optimizer.step()
-        if adversary is not None and adversary.updates == "simultaneous":
-            rule.step()
+        for rule in rules.values():
+            for group in rule.optimizer.param_groups if rule.scheduled else ():
+                group["lr"] = config.learning_rate_at(step)
+        found = {}
+        for name, loss in losses(step):
+            if name not in rules:
+                found[name] = float(averaged([loss.detach()])[0])
+                continue
+            found[name] = _slope(rules[name], loss, step)
+            if not simultaneous:
+                rules[name].optimizer.step()
+        for rule in rules.values() if simultaneous else ():
+            rule.optimizer.step()
         ema.update_parameters(network)
-        for name, value in losses.items():
-            history[name].append(value)
+        for name, values in history.items():
+            values.append(found[name])
         bar.set_postfix({name: f"{sum(last) / len(last):.4f}" for name, v in history.items() if (last := v[-50:])})
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
             _check_weights(modules, step)
@@ -142,23 +225,30 @@ def score_loss(objective: str, model: ScoreModel, batch: Batch, generator: torch
     return noisy_score_loss(model, *batch, directions=signs if objective == "sliced" else None)
 
 
-def _slope(network: nn.Module, loss: Tensor, where: str, grad_clip: float = math.inf) -> float:
-    """Puts the gradient, averaged over processes, on the parameters; gives the loss, averaged too.
+def averaged(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Tensors averaged over the processes, in place."""
+    size = rank_and_size()[1]
+    for part in parts if size > 1 else ():
+        torch.distributed.all_reduce(part)
+        part /= size
+    return parts
+
+
+def _slope(rule: Rule, loss: Tensor, step: int) -> float:
+    """Puts the gradient, averaged over processes, on the parameters; the loss, averaged too.
 
     Raises:
         FloatingPointError: if loss or gradient is not finite.
     """
-    network.zero_grad(set_to_none=True)
+    rule.optimizer.zero_grad(set_to_none=True)
     loss.backward()
-    value = _over_processes(loss.detach().clone())
-    for p in network.parameters():
-        if p.grad is not None:
-            _over_processes(p.grad)
-    norm = nn.utils.clip_grad_norm_(network.parameters(), grad_clip)
+    value = loss.detach().clone()
+    averaged([value, *(p.grad for p in rule.network.parameters() if p.grad is not None)])
+    norm = nn.utils.clip_grad_norm_(rule.network.parameters(), rule.grad_clip)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
         raise FloatingPointError(
-            f"{where}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller learning_rate may "
-            "help; what was saved before is as it was."
+            f"{rule.what} at step {step}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller "
+            "learning_rate may help; what was saved before is as it was."
         )
     return float(value)
 

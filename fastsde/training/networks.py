@@ -1,4 +1,4 @@
-"""Small networks: diffusers' UNet2DModel for images, a perceptron for points, a residual discriminator."""
+"""Small networks: diffusers' UNet2DModel and AutoencoderKL, a perceptron for points, a residual discriminator."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from fastsde.checks import check_count, check_number
 from fastsde.sde.base import SDE
 
 if TYPE_CHECKING:
-    from diffusers import UNet2DModel
+    from diffusers import AutoencoderKL, UNet2DModel
 
 
 def small_unet(
     image_size: int, channels: int, num_classes: int | None = None, *, widths: tuple[int, ...] = (32, 64, 112)
 ) -> UNet2DModel:
-    """A UNet of 2.2 million parameters for small images: three resolutions, attention on the coarsest.
+    """A UNet for small images, of 2.2 million parameters by default: attention on the coarsest resolution.
+
+    With a single width there is attention in the middle block alone.
 
     Args:
-        image_size: height and width in pixels, divisible by 4.
+        image_size: height and width in pixels, divisible by 2 for each resolution but the first.
         channels: image channels.
         num_classes: labels 0 .. num_classes - 1, and one more for "no label"; None for an unconditional network.
-        widths: channels at each resolution, divisible by 8.
+        widths: channels at each resolution, multiples of 8; a single one keeps the size, as latents of 7 x 7 need.
 
     Raises:
-        ValueError: if `image_size` is not divisible by 4, or `widths` are not three multiples of 8.
+        ValueError: if the widths are not multiples of 8, or there are too many of them for `image_size`.
     """
     from diffusers import UNet2DModel
 
-    if image_size % 4 or image_size < 4:
-        raise ValueError(f"image_size must be divisible by 4 (two halvings); got {image_size}.")
-    if len(widths) != 3 or any(width < 8 or width % 8 for width in widths):
-        raise ValueError(f"widths must be three multiples of 8; got {list(widths)}.")
+    _check_widths(image_size, widths)
+    halvings = len(widths) - 1
     return UNet2DModel(
         sample_size=image_size,
         in_channels=channels,
@@ -47,10 +47,100 @@ def small_unet(
         block_out_channels=tuple(widths),
         norm_num_groups=8,
         attention_head_dim=widths[-1] // 4,
-        down_block_types=("DownBlock2D", "DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        down_block_types=(*["DownBlock2D"] * halvings, "AttnDownBlock2D" if halvings else "DownBlock2D"),
+        up_block_types=("AttnUpBlock2D" if halvings else "UpBlock2D", *["UpBlock2D"] * halvings),
         num_class_embeds=None if num_classes is None else num_classes + 1,
     )
+
+
+def small_autoencoder(
+    image_size: int, channels: int, *, widths: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4
+) -> AutoencoderKL:
+    """A small autoencoder of diffusers with group norm: latents of 4 x 7 x 7 for images of 28 x 28.
+
+    Args:
+        image_size: height and width in pixels, divisible by 2 for each resolution but the first.
+        channels: image channels.
+        widths: channels at each resolution, divisible by 8.
+        latent_channels: channels of the latents.
+
+    Raises:
+        ValueError: if the widths are not multiples of 8, or there are too many of them for `image_size`.
+    """
+    from diffusers import AutoencoderKL
+
+    _check_widths(image_size, widths)
+    return AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        sample_size=image_size,
+        latent_channels=check_count("latent_channels", latent_channels, 1),
+        layers_per_block=1,
+        block_out_channels=tuple(widths),
+        norm_num_groups=8,
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        scaling_factor=1.0,
+        force_upcast=False,
+    )
+
+
+def _check_widths(image_size: int, widths: tuple[int, ...]) -> None:
+    if not widths or any(width < 8 or width % 8 for width in widths):
+        raise ValueError(f"widths must be multiples of 8, one for each resolution; got {list(widths)}.")
+    halvings = len(widths) - 1
+    if image_size < 1 << halvings or image_size % (1 << halvings):
+        raise ValueError(
+            f"image_size must be divisible by {1 << halvings}, for the {halvings} halvings of {len(widths)} widths; "
+            f"got {image_size}."
+        )
+
+
+class FlatAutoencoder(nn.Module):
+    """A small autoencoder whose latents are vectors: two halvings, group norm, linear layers around the latents.
+
+    Args:
+        image_size: height and width in pixels, divisible by 4.
+        channels: image channels.
+        latent: numbers of a latent.
+        width: channels at half the size, a multiple of 8; twice as many at a quarter.
+
+    Raises:
+        ValueError: naming the argument out of range.
+    """
+
+    def __init__(self, image_size: int, channels: int, latent: int = 32, width: int = 16) -> None:
+        super().__init__()
+        _check_widths(image_size, (width,) * 3)
+        side, last = image_size // 4, 2 * width
+        self.encoder = nn.Sequential(
+            *_normed(nn.Conv2d(channels, width, 4, 2, 1)),
+            *_normed(nn.Conv2d(width, last, 4, 2, 1)),
+            nn.Flatten(),
+            nn.Linear(last * side**2, 2 * check_count("latent", latent, 1)),
+        )
+        self.decoder = nn.Sequential(
+            nn.Linear(latent, last * side**2),
+            nn.Unflatten(1, (last, side, side)),
+            *_normed(nn.Conv2d(last, 4 * width, 3, padding=1)),
+            nn.PixelShuffle(2),
+            *_normed(nn.Conv2d(width, 2 * width, 3, padding=1)),
+            nn.PixelShuffle(2),
+            nn.Conv2d(width // 2, channels, 3, padding=1),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance, each with shape (B, latent), of images with shape (B, C, H, W)."""
+        mean, logvar = self.encoder(x).chunk(2, 1)
+        return mean, logvar
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Images with shape (B, C, H, W) of latents with shape (B, latent)."""
+        return self.decoder(z)
+
+
+def _normed(convolution: nn.Conv2d) -> tuple[nn.Module, ...]:
+    return convolution, nn.GroupNorm(8, convolution.out_channels), nn.SiLU()
 
 
 class MLP(nn.Module):
