@@ -102,7 +102,7 @@ def pretrained(name: str | Path, *, device: torch.device | str = "cpu") -> Packa
 
     The samples of a latent model are latents; `model.decode` makes images of them:
 
-        model = fastsde.pretrained("fashion-mnist-latent")
+        model = fastsde.pretrained("runs/latent/model")
         images = model.decode(fastsde.sample(model, n=64, nfe=12).samples)
 
     Class-conditional models take `cond={"class_labels": ...}`, int64 with shape (n,); without it they draw from all

@@ -76,13 +76,13 @@ def test_one_folder_has_both(folders, model, data):
         fastsde.pretrained(vae)
 
 
-def test_latents_have_mean_zero_and_variance_one(folders, model, data):
+def test_latents_have_mean_zero_and_variance_one_at_most(folders, model, data):
     """Over the data, and the decoder undoes the scale."""
     images = load_images(data)[0]
     z = model.encode(images)
     torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
     # Weights of the folder are in half precision, those the scale was measured with were not.
-    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.01)
+    assert float(z.square().mean((0, 2, 3)).max()) == pytest.approx(1.0, abs=0.01)
     with torch.no_grad():
         vae = load_autoencoder(folders[0])
         raw = vae.encode(images.float() / 127.5 - 1).latent_dist.mode()

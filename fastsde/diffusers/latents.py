@@ -58,8 +58,8 @@ def check_latents(vae: Any, latents: Tensor) -> None:
 def measure_scale(vae: Any, images: Tensor, *, batch_size: int = 250) -> Tensor:
     """Measures the scale of latents, writes it into the autoencoder's configuration, and returns them in that scale.
 
-    The mean is of each channel, the standard deviation the root of the mean variance of channels: so a channel that the
-    autoencoder does not use stays small.
+    The mean is of each channel, the standard deviation for all that of the channel that varies most. So a channel that
+    the autoencoder does not use stays small, and does not make the others large.
 
     Args:
         vae: a diffusers autoencoder; its `latents_mean` and `latents_std` are set, and what scaled before is dropped.
@@ -67,7 +67,7 @@ def measure_scale(vae: Any, images: Tensor, *, batch_size: int = 250) -> Tensor:
         batch_size: images encoded at a time.
 
     Returns:
-        As `encode_images`, with mean 0 and variance 1 over the images.
+        As `encode_images`: over the images each channel has mean 0, and variance 1 or less.
 
     Raises:
         ValueError: if the latents are constant or not finite.
@@ -76,7 +76,7 @@ def measure_scale(vae: Any, images: Tensor, *, batch_size: int = 250) -> Tensor:
     raw = encode_images(vae, images, batch_size=batch_size)
     check_latents(vae, raw)
     axes = (0, *range(2, raw.ndim))
-    mean, std = raw.double().mean(axes), raw.double().var(axes, correction=0).mean().sqrt()
+    mean, std = raw.double().mean(axes), raw.double().std(axes, correction=0).amax()
     if not std > 0:
         raise ValueError(f"the autoencoder gives all {len(raw)} images the same latents.")
     vae.register_to_config(latents_mean=mean.tolist(), latents_std=[float(std)] * len(mean))
