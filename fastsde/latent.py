@@ -418,7 +418,8 @@ class _Velocity(ScoreModel):
         noise = FreshNoise(seed, flow.event_shape, flow.dtype)
 
         def velocity(z: Tensor, t: Tensor, number: Tensor) -> Tensor:
-            v, made = torch.empty_like(z), (-t).round().long()
+            # A row whose sample has left stays at the end until the batch shrinks.
+            v, made = torch.empty_like(z), (-t).round().long().clamp(max=flow.steps - 1)
             for step in made.unique().tolist():  # one, unless a sample failed and the next took its slot
                 rows = (made == step).nonzero().flatten()
                 draws = flow._draws(noise, number[rows], step)

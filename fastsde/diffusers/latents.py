@@ -115,7 +115,8 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> Tensor:
         batch_size: latents decoded at a time.
 
     Returns:
-        In about [-1, 1], in float32 on the CPU, with shape (n, C, H, W).
+        In about [-1, 1], in float32 on the CPU, with shape (n, C, H, W). Where the latents require a gradient, it goes
+        through.
 
     Raises:
         ValueError: if latents are not finite or have other channels than the autoencoder's.
@@ -128,7 +129,7 @@ def decode_latents(vae: Any, latents: Tensor, *, batch_size: int = 8) -> Tensor:
     if upcast:
         vae.to(torch.float32)
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and latents.requires_grad):
             for z in latents.split(batch_size):
                 std, mean = _scales(vae, z)
                 parts.append(vae.decode((std * z + mean).to(place, dtype)).sample.float().cpu())
