@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsde.checks import check_count
 from fastsde.control.base import Controller
 from fastsde.noise import BrownianPath, FreshNoise, Noise
-from fastsde.score.base import ScoreModel
+from fastsde.score.base import Model
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Plan, Solver
 from fastsde.trajectory import Recorder
@@ -100,8 +100,8 @@ class Job:
         recorder: keeps the states on the way, if anyone wants them.
     """
 
-    model: ScoreModel
-    sde: SDE
+    model: Model
+    sde: Any  # an SDE, or another process that the solver knows
     solver: Solver
     controller: Controller
     noise: Noise
@@ -122,8 +122,8 @@ class Job:
 
 
 def make_job(
-    model: ScoreModel,
-    sde: SDE,
+    model: Model,
+    sde: Any,
     solver: Solver,
     controller: Controller,
     span: tuple[float, float],
@@ -184,7 +184,7 @@ def make_job(
     )
 
 
-def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
+def fewest_calls(model: Model, solver: Solver, denoise: bool) -> int:
     """Network calls of a sample that takes one step, the first and the last call included."""
     return model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
 

@@ -9,11 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
 State: TypeAlias = Float[Tensor, "B *E"]
 """A batch of states with shape (B, *event), in the user's floating dtype."""
+
+Tokens: TypeAlias = Int64[Tensor, "B *E"]
+"""A batch of tokens with shape (B, *event); -1 is the mask."""
+
+AnyState: TypeAlias = Num[Tensor, "B *E"]
+"""States or tokens, for what only moves them."""
 
 Time: TypeAlias = Float64[Tensor, "B"]
 """One float64 time per row, with shape (B,)."""
