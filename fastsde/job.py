@@ -200,7 +200,7 @@ def noise_of(samples: Samples, solver: Solver, sde: SDE, ends: tuple[float, floa
     return BrownianPath(seed, event, dtype, **clock)
 
 
-def _start(samples: Samples, sde: SDE, noise: Noise, t_start: float) -> Callable[[Tensor], Tensor]:
+def _start(samples: Samples, sde: Any, noise: Noise, t_start: float) -> Callable[[Tensor], Tensor]:
     """Start states by places in the queue."""
     given = samples.start
     if isinstance(given, Tensor):
@@ -208,7 +208,7 @@ def _start(samples: Samples, sde: SDE, noise: Noise, t_start: float) -> Callable
     return given or (lambda slots: sde.prior(noise.prior(samples.index[slots]), t_start))
 
 
-def _planned(solver: Solver, sde: SDE, controller: Controller, device: torch.device, dtype: torch.dtype) -> Plan | None:
+def _planned(solver: Solver, sde: Any, controller: Controller, device: torch.device, dtype: torch.dtype) -> Plan | None:
     """What the solver can work out for the grids of the controller, if there are any."""
     with torch.no_grad():
         # Hundreds of small operations, on the host: a device would take longer to start them than to do them.

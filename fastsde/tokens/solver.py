@@ -40,6 +40,13 @@ class TokenSolver(Solver):
     exact: str = ""
     remasks: bool = False
 
+    def check(self, sde: Any, times: Tensor | None) -> None:
+        if not isinstance(sde, Masking):
+            raise ValueError(f"{type(self).__name__} is for tokens, not for {sde!r}.")
+
+    def plan(self, sde: Any, times: Tensor) -> None:
+        return None
+
     def check_model(self, model: Any) -> None:
         if not isinstance(model, TokenModel):
             raise ValueError(f"{type(self).__name__} is for tokens: it takes a fastsde.tokens.TokenModel.")
@@ -97,7 +104,7 @@ def finished(step: Step, s: Time, end_id: int | None) -> Step:
         flat, masked = torch.where(over, end_id, flat), masked & ~over
     left = masked.sum(1)
     total = step.carry["free"].sum(1).clamp(min=1)
-    s = torch.where(torch.isnan(s), s, torch.where(left == 0, 0.0, torch.where(s > 0, s, left / total)))
+    s = torch.where(torch.isnan(s), s, torch.where(left == 0, 0.0, torch.where(s > 0, s, left.double() / total)))
     return Step(flat.reshape(x.shape), step.carry, s=s)
 
 

@@ -237,7 +237,7 @@ class EntropyBudget(TokenSolver):
         masked, heat = (x == MASK).flatten(1) & carry["free"], check_temperature("temperature", self.temperature)
         used, failed, at = predicted(model, x, carry, masked)
         count = masked.sum(1)
-        progress = 1 - process.time(count / free.clamp(min=1))
+        progress = 1 - process.time(count.double() / free.clamp(min=1))
         warmth = (heat[0] + (heat[1] - heat[0]) * progress)[:, None].expand(at.shape)[at]
         each = torch.zeros(at.shape, dtype=torch.float64, device=x.device)
         each[at] = entropies(used / warmth.masked_fill(warmth == 0, 1.0)[:, None].to(used.dtype)).nan_to_num(0.0)
@@ -251,7 +251,7 @@ class EntropyBudget(TokenSolver):
         ranked = each.gather(1, order)
         bound = carry["bound"][:, None] + ranked.cumsum(1) - ranked.cummax(1).values
         k = torch.arange(1, each.shape[1] + 1, device=x.device)
-        share = ((free - count)[:, None] + k) / free.clamp(min=1)[:, None]
+        share = ((free - count)[:, None] + k).double() / free.clamp(min=1)[:, None]
         budget = self.rtol * (entropy[:, None] - last[:, None] * (1 - share))
         # A rounding must not cost a call; of no tokens nothing is lost.
         fits = (bound <= budget * (1 + 1e-9) + 1e-12) & (k <= count[:, None])
@@ -265,5 +265,5 @@ class EntropyBudget(TokenSolver):
             "entropy": torch.where(moved, entropy, carry["entropy"]),
             "last": torch.where(moved, last, carry["last"]),
         }
-        reached = (count - taken).clamp(min=0) / free.clamp(min=1)
+        reached = (count - taken).clamp(min=0).double() / free.clamp(min=1)
         return Step(written(x, now, values), {**carry, **after}, s=reached.masked_fill(failed, torch.nan))

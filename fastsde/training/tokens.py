@@ -172,7 +172,7 @@ def train_tokens(
             raise FloatingPointError(f"{trained.role} at step {step}: the loss is {float(loss)}; what was saved stays.")
         optimizer.step()
         ema.update_parameters(network)
-        history["loss"].append(float(loss))
+        history["loss"].append(float(loss.detach()))
         last = history["loss"][-50:]
         bar.set_postfix(loss=f"{sum(last) / len(last):.4f}")
         if (step + 1) % save_every == 0 or step + 1 == config.steps:
