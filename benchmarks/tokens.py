@@ -30,8 +30,8 @@ from fastsde.training.tokens import train_tokens
 
 FOLDER = RUNS / "tokens"
 CODES, SIDE, CLASSES = 64, 7, 10
-GENERATOR, CRITIC = {"width": 96, "depth": 4, "heads": 4}, {"width": 64, "depth": 3, "heads": 4}
-CONFIG = {"batch_size": 128, "learning_rate": 2e-3, "warmup": 100, "ema_decay": 0.998, "bf16": False}
+GENERATOR, CRITIC = {"width": 64, "depth": 4, "heads": 4}, {"width": 48, "depth": 3, "heads": 4}
+CONFIG = {"batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "ema_decay": 0.998, "bf16": False}
 
 
 def train_book(images: Tensor, steps: int) -> CodeBook:
@@ -95,7 +95,7 @@ def main() -> None:
 @command("Trains code book, generator and critic; what is there is kept, and a training goes on.", "-", main)
 @click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="Fashion-MNIST.")
 @click.option("--book-steps", default=1500)
-@click.option("--steps", default=3000)
+@click.option("--steps", default=4000)
 @click.option("--critic-steps", default=2000)
 def train(data: Path, book_steps: int, steps: int, critic_steps: int) -> None:
     """Trains what is missing in runs/tokens."""

@@ -172,15 +172,17 @@ def test_ancestral_sampling_is_of_order_one():
     assert errors[0] / errors[1] == pytest.approx(2.0, abs=0.15)  # the next order is 1 / T smaller
 
 
+@pytest.mark.long
 def test_finer_grids_follow_the_same_events():
     """Where no two tokens fall into one step, the tokens are those of first hitting, bit for bit."""
-    fine, exact = draw(MODEL, n=500, solver=Ancestral(64)), draw(MODEL, n=500, solver=FirstHitting())
+    fine, exact = draw(MODEL, n=200, solver=Ancestral(64)), draw(MODEL, n=200, solver=FirstHitting())
     apart = fine.nfe == 3
     assert apart.double().mean() > 0.9  # three of 64 cells: 1 - 3/64 - .. = 0.95
     assert torch.equal(fine.samples[apart], exact.samples[apart])
-    assert torch.equal(draw(MODEL, n=500, solver=Unmask("random", steps=3)).samples, exact.samples)
+    assert torch.equal(draw(MODEL, n=200, solver=Unmask("random", steps=3)).samples, exact.samples)
 
 
+@pytest.mark.long
 def test_ancestral_steps_call_the_network_only_where_a_token_is_drawn():
     model = TokenModel(lambda ids: torch.zeros(*ids.shape, 4), 4, event_shape=(16,))
     steps, n = 20, 400
@@ -189,9 +191,10 @@ def test_ancestral_steps_call_the_network_only_where_a_token_is_drawn():
     assert float(result.nfe.double().mean()) == pytest.approx(steps * (1 - (1 - 1 / steps) ** 16), abs=8 / math.sqrt(n))
 
 
-RULES = [Cap(0.3), Rescale(0.5), Rescale(1.0), Loop(0.2)]
+RULES = [Cap(0.3), Rescale(1.0), Loop(0.2)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", RULES, ids=repr)
 def test_remasking_keeps_the_share_of_known_tokens(rule):
     model = TokenModel(lambda ids: torch.zeros(*ids.shape, 4), 4, event_shape=(50,))
@@ -203,6 +206,7 @@ def test_remasking_keeps_the_share_of_known_tokens(rule):
     assert known.tolist() == pytest.approx(rule.alpha(times).tolist(), abs=4 * 0.5 / 100)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rule", [*RULES, ByConfidence()], ids=repr)
 def test_remasking_is_exact_for_independent_tokens(rule):
     p = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
@@ -210,15 +214,7 @@ def test_remasking_is_exact_for_independent_tokens(rule):
     assert excess(draw(model, solver=ReMDM(rule, steps=6)).samples, model.joint) < LIMIT
 
 
-def test_remasking_repairs_what_unmasking_together_spoils():
-    """At as many steps the law is nearer to the data's with sigma at its most than without."""
-    few, many = (draw(MODEL, solver=ReMDM(Rescale(eta), steps=24)).samples for eta in (0.0, 1.0))
-    assert total_variation(many, MODEL.joint) < total_variation(draw(MODEL, solver=Ancestral(4)).samples, MODEL.joint)
-    assert total_variation(few, MODEL.joint) < 0.1
-
-
-@pytest.mark.parametrize("order", ["entropy", "probability", "random"])
-@pytest.mark.parametrize("rtol", [0.1, 0.3, 0.6, 1.0])
+@pytest.mark.parametrize(("order", "rtol"), [("entropy", 0.1), ("entropy", 0.6), ("random", 0.3), ("margin", 0.5)])
 def test_the_loss_is_below_the_bound_and_the_bound_below_the_tolerance(order, rtol):
     result = draw(MODEL, solver=EntropyBudget(rtol, order))
     bound, entropy = (result.report[name] for name in ("bound", "entropy"))
@@ -254,6 +250,7 @@ def test_a_short_budget_spends_at_most_its_share_at_every_turn():
     assert (one["bound"] / one["entropy"] <= 0.3 + 1e-9).all()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("steps", "table"),
     [
@@ -289,20 +286,22 @@ SOLVERS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_a_sample_depends_on_seed_and_number_alone(solver):
     """Whatever the batch, the order, the others, and where in a queue it comes."""
     model = ExactTokens(random_joint(3, 5))
-    full = fastsde.sample(model, n=12, seed=3, solver=solver)
-    for size in (1, 5):
-        part = fastsde.sample(model, n=12, seed=3, solver=solver, batch_size=size)
+    full = fastsde.sample(model, n=7, seed=3, solver=solver)
+    for size in (1, 3):
+        part = fastsde.sample(model, n=7, seed=3, solver=solver, batch_size=size)
         assert torch.equal(part.samples, full.samples)
         assert torch.equal(part.nfe, full.nfe)
-    order = [7, 2, 11]
+    order = [6, 2]
     assert torch.equal(fastsde.sample(model, index=order, seed=3, solver=solver).samples, full.samples[order])
-    assert not torch.equal(fastsde.sample(model, n=12, seed=4, solver=solver).samples, full.samples)
+    assert not torch.equal(fastsde.sample(model, n=7, seed=4, solver=solver).samples, full.samples)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
 def test_prompts_stay_and_do_not_change_other_rows(solver):
     """Known tokens, few or many and anywhere, keep their values; a row's own samples are those it has alone."""
@@ -374,15 +373,13 @@ def test_blocks_are_finished_from_left_to_right():
                 assert all(part.all() for part in parts[: max(begun, default=0)])
 
 
-def test_values_keep_the_entropy_of_a_long_vocabulary():
-    """50,000 equal symbols: Gumbel noise in single precision would have ties and a cut tail, inversion has neither."""
+def test_values_of_a_long_vocabulary_are_quantiles():
+    """50,000 equal symbols: value k for u in [k / K, (k + 1) / K), in its tails too, where Gumbel noise is cut off."""
     size = 50_000
-    model = TokenModel(lambda ids: torch.zeros(*ids.shape, size), size, event_shape=(40,))
-    samples = draw(model, n=50, solver=Unmask("random", steps=1)).samples.flatten()
-    # 2000 uniform draws: their mean to four standard errors, and the number of repeats (birthdays, a Poisson number).
-    assert float(samples.double().mean() / size) == pytest.approx(0.5, abs=4 / math.sqrt(12 * 2000))
-    repeats = 2000 - len(samples.unique())
-    assert repeats == pytest.approx(2000**2 / 2 / size, abs=4 * math.sqrt(40))
+    u = torch.cat([torch.linspace(0.5 / size, 1 - 0.5 / size, 41), torch.tensor([2.0**-53, 1 - 2.0**-53])]).double()
+    values, log_p = tokens.drawing.draw(torch.zeros(len(u), size), u)
+    assert (values - (u * size).floor()).abs().max() <= 1  # a sum of 50,000 roundings may shift an end of an interval
+    torch.testing.assert_close(log_p, torch.full_like(u, -math.log(size)))
 
 
 def test_a_symbol_without_a_chance_is_never_drawn():
