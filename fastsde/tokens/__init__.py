@@ -16,6 +16,7 @@ from fastsde.tokens.process import (
     exponential,
     power,
 )
+from fastsde.tokens.reading import from_amused, from_transformers
 from fastsde.tokens.remask import ByConfidence, Cap, Loop, ReMDM, Rescale, TokenCritic
 from fastsde.tokens.request import resolve
 from fastsde.tokens.solver import TokenSolver
@@ -60,6 +61,8 @@ __all__ = [
     "Unmask",
     "check_tokens",
     "exponential",
+    "from_amused",
+    "from_transformers",
     "power",
     "resolve",
 ]

@@ -246,7 +246,7 @@ class Critic(Model):
 
     Args:
         network: `network(ids, **cond)` with ids of shape (B, *event); returns logits of "original" with the same
-            number of elements.
+            number of elements. It gets the conditioning of the model.
         event_shape: shape of one sample, if it is fixed.
         default_cond: conditioning of each row if `cond` has none.
 
@@ -315,7 +315,9 @@ class BoundTokens(Calls):
         ids, cond = self._chosen(rows)
         if not len(ids):
             return ids, torch.empty(0, math.prod(x.shape[1:]), device=x.device)
-        logits = critic(x.index_select(0, ids), {k: v for k, v in cond.items() if k != PROMPT})
+        logits = critic(
+            x.index_select(0, ids), {k: v for k, v in cond.items() if k != PROMPT and not k.startswith(NEGATIVE)}
+        )
         self.count(rows * critic.calls)
         return ids, logits
 
