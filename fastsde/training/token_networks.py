@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 
 from fastsde.checks import check_count
-from fastsde.types import State, Tokens
 
 
 class _Block(nn.Module):
@@ -68,7 +67,7 @@ class TokenTransformer(nn.Module):
             nn.init.normal_(weight, std=0.02)
         nn.init.zeros_(self.head.weight)
 
-    def forward(self, ids: Tokens, class_labels: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, class_labels: Tensor | None = None) -> Tensor:
         """Logits with shape (B, *event, outputs) of ids with shape (B, *event)."""
         x = self.tokens(ids.flatten(1)) + self.places
         if self.labels is not None and class_labels is not None:
@@ -128,18 +127,18 @@ class CodeBook(nn.Module):
         return (self.codes.square().sum(1) - 2 * z @ self.codes.T).argmin(1)
 
     @torch.no_grad()
-    def encode(self, images: State) -> Tokens:
+    def encode(self, images: Tensor) -> Tensor:
         """Tokens with shape (n, h / 4, w / 4) of images with shape (n, 1, h, w)."""
         z = self.encoder(images).movedim(1, -1)
         return self._nearest(z.flatten(0, -2)).reshape(z.shape[:-1])
 
     @torch.no_grad()
-    def decode(self, tokens: Tokens) -> State:
+    def decode(self, tokens: Tensor) -> Tensor:
         """Images with shape (n, 1, h, w) of tokens with shape (n, h / 4, w / 4)."""
         images: Tensor = self.decoder(self.codes[tokens].movedim(-1, 1))
         return images
 
-    def loss(self, images: State, commitment: float = 0.25) -> Tensor:
+    def loss(self, images: Tensor, commitment: float = 0.25) -> Tensor:
         """Squared error of the images plus that of their codes; in training mode the codes move."""
         z = self.encoder(images)
         flat = z.movedim(1, -1).flatten(0, -2)
