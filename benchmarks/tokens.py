@@ -32,9 +32,9 @@ from fastsde import tokens
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.statistics import Moments, frechet_distance
+from fastsde.tokens.networks import CodeBook, TokenTransformer
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
-from fastsde.training.token_networks import CodeBook, TokenTransformer
 from fastsde.training.tokens import train_tokens
 
 FOLDER = RUNS / "tokens"

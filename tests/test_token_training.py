@@ -8,8 +8,8 @@ import torch
 import fastsde
 from fastsde import tokens
 from fastsde.tokens import Critic, ExactTokens, Masking, TokenModel
+from fastsde.tokens.networks import CodeBook, TokenTransformer
 from fastsde.training.config import TrainConfig
-from fastsde.training.token_networks import CodeBook, TokenTransformer
 from fastsde.training.tokens import critic_loss, masked_loss, train_tokens
 
 torch.manual_seed(2)

@@ -3,6 +3,7 @@
 from fastsde.tokens.ancestral import Ancestral, FirstHitting
 from fastsde.tokens.blocks import Blocks
 from fastsde.tokens.exact import ExactTokens
+from fastsde.tokens.folder import TokenFolder, load_tokens, save_tokens
 from fastsde.tokens.model import Critic, TokenGuidance, TokenModel, check_tokens
 from fastsde.tokens.process import (
     ARCCOSINE,
@@ -55,6 +56,7 @@ __all__ = [
     "Rescale",
     "Schedule",
     "TokenCritic",
+    "TokenFolder",
     "TokenGuidance",
     "TokenModel",
     "TokenSolver",
@@ -63,6 +65,8 @@ __all__ = [
     "exponential",
     "from_amused",
     "from_transformers",
+    "load_tokens",
     "power",
     "resolve",
+    "save_tokens",
 ]
