@@ -63,7 +63,7 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
     default="ExponentialPC",
     metavar="NAME",
     type=click.Choice([*SOLVER_NAMES, *(name for name in TOKEN_SOLVERS if name not in SOLVER_NAMES)]),
-    help="One of those that `fastsde info solvers` lists; or for tokens one of the manual's page on them.",
+    help="One that `fastsde info solvers` lists; of a model of tokens, Unmask and others.",
 )
 @click.option(
     "--rtol", type=float, show_default=str(DEFAULT_RTOL), help="Relative tolerance: smaller is slower and closer."
