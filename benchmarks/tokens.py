@@ -137,7 +137,7 @@ KEYS = ("part", "solver", "schedule", "seed")
 VALUES = ("calls", "most", "fid", "pairs", "entropy", "histogram")
 SCHEDULES = {"linear": tokens.LINEAR, "sine": tokens.SINE}
 TUNING_SEED, SEEDS = 9, (0, 1, 2)
-TEMPERATURES, SCALES = (1.0, 4.5, 10.0), (0.0, 1.0, 3.0, 10.0)
+TEMPERATURES, SCALES = (1.0, 4.5, 10.0), (0.0, 1.0, 3.0, 10.0, 30.0)
 RTOLS = (0.1, 0.3, 0.5)
 
 

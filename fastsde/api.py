@@ -87,6 +87,7 @@ def sample(
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n: one row for each sample.
         x_init: start states with shape (n, *event), instead of draws from the prior. No gradient goes through sampling.
+            Of tokens: ids, with the model's mask id at the positions to draw.
         x_data: data to edit, with shape (n, *event). Sampling starts at alpha x_data + sigma z, with the sample's own
             noise z. `strength`, `t_start` or a `Grid` says at which time.
         strength: in (0, 1], with x_data or x_init: sampling starts at the time t_min + strength (t_max - t_min), as in

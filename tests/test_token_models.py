@@ -487,3 +487,11 @@ def test_what_is_finished_is_kept_when_the_network_fails():
     result = caught.value.result
     assert result.counts() == {"PENDING": 2, "SUCCESS": 2}
     assert (result.samples[2:] == tokens.MASK).all()
+
+
+def test_the_manual_has_the_traits_of_every_solver(pytestconfig):
+    text = (pytestconfig.rootpath / "docs" / "howto" / "tokens.md").read_text()
+    for solver in tokens.SOLVERS:
+        calls = solver.cost or solver.calls_per_step
+        row = f"| `{solver.__name__}` | {solver.convergence} | {calls} | {solver.exact} | {solver.use} |"
+        assert row in text

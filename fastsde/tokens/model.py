@@ -44,7 +44,7 @@ class TokenModel(Model):
             (Dream).
         channels_first: whether logits have shape (B, V, *event).
         end_id: a token after which nothing is read. As soon as one is there and everything before it is known, the
-            sample has ended; what is behind becomes `end_id`.
+            sample has ended; what is behind becomes `end_id`. `ReMDM` does not use it.
         default_cond: conditioning of each row if `cond` has none.
 
     Raises:
