@@ -6,7 +6,8 @@ images, with the packaged features, so what the code book loses is not in it. `p
 tokens of neighbours, pooled over positions, in nats; `entropy` the mean entropy of the tokens of one position. Both
 have their value for held-out data, as many as there are samples.
 
-    python benchmarks/tokens.py train --data FOLDER    # code book, generator, critic: about an hour on one core
+    python benchmarks/tokens.py train --data FOLDER    # code book, generator, critic: half an hour on one core
+    fastsde sample --model benchmarks/runs/tokens/model --solver TokenCritic -o scale=10 --nfe 35
     python benchmarks/tokens.py images --data FOLDER
     python benchmarks/tokens.py exact
 """
@@ -131,6 +132,8 @@ def train(data: Path, book_steps: int, steps: int, critic_steps: int) -> None:
 
     fitted("generator", steps, network(), None)
     fitted("critic", critic_steps, net := network(1), critic_of(net))
+    parts = loaded(network(), "generator"), loaded(network(1), "critic"), loaded(CodeBook(CODES), "book")
+    tokens.save_tokens(FOLDER / "model", parts[0], (SIDE, SIDE), critic=parts[1], book=parts[2])
 
 
 KEYS = ("part", "solver", "schedule", "seed")
