@@ -602,7 +602,7 @@ def tokens_exact(rows: list[Row]) -> list[Row]:
     return [
         {
             "law": said["law"][row["law"]],
-            "steps": f"rtol {row['setting']:g}" if row["rule"] == "tolerance" else f"{row['setting']} steps",
+            "steps": f"rtol {row['setting']:g}" if row["rule"] == "tolerance" else str(row["setting"]),
             "calls": row["calls"],
             "KL": f"{max(row['KL'], 0):.3f}",
             "bound": "" if row["bound"] is None else f"{row['bound']:.3f}",
