@@ -51,13 +51,11 @@ def excess(samples, law):
     return (statistic - free) / math.sqrt(2 * free)
 
 
-def total_variation(samples, law):
-    powers = law.shape[0] ** torch.arange(law.ndim - 1, -1, -1)
-    counts = torch.bincount((samples * powers).sum(1), minlength=law.numel()).double()
-    return float((counts / len(samples) - law.flatten()).abs().sum() / 2)
+N = 2500
+"""Samples of a law of 27 sequences: some 100 of each."""
 
 
-def draw(model, n=4000, **options):
+def draw(model, n=N, **options):
     result = fastsde.sample(model, n=n, seed=5, batch_size=n, **options)
     assert result.success.all()
     return result
@@ -124,8 +122,8 @@ def confident_law(joint):
     return law
 
 
-# Four standard deviations of the statistic: 1 in some 10^4 by chance, and the seed is fixed.
-LIMIT = 4.0
+# A chi-square of 26 cells is as large in 2 of 10^5 cases; wrong laws here are above 20.
+LIMIT = 5.5
 
 
 @pytest.mark.parametrize(
@@ -154,7 +152,7 @@ def test_all_tokens_at_once_lose_the_total_correlation():
 
 def test_confidence_of_the_value_drawn_is_biased_as_computed_and_mended_by_noise():
     biased = confident_law(MODEL.joint)
-    assert float((biased - MODEL.joint).abs().sum() / 2) > 0.2  # far above the sampling error of 0.02
+    assert float((biased - MODEL.joint).abs().sum() / 2) > 0.2  # far above the sampling error
     plain = draw(MODEL, solver=Unmask("confidence", steps=3)).samples
     assert excess(plain, biased) < LIMIT
     hot = Unmask("confidence", steps=3, choice_temperature=1e4, annealed=False)
@@ -219,9 +217,9 @@ def test_the_loss_is_below_the_bound_and_the_bound_below_the_tolerance(order, rt
     result = draw(MODEL, solver=EntropyBudget(rtol, order))
     bound, entropy = (result.report[name] for name in ("bound", "entropy"))
     assert (bound <= rtol * entropy + 1e-9).all()
-    q, law = MODEL.joint, (MODEL.law(result.samples) * 4000 + 0.5) / (4000 + 13.5)
+    q, law = MODEL.joint, (MODEL.law(result.samples) * N + 0.5) / (N + 13.5)
     lost = float(torch.where(q > 0, q * (q / law).log(), 0.0).sum())
-    assert lost <= float(bound.mean()) + 0.02  # 27 cells: the estimate of 4000 draws is 27 / 8000 too high, and noisy
+    assert lost <= float(bound.mean()) + 0.02  # 27 cells: the estimate is 27 / 2 N too high, and noisy
 
 
 def test_tolerance_is_calls():
@@ -236,8 +234,8 @@ def test_the_bound_is_tight_for_a_copy():
     model = ExactTokens(torch.eye(2))
     result = draw(model, rtol=1.0)
     assert model.total_correlation == pytest.approx(math.log(2))
-    assert result.report["bound"].tolist() == pytest.approx([math.log(2)] * 4000)
-    assert torch.equal(draw(model, rtol=0.49).samples.diff(dim=1), torch.zeros(4000, 1, dtype=torch.int64))
+    assert result.report["bound"].tolist() == pytest.approx([math.log(2)] * N)
+    assert torch.equal(draw(model, rtol=0.49).samples.diff(dim=1), torch.zeros(N, 1, dtype=torch.int64))
 
 
 def test_a_short_budget_spends_at_most_its_share_at_every_turn():
@@ -291,14 +289,13 @@ SOLVERS = [
 def test_a_sample_depends_on_seed_and_number_alone(solver):
     """Whatever the batch, the order, the others, and where in a queue it comes."""
     model = ExactTokens(random_joint(3, 5))
-    full = fastsde.sample(model, n=7, seed=3, solver=solver)
-    for size in (1, 3):
-        part = fastsde.sample(model, n=7, seed=3, solver=solver, batch_size=size)
-        assert torch.equal(part.samples, full.samples)
-        assert torch.equal(part.nfe, full.nfe)
-    order = [6, 2]
+    full = fastsde.sample(model, n=5, seed=3, solver=solver)
+    part = fastsde.sample(model, n=5, seed=3, solver=solver, batch_size=2)
+    assert torch.equal(part.samples, full.samples)
+    assert torch.equal(part.nfe, full.nfe)
+    order = [4, 2]
     assert torch.equal(fastsde.sample(model, index=order, seed=3, solver=solver).samples, full.samples[order])
-    assert not torch.equal(fastsde.sample(model, n=7, seed=4, solver=solver).samples, full.samples)
+    assert not torch.equal(fastsde.sample(model, n=5, seed=4, solver=solver).samples, full.samples)
 
 
 @pytest.mark.long
@@ -320,9 +317,9 @@ def test_prompts_stay_and_do_not_change_other_rows(solver):
 
 
 def test_a_prompt_conditions_the_law():
-    x = torch.full((4000, 3), MODEL.mask_id)
+    x = torch.full((N, 3), MODEL.mask_id)
     x[:, 1] = 2
-    samples = fastsde.sample(MODEL, x_init=x, solver=FirstHitting(), batch_size=4000).samples
+    samples = fastsde.sample(MODEL, x_init=x, solver=FirstHitting(), batch_size=N).samples
     law = MODEL.joint * (torch.arange(3) == 2).double()[:, None]
     assert excess(samples, law / law.sum()) < LIMIT
 
