@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ SCRIPTS = {
     "thesis_network": "thesis/chapter10.py network",
     "thesis_nfe": "thesis/nfe.py",
     "thesis_tables": "thesis/chapter10.py exact",
+    "tokens": "tokens.py images",
+    "tokens_exact": "tokens.py exact",
 }
 """The script behind a result, where it has another name."""
 
@@ -624,6 +627,78 @@ def inception(rows: list[Row]) -> list[Row]:
 def codebases(rows: list[Row]) -> list[Row]:
     """Lines and names of four parts, here and elsewhere."""
     return rows
+
+
+def over_seeds(rows: list[Row], *parts: str) -> list[Row]:
+    """Means of the cells of parts over their seeds, and the spread of FID."""
+    cells: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if row["part"] in parts:
+            cells.setdefault((row["solver"], row["schedule"]), []).append(row)
+    found = []
+    for (solver, schedule), seeds in cells.items():
+        mean = {k: statistics.mean(float(row[k]) for row in seeds) for k in ("calls", "fid", "pairs", "entropy")}
+        spread = statistics.stdev(float(row["fid"]) for row in seeds) if len(seeds) > 1 else None
+        found.append(
+            {
+                "solver": f"`{solver}`" if schedule else solver,
+                "schedule": {"sine": "sin(pi t / 2)", "linear": "t"}.get(schedule, ""),
+                "calls": f"{mean['calls']:.1f}" if mean["calls"] else "",
+                "FID": f"{mean['fid']:.3f}" + (f" +- {spread:.3f}" if spread is not None else ""),
+                "pairs": f"{mean['pairs']:.3f}",
+                "entropy": f"{mean['entropy']:.2f}",
+            }
+        )
+    return found
+
+
+@shows("tokens")
+def tokens_solvers(results: Row) -> list[Row]:
+    """Solvers of masked tokens on images."""
+    return over_seeds(results["rows"], "floor", "solvers")
+
+
+@shows("tokens")
+def tokens_tuning(results: Row) -> list[Row]:
+    """What temperature and scale were chosen by."""
+    return over_seeds(results["rows"], "tuning MaskGIT", "tuning critic")
+
+
+@shows("tokens")
+def tokens_tolerance(results: Row) -> list[Row]:
+    """A tolerance, and as many fixed steps."""
+    return over_seeds(results["rows"], "tolerance", "fixed")
+
+
+@shows("tokens")
+def tokens_calls(results: Row) -> list[Row]:
+    """How many samples take how many calls, in groups of five."""
+    found = []
+    for row in results["rows"]:
+        if row["part"] == "tolerance" and row["seed"] == "0":
+            groups: dict[int, int] = {}
+            for pair in row["histogram"].split():
+                calls, count = map(int, pair.split(":"))
+                groups[calls // 5 * 5] = groups.get(calls // 5 * 5, 0) + count
+            said = ", ".join(f"{low}-{low + 4}: {count}" for low, count in sorted(groups.items()))
+            found.append({"solver": f"`{row['solver']}`", "calls: samples": said})
+    return found
+
+
+@shows("tokens_exact")
+def tokens_exact(rows: list[Row]) -> list[Row]:
+    """KL and its bound on exact laws."""
+    said = {"law": {"table": "no structure", "chain": "Markov chain"}}
+    return [
+        {
+            "law": said["law"][row["law"]],
+            "steps": f"rtol {row['setting']:g}" if row["rule"] == "tolerance" else str(row["setting"]),
+            "calls": row["calls"],
+            "KL": f"{max(row['KL'], 0):.3f}",
+            "bound": "" if row["bound"] is None else f"{row['bound']:.3f}",
+        }
+        for row in sorted(rows, key=lambda row: (row["law"], row["rule"]))
+    ]
 
 
 def main() -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +18,7 @@ from fastsde.engine import Engine
 from fastsde.job import EngineState, Options, Samples, make_job
 from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
-from fastsde.score.base import ScoreModel
+from fastsde.score.base import Model, ScoreModel
 from fastsde.sde.base import SDE
 from fastsde.solvers import ExponentialPC, ProbabilityFlow, Solver
 from fastsde.solvers.forward import Forward
@@ -25,7 +27,7 @@ from fastsde.types import Cond, ScoreFn
 
 
 def sample(
-    score_fn: ScoreModel | ScoreFn,
+    score_fn: Model | ScoreFn,
     sde: SDE | None = None,
     *,
     n: int | None = None,
@@ -67,7 +69,8 @@ def sample(
 
     Args:
         score_fn: a `ScoreModel`; or a function `score_fn(x, t)` that returns the score with the shape of x, for x with
-            shape (B, *event) and t with shape (B,). A torch module runs in evaluation mode.
+            shape (B, *event) and t with shape (B,). A torch module runs in evaluation mode. Or a `fastsde.tokens`
+            model, with that package's solvers; the manual has a page on them.
         sde: the forward process that the score belongs to. A `ScoreModel` has its own.
         n: number of samples, if the model knows its event shape. If `shape` or `index` is also given, it must agree.
         shape: (n, *event).
@@ -85,6 +88,7 @@ def sample(
         batch_size: rows evaluated at a time; at most 64 by default.
         cond: keyword arguments of the network, each with leading axis n: one row for each sample.
         x_init: start states with shape (n, *event), instead of draws from the prior.
+            Of tokens: ids, with the model's mask id at the positions to draw.
         x_data: data to edit, with shape (n, *event). Sampling starts at alpha x_data + sigma z, with the sample's own
             noise z. `strength`, `t_start` or a `Grid` says at which time.
         strength: in (0, 1], with x_data or x_init: sampling starts at the time t_min + strength (t_max - t_min), as in
@@ -120,11 +124,21 @@ def sample(
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
     check_flags(denoise=denoise, differentiable=differentiable)
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
+    if isinstance(score_fn, Model) and not isinstance(score_fn, ScoreModel):
+        others = {"sde": sde, "atol": atol, "x_data": x_data, "strength": strength, "t_start": t_start, "dtype": dtype}
+        others["differentiable"] = differentiable or None
+        if refused := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f"sampling of tokens takes no {', '.join(refused)}.")
+        which = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
+        how = {"solver": solver, "controller": controller, "rtol": rtol, "nfe": nfe}
+        return _sample_tokens(
+            score_fn, x_init, seed, which, how, Options(batch_size, max_nfe, trajectory, progress, callback)
+        )
     for given, name in ((x_init, "x_init"), (x_data, "x_data")):
         if given is not None:
             check_states(name, given, gradient=differentiable)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
     if x_init is not None and x_data is not None:
         raise ValueError("give either x_init or x_data, not both.")
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
@@ -164,6 +178,38 @@ def sample(
             UserWarning,
         )
     return _with_range(result, model) if denoise else result
+
+
+def _sample_tokens(
+    model: Model,
+    x_init: Tensor | None,
+    seed: int | None,
+    which: dict[str, Any],
+    how: dict[str, Any],
+    options: Options,
+) -> SampleResult:
+    """`sample` for a token model."""
+    from fastsde import tokens  # when it is used: most callers have no tokens
+
+    if not isinstance(model, tokens.TokenModel):
+        raise TypeError(f"{type(model).__name__} draws no samples.")
+    given = None if x_init is None else tokens.check_tokens("x_init", x_init, model)
+    if given is not None:
+        which["cond"] = {**(which["cond"] or {}), **model.prompt_cond(given != tokens.MASK)}
+    samples = resolve_samples(model, given=given, seed=0 if seed is None else seed, **which)
+    solver, grid = tokens.resolve(model, event=samples.event, **how)
+    start = torch.full((len(samples.index), *samples.event), tokens.MASK) if given is None else given
+    noise = FreshNoise(samples.seed, samples.event, torch.int64)
+    samples = dataclasses.replace(samples, dtype=torch.int64, start=start, noise=noise)
+    if options.max_nfe is None:  # of a sample that draws one token at a time
+        most = max(10_000, model.calls * solver.calls_per_step * math.prod(samples.event))
+        options = dataclasses.replace(options, max_nfe=most)
+    job = make_job(model, model.process, solver, grid, (1.0, 0.0), samples, options)
+    if seed is None:
+        _warn_of_repetition(
+            model.network, (tuple(samples.index.tolist()), samples.event, repr((solver, grid)), id(x_init))
+        )
+    return Engine(job).run()
 
 
 def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:

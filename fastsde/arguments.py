@@ -16,7 +16,7 @@ from torch import Tensor
 from fastsde.checks import check_count, check_kind, check_number, check_tensor
 from fastsde.control import Controller
 from fastsde.job import Samples
-from fastsde.score.base import ScoreModel, innermost
+from fastsde.score.base import Model, ScoreModel, innermost
 from fastsde.sde.base import SDE
 from fastsde.sde.discrete import DiscreteVPSDE
 from fastsde.sde.edm import EDM
@@ -72,7 +72,7 @@ def warn(message: str, category: type[Warning]) -> None:
 
 
 def resolve_samples(
-    model: ScoreModel,
+    model: Model,
     *,
     n: int | None = None,
     shape: Sequence[int] | None = None,
@@ -122,7 +122,7 @@ def check_index(index: Sequence[int] | Tensor | None) -> Tensor | None:
 
 
 def _shape(
-    model: ScoreModel,
+    model: Model,
     n: int | None,
     shape: Sequence[int] | None,
     given: Tensor | None,
@@ -187,7 +187,7 @@ def _memory() -> float:
         return math.inf
 
 
-def resolve_device(model: ScoreModel, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
+def resolve_device(model: Model, device: torch.device | str | None, x_init: Tensor | None) -> torch.device:
     """The device of the run: the one given, that of the start states, or that of the network."""
     if device is not None:
         return usable_device(device)
@@ -236,7 +236,7 @@ def started(
     return cut
 
 
-def resolve_cond(model: ScoreModel, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
+def resolve_cond(model: Model, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
     """The conditioning on the right device; the model's default repeated n times for what the caller left out.
 
     Raises:

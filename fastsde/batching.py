@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsde.types import Carry, Coef, Mask, State
+from fastsde.types import AnyState, Carry, Coef, Mask, State
 
 
 def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def row_norm(x: State, *, q: float = 2.0) -> Coef:
     return flat.abs().amax(dim=1).double()
 
 
-def all_finite(x: State) -> Mask:
+def all_finite(x: AnyState) -> Mask:
     """Which rows hold only finite numbers, with shape (B,)."""
     return x.reshape(x.shape[0], -1).abs().amax(dim=1) < math.inf  # false for NaN too
 

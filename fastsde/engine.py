@@ -65,9 +65,12 @@ class Engine:
         self.flags = LateFlags(job.lag)
         self.pool: list[dict[str, Carry]] = []
         shape = (self.n, *job.noise.event_shape)
-        self.out: Carry = {"x": torch.full(shape, torch.nan, dtype=job.noise.dtype, device=self.device)}
+        self.lost = torch.nan if job.noise.dtype.is_floating_point else -1
+        self.out: Carry = {"x": torch.full(shape, self.lost, dtype=job.noise.dtype, device=self.device)}
         for name in ("nfe", "accepted", "rejected", "status"):
             self.out[name] = torch.zeros(self.n, dtype=torch.int64, device=self.device)
+        for name in job.solver.reports:
+            self.out[name] = torch.full((self.n,), torch.nan, dtype=torch.float64, device=self.device)
         # Some solvers end with the denoised sample in hand.
         self.denoising_call = job.denoise and not job.solver.keeps_x_0
         # Above this many calls of a sample there are not enough left for a step and the denoising.
@@ -171,18 +174,18 @@ class Engine:
         if job.lag:
             self.flags.announce(moving & (s <= t_end))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
-        model = BoundModel(job.model, rows["cond"], active, row["nfe"])
+        model = job.model.bind(rows["cond"], active, row["nfe"])
         plan = None if job.plan is None else job.plan.rows(job.controller.plan_row(control))
-
         if plan is None:
             solver_step = partial(job.solver.step, model, job.sde, x, t, s, noise, rows["solver"])
         else:
             solver_step = partial(job.solver.planned_step, model, job.sde, x, t, s, noise, rows["solver"], plan)
         step = self._again_in_backward(solver_step)
         proposal = step.x if job.model.edit is None else step.x + job.model.edit
+        s = s if step.s is None else torch.where(moving, step.s, t)
         decision = job.controller.update(t, s, t_end, step.error, step.scale, control)
 
-        finite = all_finite(proposal)
+        finite = all_finite(proposal) & ~torch.isnan(s)
         accept = active & finite & ((decision.verdict == Verdict.ACCEPT) | ~moving)
         row |= where_rows(accept, {"x": proposal, "t": s}, {"x": x, "t": t})
         rows["solver"] = where_rows(accept, step.carry, rows["solver"])
@@ -227,6 +230,7 @@ class Engine:
         row = select_rows(ids, self.rows["row"])
         row["accepted"] = (row["position"] - 1).clamp(min=0)
         row["rejected"] = row["attempt"] - row["accepted"]
+        row |= {name: self.rows["solver"][name].index_select(0, ids) for name in self.job.solver.reports}
         if self.job.denoise and self.job.solver.keeps_x_0:
             row["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
         if self.denoising_call:
@@ -303,7 +307,7 @@ class Engine:
         while self.pool:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             if denoise:
-                model = BoundModel(self.job.model, cond, row["status"] != Status.NON_FINITE, row["nfe"])
+                model = self.job.model.bind(cond, row["status"] != Status.NON_FINITE, row["nfe"])
                 row["x"] = self._again_in_backward(partial(_denoised, model, row["x"], row["t"]))
                 row["nfe"] = model.nfe
             else:
@@ -316,7 +320,7 @@ class Engine:
         """Writes final states to their places in the result."""
         lost = (row["status"] == Status.NON_FINITE) | ~all_finite(row["x"])
         row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
-        row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), torch.nan)
+        row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), self.lost)
         write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
         if self.job.finished is not None:
             self.job.finished(row["slot"], row["x"], row["status"])
@@ -338,6 +342,7 @@ class Engine:
             job.noise.seed,
             seconds,
             None if job.recorder is None else job.recorder.paths(),
+            report={name: out[name] for name in job.solver.reports} or None,
         )
 
 

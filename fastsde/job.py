@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsde.checks import check_count
 from fastsde.control.base import Controller
 from fastsde.noise import BrownianPath, FreshNoise, Noise
-from fastsde.score.base import ScoreModel
+from fastsde.score.base import Model
 from fastsde.sde.base import SDE
 from fastsde.solvers.base import Plan, Solver
 from fastsde.trajectory import Recorder
@@ -102,8 +102,8 @@ class Job:
         differentiable: whether gradients go through the samples, where torch records them.
     """
 
-    model: ScoreModel
-    sde: SDE
+    model: Model
+    sde: Any  # an SDE, or another process that the solver knows
     solver: Solver
     controller: Controller
     noise: Noise
@@ -125,8 +125,8 @@ class Job:
 
 
 def make_job(
-    model: ScoreModel,
-    sde: SDE,
+    model: Model,
+    sde: Any,
     solver: Solver,
     controller: Controller,
     span: tuple[float, float],
@@ -193,7 +193,7 @@ def make_job(
     )
 
 
-def fewest_calls(model: ScoreModel, solver: Solver, denoise: bool) -> int:
+def fewest_calls(model: Model, solver: Solver, denoise: bool) -> int:
     """Network calls of a sample that takes one step, the first and the last call included."""
     return model.calls * (solver.calls_per_step * (1 + solver.warm_up) + (denoise and not solver.keeps_x_0))
 
@@ -209,7 +209,7 @@ def noise_of(samples: Samples, solver: Solver, sde: SDE, ends: tuple[float, floa
     return BrownianPath(seed, event, dtype, **clock)
 
 
-def _start(samples: Samples, sde: SDE, noise: Noise, t_start: float) -> Callable[[Tensor], Tensor]:
+def _start(samples: Samples, sde: Any, noise: Noise, t_start: float) -> Callable[[Tensor], Tensor]:
     """Start states by places in the queue."""
     given = samples.start
     if isinstance(given, Tensor):
@@ -217,7 +217,7 @@ def _start(samples: Samples, sde: SDE, noise: Noise, t_start: float) -> Callable
     return given or (lambda slots: sde.prior(noise.prior(samples.index[slots]), t_start))
 
 
-def _planned(solver: Solver, sde: SDE, controller: Controller, device: torch.device, dtype: torch.dtype) -> Plan | None:
+def _planned(solver: Solver, sde: Any, controller: Controller, device: torch.device, dtype: torch.dtype) -> Plan | None:
     """What the solver can work out for the grids of the controller, if there are any."""
     with torch.no_grad():
         # Hundreds of small operations, on the host: a device would take longer to start them than to do them.

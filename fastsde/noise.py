@@ -23,8 +23,8 @@ from fastsde.batching import expand_like
 from fastsde.types import Carry, Coef, Index, State, Time
 
 _WORD = 0xFFFFFFFF
-_PRIOR, _STEP, _ROOT, _NODE, _LEAF, _EXTRA = range(6)
-"""Purposes, in the low byte of the last counter word; the level of a node, or the number of an extra draw, above it."""
+_PRIOR, _STEP, _ROOT, _NODE, _LEAF, _EXTRA, _UNIFORM = range(7)
+"""Purposes, in the low byte of the last counter word; the level of a node, or the number of a further draw, above."""
 RESOLUTION = 2.0**-16
 """Smallest step, as a share of the time range, over which a `BrownianPath` has the right variance."""
 ALL_NOISE = 10.0
@@ -81,13 +81,23 @@ def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: 
     return out.flatten(2)[:, :, :size].to(dtype)
 
 
+def _uniforms(seed: int, index: Tensor, position: Tensor, purpose: int, size: int) -> Tensor:
+    """Float64 uniforms with shape (B, size): index (B,), position (B,). Number l does not depend on `size`."""
+    block = torch.arange((size + 1) // 2, device=index.device)
+    word = torch.full((1, 1), purpose, device=index.device)
+    w0, w1, w2, w3 = philox4x32((block, index[:, None], position[:, None], word), (seed & _WORD, (seed >> 32) & _WORD))
+    # (k + 1/2) 2^-52 is a float64 for every k of 52 bits, and neither 0 nor 1, so that a logarithm of it is finite.
+    pairs = [((high >> 6) << 26 | low >> 6).double().add_(0.5).mul_(2.0**-52) for high, low in ((w0, w1), (w2, w3))]
+    return torch.stack(pairs, -1).flatten(1)[:, :size]
+
+
 class Noise(ABC):
-    """The noise of a sampling run: start states, and increments of Brownian motion over steps.
+    """The noise of a sampling run: start states, increments of Brownian motion over steps, and uniforms.
 
     Args:
         seed: in [0, 2^64); the key of all streams.
         event_shape: shape of one sample.
-        dtype: floating dtype of the noise.
+        dtype: dtype of the states, and of the normals.
     """
 
     def __init__(self, seed: int, event_shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -108,6 +118,14 @@ class Noise(ABC):
     def normal(self, index: Index, position: Index, k: int) -> State:
         """Standard normals number k at the given position of each sample's walk, with shape (B, *event)."""
         return self._draw(index, position, _EXTRA + (k << 8))
+
+    def uniform(self, index: Index, position: Index, k: int) -> State:
+        """Uniforms number k in (0, 1), in float64, with shape (B, *event); positions as for `normal`.
+
+        All are odd multiples of 2^-53. Of what `size` an event is does not matter to its first elements.
+        """
+        u = _uniforms(self.seed, index, position, _UNIFORM + (k << 8), self.size)
+        return u.reshape(len(index), *self.event_shape)
 
     @abstractmethod
     def start(self, index: Index, t: Time) -> Carry:
@@ -306,6 +324,14 @@ class StepNoise:
     def fixed(self, k: int = 0) -> State:
         """Standard normals number k of each sample, the same at every step, with shape (B, *event)."""
         return self._source.normal(self._index, torch.zeros_like(self._index), k)
+
+    def uniform(self, k: int = 0) -> State:
+        """Uniforms number k of this step, in (0, 1) and float64, with shape (B, *event)."""
+        return self._source.uniform(self._index, self._position, k)
+
+    def fixed_uniform(self, k: int = 0) -> State:
+        """Uniforms number k of each sample, the same at every step and others than those of any step."""
+        return self._source.uniform(self._index, torch.zeros_like(self._index), k)
 
     @property
     def carry(self) -> Carry:

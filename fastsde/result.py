@@ -13,11 +13,12 @@ from torch import Tensor
 class Status(enum.IntEnum):
     """How a sample ended.
 
-    PENDING: not finished; sampling was interrupted. Its row of `samples` is NaN.
+    PENDING: not finished; sampling was interrupted. Its row of `samples` is NaN; of tokens it is -1.
     SUCCESS: reached t_min.
-    MAX_NFE: needed more calls than `max_nfe`; the sample is the denoised state where it stopped.
+    MAX_NFE: needed more calls than `max_nfe`; the sample is the denoised state where it stopped. Tokens
+        that were still masked are -1.
     MIN_STEP: the tolerance asked for a step below the smallest one; the sample is the denoised state where it stopped.
-    NON_FINITE: the network or the step gave NaN or infinity. Its row of `samples` is NaN.
+    NON_FINITE: the network or the step gave NaN or infinity. Its row of `samples` is NaN; of tokens it is -1.
     NOT_DENOISED: reached t_min, but the run failed or was interrupted before the denoising call; the sample is the
         state at t_min.
     STOPPED: a callback stopped its pipeline; the output is the pipeline's. Its row of `samples` is NaN.
@@ -64,6 +65,7 @@ class SampleResult:
         outside: which samples left the range of the data, with shape (n,): more than 1 % of their elements are farther
             from the middle of the model's `data_range` than its width. None if the samples are not data, or if the run
             was interrupted or failed.
+        report: further numbers of each sample that its solver reports, by name, each with shape (n,).
     """
 
     samples: Tensor
@@ -76,6 +78,7 @@ class SampleResult:
     seconds: float
     trajectory: list[Trajectory] | None = None
     outside: Tensor | None = None
+    report: dict[str, Tensor] | None = None
 
     @property
     def success(self) -> Tensor:

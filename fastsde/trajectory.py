@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsde.result import Trajectory
-from fastsde.types import Index, Mask, State, Time
+from fastsde.types import AnyState, Index, Mask, Time
 
 
 class Recorder:
@@ -26,12 +26,12 @@ class Recorder:
         self._kept: list[tuple[Tensor, Tensor, Tensor]] = []
         self._since = torch.zeros(n, dtype=torch.int64)
 
-    def start(self, slots: Index, t: Time, x: State) -> None:
+    def start(self, slots: Index, t: Time, x: AnyState) -> None:
         """Notes the start of rows, and forgets what was kept of a sample that starts again; arguments as in `keep`."""
         self._since[slots.cpu()] = len(self._kept)
         self.keep(slots, torch.ones_like(slots, dtype=torch.bool), t, x)
 
-    def keep(self, slots: Index, moved: Mask, t: Time, x: State) -> None:
+    def keep(self, slots: Index, moved: Mask, t: Time, x: AnyState) -> None:
         """Notes where the rows that moved are now.
 
         Args:

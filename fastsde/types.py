@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float, Float64, Int64
+from jaxtyping import Bool, Float, Float64, Int64, Num
 from torch import Tensor
 
 State: TypeAlias = Float[Tensor, "B *E"]
@@ -17,6 +17,12 @@ State: TypeAlias = Float[Tensor, "B *E"]
 
 Latent: TypeAlias = Float[Tensor, "B *L"]
 """A batch of latents with shape (B, *latent), where states beside them have another shape."""
+
+Tokens: TypeAlias = Int64[Tensor, "B *E"]
+"""A batch of tokens with shape (B, *event); -1 is the mask."""
+
+AnyState: TypeAlias = Num[Tensor, "B *E"]
+"""States or tokens, for what only moves them."""
 
 Time: TypeAlias = Float64[Tensor, "B"]
 """One float64 time per row, with shape (B,)."""

@@ -24,6 +24,7 @@ LEVELS = {
     "trajectory": 2,
     "job": 5,
     "steps": 6,
+    "tokens": 6,
     "engine": 6,
     "arguments": 6,
     "api": 7,
@@ -47,7 +48,7 @@ FOUNDATIONS = {
     "noise": {"types", "batching"},
     "sde": {"types", "checks", "batching"},
     "control": {"types", "checks", "batching", "result", "noise"},
-    "training": {"types", "checks", "files", "batching", "result", "sde", "score", "api", "checkpoints"},
+    "training": {"types", "checks", "files", "batching", "result", "sde", "score", "api", "checkpoints", "tokens"},
 }
 """Parts that stand on less than all lower levels. `solvers` and `control` share a level: neither imports the other."""
 INTERNAL = {"engine", "batching", "types"}

@@ -23,6 +23,8 @@ from fastsde.cli.options import PATH
 from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
 from fastsde.cli.pipeline import Call, run_pipeline
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, Steps, check_request
+from fastsde.cli.tokens import NAMES as TOKEN_SOLVERS
+from fastsde.cli.tokens import is_token_model, sample_tokens
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.files import Content
@@ -60,8 +62,8 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
     "--solver",
     default="ExponentialPC",
     metavar="NAME",
-    type=click.Choice(list(SOLVER_NAMES)),
-    help="One of those that `fastsde info solvers` lists.",
+    type=click.Choice([*SOLVER_NAMES, *(name for name in TOKEN_SOLVERS if name not in SOLVER_NAMES)]),
+    help="One that `fastsde info solvers` lists; of a model of tokens, Unmask and others.",
 )
 @click.option(
     "--rtol", type=float, show_default=str(DEFAULT_RTOL), help="Relative tolerance: smaller is slower and closer."
@@ -125,6 +127,7 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
       fastsde sample -n 50000 --nfe 12 --out runs/fifty-thousand
+      fastsde sample --model my-tokens --solver Unmask -o order=confidence --steps 12
       fastsde sample --pipeline stabilityai/stable-diffusion-2-1 --prompt "a lighthouse in fog" -n 4 --dtype float16
       fastsde sample --pipeline folder --class StableDiffusionImg2ImgPipeline --prompt "in oil" --set image=@in.png
     """
@@ -168,6 +171,17 @@ def _sample_model(
 ) -> None:
     """Draws from a score model, at once or as a job, and writes the files."""
     n, batch_size, failed = n or 64, batch_size or 64, False
+    if is_token_model(model):
+        own: dict[str, Any] = {
+            "n": n,
+            "seed": seed,
+            "batch_size": batch_size,
+            "device": device,
+            "out": out,
+            "as_json": as_json,
+        }
+        sample_tokens(model, steps, Steps.solver, lambda count, index: _labels(label, count, index), **own)
+        return
     opened = open_model(model, device, dtype, guidance_scale)
     solver, controller = steps.build(opened.model.sde)
     labels_of = partial(_labels, label, opened.classes)

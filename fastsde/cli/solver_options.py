@@ -98,7 +98,11 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
     Raises:
         ValueError: naming the option, what came and what is allowed.
     """
-    solver = SOLVER_NAMES[name]()
+    return configured(SOLVER_NAMES[name](), options)
+
+
+def configured(solver: Solver, options: Sequence[str]) -> Solver:
+    """The solver with options changed; errors as for `build_solver`."""
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:

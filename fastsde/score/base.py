@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from numbers import Integral, Real
@@ -99,75 +100,42 @@ class Prediction:
         return self._combine(-1.0, 1.0)
 
 
-class ScoreModel:
-    """A network and its reading: what it predicts, and for which time.
-
-    Calling it gives a `Prediction`. The network gets the state in its own dtype, and the time as a float32 vector with
-    shape (B,). The time is float64 if the state is and the network has no lower precision. It is never a Python number,
-    because diffusers' UNets round that to an integer.
+class Model(ABC):
+    """A network with its conditioning and its calls: what the engine knows of any model.
 
     Args:
-        network: `network(x, t, **cond)`, with x of shape (B, *event) and t of shape (B,); returns a tensor of the
-            shape of x, an object with such a tensor under `.sample`, or a tuple that begins with it.
-        sde: the forward process it was trained for.
-        prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
-        event_shape: shape of one sample. With it, `sample(n=...)` is enough.
-        data_range: (low, high) of the data; (-1, 1) by default. One 8-bit level of it is the default absolute
-            tolerance. There is a warning if samples leave it.
-        timestep: maps the SDE's time, float64 with shape (B,), to the network's time, with shape (B,); the identity by
-            default. For a network of levels 0 .. N - 1: `timestep=lambda t: N * t - 1`. If it returns another dtype
-            than float64, such as integers for an embedding, the network gets that dtype.
+        network: a function of the state, the time and the conditioning, or a torch module.
+        event_shape: shape of one sample, if it is known.
         default_cond: conditioning of each row if `cond` has none: a dict of tensors without batch axis.
 
     Raises:
-        ValueError: naming the argument that is unknown or out of range.
-        TypeError: if `network` cannot be called or `sde` is no SDE.
+        ValueError, TypeError: naming the argument that is out of range or of the wrong kind.
     """
 
     calls = 1
     """The most network calls that an evaluation costs a row; guidance that doubles the batch says 2."""
-    role = "the score function"
+    role = "the network"
     """What the network is called in messages."""
-    preconditioned = False
-    """Whether the network's output is read with more than `prediction` says, so that no other reading can be tried."""
-
     per_row = False
     """Whether each row is evaluated by itself, so that rows of samples that have ended do not stay in the batch."""
-    edit: State | None = None
+    edit: Tensor | None = None
     """What the last evaluation added to the states it was given before the network saw them, with shape (B, *event)."""
 
     def __init__(
         self,
-        network: ScoreFn,
-        sde: SDE,
-        prediction: str = "score",
-        *,
+        network: Callable[..., Any],
         event_shape: tuple[int, ...] | None = None,
-        data_range: tuple[float, float] | None = None,
-        timestep: Callable[[Time], Tensor] | None = None,
         default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         if not callable(network) or isinstance(network, type):
             came = f"the class {network.__name__}" if isinstance(network, type) else type(network).__name__
             raise TypeError(f"network must be callable as network(x, t); got {came}.")
-        if not isinstance(sde, SDE):
-            raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
-        if not isinstance(prediction, str) or prediction not in _READ:
-            raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
-        if timestep is not None and not callable(timestep):
-            raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
-        self.network, self.sde, self.prediction = network, sde, prediction
-        self.event_shape, self.knows_range = check_shape("event_shape", event_shape), data_range is not None
-        self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
-        self.timestep, self.default_cond = timestep, _checked_default(default_cond)
+        self.network, self.event_shape = network, check_shape("event_shape", event_shape)
+        self.default_cond = _checked_default(default_cond)
 
-    def __iter__(self) -> Iterator[Any]:
-        """The model and its process, for `model, sde = ..`."""
-        yield from (self, self.sde)
-
-    def __repr__(self) -> str:
-        name = getattr(self.network, "__name__", type(self.network).__name__)
-        return f"{type(self).__name__}({name}, {self.sde}, {self.prediction!r}, event_shape={self.event_shape})"
+    @abstractmethod
+    def bind(self, cond: Cond, active: Mask, nfe: Index | None = None) -> Any:
+        """What the steps of its solvers are given: the model bound to rows; arguments as for `Calls`."""
 
     @property
     def parameter(self) -> Tensor | None:
@@ -217,6 +185,69 @@ class ScoreModel:
                 f"{self.role} cannot be called as network(x, t, **cond): its signature is {signature}, and cond has "
                 f"{', '.join(cond) or 'nothing'} ({error})."
             ) from error
+
+
+class ScoreModel(Model):
+    """A network and its reading: what it predicts, and for which time.
+
+    Calling it gives a `Prediction`. The network gets the state in its own dtype, and the time as a float32 vector with
+    shape (B,). The time is float64 if the state is and the network has no lower precision. It is never a Python number,
+    because diffusers' UNets round that to an integer.
+
+    Args:
+        network: `network(x, t, **cond)`, with x of shape (B, *event) and t of shape (B,); returns a tensor of the
+            shape of x, an object with such a tensor under `.sample`, or a tuple that begins with it.
+        sde: the forward process it was trained for.
+        prediction: "score", "epsilon", "sample", "v_prediction" or "flow_prediction" (diffusers' names).
+        event_shape: shape of one sample. With it, `sample(n=...)` is enough.
+        data_range: (low, high) of the data; (-1, 1) by default. One 8-bit level of it is the default absolute
+            tolerance. There is a warning if samples leave it.
+        timestep: maps the SDE's time, float64 with shape (B,), to the network's time, with shape (B,); the identity by
+            default. For a network of levels 0 .. N - 1: `timestep=lambda t: N * t - 1`. If it returns another dtype
+            than float64, such as integers for an embedding, the network gets that dtype.
+        default_cond: conditioning of each row if `cond` has none: a dict of tensors without batch axis.
+
+    Raises:
+        ValueError: naming the argument that is unknown or out of range.
+        TypeError: if `network` cannot be called or `sde` is no SDE.
+    """
+
+    role = "the score function"
+    preconditioned = False
+    """Whether the network's output is read with more than `prediction` says, so that no other reading can be tried."""
+
+    def __init__(
+        self,
+        network: ScoreFn,
+        sde: SDE,
+        prediction: str = "score",
+        *,
+        event_shape: tuple[int, ...] | None = None,
+        data_range: tuple[float, float] | None = None,
+        timestep: Callable[[Time], Tensor] | None = None,
+        default_cond: Mapping[str, Tensor | float] | None = None,
+    ) -> None:
+        super().__init__(network, event_shape, default_cond)
+        if not isinstance(sde, SDE):
+            raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
+        if not isinstance(prediction, str) or prediction not in _READ:
+            raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
+        if timestep is not None and not callable(timestep):
+            raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
+        self.sde, self.prediction, self.knows_range = sde, prediction, data_range is not None
+        self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
+        self.timestep = timestep
+
+    def __iter__(self) -> Iterator[Any]:
+        """The model and its process, for `model, sde = ..`."""
+        yield from (self, self.sde)
+
+    def __repr__(self) -> str:
+        name = getattr(self.network, "__name__", type(self.network).__name__)
+        return f"{type(self).__name__}({name}, {self.sde}, {self.prediction!r}, event_shape={self.event_shape})"
+
+    def bind(self, cond: Cond, active: Mask, nfe: Index | None = None) -> BoundModel:
+        return BoundModel(self, cond, active, nfe)
 
     def call(self, x: State, time: Tensor, cond: Cond) -> object:
         """Calls the network on inputs in its own dtype: the one place that knows its signature."""
@@ -392,38 +423,50 @@ def innermost(model: ScoreModel) -> ScoreModel:
     return model
 
 
-class BoundModel:
-    """A score model bound to the rows in flight. The only place where network calls are counted.
+class Calls:
+    """The only place where network calls are counted.
 
     Args:
-        model: the score model.
         cond: conditioning of these rows, each tensor with leading axis B.
         active: rows whose calls count; a row that has already finished costs its sample nothing.
         nfe: calls so far, with shape (B,); none by default.
     """
 
-    def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
-        self.model, self.cond, self.active = model, cond, active
+    def __init__(self, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
+        self.cond, self.active = cond, active
         self.nfe = torch.zeros_like(active, dtype=torch.int64) if nfe is None else nfe
+
+    def count(self, cost: Index | int) -> None:
+        """Adds calls to those of the active rows: a number, or one for each row."""
+        each = cost * self.active if isinstance(cost, Tensor) else self.active
+        self.nfe = torch.add(self.nfe, each, alpha=1 if isinstance(cost, Tensor) else cost)
+
+
+class BoundModel(Calls):
+    """A score model bound to the rows in flight.
+
+    Args:
+        model: the score model.
+        cond, active, nfe: as for `Calls`.
+    """
+
+    def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
+        super().__init__(cond, active, nfe)
+        self.model = model
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""
         prediction = self.model(x_t, t, self.cond)
         if x_t.requires_grad and torch.is_grad_enabled() and not prediction.out.requires_grad:
             raise ValueError(
-                f"{self.model.role} must be differentiable in x, and its output carries no gradient: no no_grad, no "
-                "detach, no constant, and no wrapper that takes gradients itself, such as DPS."
+                f"{self.model.role} must be differentiable in x, and its output carries no gradient: no no_grad, "
+                "no detach, no constant."
             )
-        self._count(t)
+        self.count(self.model.cost(t, self.cond))
         return prediction
 
     def output(self, x_t: State, t: Time) -> State:
         """What the network itself returns for every row, adding the calls it cost to `nfe`."""
         out = self.model.output(x_t, t, self.cond)
-        self._count(t)
+        self.count(self.model.cost(t, self.cond))
         return out
-
-    def _count(self, t: Time) -> None:
-        cost = self.model.cost(t, self.cond)
-        each = cost * self.active if isinstance(cost, Tensor) else self.active
-        self.nfe = torch.add(self.nfe, each, alpha=1 if isinstance(cost, Tensor) else cost)

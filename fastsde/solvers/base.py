@@ -13,7 +13,7 @@ from torch import Tensor
 from fastsde.noise import RESOLUTION, StepNoise
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
-from fastsde.types import Carry, Index, State, Time
+from fastsde.types import AnyState, Carry, Index, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,12 +25,14 @@ class Step:
         carry: the solver's memory if the step is accepted.
         error: elementwise estimate of the step's error, with shape (B, *event); None if there is none.
         scale: elementwise magnitude that a relative tolerance refers to, with shape (B, *event).
+        s: the time reached, with shape (B,), where the solver decides it; NaN in a row that failed.
     """
 
-    x: State
+    x: AnyState
     carry: Carry
     error: State | None = None
     scale: State | None = None
+    s: Time | None = None
 
 
 P = TypeVar("P", bound="Plan")
@@ -72,6 +74,7 @@ class Solver(ABC):
         resolution: smallest step of adaptive control, as a share of the time range.
         error_power: power of the scaled error in the rule for the next step size.
         times: the times that it was made for, the only ones that it walks; None if it takes any.
+        reports: names in its memory, each with a float64 for every row, that go to the result.
     """
 
     convergence: ClassVar[str]
@@ -89,6 +92,7 @@ class Solver(ABC):
     resolution: float = RESOLUTION
     error_power: float = 0.9
     times: tuple[float, ...] | None = None
+    reports: tuple[str, ...] = ()
 
     def __init_subclass__(cls) -> None:
         if "step" in vars(cls) and "plan" not in vars(cls):
@@ -124,7 +128,7 @@ class Solver(ABC):
     def check_model(self, model: ScoreModel) -> None:  # noqa: B027 - most solvers walk any
         """Refuses, with a ValueError, a model that it was not made for."""
 
-    def init(self, x_t: State) -> Carry:
+    def init(self, x_t: AnyState) -> Carry:
         """The solver's memory at the start, from the start state: tensors with leading axis B."""
         return {}
 

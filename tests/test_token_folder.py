@@ -1,0 +1,96 @@
+"""Folders of token models, and `fastsde sample` on them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import fastsde
+from fastsde.cli.main import main
+from fastsde.tokens import SINE, Masking, load_tokens, save_tokens
+from fastsde.tokens.networks import CodeBook, TokenTransformer
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("tokens") / "model"
+    make = {"classes": 3, "width": 8, "depth": 1, "heads": 2}
+    generator, critic = TokenTransformer(6, 4, **make), TokenTransformer(6, 4, outputs=1, **make)
+    torch.nn.init.normal_(generator.head.weight)
+    book = CodeBook(codes=6, width=4, code_width=3)
+    save_tokens(path, generator, (2, 2), process=Masking(SINE), critic=critic, book=book)
+    return path
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(main, list(map(str, arguments)))
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_the_command_draws_what_python_draws(folder, tmp_path):
+    run("sample", "--model", folder, "-n", 5, "--rtol", 0.2, "--seed", 3, "--out", tmp_path)
+    opened = load_tokens(folder)
+    cond = {"class_labels": torch.arange(5) % 3}
+    expected = fastsde.sample(opened.model, n=5, rtol=0.2, seed=3, cond=cond)
+    files = np.load(tmp_path / "samples.npz")
+    assert np.array_equal(files["tokens"], expected.samples.numpy())
+    assert files["arr_0"].shape == (5, 8, 8, 1)
+    images = (opened.images(expected.samples) * 127.5 + 127.5).movedim(1, -1).numpy()
+    assert np.abs(files["arr_0"] - images).max() <= 0.5 + 1e-3  # rounded to 8 bits
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["nfe"] == expected.nfe.tolist()
+    assert record["report"]["bound"] == pytest.approx(expected.report["bound"].tolist())
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "calls"),
+    [
+        (("--nfe", 2), 2),
+        (("--steps", 2), 2),
+        (("--solver", "Unmask", "-o", "order=confidence", "-o", "choice_temperature=2", "--steps", 2), 2),
+        (("--solver", "TokenCritic", "--nfe", 3), 3),
+        (("--solver", "FirstHitting"), 4),
+    ],
+)
+def test_solvers_of_tokens_have_names(folder, tmp_path, arguments, calls):
+    run("sample", "--model", folder, "-n", 2, "--out", tmp_path, *arguments)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["nfe"] == [calls, calls]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--solver", "DDIM", "--steps", 3), "solvers of tokens are"),
+        (("--atol", 0.1), "--atol is for score models"),
+        (("-o", "order=random"), "-o needs --solver"),
+        (("--solver", "FirstHitting", "--steps", 3), "takes no number of steps"),
+        (("--label", 7), "--label must be 0 .. 2"),
+        (("--solver", "Unmask", "-o", "order=best", "--steps", 2), "order must be one of"),
+    ],
+)
+def test_bad_options_are_refused(folder, tmp_path, arguments, said):
+    out = tmp_path / "out"
+    assert said in run("sample", "--model", folder, "-n", 2, "--out", out, *arguments, code=1)
+    assert not out.exists()
+
+
+def test_damaged_folders_are_refused(folder, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "critic.safetensors").write_bytes((copy / "book.safetensors").read_bytes())
+    with pytest.raises(ValueError, match="not the file that"):
+        load_tokens(copy)
+    (copy / "generator.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="generator"):
+        load_tokens(copy)
+    (copy / "tokens.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe"):
+        load_tokens(copy)
