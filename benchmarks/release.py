@@ -55,6 +55,10 @@ OTHERS = (
     "thesis/gans.py comparisons --data {images}",
     "thesis/gans.py masks --data {images}",
     "thesis/adversarial.py images --data {images}",
+    "latent.py autoencoders --data {images}",
+    "tokens.py train --data {images}",
+    "tokens.py images --data {images}",
+    "tokens.py exact",
 )
 
 

@@ -436,6 +436,13 @@ def latent_diffusion(results: Row) -> list[Row]:
     return columns(rows, model="model", parameters="parameters", FID="fids", **shown)
 
 
+@shows("latent_flow")
+def latent_flow(results: list[Row]) -> list[Row]:
+    """Terms and steps, beside sampling alone."""
+    shown = {"FID": "{fid:.2f}", "sliced_distance": "{sliced:.3f}"}
+    return columns(results, samples="what", steps_of_the_flow="steps", calls="calls", **shown)
+
+
 # Cost
 
 
