@@ -9,6 +9,10 @@ from click.testing import CliRunner
 
 import fastsde
 from fastsde.cli.main import main
+from fastsde.cli.tokens import token_cells
+from fastsde.evaluation.features import Features
+from fastsde.evaluation.reference import Reference
+from fastsde.evaluation.sweep import Problem, Sweep
 from fastsde.tokens import SINE, Masking, load_tokens, save_tokens
 from fastsde.tokens.networks import CodeBook, TokenTransformer
 
@@ -94,3 +98,33 @@ def test_damaged_folders_are_refused(folder, tmp_path):
     (copy / "tokens.json").write_text("{}")
     with pytest.raises(ValueError, match="does not describe"):
         load_tokens(copy)
+
+
+def test_a_sweep_measures_decoded_tokens(folder, tmp_path):
+    opened = load_tokens(folder)
+    features = Features(lambda x: (x.flatten(1)[:, :4], x.flatten(1)[:, :3]), "corner", 1, shape=(1, 8, 8))
+    generator = torch.Generator().manual_seed(0)
+    feats = torch.rand(60, 4, generator=generator)
+    described = {"features": features.describe(), "image_shape": [1, 8, 8], "n": 60, "source": "random"}
+    reference = Reference(feats.double().mean(0), feats.double().T.cov(), feats, described)
+    problem = Problem(opened.model, features, reference, {"model": "tokens"}, opened.classes, opened.images)
+    cells = token_cells(opened, ["EntropyBudget", "Unmask", "TokenCritic"], [3], [0.2], [0])
+    assert [(cell.label, cell.setting) for cell in cells] == [
+        ("EntropyBudget", "rtol 0.2"),
+        ("Unmask", "nfe 3"),
+        ("Unmask", "rtol 0.2"),
+        ("TokenCritic", "nfe 3"),
+    ]
+    sweep = Sweep(tmp_path / "bench", problem, cells, 20, batch_size=8, shard_size=16, draws=2)
+    list(sweep.run())
+    for cell, row in zip(cells, sweep.rows(), strict=True):
+        assert row["fid"] is not None
+        options = {"nfe": cell.nfe, "rtol": cell.rtol, "cond": {"class_labels": torch.arange(20) % 3}}
+        r = fastsde.sample(opened.model, n=20, seed=0, solver=cell.solver, **options)
+        assert row["mean_nfe"] == float(r.nfe.double().mean())
+        # In 8 bits; batches of other sizes round decoded values differently.
+        assert np.abs(sweep.images(cell, 20) - problem.images(r.samples).astype(int)).max() <= 1
+    with pytest.raises(ValueError, match="--solvers FirstHitting"):
+        token_cells(opened, ["FirstHitting"], [3], [], [0])
+    with pytest.raises(ValueError, match="is for score models"):
+        token_cells(opened, ["DDIM"], [3], [], [0])

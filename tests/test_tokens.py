@@ -14,6 +14,7 @@ from fastsde.tokens import (
     Blocks,
     ByConfidence,
     Cap,
+    Critic,
     EntropyBudget,
     ExactTokens,
     FirstHitting,
@@ -21,6 +22,7 @@ from fastsde.tokens import (
     Masking,
     ReMDM,
     Rescale,
+    TokenCritic,
     TokenModel,
     Unmask,
 )
@@ -281,11 +283,12 @@ SOLVERS = [
     ReMDM(Cap(0.2), steps=6),
     Blocks(Unmask("probability", steps=2), length=3),
     Blocks(EntropyBudget(0.3), length=2),
+    TokenCritic(Critic(lambda ids: torch.sin(ids.double() + torch.arange(5))), steps=4),
 ]
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_a_sample_depends_on_seed_and_number_alone(solver):
     """Whatever the batch, the order, the others, and where in a queue it comes."""
     model = ExactTokens(random_joint(3, 5))

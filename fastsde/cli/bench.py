@@ -21,6 +21,7 @@ from fastsde.cli.models import open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
+from fastsde.cli.tokens import SWEPT, is_token_model, token_cells
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.jobs import processes
 from fastsde.evaluation.report import page, plot
@@ -28,6 +29,7 @@ from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
 from fastsde.files import write_whole
 from fastsde.score.base import ScoreModel
 from fastsde.steps import affordable
+from fastsde.tokens import load_tokens
 
 SOLVERS = "ExponentialPC ExponentialPC:eta=1 DPMSolverPP UniPC DEIS:grid=karras DDIM"
 
@@ -89,7 +91,7 @@ def build_cells(
 @click.option(
     "--solvers",
     default=SOLVERS,
-    help="Names with options, separated by spaces: NAME:option=value,grid=karras.",
+    help="Names with options, separated by spaces: NAME:option=value,grid=karras. Of token models, their solvers.",
 )
 @click.option("--nfe", default="", help="Budgets of network calls, as in 10,20.", show_default="none")
 @click.option("--rtol", default="", help="Tolerances, for adaptive solvers.", show_default="none")
@@ -137,22 +139,26 @@ def bench(
     Examples:
       fastsde bench --nfe 8,10,12,15 -n 10000 --seeds 3 --out runs/bench
       fastsde bench --solvers "ExponentialPC ExtrapolatedEM" --rtol 0.05,0.1 -n 2000 --out runs/rtol
+      fastsde bench --model runs/tokens --nfe 8,18 --rtol 0.1 -n 2000 --out runs/tokens-bench
       torchrun --nproc-per-node 2 -m fastsde bench --nfe 10 --out runs/ten
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ranks = processes(rank, world_size, os.environ)
-    opened = open_model(model, device, dtype)
-    if opened.pipe is not None:
-        raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
     budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
-    cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
-    problem = Problem(
-        opened.model,
-        open_features(features, weights, device=str(device)),
-        reference_of(reference, features),
-        {"model": model, **opened.source, "versions": versions()},
-        opened.classes,
-    )
+    judge = open_features(features, weights, device=str(device)), reference_of(reference, features)
+    record = {"model": model, "versions": versions()}
+    if is_token_model(model):
+        folder = load_tokens(Path(model), device)
+        names = (SWEPT if solvers == SOLVERS else solvers).split()
+        cells = token_cells(folder, names, budgets, tolerances, range(seeds))
+        record |= {"weights_sha256": folder.weights_sha256}
+        problem = Problem(folder.model, *judge, record, folder.classes, folder.images)
+    else:
+        opened = open_model(model, device, dtype)
+        if opened.pipe is not None:
+            raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
+        cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
+        problem = Problem(opened.model, *judge, {**record, **opened.source}, opened.classes)
     prepare_folder(out, needed=len(cells) * n * math.prod(problem.image_shape) + (1 << 20))
     sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
     try:

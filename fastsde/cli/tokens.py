@@ -1,8 +1,9 @@
-"""`fastsde sample` for a folder with a token model."""
+"""`fastsde sample` and `fastsde bench` for a folder with a token model."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,15 +15,53 @@ from fastsde import api, tokens
 from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
 from fastsde.cli.solver_options import Steps, configured
 from fastsde.evaluation.images import image_grid, to_uint8
+from fastsde.evaluation.sweep import Cell
 from fastsde.files import Content
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 
 NAMES = {solver.__name__: solver for solver in tokens.SOLVERS}
+SWEPT = "EntropyBudget Unmask Unmask:order=confidence,choice_temperature=4.5"
+"""Solvers of a sweep where nobody says."""
 
 
 def is_token_model(name: str) -> bool:
     """Whether `--model` names a folder with a token model."""
     return (Path(name) / tokens.folder.CARD).is_file()
+
+
+def token_cells(
+    opened: tokens.TokenFolder, solvers: Sequence[str], nfe: Sequence[int], rtol: Sequence[float], seeds: Sequence[int]
+) -> list[Cell]:
+    """The cells of a sweep over token solvers, every combination that a solver takes.
+
+    Args:
+        opened: the folder, with the model and perhaps a critic.
+        solvers: such as "EntropyBudget", "Unmask:order=confidence,choice_temperature=4.5".
+        nfe: budgets, for solvers that take a number of steps.
+        rtol: tolerances, for solvers that take one.
+        seeds: seeds.
+
+    Raises:
+        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
+    """
+    if not nfe and not rtol:
+        raise ValueError("give --nfe, --rtol or both.")
+    cells, event = [], opened.model.event_shape or ()
+    for label in solvers:
+        name, _, text = label.partition(":")
+        solver = token_solver(Steps(solver=name, options=tuple(filter(None, text.split(",")))), "", opened.critic)
+        found, refused = [], ""
+        for budget, tolerance in (*((v, None) for v in nfe), *((None, v) for v in rtol)):
+            try:
+                tokens.resolve(opened.model, solver=solver, controller=None, rtol=tolerance, nfe=budget, event=event)
+            except ValueError as error:
+                refused = str(error)
+            else:
+                found += [Cell(cast(Any, solver), label, budget, tolerance, seed) for seed in seeds]
+        if not found:
+            raise ValueError(f"--solvers {label}: {refused}")
+        cells += found
+    return cells
 
 
 def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> tokens.TokenSolver | None:
@@ -81,8 +120,7 @@ def sample_tokens(
     opened = tokens.load_tokens(Path(name), device)
     solver = token_solver(steps, default, opened.critic)
     index = torch.arange(n)
-    classes = opened.card["configs"][tokens.folder.GENERATOR]["classes"] or 0
-    chosen = labels(classes, index)
+    chosen = labels(opened.classes, index)
     prepare_folder(out, needed=1 << 24)
     cond = None if chosen is None else {"class_labels": chosen}
     asked = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}

@@ -245,7 +245,7 @@ def shard_arrays(
 
     Args:
         result: the samples.
-        images: from finite samples with shape (k, *event) to uint8 with shape (k, H, W, C).
+        images: from finite samples, or tokens without a mask, with shape (k, *event), to uint8 with shape (k, H, W, C).
         labels: with shape (n,), or None.
 
     Returns:
@@ -257,7 +257,8 @@ def shard_arrays(
     """
     if (result.status == Status.PENDING).any():
         raise KeyboardInterrupt
-    whole = torch.isfinite(result.samples.flatten(1)).all(1)
+    values = result.samples.flatten(1)
+    whole = (torch.isfinite(values) if values.is_floating_point() else values >= 0).all(1)
     arrays = {"arr_0": images(result.samples[whole])}
     if labels is not None:
         arrays["arr_1"] = labels[whole.cpu()].numpy()

@@ -27,7 +27,9 @@ from fastsde.evaluation.statistics import fewest
 from fastsde.files import clear, csv_text, json_hash, read_json, write_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
+from fastsde.sde.base import SDE
 from fastsde.solvers import Solver
+from fastsde.tokens import Masking, TokenModel
 
 RESULT = "result.json"
 
@@ -68,29 +70,41 @@ class Problem:
     """What is swept.
 
     Attributes:
-        model: the score model, with its process and event shape: (C, H, W) of images, or that of latents.
+        model: a score model, with event shape (C, H, W) of images or that of latents; or a token model.
         features: the feature network.
         reference: statistics of the data.
         record: where the model is from, with the hash of its weights; part of every cell's settings.
         classes: labels, which samples take in turn; 0 for none.
+        decode: images in [-1, 1] of a batch of tokens; of score models the model itself decodes, if it does.
     """
 
-    model: ScoreModel
+    model: ScoreModel | TokenModel
     features: Features
     reference: Reference
     record: Mapping[str, Any]
     classes: int = 0
+    decode: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def process(self) -> SDE | Masking:
+        """The forward process."""
+        return self.model.process if isinstance(self.model, TokenModel) else self.model.sde
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """(C, H, W) of images, which of latent models are not the samples."""
+        """(C, H, W) of images, which of latent and token models are not the samples."""
+        if self.decode is not None:
+            one = torch.zeros(1, *(self.model.event_shape or ()), dtype=torch.int64)
+            return tuple(self.decode(one).shape[1:])
         return self.model.image_shape if isinstance(self.model, PackagedModel) else self.model.event_shape or ()
 
     def images(self, x: Tensor) -> np.ndarray:
-        """Samples in 8 bits, decoded if they are latents, with shape (n, H, W, C)."""
+        """Samples in 8 bits, decoded if they are latents or tokens, with shape (n, H, W, C)."""
+        if self.decode is not None:
+            return to_uint8(self.decode(x), (-1.0, 1.0))
         if isinstance(self.model, PackagedModel):
             return to_uint8(self.model.decode(x), self.model.image_range)
-        return to_uint8(x, self.model.data_range)
+        return to_uint8(x, (-1.0, 1.0) if isinstance(self.model, TokenModel) else self.model.data_range)
 
 
 class Sweep:
@@ -134,7 +148,7 @@ class Sweep:
             raise ValueError(f"n = {n} samples are too few for {width} features: at least {fewest(width)} are needed.")
         self.settings = {
             **problem.record,
-            "sde": repr(problem.model.sde),
+            "sde": repr(problem.process),
             "n": n,
             "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
             "features": problem.features.describe(),

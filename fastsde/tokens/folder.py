@@ -40,6 +40,11 @@ class TokenFolder:
     card: dict[str, Any]
     weights_sha256: str
 
+    @property
+    def classes(self) -> int:
+        """Number of labels that the generator takes; 0 for none."""
+        return int(self.card["configs"][GENERATOR]["classes"] or 0)
+
     def images(self, tokens: Tensor) -> Tensor:
         """Images in [-1, 1] with shape (n, 1, h, w) of tokens with shape (n, *event).
 

@@ -226,6 +226,9 @@ class EntropyBudget(TokenSolver):
         check_order_name(self.order, STATE_ORDERS)
         check_temperature("temperature", self.temperature)
 
+    def within(self, rtol: float) -> TokenSolver:
+        return dataclasses.replace(self, rtol=rtol)
+
     def init(self, x_t: Tokens) -> Carry:
         zero = torch.zeros(len(x_t), dtype=torch.float64, device=x_t.device)
         return super().init(x_t) | {"bound": zero, "entropy": zero.clone(), "last": zero.clone()}
