@@ -138,7 +138,8 @@ def fit(
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
         history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
             `ExponentialPC`.
-        guess: False to call the network at t_max, too. With a guess the solver is for one shape of samples.
+        guess: False to call the network at t_max, too. With a guess the solver is for one shape of samples, of at most
+            262,144 elements. If `calls` is too few for it, there is none.
         seed: of the pilot samples. They differ from the samples that `sample` draws by default.
         batch_size: rows evaluated at a time.
         device: as for `sample`.
@@ -167,11 +168,14 @@ def fit(
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
     teacher = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
-    guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
-    levels, before = wanted[0] + guess, teacher + 2 * guess
-    count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
-    least = count * before + _least(levels, count, history, moving=given is None)
-    if calls is not None and calls < least * model.calls:
+    may_guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
+    for guess in (True, False) if may_guess else (False,):  # without it a fit costs less
+        levels, before = wanted[0] + guess, teacher + 2 * guess
+        count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
+        least = count * before + _least(levels, count, history, moving=given is None)
+        if calls is None or calls >= least * model.calls:
+            break
+    else:
         raise ValueError(
             f"calls must be at least {least * model.calls:,} for {wanted[0]} evaluations a sample and {count} pilot "
             f"samples; got {calls:,}."
