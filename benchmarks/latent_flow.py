@@ -86,10 +86,11 @@ def main(
 
     def note(what: str, flow_steps: int | None, spent: float, drawn: list[Tensor], seconds: float) -> None:
         distances = torch.tensor([judged(x) for x in drawn])
-        spread = distances.std(0) if len(drawn) > 1 else torch.full((2,), torch.nan)
-        row: Row = {"what": what, "steps": flow_steps, "calls": spent, "fid": float(distances[:, 0].mean())}
-        row |= {"fid_sd": float(spread[0]), "sliced": float(distances[:, 1].mean()), "sliced_sd": float(spread[1])}
-        rows.append(row | {"seconds": seconds})
+        row: Row = {"what": what, "steps": flow_steps, "calls": spent, "seconds": seconds}
+        for k, name in enumerate(("fid", "sliced")):
+            row[name] = float(distances[:, k].mean())
+            row[f"{name}_sd"] = float(distances[:, k].std()) if len(drawn) > 1 else None
+        rows.append(row)
 
     fitted = fastsde.fit(model, nfe=calls, progress=False)
     bound = (1 + 4 * max(steps)) * calls
