@@ -1,4 +1,4 @@
-from . import kdiffusion, score
+from . import kdiffusion, latent, score, tokens
 from .api import encode, sample
 from .chains import langevin
 from .checkpoints import pretrained
