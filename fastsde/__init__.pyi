@@ -118,9 +118,11 @@ __all__ = [
     "integrate",
     "kdiffusion",
     "langevin",
+    "latent",
     "log_likelihood",
     "pretrained",
     "sample",
     "sample_pipeline",
     "score",
+    "tokens",
 ]
