@@ -302,7 +302,7 @@ def test_a_sample_depends_on_seed_and_number_alone(solver):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", SOLVERS, ids=repr)
+@pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: type(solver).__name__)
 def test_prompts_stay_and_do_not_change_other_rows(solver):
     """Known tokens, few or many and anywhere, keep their values; a row's own samples are those it has alone."""
     model = ExactTokens(random_joint(3, 5))
