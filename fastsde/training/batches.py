@@ -29,9 +29,10 @@ class Rows:
 
     Args:
         images: uint8 with shape (N, C, H, W), or floats with shape (N, *event).
-        labels: int64 with shape (N,), or None.
+        labels: int64 with shape (N,), or None; the largest is followed by "no label".
         config: the settings.
         share: which process of how many draws; by default as torch.distributed says.
+        tokens: whether the data are tokens, int64 with shape (N, *event).
 
     Raises:
         ValueError: if the data are constant, not finite or not as many as the labels, or the processes cannot share a
@@ -39,13 +40,20 @@ class Rows:
     """
 
     def __init__(
-        self, images: Tensor, labels: Tensor | None, config: TrainConfig, share: tuple[int, int] | None = None
+        self,
+        images: Tensor,
+        labels: Tensor | None,
+        config: TrainConfig,
+        share: tuple[int, int] | None = None,
+        *,
+        tokens: bool = False,
     ) -> None:
-        check_data(images, labels)
+        check_data(images, labels, tokens=tokens)
         self.rank, self.size = share or rank_and_size()
         if config.batch_size % self.size:
             raise ValueError(f"batch_size {config.batch_size} cannot be shared evenly by {self.size} processes.")
         self.images, self.labels, self.config = images, labels, config
+        self.no_label = 0 if labels is None else int(labels.max()) + 1
         self.own = slice(self.rank, None, self.size)
         """This process's share of what is drawn for a whole batch."""
 
@@ -61,6 +69,13 @@ class Rows:
         """Numbers of the images of a whole batch, and a generator for what else is drawn for it."""
         generator = torch.Generator().manual_seed(self._seed(step, turn))
         return torch.randint(len(self.images), (self.config.batch_size,), generator=generator), generator
+
+    def labels_of(self, rows: Tensor, generator: torch.Generator) -> Tensor | None:
+        """Labels of rows, some of them dropped, with the shape of `rows`; None without labels."""
+        if self.labels is None:
+            return None
+        drop = torch.rand(len(rows), generator=generator) < self.config.label_dropout
+        return self.labels[rows].masked_fill(drop, self.no_label)
 
     def _seed(self, step: int, turn: int) -> int:
         return self.config.seed * 1_000_003 + step + (turn << 40)
@@ -87,7 +102,6 @@ class Batches(Rows):
     ) -> None:
         super().__init__(images, labels, config, share)
         self.model = model
-        self.no_label = 0 if labels is None else int(labels.max()) + 1
         sde = model.sde
         last, first = sde.log_snr(torch.tensor([sde.t_min, sde.t_max], dtype=torch.float64)).div(-2).exp().tolist()
         self.levels = geometric_levels(first, last, config.levels) if config.levels else None
@@ -110,10 +124,7 @@ class Batches(Rows):
         else:
             t = level_times(self.model.sde, self.levels, size, generator)
         noise = torch.randn(rows.shape + self.images.shape[1:], generator=generator)
-        chosen = None
-        if self.labels is not None:
-            drop = torch.rand(size, generator=generator) < self.config.label_dropout
-            chosen = torch.where(drop, torch.tensor(self.no_label), self.labels[rows])
+        chosen = self.labels_of(rows, generator)
         batch = on_device(
             self.model, self.images[rows[own]], chosen if chosen is None else chosen[own], t[own], noise[own]
         )
@@ -140,15 +151,15 @@ def data_hash(images: Tensor, labels: Tensor | None) -> str:
     return sha256(f"{tuple(images.shape)} {images.dtype}".encode(), *parts)[:16]
 
 
-def check_data(images: Tensor, labels: Tensor | None) -> None:
-    """Refuses data that nothing can be learned from.
+def check_data(images: Tensor, labels: Tensor | None, *, tokens: bool = False) -> None:
+    """Refuses data that nothing can be learned from; `tokens` says that the data are integers.
 
     Raises:
         ValueError: saying what is wrong.
     """
     if len(images) < 2:
         raise ValueError(f"images must be at least two; got shape {tuple(images.shape)}.")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
+    if not tokens and images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floats; got {images.dtype}.")
     if images.is_floating_point():
         lost = ~torch.isfinite(images).flatten(1).all(1)

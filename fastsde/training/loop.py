@@ -253,15 +253,6 @@ def _slope(rule: Rule, loss: Tensor, step: int) -> float:
     return float(value)
 
 
-def _over_processes(value: Tensor) -> Tensor:
-    """The mean over processes, in place."""
-    size = rank_and_size()[1]
-    if size > 1:
-        torch.distributed.all_reduce(value)
-        value /= size
-    return value
-
-
 def _check_weights(modules: dict[str, nn.Module], step: int) -> None:
     for name, module in modules.items():
         for key, weight in module.state_dict().items():

@@ -1,4 +1,4 @@
-"""Training of masked-token networks and of critics: losses, and a loop like that of score networks."""
+"""Training of masked-token networks and of critics: their losses, in the loop of score networks."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from tqdm import tqdm
 
-from fastsde.checks import check_count, check_flags
+from fastsde.checks import check_flags
 from fastsde.tokens.drawing import draw
 from fastsde.tokens.model import Critic, TokenModel
 from fastsde.tokens.process import MASK
-from fastsde.training.adversarial import Adam
-from fastsde.training.batches import data_hash
-from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
+from fastsde.training.batches import Rows
+from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
-from fastsde.training.ema import ema_model
+from fastsde.training.loop import Losses, Rule, run
 from fastsde.types import Coef, Cond, Time, Tokens
 
 
@@ -107,7 +105,7 @@ def train_tokens(
         model: token model around a torch module.
         tokens: int64 with shape (N, *event).
         labels: int64 classes with shape (N,), passed as `class_labels`; the largest is followed by "no label".
-        config: the settings; `levels`, `objective` and `bf16` are not used.
+        config: the settings; `levels` and `objective` are not used.
         checkpoint: a .safetensors file, as for `train`.
         critic: what to train in place of the model.
         weighted: as for `masked_loss`.
@@ -122,61 +120,35 @@ def train_tokens(
         FileExistsError, FileNotFoundError: as for `train`.
     """
     trained = model if critic is None else critic
-    network, checkpoint = trained.network, Path(checkpoint)
+    network = trained.network
     if not isinstance(network, nn.Module):
         raise TypeError(f"{trained.role} must be a torch module to be trained; got {network!r}.")
     check_flags(weighted=weighted, resume=resume)
-    check_count("save_every", save_every, 1)
     if tokens.dtype != torch.int64 or int(tokens.min()) < 0 or int(tokens.max()) >= model.vocabulary:
         raise ValueError(
             f"tokens must be int64 from 0 to {model.vocabulary - 1}; got {tokens.dtype} from {int(tokens.min())} to "
             f"{int(tokens.max())}."
         )
-    if checkpoint.is_file() and not resume:
-        raise FileExistsError(f"{checkpoint} exists; resume=True goes on from it, or name another file.")
-    ema, optimizer = (
-        ema_model(network, config.ema_decay),
-        Adam(network.parameters(), config.learning_rate, config.betas),
-    )
-    modules: dict[str, nn.Module] = {"network": network, "ema": ema}
-    settings = {**dataclasses.asdict(config), "data": data_hash(tokens, labels), "trained": trained.role}
+    batches, device = Rows(tokens, labels, config, tokens=True), trained.device
+    settings = {**dataclasses.asdict(config), **batches.describe(), "trained": trained.role}
     settings |= {"process": repr(model.process), "weighted": weighted}
-    history: History = {"loss": []}
-    if resume:
-        history = load_checkpoint(checkpoint, modules, {"adam": optimizer}, settings, list(history))
-    no_label = 0 if labels is None else int(labels.max()) + 1
-    bar = tqdm(range(len(history["loss"]), config.steps), "train", unit="step", disable=None)
-    for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-        rows = torch.randint(len(tokens), (config.batch_size,), generator=generator)
-        x_0 = tokens[rows]
+
+    def losses(step: int) -> Losses:
+        rows, generator = batches.rows(step)
         # One time in each cell of (0, 1): less variance, the same mean.
         offset = torch.rand((), generator=generator, dtype=torch.float64)
         t = (torch.arange(len(rows), dtype=torch.float64) + offset) / len(rows)
-        uniform, fill = torch.rand((2, *x_0.shape), generator=generator, dtype=torch.float64)
-        cond = {}
-        if labels is not None:
-            drop = torch.rand(len(rows), generator=generator) < config.label_dropout
-            cond["class_labels"] = labels[rows].masked_fill(drop, no_label)
-        if critic is None:
-            loss = masked_loss(model, x_0, t, uniform, cond, weighted=weighted)
-        else:
-            loss = critic_loss(critic, model, x_0, t, uniform, fill, cond)
-        loss = loss.mean() / math.prod(x_0.shape[1:])
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(network.parameters(), config.grad_clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise FloatingPointError(f"{trained.role} at step {step}: the loss is {float(loss)}; what was saved stays.")
-        optimizer.step()
-        ema.update_parameters(network)
-        history["loss"].append(float(loss.detach()))
-        last = history["loss"][-50:]
-        bar.set_postfix(loss=f"{sum(last) / len(last):.4f}")
-        if (step + 1) % save_every == 0 or step + 1 == config.steps:
-            save_checkpoint(checkpoint, modules, {"adam": optimizer}, settings, history)
-            if callback is not None:
-                callback(step + 1, history, ema.module)
-    return ema.module
+        uniform, fill = torch.rand((2, len(rows), *tokens.shape[1:]), generator=generator, dtype=torch.float64)
+        chosen = batches.labels_of(rows, generator)
+        own = batches.own
+        x_0, t, uniform, fill = (part[own].to(device) for part in (tokens[rows], t, uniform, fill))
+        cond = {} if chosen is None else {"class_labels": chosen[own].to(device)}
+        with batches.precision(device):
+            if critic is None:
+                loss = masked_loss(model, x_0, t, uniform, cond, weighted=weighted)
+            else:
+                loss = critic_loss(critic, model, x_0, t, uniform, fill, cond)
+        yield "loss", loss.mean() / math.prod(x_0.shape[1:])
+
+    rules = {"loss": Rule.of(trained.role, network, config)}
+    return run(network, rules, losses, config, settings, checkpoint, resume, save_every, callback)
