@@ -277,7 +277,7 @@ class LatentFlow:
             seconds=time.perf_counter() - began,
         )
 
-    def velocity(
+    def _gradient(
         self,
         z: State,
         noise: Callable[[int], Tensor],
@@ -341,12 +341,12 @@ class LatentFlow:
             parts = []
             for rows in numbers.split(self.batch_size):
                 draws = self._draws(noise, rows, _OF_BANK + step)
-                parts.append(self.velocity(z[rows], draws, densities[-1], own=rows))
+                parts.append(self._gradient(z[rows], draws, densities[-1], own=rows))
             z = z + self.step_size * torch.cat(parts)
         self._bank = seed, densities
         return 2 * self.bank * self.steps, self.bank * self.steps
 
-    def bank_density(self, seed: int, step: int) -> KernelDensity | None:
+    def _bank_density(self, seed: int, step: int) -> KernelDensity | None:
         """q before the given step, of the bank that was moved for the seed; None without its term."""
         return None if self._bank is None or self._bank[0] != seed else self._bank[1][step]
 
@@ -423,7 +423,7 @@ class _Velocity(ScoreModel):
             for step in made.unique().tolist():  # one, unless a sample failed and the next took its slot
                 rows = (made == step).nonzero().flatten()
                 draws = flow._draws(noise, number[rows], step)
-                v[rows] = flow.velocity(z[rows], draws, flow.bank_density(seed, step))
+                v[rows] = flow._gradient(z[rows], draws, flow._bank_density(seed, step))
             return v
 
         super().__init__(velocity, _PROCESS, event_shape=flow.latent_shape)

@@ -8,7 +8,7 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 
 import fastsde
 from fastsde.files import Content, write_together
-from fastsde.result import SampleResult, Status
+from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
@@ -104,6 +104,32 @@ def result_record(result: SampleResult) -> dict[str, Any]:
         "rejected": result.rejected.tolist(),
         "status": [Status(s).name for s in result.status.tolist()],
     }
+
+
+def finished(draw: Callable[[], SampleResult]) -> tuple[SampleResult, bool]:
+    """What a call has drawn, and whether it failed; what is finished stays, after a failure and after Ctrl-C.
+
+    Raises:
+        click.ClickException: if it was interrupted before anything was finished.
+    """
+    failed = False
+    try:
+        result = draw()
+    except SamplingError as error:
+        click.echo(f"Error: {error}", err=True)
+        result, failed = error.result, True
+    except Interrupted as interruption:
+        result = interruption.result
+    if not (result.status != Status.PENDING).any():
+        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
+    return result, failed
+
+
+def tell(result: SampleResult, record: dict[str, Any], files: Sequence[Path], *, as_json: bool, failed: bool) -> None:
+    """Prints the record or its summary, and ends the program with 1 if not all samples are there."""
+    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
+    if failed or not result.success.all():
+        raise SystemExit(1)
 
 
 def summary(result: SampleResult, more: Sequence[str], files: Sequence[Path | str]) -> str:

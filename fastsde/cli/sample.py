@@ -20,7 +20,7 @@ from fastsde.cli import options as option
 from fastsde.cli.job import run_job
 from fastsde.cli.models import Opened, open_model
 from fastsde.cli.options import PATH
-from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
 from fastsde.cli.pipeline import Call, run_pipeline
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, Steps, check_request
 from fastsde.cli.tokens import NAMES as TOKEN_SOLVERS
@@ -28,7 +28,7 @@ from fastsde.cli.tokens import is_token_model, sample_tokens
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
 from fastsde.files import Content
-from fastsde.result import Interrupted, SampleResult, SamplingError, Status
+from fastsde.result import SampleResult
 from fastsde.steps import DEFAULT_RTOL
 
 _OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size")
@@ -170,7 +170,7 @@ def _sample_model(
     **_: object,
 ) -> None:
     """Draws from a score model, at once or as a job, and writes the files."""
-    n, batch_size, failed = n or 64, batch_size or 64, False
+    n, batch_size = n or 64, batch_size or 64
     if is_token_model(model):
         own: dict[str, Any] = {
             "n": n,
@@ -206,22 +206,12 @@ def _sample_model(
         run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
         return
     labels = labels_of(torch.arange(n))
-    try:
-        result = draw(torch.arange(n), labels, progress=True)
-    except SamplingError as error:
-        click.echo(f"Error: {error}", err=True)
-        result, failed = error.result, True
-    except Interrupted as interruption:
-        result = interruption.result
-    if not (result.status != Status.PENDING).any():
-        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
+    result, failed = finished(partial(draw, torch.arange(n), labels, progress=True))
     record = result_record(result) | record
     record["label"] = None if labels is None else labels.tolist()
     record["in_npz"] = result.index[_whole(result)].tolist()
     files = _write(out, result, labels, record, opened)
-    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
-    if failed or not result.success.all():
-        raise SystemExit(1)
+    tell(result, record, files, as_json=as_json, failed=failed)
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:

@@ -7,17 +7,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import click
 import torch
 from torch import Tensor
 
 from fastsde import api, tokens
-from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
 from fastsde.cli.solver_options import Steps, configured
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.evaluation.sweep import Cell
 from fastsde.files import Content
-from fastsde.result import Interrupted, SampleResult, SamplingError, Status
+from fastsde.result import SampleResult
 
 NAMES = {solver.__name__: solver for solver in tokens.SOLVERS}
 SWEPT = "EntropyBudget Unmask Unmask:order=confidence,choice_temperature=4.5"
@@ -124,24 +123,15 @@ def sample_tokens(
     prepare_folder(out, needed=1 << 24)
     cond = None if chosen is None else {"class_labels": chosen}
     asked = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}
-    failed = False
-    try:
-        result = api.sample(opened.model, index=index, cond=cond, progress=True, **asked)  # type: ignore[arg-type]
-    except SamplingError as error:
-        click.echo(f"Error: {error}", err=True)
-        result, failed = error.result, True
-    except Interrupted as interruption:
-        result = interruption.result
-    if not (result.status != Status.PENDING).any():
-        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
+    result, failed = finished(
+        lambda: api.sample(opened.model, index=index, cond=cond, progress=True, **asked)  # type: ignore[arg-type]
+    )
     record = result_record(result) | {"model": name, "weights_sha256": opened.weights_sha256}
     record |= {"solver": repr(solver), "rtol": steps.rtol, "nfe_budget": steps.nfe, "versions": versions()}
     record |= {"report": {key: value.tolist() for key, value in (result.report or {}).items()}}
     record["label"] = None if chosen is None else chosen.tolist()
     files = _write(out, result, chosen, record, opened)
-    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
-    if failed or not result.success.all():
-        raise SystemExit(1)
+    tell(result, record, files, as_json=as_json, failed=failed)
 
 
 def _write(

@@ -120,6 +120,8 @@ class Model(ABC):
     """Whether each row is evaluated by itself, so that rows of samples that have ended do not stay in the batch."""
     edit: Tensor | None = None
     """What the last evaluation added to the states it was given before the network saw them, with shape (B, *event)."""
+    inputs: tuple[str, ...] = ("x", "t")
+    """What the network is called on, besides its conditioning."""
 
     def __init__(
         self,
@@ -179,11 +181,11 @@ class Model(ABC):
         except (TypeError, ValueError):  # some callables have none
             return
         try:
-            signature.bind(None, None, **cond)
+            signature.bind(*self.inputs, **cond)
         except TypeError as error:
             raise ValueError(
-                f"{self.role} cannot be called as network(x, t, **cond): its signature is {signature}, and cond has "
-                f"{', '.join(cond) or 'nothing'} ({error})."
+                f"{self.role} cannot be called as network({', '.join(self.inputs)}, **cond): its signature is "
+                f"{signature}, and cond has {', '.join(cond) or 'nothing'} ({error})."
             ) from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from fastsde.batching import expand_like, write_rows
 from fastsde.checks import check_kind, check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
+from fastsde.score.network import watched
 from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
@@ -172,9 +173,8 @@ class ClassifierGuidance(Wrapper):
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         own = {key: (cond or {})[key] for key in self.own_cond}
-        recorded = torch.is_grad_enabled()
+        recorded, x = torch.is_grad_enabled(), watched(x_t)
         with torch.enable_grad():
-            x = x_t if recorded and x_t.requires_grad else x_t.detach().requires_grad_()
             log_prob = self.log_prob(x, t, **own)
             if log_prob.shape != t.shape:
                 raise ValueError(f"log_prob must return shape {tuple(t.shape)}; it returned {tuple(log_prob.shape)}.")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastsde.batching import expand_like
 from fastsde.score.base import ScoreModel, Wrapper
+from fastsde.score.network import watched
 from fastsde.score.operators import LinearOperator, check_iterations, conjugate_gradients, row_dot
 from fastsde.types import Cond, State, Time
 
@@ -107,9 +108,8 @@ class _Likelihood(_Measured):
         raise NotImplementedError
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
-        recorded = torch.is_grad_enabled()
+        recorded, x = torch.is_grad_enabled(), watched(x_t)
         with torch.enable_grad():
-            x = x_t if recorded and x_t.requires_grad else x_t.detach().requires_grad_()
             prediction = self.model(x, t, self.inner_cond(cond))
             x_0 = prediction.x_0
         if not prediction.out.requires_grad:

@@ -96,6 +96,12 @@ _WRAPPERS = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParalle
 """Modules that call the one in their `module`."""
 
 
+def watched(x: Tensor) -> Tensor:
+    """A tensor whose gradient can be taken under `enable_grad`: x itself where gradients are recorded, so that one goes
+    on to what x was made of; else a copy that knows nothing of it."""
+    return x if torch.is_grad_enabled() and x.requires_grad else x.detach().requires_grad_()
+
+
 def tensor_of(out: object) -> object:
     """The tensor in what a network returned: it, its `.sample`, or the first of a tuple (diffusers' conventions)."""
     return out[0] if isinstance(out, tuple) and out else out if isinstance(out, Tensor) else getattr(out, "sample", out)

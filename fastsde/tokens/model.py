@@ -7,13 +7,12 @@ https://arxiv.org/abs/2406.07524, sec. 3.2.3).
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastsde.checks import check_count, check_flags, check_number
 from fastsde.score.base import Calls, Model, check_shape
@@ -79,6 +78,7 @@ class TokenModel(Model):
         if end_id is not None and (check_count("end_id", end_id, 0) >= vocabulary or end_id == self.mask_id):
             raise ValueError(f"end_id must be a token below {vocabulary} and not the mask; got {end_id}.")
         self.timestep, self.shift, self.channels_first, self.end_id = timestep, shift, channels_first, end_id
+        self.inputs = ("ids",) if timestep is None else ("ids", "time")
 
     def __repr__(self) -> str:
         name = getattr(self.network, "__name__", type(self.network).__name__)
@@ -89,20 +89,6 @@ class TokenModel(Model):
 
     def bind(self, cond: Cond, active: Mask, nfe: Index | None = None) -> BoundTokens:
         return BoundTokens(self, cond, active, nfe)
-
-    def check_cond(self, cond: Cond) -> None:
-        try:
-            network = self.network
-            signature = inspect.signature(network.forward if isinstance(network, nn.Module) else network)
-        except (TypeError, ValueError):  # some callables have none
-            return
-        try:
-            signature.bind(*(None,) * (1 if self.timestep is None else 2), **cond)
-        except TypeError as error:
-            raise ValueError(
-                f"{self.role} cannot be called as network(ids, **cond): its signature is {signature}, and cond has "
-                f"{', '.join(cond) or 'nothing'} ({error})."
-            ) from error
 
     def prompt_cond(self, given: Tensor) -> Cond:
         """Conditioning made from which positions were given, with shape (n, *event); most models need none."""
