@@ -164,22 +164,13 @@ def fit(
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
         raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
-    price = PRICE * max(1.0, (wanted[0] / 6) ** 2) if calls is None else check_count("calls", calls, 500) / model.calls
     if pilots is None:
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
-    teacher = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
-    may_guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
-    for guess in (True, False) if may_guess else (False,):  # without it a fit costs less
-        levels, before = wanted[0] + guess, teacher + 2 * guess
-        count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
-        least = count * before + _least(levels, count, history, moving=given is None)
-        if calls is None or calls >= least * model.calls:
-            break
-    else:
-        raise ValueError(
-            f"calls must be at least {least * model.calls:,} for {wanted[0]} evaluations a sample and {count} pilot "
-            f"samples; got {calls:,}."
-        )
+    calls = None if calls is None else check_count("calls", calls, 500)
+    accurate = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
+    guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
+    plan = _planned(wanted[0], accurate, calls, model.calls, pilots, history, guess=guess, moving=given is None)
+    count, guess = plan.pilots, plan.guess
     # The last numbers of the stream, which no run from 0 on reaches.
     numbers = torch.arange((1 << 32) - count, 1 << 32)
     samples = resolve_samples(model, shape=(count, *event), index=numbers, seed=seed, cond=cond, device=device)
@@ -205,22 +196,69 @@ def fit(
     kept = None if cache is None else _Kept(Path(cache), settings)
     if kept is not None and (found := kept.finished()) is not None:
         return found
-    pilot = _Pilot(model, process, samples, eta, check_count("batch_size", batch_size, 1), given, history, teacher)
-    if calls is None:
-        price = max(price, float(count * before + _cost(levels, count, history, moving=given is None)))
-    total = round(price * model.calls)
-    with tqdm(total=total, desc=f"fit, {count} pilots", unit="call", disable=not progress) as bar:
+    pilot = _Pilot(model, process, samples, eta, check_count("batch_size", batch_size, 1), given, history, accurate)
+    with tqdm(total=round(plan.price), desc=f"fit, {count} pilots", unit="call", disable=not progress) as bar:
         pilot.bar = bar
         with torch.no_grad(), model.sampling():
             pilot.solve(kept)
             if guess:
                 pilot.agree()
-            fitted = _search(pilot, wanted, rtol, price * model.calls, calls is not None, settings, kept)
+            fitted = _search(pilot, wanted, rtol, plan.price, calls is not None, settings, kept)
         bar.total = pilot.cost
         bar.refresh()
     if kept is not None:
         kept.finish(fitted)
     return fitted
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What a fit will cost: how many pilots, whether a guess is looked for, and about how many network calls."""
+
+    pilots: int
+    guess: bool
+    price: float
+
+
+def _planned(
+    evaluations: int,
+    accurate: int,
+    calls: int | None,
+    each: int,
+    pilots: int | None,
+    history: int,
+    *,
+    guess: bool,
+    moving: bool,
+) -> _Plan:
+    """The plan of a fit; without a guess if `calls` does not pay for one.
+
+    Args:
+        evaluations: of a sample, the fewest that are tried.
+        accurate: evaluations of the accurate solution of a pilot.
+        calls: what the fit may cost in network calls; None for the usual price.
+        each: network calls of an evaluation.
+        pilots: their number, if it is said.
+        history, guess: as for `fit`.
+        moving: whether levels are fitted, too.
+
+    Raises:
+        ValueError: if `calls` is too few for a single step.
+    """
+    price = PRICE * max(1.0, (evaluations / 6) ** 2) if calls is None else calls / each
+    least = 0
+    for with_guess in (True, False) if guess else (False,):
+        levels, before = evaluations + with_guess, accurate + 2 * with_guess
+        count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
+        least = count * before + _least(levels, count, history, moving=moving)
+        if calls is None:
+            price = max(price, float(count * before + _cost(levels, count, history, moving=moving)))
+        if calls is None or calls >= least * each:
+            return _Plan(count, with_guess, price * each)
+    raise ValueError(
+        f"calls must be at least {least * each:,} for {evaluations} evaluations a sample and {count} pilot samples; "
+        f"got {calls:,}."
+    )
 
 
 def _wanted(

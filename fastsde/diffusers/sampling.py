@@ -164,7 +164,6 @@ def sample_pipeline(
             is a `PipelineResult` with what was finished.
         Interrupted: at Ctrl-C; likewise.
     """
-    from fastsde.diffusers.loop import counting
     from fastsde.diffusers.pipeline_model import PipelineModel
 
     reading = _reading(pipe)
@@ -186,41 +185,18 @@ def sample_pipeline(
     if isinstance(solver, FittedSolver):
         solver = _for_network(solver, model)
 
-    def planned(process: SDE) -> tuple[Controller, tuple[float, float]]:
+    def planned(process: SDE, *, denoise: bool = True) -> tuple[Controller, tuple[float, float]]:
         # As many evaluations as its own loop makes: of an image a share of the steps.
         own_loop = max((model.listed or steps or 1) * model.calls, fewest_calls(model, solver, denoise))
         budget = own_loop if counted else nfe
         found = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
         return found, found.span(process.t_min, process.t_max)
 
-    denoise = True
     planned(reading.sde)  # what cannot work is refused before the pipeline starts
+    samples = Samples(numbers, (), resolve_dtype(dtype, None), seed, {})
+    options = Options(batch, max_nfe, progress=progress, callback=callback)
     try:
-        if "_interrupt" in vars(pipe):
-            vars(pipe)["_interrupt"] = False
-        with torch.no_grad(), model.sampling(), counting(pipe):
-            model.begin()
-            process = model.process = _between(pipe, model)
-            denoise = model.ends_denoised = model.t_end <= reading.sde.t_min
-            if isinstance(solver, FittedSolver) and process.t_max < solver.times[0] * (1 - 1e-6):
-                raise ValueError(
-                    f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave "
-                    "solver= out."
-                )
-            chosen, span = planned(process)
-            _check_first(span[0], process)
-            samples = Samples(
-                index=numbers.to(model.device),
-                event=model.event_shape or (),
-                dtype=resolve_dtype(dtype, None),
-                seed=seed,
-                cond={"sample": torch.arange(request.n, device=model.device)},
-                start=model.start,
-                finished=model.finished,
-            )
-            options = Options(model.batch_size, max_nfe, progress=progress, callback=callback)
-            result = Engine(make_job(model, process, solver, chosen, span, samples, options, denoise=denoise)).run()
-        whole = _whole(model, result)
+        whole = _whole(model, _run(pipe, model, solver, planned, samples, options))
     except (Interrupted, SamplingError) as stopped:
         stopped.result = _whole(model, stopped.result)
         raise
@@ -228,6 +204,48 @@ def sample_pipeline(
         model.close()
     _raise_late(whole)
     return whole
+
+
+def _run(
+    pipe: Any,
+    model: PipelineModel,
+    solver: Solver,
+    planned: Callable[..., tuple[Controller, tuple[float, float]]],
+    samples: Samples,
+    options: Options,
+) -> SampleResult:
+    """Lets the pipelines begin, and takes their samples from there to the end of their loops.
+
+    Args:
+        pipe, model, solver: what samples.
+        planned: controller and span for (process, denoise=).
+        samples: which samples; the model says their shape and their start.
+        options: how to run.
+    """
+    from fastsde.diffusers.loop import counting
+
+    if "_interrupt" in vars(pipe):
+        vars(pipe)["_interrupt"] = False
+    with torch.no_grad(), model.sampling(), counting(pipe):
+        model.begin()
+        process = model.process = _between(pipe, model)
+        denoise = model.ends_denoised = model.t_end <= model.reading.sde.t_min
+        if isinstance(solver, FittedSolver) and process.t_max < solver.times[0] * (1 - 1e-6):
+            raise ValueError(
+                f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave solver= out."
+            )
+        chosen, span = planned(process, denoise=denoise)
+        _check_first(span[0], process)
+        samples = dataclasses.replace(
+            samples,
+            index=samples.index.to(model.device),
+            event=model.event_shape or (),
+            cond={"sample": torch.arange(len(samples.index), device=model.device)},
+            start=model.start,
+            finished=model.finished,
+        )
+        options = dataclasses.replace(options, batch_size=model.batch_size)
+        return Engine(make_job(model, process, solver, chosen, span, samples, options, denoise=denoise)).run()
 
 
 def _noise(
