@@ -429,7 +429,8 @@ def autoencoders(results: Row) -> list[Row]:
 @shows("latent_diffusion")
 def latent_diffusion(results: Row) -> list[Row]:
     """FID and time of an image; how many times faster, as the median of pairs."""
-    faster = f"{1 / results['times']['ratio']:.0f} times faster"
+    low, high = (1 / v for v in reversed(results["times"]["ratio_interval"]))
+    faster = f"{1 / results['times']['ratio']:.0f} times faster ({low:.0f} to {high:.0f})"
     rows = [row | {"fids": slashed(row["fid"])} for row in results["rows"]]
     rows = [row | ({"faster": faster} if row["model"] == "latents" else {}) for row in rows]
     shown = {"ms_an_image": "{ms_per_image:.1f}", "beside_pixels": "{faster}"}
