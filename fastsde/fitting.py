@@ -48,9 +48,10 @@ _SCOUTS = 8
 """Pilots on which the grids are compared first, at most; a quarter of them all."""
 _GRIDS = 20
 """How many grids there are, about."""
-_GUESSED_AT, _AGREE, _LARGEST_GUESS = -2.0, 0.5, 1 << 18
+_GUESSED_AT, _AGREE, _LARGEST_GUESS = -2.0, 1.6, 1 << 18
 """Where the mean of the data is looked for beside t_max, in half the log-SNR for data of variance 1; the share of the
-data's variance up to which predictions there agree; and the elements of a sample up to which it is kept."""
+data's variance in which predictions there may differ, times the calls of a sample, as a guess saves one of them; and
+the elements of a sample up to which it is kept."""
 FEWEST = 6
 """Pilots at least."""
 _FEW, _MOST = 16, 64
@@ -104,7 +105,7 @@ def fit(
 
     1. In pure noise the best prediction is the mean of the data, whatever the noise. If the network's predictions at
        t_max, or at a little less noise, agree over the pilots, their mean is the `guess` of `FittedSolver`: it takes
-       the place of the first call.
+       the place of the first call. The fewer calls there are, the less they must agree.
     2. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
        equal steps in t, Karras's grid, the default. The best one is the start.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
@@ -407,7 +408,8 @@ class _Pilot:
         self.held = torch.zeros(count, dtype=torch.bool)
         self.held[order[:held]] = True
         self.scouts = order[held : held + _scouts(count)].sort().values
-        self.cost, self.bar, self.guess = 0, tqdm(disable=True), tuple[float, ...]()
+        self.cost, self.bar = 0, tqdm(disable=True)
+        self.guess, self.spread = tuple[float, ...](), math.inf
         self.noise = noise_of(samples, ExponentialPC(eta=eta), sde, (sde.t_min, sde.t_max))
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
@@ -447,11 +449,11 @@ class _Pilot:
         self.floor = self.variance / 625  # of a squared error: a 25th of the samples' size
 
     def agree(self) -> None:
-        """Looks for the mean of the data in the network's predictions in noise, and keeps it if they agree."""
+        """Looks for the mean of the data in the network's predictions in noise, where these agree best."""
         rows = torch.arange(self.count)
         mean, noise = self.target.mean(0), self.start / self.sde.prior_std
         lams = [self.lams[0], max(self.lams[0], _GUESSED_AT - 0.5 * math.log(self.variance))]
-        best, found = _AGREE * self.variance, None
+        found = None
         times = self.sde.t_of_log_snr(2 * torch.tensor(lams, dtype=torch.float64))
         times[0] = self.sde.t_max
         for t in times.tolist():
@@ -464,9 +466,9 @@ class _Pilot:
                 predicted.append(model(x[part], time[part]).x_0)
                 self.paid(int(model.nfe.sum()))
             d = torch.cat(predicted).double()
-            spread = float((d - d.mean(0)).square().mean())
-            if spread < best:
-                best, found = spread, d.mean(0)
+            spread = float((d - d.mean(0)).square().mean()) / self.variance
+            if spread < self.spread:
+                self.spread, found = spread, d.mean(0)
         if found is not None:
             self.guess = tuple(round(v, 6) for v in found.flatten().tolist())
 
@@ -597,9 +599,9 @@ class _Pilot:
         return self.walked(FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr))
 
     def starts(self, calls: int) -> dict[str, FittedSolver]:
-        """Where a fit may start, by name: those of `grids`, with the guess for its first call if there is one."""
+        """Where a fit may start, by name: those of `grids`, with the guess for its first call if it is good enough."""
         found = {name: self.solver(lams, None, (1.0,)) for name, lams in self.grids(calls).items()}
-        if self.guess:
+        if self.spread * calls <= _AGREE:
             # The default and Karras's grid begin where noise is all there is; the others are better without that call.
             found = {name: solver for name, solver in found.items() if name.startswith(("default", "Karras"))}
             for name, lams in self.grids(calls + 1).items():
