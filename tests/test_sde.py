@@ -158,13 +158,11 @@ def test_linear_betas_are_close_to_continuous_vp():
     ("build", "message"),
     [
         (lambda: VESDE(0.0), "VESDE needs 0 < sigma_min < sigma_max; got 0.0 and 50.0"),
-        (lambda: VESDE(2.0, 1.0), "got 2.0 and 1.0"),
         (lambda: VESDE(t_min=0.0), "VESDE needs 0 < t_min < t_max; got t_min=0.0"),
         (lambda: VPSDE(0.0), "VPSDE needs 0 < beta_min <= beta_max; got 0.0 and 20.0"),
         (lambda: SubVPSDE(3.0, 1.0), "SubVPSDE needs 0 < beta_min <= beta_max; got 3.0 and 1.0"),
         (lambda: SubVPSDE(t_min=1.0), "SubVPSDE needs 0 < t_min < t_max; got t_min=1.0, t_max=1.0"),
         (lambda: EDM(t_min=-1.0), "EDM needs 0 < t_min < t_max; got t_min=-1.0"),
-        (lambda: EDM(t_min=math.nan), "EDM needs 0 < t_min < t_max; got t_min=nan"),
         (lambda: RectifiedFlow(t_max=1.0), "RectifiedFlow needs 0 < t_min < t_max <= 0.999999; got .* t_max=1.0"),
         (lambda: DiscreteVPSDE(), "exactly one of betas and alphas_cumprod"),
         (lambda: DiscreteVPSDE([0.1], alphas_cumprod=[0.9]), "exactly one of betas and alphas_cumprod"),
