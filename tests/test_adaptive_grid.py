@@ -267,9 +267,9 @@ def test_the_way_of_a_sample_that_starts_again_is_that_of_its_last_walk():
 
 def test_hard_samples_are_worth_their_calls():
     # Three in a hundred end in one of two tight clusters, and on the plain grid at times in the wrong one.
-    model, n = mixture(VP, shares=(0.97, 0.015, 0.015), gap=0.4), 1200
+    model, n = mixture(VP, shares=(0.97, 0.015, 0.015), gap=0.4), 2000
     options = {"n": n, "batch_size": n, "dtype": torch.float64}
-    exact = fastsde.sample(model, nfe=200, **options).samples
+    exact = fastsde.sample(model, nfe=300, **options).samples
     for rtol, steps in ((0.05, 15), (0.02, 24)):
         rule = AdaptiveGrid([Grid.tapered(VP, steps << k) for k in range(3)], rtol, 1 / 128)
         r = fastsde.sample(model, controller=rule, **options)
@@ -288,13 +288,6 @@ def test_a_tolerance_is_a_number_of_steps_and_nobody_starts_again(sde, rtol):
     calls = r.nfe.unique().tolist()
     assert len(calls) == 1
     assert torch.equal(r.samples, fastsde.sample(model, nfe=calls[0], **options).samples)
-
-
-def test_a_trajectory_stops_at_the_times_asked_for():
-    r = fastsde.sample(mixture(VP), n=12, controller=strict(VP), trajectory=[0.7, 0.31])
-    for path in r.trajectory:
-        assert path.t.tolist() == [0.7, 0.31]
-    assert r.rejected.max() > 0  # who starts again leaves no trace of the first walk
 
 
 # ---- rejections -------------------------------------------------------------------------------------------------

@@ -178,24 +178,6 @@ def test_trajectory_times_are_checked(times, message):
         fastsde.sample(gaussian(VPSDE()), n=2, solver=DDIM(7), trajectory=times)
 
 
-def test_editing_starts_from_noised_data():
-    sde = VPSDE()
-    model, data = gaussian(sde), torch.full((2000, 3), 0.7, dtype=torch.float64)
-    # No time to speak of: the edit is the data.
-    grid = Grid([0.0011, 0.001])
-    r = fastsde.sample(model, x_data=data, solver=DDIM(), controller=grid, batch_size=2000, trajectory=True)
-    first = torch.stack([path.x[0] for path in r.trajectory])
-    t = torch.tensor([0.0011], dtype=torch.float64)
-    noise = (first - sde.alpha(t) * 0.7) / sde.sigma(t)
-    # Standard errors of mean and variance of 6000 normals, five of them.
-    assert abs(float(noise.mean())) < 5 / 6000**0.5
-    assert abs(float(noise.var()) - 1) < 5 * (2 / 6000) ** 0.5
-    # E[x_0 | x_t] with sigma 0.011 and data of spread at least 0.2.
-    assert float((r.samples - 0.7).abs().mean()) < 0.012
-    with pytest.raises(ValueError, match="either x_init or x_data"):
-        fastsde.sample(model, x_data=data, x_init=data)
-
-
 @pytest.mark.parametrize("name", SDES)
 def test_default_tolerances_are_safe_on_every_process(name):
     """A step from much noise to none has a tiny error estimate and a large error: it must not be taken."""
