@@ -636,22 +636,12 @@ def over_seeds(rows: list[Row], *parts: str) -> list[Row]:
     return found
 
 
-@shows("tokens")
-def tokens_solvers(results: Row) -> list[Row]:
-    """Solvers of masked tokens on images."""
-    return over_seeds(results["rows"], "floor", "solvers")
-
-
-@shows("tokens")
-def tokens_tuning(results: Row) -> list[Row]:
-    """What temperature and scale were chosen by."""
-    return over_seeds(results["rows"], "tuning MaskGIT", "tuning critic")
-
-
-@shows("tokens")
-def tokens_tolerance(results: Row) -> list[Row]:
-    """A tolerance, and as many fixed steps."""
-    return over_seeds(results["rows"], "tolerance", "fixed")
+for name, parts in {
+    "tokens-solvers": ("floor", "solvers"),
+    "tokens-tuning": ("tuning MaskGIT", "tuning critic"),
+    "tokens-tolerance": ("tolerance", "fixed"),
+}.items():
+    TABLES[name] = ("tokens",), lambda results, parts=parts: over_seeds(results["rows"], *parts)
 
 
 @shows("tokens")
