@@ -12,7 +12,6 @@ from fastsde import EDM, VPSDE, AdaptiveGrid, ExponentialPC, Grid
 from fastsde.control import Verdict
 from fastsde.score import GaussianScore, MixtureScore
 
-pytestmark = pytest.mark.long
 VP = VPSDE()
 CLOCK = EDM(t_min=1.0, t_max=math.exp(4.0))
 """log-SNR is -2 log t: 8 in all, from -8 to 0."""
@@ -88,7 +87,7 @@ def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
         ({"limit": math.nan}, "limit must be in"),
     ],
 )
-def test_refusals(change, message):
+def test_refusals(change, message, without_type_checks):
     with pytest.raises((TypeError, ValueError), match=message):
         dataclasses.replace(controller(), **change)
 
@@ -100,6 +99,7 @@ class Replanned(AdaptiveGrid):
         return ()
 
 
+@pytest.mark.long
 @BOTH
 def test_a_plan_made_before_changes_nothing(solver, limit):
     rule, model = strict(VP, limit), mixture(VP)
@@ -139,6 +139,7 @@ def dressed(sde, levels=(-8.0, 8.0)):
     return sde
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_the_same_samples_and_calls_in_every_dressing(eta):
     # One solver in one clock: in y = x / alpha, on the same levels and noise, the processes are one.
@@ -174,6 +175,7 @@ def test_an_error_counts_the_more_the_less_noise_is_left():
     assert error.abs().max() < 1e-6
 
 
+@pytest.mark.long
 @BOTH
 def test_samples_that_start_again_do_not_depend_on_the_batch(solver, limit):
     model = mixture(VP)
@@ -186,6 +188,7 @@ def test_samples_that_start_again_do_not_depend_on_the_batch(solver, limit):
     torch.testing.assert_close(r.samples, whole.samples, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.long
 def test_the_error_falls_with_the_tolerance():
     model = mixture(VP)
     options = {"n": 512, "batch_size": 512, "dtype": torch.float64}
@@ -203,6 +206,7 @@ def test_the_error_falls_with_the_tolerance():
     assert whole == sorted(whole, reverse=True)
 
 
+@pytest.mark.long
 def test_encoding_runs_the_same_flow_backwards():
     """By the default of encoding, on a grid, and with samples that start again, from the data."""
     model = mixture(VP)
@@ -221,6 +225,7 @@ def test_steps_below_the_resolution_of_the_path_are_refused():
         fastsde.sample(mixture(VP), n=2, solver=ExponentialPC(eta=1.0), rtol=1e-7)
 
 
+@pytest.mark.long
 @BOTH
 def test_who_starts_again_walks_the_finer_grid_on_its_path_and_pays_for_both(solver, limit):
     model, options = mixture(VP), {"n": 40, "dtype": torch.float64, "solver": solver}
@@ -235,6 +240,7 @@ def test_who_starts_again_walks_the_finer_grid_on_its_path_and_pays_for_both(sol
         torch.testing.assert_close(r.samples[level == k], plain[level == k], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.long
 def test_nobody_starts_again_on_a_grid_that_max_nfe_does_not_pay_for():
     options = {"n": 24, "controller": strict(VP), "dtype": torch.float64}
     for most, walks in ((25, 1), (25 + 49 - 1, 1), (25 + 49, 2), (25 + 49 + 97, 3)):
@@ -265,6 +271,7 @@ def test_the_way_of_a_sample_that_starts_again_is_that_of_its_last_walk():
         assert torch.equal(path.t, Grid.tapered(VP, steps).times)
 
 
+@pytest.mark.long
 def test_hard_samples_are_worth_their_calls():
     # Three in a hundred end in one of two tight clusters, and on the plain grid at times in the wrong one.
     model, n = mixture(VP, shares=(0.97, 0.015, 0.015), gap=0.4), 2000
@@ -319,6 +326,7 @@ def biased(solver, n=4000):
     return float(r.samples.var()) / exact - 1, share
 
 
+@pytest.mark.long
 def test_rejections_leave_the_law_alone():
     # The variance of 4000 normals has a relative standard error of 2.2 %; redrawn noise, as below, is 67 % off.
     bias, share = biased(Touchy(eta=1.0))
@@ -326,6 +334,7 @@ def test_rejections_leave_the_law_alone():
     assert abs(bias) < 4 * 0.022
 
 
+@pytest.mark.long
 def test_redrawing_the_noise_after_a_rejection_would_not():
     bias, share = biased(Redrawn(eta=1.0))
     assert share > 0.25  # fewer than above: who was refused is seldom refused again
@@ -379,6 +388,7 @@ def test_weak_order(eta):
     assert fitted_order(steps, errors) > 2
 
 
+@pytest.mark.long
 def test_reading_the_first_value_by_its_norm_leaves_the_law_alone():
     sde = VPSDE(0.5, 3.0, t_min=0.05)
     model, n = GaussianScore(sde, torch.zeros(1), torch.full((1,), 0.3)), 10_000
@@ -393,6 +403,7 @@ def test_reading_the_first_value_by_its_norm_leaves_the_law_alone():
     assert float(own.var()) == pytest.approx(variance_after(16, 1.0)[0], rel=4 * 0.014)
 
 
+@pytest.mark.long
 def test_a_network_that_errs_in_pure_noise_gives_the_same_samples_at_any_batch_size():
     exact = GaussianScore(VP, torch.full((8,), 0.3), torch.linspace(0.1, 0.6, 8, dtype=torch.float64))
 

@@ -10,8 +10,6 @@ import fastsde
 from fastsde import DDIM, EDM, HEUN, VPSDE, Ancestral, ExponentialPC, Grid, ProbabilityFlow, ProbabilityFlowODE
 from fastsde.score import GaussianScore, MixtureScore
 
-pytestmark = pytest.mark.long
-
 
 def two_clusters(sde):
     """A wide component, and a rare one so narrow that samples near it need more steps."""
@@ -29,6 +27,7 @@ def gaussian(sde):
     return GaussianScore(sde, torch.full((3,), 0.2), torch.linspace(0.2, 0.6, 3, dtype=torch.float64))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SDES)
 def test_adaptive_steps_solve_every_process(name):
     sde = SDES[name]
@@ -63,6 +62,7 @@ def solve_with_torchdiffeq(model, x, method="dopri5", points=2, **tolerances):
     return odeint(ode, x, times, method=method, **options, **tolerances)[-1], ode.nfe
 
 
+@pytest.mark.long
 def test_parity_with_torchdiffeq_and_fewer_calls():
     sde = VPSDE()
     model, x = two_clusters(sde), start(sde, 256)
@@ -79,6 +79,7 @@ def test_parity_with_torchdiffeq_and_fewer_calls():
     assert int(r.nfe.max()) > 1.5 * int(r.nfe.min())
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
 def test_the_ode_for_other_libraries_is_the_same_ode(method):
     sde = VPSDE(0.5, 3.0, t_min=0.05)
@@ -113,6 +114,7 @@ def test_heun_embeds_euler():
     assert bound.nfe.tolist() == [2] * 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["VPSDE", "VESDE", "RectifiedFlow"])
 def test_encoding_inverts_sampling(name):
     sde = SDES[name]
@@ -124,6 +126,7 @@ def test_encoding_inverts_sampling(name):
     torch.testing.assert_close(back.samples, x, rtol=0, atol=1e-6)
 
 
+@pytest.mark.long
 def test_ddim_inversion_has_order_one_and_walks_the_same_grid():
     model, x = gaussian(VPSDE()), 0.3 * torch.ones(2, 3, dtype=torch.float64)
     steps, errors = (50, 100, 200), []
@@ -178,6 +181,7 @@ def test_trajectory_times_are_checked(times, message):
         fastsde.sample(gaussian(VPSDE()), n=2, solver=DDIM(7), trajectory=times)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", SDES)
 def test_default_tolerances_are_safe_on_every_process(name):
     """A step from much noise to none has a tiny error estimate and a large error: it must not be taken."""
@@ -221,6 +225,7 @@ def test_the_ode_evaluates_a_module_as_sample_does():
     assert network.training
 
 
+@pytest.mark.long
 def test_a_grid_longer_than_the_usual_limit_is_walked():
     model = gaussian(VPSDE())
     model.calls = 1000
