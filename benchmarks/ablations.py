@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 
 import click
-import torch
 from common import Row, command, table
 from fitted import Case
 from problems import Problem, make
@@ -24,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
+from fastsde.evaluation.statistics import Moments, frechet_distance
 
 CALLS = (6, 8, 10, 12, 15, 20)
 WEIGHTS: dict[str, fastsde.Solver] = {
@@ -52,14 +52,10 @@ def main() -> None:
 def between(x: Tensor, reference: Tensor, *, diagonal: bool) -> float:
     """Frechet distance between two sets of samples."""
     x, reference = x.double(), reference.double()
-    shift = float((x.mean(0) - reference.mean(0)).square().sum())
     if diagonal:
-        return shift + float((x.std(0) - reference.std(0)).square().sum())
-    a, b = x.T.cov(), reference.T.cov()
-    values, vectors = torch.linalg.eigh(b)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.mT
-    cross = torch.linalg.eigvalsh(root @ a @ root).clamp(min=0).sqrt().sum()
-    return shift + float(a.trace() + b.trace() - 2 * cross)
+        return float((x.mean(0) - reference.mean(0)).square().sum() + (x.std(0) - reference.std(0)).square().sum())
+    a, b = Moments.of(x), Moments.of(reference)
+    return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
 
 def excess(problem: Problem) -> list[Row]:

@@ -23,6 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import fastsde
+from fastsde.evaluation.features import open_features
+from fastsde.evaluation.images import to_uint8
+from fastsde.evaluation.reference import packaged_reference
+from fastsde.evaluation.statistics import Moments, frechet_distance
 
 HERE = Path(__file__).parent
 RESULTS, RUNS, IMAGES = HERE / "results", HERE / "runs", HERE.parent / "docs" / "images"
@@ -177,6 +181,14 @@ def described(part: object) -> str:
 def labels(n: int) -> dict[str, Tensor]:
     """Conditioning of n samples: the ten classes in turn."""
     return {"class_labels": torch.arange(n) % 10}
+
+
+def fid(images: Tensor) -> float:
+    """Frechet distance of images in [-1, 1], shape (n, 1, 28, 28), to Fashion-MNIST, in the packaged features."""
+    reference = packaged_reference("fashion-mnist")
+    shown = torch.from_numpy(to_uint8(images, (-1.0, 1.0))).movedim(-1, 1)
+    own = Moments.of(open_features("fashion-mnist").of(shown.split(500))[0].double())
+    return frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
 
 
 class Recorder(nn.Module):

@@ -17,17 +17,13 @@ from pathlib import Path
 import click
 import networks
 import torch
-from common import RESULTS, RUNS, Book, Row, command, labels, table
+from common import RESULTS, RUNS, Book, Row, command, fid, labels, table
 from peers_networks import peers as peers_of
 from problems import make
 from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
-from fastsde.evaluation.features import open_features
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import Moments, frechet_distance
 
 CALLS = (3, 4, 5, 6, 8, 10, 12, 20)
 PILOT_CALLS, PRICES = (4, 6), (2_000, 4_000, 20_000)
@@ -69,14 +65,6 @@ class Case:
         each = (x - self.exact).double().flatten(1).square().mean(1).sqrt() * 500
         row = {"error": float(each.mean()), "median": float(each.median()), "rms": float(each.square().mean().sqrt())}
         return row | ({} if self.distance is None else {"distance": self.distance(x)})
-
-
-def fid(x: Tensor) -> float:
-    """FID in the features of the packaged classifier."""
-    features, reference = open_features("fashion-mnist"), packaged_reference("fashion-mnist")
-    pixels = torch.as_tensor(to_uint8(x, (-1.0, 1.0))).permute(0, 3, 1, 2)
-    own = Moments.of(features.of(pixels.split(500))[0].double())
-    return frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
 
 
 class Results(Book):

@@ -18,14 +18,10 @@ from pathlib import Path
 
 import click
 import torch
-from common import RUNS, Book, Row, command, in_turn, labels, table, timed
+from common import RUNS, Book, Row, command, fid, in_turn, labels, table, timed
 from torch import Tensor, nn
 
 import fastsde
-from fastsde.evaluation.features import Features, open_features
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import frechet
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
 from fastsde.training.introvae import (
@@ -47,16 +43,8 @@ def main() -> None:
     """Both studies."""
 
 
-def distance(images: Tensor, features: Features) -> float:
-    """Frechet distance to the training images, of images in [-1, 1] with shape (n, C, H, W)."""
-    reference = packaged_reference("fashion-mnist")
-    shown = torch.from_numpy(to_uint8(images, (-1.0, 1.0))).permute(0, 3, 1, 2)
-    found, _ = features.of(shown.split(500))
-    return frechet(found, reference.mean, reference.covariance, draws=0).value
-
-
 @torch.no_grad()
-def figures(network: nn.Module, test: Tensor, features: Features, margin: float, seed: int) -> Row:
+def figures(network: nn.Module, test: Tensor, margin: float, seed: int) -> Row:
     """What is measured of an autoencoder, on 8-bit test images."""
     x = to_unit_range(test)
     mean = torch.cat([posterior(network, part)[0] for part in x.split(500)])
@@ -66,8 +54,8 @@ def figures(network: nn.Module, test: Tensor, features: Features, margin: float,
         torch.cat([divergence(*posterior(network, part)) for part in images.split(500)]) for images in (x, x_r, x_p)
     )
     return {
-        "prior": distance(x_p, features),
-        "rec": distance(x_r, features),
+        "prior": fid(x_p),
+        "rec": fid(x_r),
         "rms": float((x_r - x).square().mean().sqrt()),
         "kl": float(kl.mean()),
         "kl_reconstructed": float(of_r.mean()),
@@ -86,7 +74,7 @@ def figures(network: nn.Module, test: Tensor, features: Features, margin: float,
 @click.option("--seeds", default=3)
 def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
     """Prints the table."""
-    images, features = load_images(data)[0], open_features("fashion-mnist")
+    images = load_images(data)[0]
     test = load_images(data, train=False)[0][:samples]
     soft = SoftIntroVAE(beta_rec=0.5)  # the same VAE as beta = 1 of the others
     book = Book(RUNS / f"autoencoders-{steps}-{samples}.csv", ("kind", "seed"), FIGURES)
@@ -98,7 +86,7 @@ def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "c.safetensors"
             averaged = train_autoencoder(network, images, config, file, objective, plain=steps // 8)
-        return figures(averaged, test, features, margin, seed)
+        return figures(averaged, test, margin, seed)
 
     for seed in range(seeds):
         book.need(PLAIN, seed, work=lambda seed=seed: trained(IntroVAE(alpha=0.0), seed, 0.0))
@@ -111,7 +99,7 @@ def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
         for seed in range(seeds)
     ]
     table(rows)
-    return {"test_images": distance(to_unit_range(test), features), "rows": rows}
+    return {"test_images": fid(to_unit_range(test)), "rows": rows}
 
 
 @command("What do latents save?", "latent_diffusion", main, samples=130, seeds=1, seconds=1)
@@ -121,8 +109,7 @@ def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
 @click.option("--seconds", default=60, help="For the times.")
 def diffusion(model: Path, samples: int, seeds: int, seconds: int) -> Row:
     """Prints the table."""
-    features, models = open_features("fashion-mnist"), {"latents": fastsde.pretrained(model)}
-    models["pixels"] = fastsde.pretrained("fashion-mnist")
+    models = {"latents": fastsde.pretrained(model), "pixels": fastsde.pretrained("fashion-mnist")}
 
     def draw(name: str, n: int, seed: int) -> Tensor:
         r = fastsde.sample(models[name], n=n, nfe=12, seed=seed, cond=labels(n), batch_size=64)
@@ -137,7 +124,7 @@ def diffusion(model: Path, samples: int, seeds: int, seconds: int) -> Row:
         time = times["ours_seconds" if name == "latents" else "theirs_seconds"]
         row: Row = {"model": name, "parameters": sum(p.numel() for part in parts for p in part.parameters())}
         row["ms_per_image"] = 1000 * float(str(time)) / 64
-        row["fid"] = [distance(draw(name, samples, seed), features) for seed in range(seeds)]
+        row["fid"] = [fid(draw(name, samples, seed)) for seed in range(seeds)]
         rows.append(row)
     table(rows)
     return {"times": times, "rows": rows}

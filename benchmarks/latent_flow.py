@@ -14,15 +14,12 @@ import time
 
 import click
 import torch
-from common import Row, command, table
+from common import Row, command, fid, table
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import fastsde
-from fastsde.evaluation.features import open_features
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import frechet, sliced_wasserstein
+from fastsde.evaluation.statistics import sliced_wasserstein
 from fastsde.latent import LatentFlow, sampler_map
 from fastsde.training.data import load_images, to_unit_range
 
@@ -69,7 +66,6 @@ def main(
 ) -> list[Row]:
     """Prints the table."""
     model = fastsde.pretrained(name)
-    network, reference = open_features("fashion-mnist"), packaged_reference("fashion-mnist")
     images = load_images(data)[0]
     real, held = to_unit_range(images[:1000]), to_unit_range(images[1000 : 1000 + samples])
     few = sampler_map(model, nfe=calls)
@@ -78,9 +74,7 @@ def main(
         return model.decode(few(z), batch_size=len(z))
 
     def judged(x: Tensor) -> tuple[float, float]:
-        shown = torch.as_tensor(to_uint8(x, (-1.0, 1.0))).permute(0, 3, 1, 2)
-        found = frechet(network.of(shown.split(500))[0], reference.mean, reference.covariance, draws=0).value
-        return found, sliced_wasserstein(x.flatten(1), held.flatten(1))
+        return fid(x), sliced_wasserstein(x.flatten(1), held.flatten(1))
 
     rows: list[Row] = []
 

@@ -9,29 +9,18 @@ k - 1 degrees of freedom: 95.4 % if honest.
 
 from __future__ import annotations
 
+import math
+
 import click
 import torch
 from common import Row, command, table
 from problems import digits_law
 from scipy import stats
-from torch import Tensor
 from tqdm import tqdm
 
 import fastsde
-from fastsde.score.analytic import MixtureScore
 
 PROBABILITY = 2 * stats.norm.cdf(2) - 1
-
-
-def exact_bits(model: MixtureScore, x: Tensor) -> Tensor:
-    """-log2 p(x) / d of the mixture at t_min, with x of shape (n, d) and the result of shape (n,)."""
-    t = torch.tensor([model.sde.t_min], dtype=torch.float64)
-    alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
-    variance = alpha**2 * model.variances + sigma**2
-    along = torch.einsum("nkd,kdr->nkr", x[:, None] - alpha * model.means, model.bases)
-    constant = torch.log(torch.tensor(2 * torch.pi, dtype=torch.float64))
-    log_prob = model.weights.log() - 0.5 * (along**2 / variance + variance.log() + constant).sum(2)
-    return -log_prob.logsumexp(1) / (x.shape[1] * torch.log(torch.tensor(2.0, dtype=torch.float64)))
 
 
 @command(__doc__, "likelihood", points=4, probes=[2], exact_rtol=[1e-2], rtol=1e-2)
@@ -44,8 +33,9 @@ def main(points: int, probes: tuple[int, ...], rtol: float, exact_rtol: tuple[fl
     model, generator = digits_law(), torch.Generator().manual_seed(0)
     data = model.draw(points, generator)
     noise = torch.randn(data.shape, dtype=data.dtype, generator=generator)
-    x = model.sde.marginal(data, torch.full((points,), model.sde.t_min, dtype=torch.float64), noise)
-    truth = exact_bits(model, x)
+    t = torch.full((points,), model.sde.t_min, dtype=torch.float64)
+    x = model.sde.marginal(data, t, noise)
+    truth = -model.log_density(x, t) / (x.shape[1] * math.log(2))
     jobs: list[tuple[str, int, float, Row]] = [(f"exact, rtol {v:g}", 0, v, {"exact": True}) for v in exact_rtol]
     jobs += [
         (f"{'Gaussian' if gaussian else 'Rademacher'}, {k} probes", k, rtol, {"probes": k, "gaussian": gaussian})

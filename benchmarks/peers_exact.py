@@ -61,14 +61,15 @@ def drawn(problem: Problem, n: int, seed: int, **options: Any) -> Tensor:
     return fastsde.sample(model, x_init=x, batch_size=CHUNK, seed=seed, **options).samples
 
 
-def ours(eta: float) -> Callable[[Problem, int, Any, int], Tensor]:
-    """fastsde's own solver with a budget of calls, or with a tolerance."""
+def ours(options: Callable[[Any], dict[str, Any]]) -> Callable[[Problem, int, Any, int], Tensor]:
+    """fastsde's `sample` with what `options` makes of a budget."""
+    return lambda problem, n, budget, seed: drawn(problem, n, seed, **options(budget))
 
-    def draw(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
-        said = {"rtol": budget} if isinstance(budget, float) else {"nfe": budget}
-        return drawn(problem, n, seed, solver=fastsde.ExponentialPC(eta=eta), **said)
 
-    return draw
+def by_calls(eta: float) -> Callable[[Any], dict[str, Any]]:
+    """Our own solver with a number of calls, or with a tolerance."""
+    solver = fastsde.ExponentialPC(eta=eta)
+    return lambda budget: {"solver": solver, "rtol" if isinstance(budget, float) else "nfe": budget}
 
 
 def fitted(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
@@ -76,20 +77,6 @@ def fitted(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
     solver = fastsde.fit(problem.model(), nfe=budget, seed=seed)
     problem.rows = 0
     return drawn(problem, n, seed, solver=solver)
-
-
-def on_log_snr(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
-    """Our solver on the plain grid."""
-    return drawn(problem, n, seed, controller=fastsde.Grid.log_snr(SDE, budget - 1))
-
-
-def published(solver: Callable[[int], fastsde.Solver], tolerance: bool) -> Callable[[Problem, int, Any, int], Tensor]:
-    """fastsde's other solvers: Algorithm 6 with a tolerance, Euler-Maruyama with a number of steps."""
-
-    def draw(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
-        return drawn(problem, n, seed, solver=solver(budget), **({"rtol": budget} if tolerance else {}))
-
-    return draw
 
 
 def chunked(draw: Callable[[Problem, Tensor, Any, int], Tensor]) -> Callable[[Problem, int, Any, int], Tensor]:
@@ -223,17 +210,26 @@ def torchsde(problem: Problem, z: Tensor, budget: int, seed: int) -> Tensor:
 def samplers() -> list[Sampler]:
     """Everybody."""
     found = [
-        Sampler("fastsde", "ODE", "ExponentialPC", ours(0.0)),
-        Sampler("fastsde", "ODE", "ExponentialPC, log-SNR grid", on_log_snr),
-        Sampler("fastsde", "ODE", "FittedSolver", fitted),
-        Sampler("fastsde", "ODE", "ExponentialPC, rtol", ours(0.0), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 1", ours(1.0)),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(0.5)),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 1, rtol", ours(1.0), (0.5, 0.2, 0.1, 0.05, 0.02)),
+        Sampler("fastsde", "ODE", "ExponentialPC", ours(by_calls(0.0))),
         Sampler(
-            "fastsde", "SDE", "Algorithm 6", published(lambda _: fastsde.ExtrapolatedEM(), True), (0.02, 0.05, 0.1)
+            "fastsde",
+            "ODE",
+            "ExponentialPC, log-SNR grid",
+            ours(lambda n: {"controller": fastsde.Grid.log_snr(SDE, n - 1)}),
         ),
-        Sampler("fastsde", "SDE", "Euler-Maruyama", published(lambda k: fastsde.EulerMaruyama(k - 1), False)),
+        Sampler("fastsde", "ODE", "FittedSolver", fitted),
+        Sampler("fastsde", "ODE", "ExponentialPC, rtol", ours(by_calls(0.0)), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)),
+        Sampler("fastsde", "SDE", "ExponentialPC, eta 1", ours(by_calls(1.0))),
+        Sampler("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(by_calls(0.5))),
+        Sampler("fastsde", "SDE", "ExponentialPC, eta 1, rtol", ours(by_calls(1.0)), (0.5, 0.2, 0.1, 0.05, 0.02)),
+        Sampler(
+            "fastsde",
+            "SDE",
+            "Algorithm 6",
+            ours(lambda rtol: {"solver": fastsde.ExtrapolatedEM(), "rtol": rtol}),
+            (0.02, 0.05, 0.1),
+        ),
+        Sampler("fastsde", "SDE", "Euler-Maruyama", ours(lambda n: {"solver": fastsde.EulerMaruyama(n - 1)})),
     ]
 
     def add(family: str, kind: str, name: str, draw: Any, tolerances: tuple[float, ...] = (), fewest: int = 1) -> None:

@@ -447,22 +447,14 @@ def latent_flow(results: list[Row]) -> list[Row]:
 # Cost
 
 
-def runs_of(results: Row) -> list[Row]:
+@shows("overhead")
+def overhead(results: Row) -> list[Row]:
     """Time of `sample` over the bare forwards."""
     shown = {"time_/_bare_forwards": "{ratio:.3f}", "interval": "{ratio_interval[0]:.3f} to {ratio_interval[1]:.3f}"}
     return columns(results["runs"], run="run", calls="{nfe:.0f}", **shown)
 
 
-@shows("overhead")
-def overhead(results: Row) -> list[Row]:
-    """On the CPU."""
-    return runs_of(results)
-
-
-@shows("overhead_cuda")
-def overhead_cuda(results: Row) -> list[Row]:
-    """On a GPU."""
-    return runs_of(results)
+TABLES["overhead-cuda"] = ("overhead_cuda",), overhead  # on a GPU
 
 
 @shows("overhead", "overhead_cuda")
@@ -502,6 +494,8 @@ def survival(results: Row) -> list[Row]:
 
 
 # Other uses
+
+TABLES |= {"guidance": (("guided_pipeline",), list), "divergences": (("divergences",), list)}
 
 
 @shows("ode")
@@ -548,12 +542,6 @@ def hosts_rtol(rows: list[Row]) -> list[Row]:
     )
 
 
-@shows("guided_pipeline")
-def guidance(rows: list[Row]) -> list[Row]:
-    """Distance to 200 evaluations."""
-    return rows
-
-
 @shows("pipelines")
 def pipelines(rows: list[Row]) -> list[Row]:
     """All classes."""
@@ -566,12 +554,6 @@ def pipelines_count(rows: list[Row]) -> list[Row]:
     words = {"right": "right", "refused": "refused", "wrong or failing": ("WRONG", "FAILS")}
     counts = {name: sum(row["in its own loop"].startswith(word) for row in rows) for name, word in words.items()}
     return [{"classes": len(rows)} | counts]
-
-
-@shows("divergences")
-def divergences(rows: list[Row]) -> list[Row]:
-    """All of them, and FID first."""
-    return rows
 
 
 @shows("stability")
@@ -631,12 +613,6 @@ def inception(rows: list[Row]) -> list[Row]:
     return columns(rows, solver="solver", of="of", FID="{fid:.2f} ± {fid error:.2f}", inception_score=score)
 
 
-@shows("codebases")
-def codebases(rows: list[Row]) -> list[Row]:
-    """Lines and names of four parts, here and elsewhere."""
-    return rows
-
-
 def over_seeds(rows: list[Row], *parts: str) -> list[Row]:
     """Means of the cells of parts over their seeds, and the spread of FID."""
     cells: dict[tuple[str, str], list[Row]] = {}
@@ -660,22 +636,12 @@ def over_seeds(rows: list[Row], *parts: str) -> list[Row]:
     return found
 
 
-@shows("tokens")
-def tokens_solvers(results: Row) -> list[Row]:
-    """Solvers of masked tokens on images."""
-    return over_seeds(results["rows"], "floor", "solvers")
-
-
-@shows("tokens")
-def tokens_tuning(results: Row) -> list[Row]:
-    """What temperature and scale were chosen by."""
-    return over_seeds(results["rows"], "tuning MaskGIT", "tuning critic")
-
-
-@shows("tokens")
-def tokens_tolerance(results: Row) -> list[Row]:
-    """A tolerance, and as many fixed steps."""
-    return over_seeds(results["rows"], "tolerance", "fixed")
+for name, parts in {
+    "tokens-solvers": ("floor", "solvers"),
+    "tokens-tuning": ("tuning MaskGIT", "tuning critic"),
+    "tokens-tolerance": ("tolerance", "fixed"),
+}.items():
+    TABLES[name] = ("tokens",), lambda results, parts=parts: over_seeds(results["rows"], *parts)
 
 
 @shows("tokens")

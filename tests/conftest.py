@@ -31,8 +31,8 @@ def without_type_checks():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
-@pytest.fixture(autouse=True)
-def _unchecked_if_long(request):
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
     """Tests marked `long` call the same functions thousands of times; checking each call would double their time."""
-    if request.node.get_closest_marker("long") is not None:
-        request.getfixturevalue("without_type_checks")
+    jaxtyping.config.update("jaxtyping_disable", item.get_closest_marker("long") is not None)
+    return (yield)

@@ -130,6 +130,25 @@ def raises_at(error, call):
     return answer
 
 
+class Stopped(Exception):
+    """What `stop_at` raises."""
+
+
+def stop_at(last):
+    """A callback of a training that stops it."""
+
+    def callback(step, history, network):
+        if step == last:
+            raise Stopped
+
+    return callback
+
+
+def equal(a, b):
+    """Whether two dicts of tensors have the same keys and the same bits."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
 def path(sde=CLOCK, event=(2,)):
     """The Brownian path that the stub runs walk."""
     return BrownianPath(SEED, event, torch.float64, t_min=sde.t_min, t_max=sde.t_max)

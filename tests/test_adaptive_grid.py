@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from oracles import GivenNoise, fitted_order, vector
+from oracles import GivenNoise, bind, fitted_order, vector
 
 import fastsde
 from fastsde import EDM, VPSDE, AdaptiveGrid, ExponentialPC, Grid
@@ -56,15 +56,10 @@ def test_without_large_errors_it_is_the_grid():
 def test_a_large_error_sends_the_sample_to_its_start_on_a_grid_twice_as_fine():
     tried = walk([0.5, 1.01, 0.9, 0.9, 0.9, 1e-9, 1e-9])
     assert tried == [(-6, "taken"), (-4, "again"), *((lam, "taken") for lam in (-7, -6, -5, -4, -3))]
-    # Two such steps: a quarter of the length.
-    tried = walk([9, 9, 0.1, 0.1])
-    assert tried == [(-6, "again"), (-7, "again"), (-7.5, "taken"), (-7, "taken")]
-    assert walk([2], limit=3.0) == [(-6, "taken")]
-
-
-def test_on_the_finest_grid_every_step_is_taken():
+    # Two such steps: a quarter of the length. On the finest grid every step is taken.
     assert walk([9, 9, 9, 9]) == [(-6, "again"), (-7, "again"), (-7.5, "taken"), (-7, "taken")]
     assert walk([9], grids=1) == [(-6, "taken")]
+    assert walk([2], limit=3.0) == [(-6, "taken")]
 
 
 def test_a_row_that_is_not_a_number_ends_and_its_neighbour_goes_on():
@@ -185,13 +180,12 @@ def test_an_error_counts_the_more_the_less_noise_is_left():
 def test_samples_that_start_again_do_not_depend_on_the_batch(solver, limit):
     model = mixture(VP)
     options = {"solver": solver, "controller": strict(VP, limit), "dtype": torch.float64}
-    whole = fastsde.sample(model, n=10, batch_size=10, **options)
-    assert 0 < (whole.rejected > 0).sum() < 10
-    for batch in (1, 4):
-        r = fastsde.sample(model, n=10, batch_size=batch, **options)
-        assert r.nfe.tolist() == whole.nfe.tolist()
-        # Matrix products round differently at other batch sizes.
-        torch.testing.assert_close(r.samples, whole.samples, rtol=1e-9, atol=1e-10)
+    whole = fastsde.sample(model, n=6, batch_size=6, **options)
+    assert 0 < (whole.rejected > 0).sum() < 6
+    r = fastsde.sample(model, n=6, batch_size=2, **options)
+    assert r.nfe.tolist() == whole.nfe.tolist()
+    # Matrix products round differently at other batch sizes.
+    torch.testing.assert_close(r.samples, whole.samples, rtol=1e-9, atol=1e-10)
 
 
 @pytest.mark.long
@@ -213,15 +207,17 @@ def test_the_error_falls_with_the_tolerance():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", [ExponentialPC(), ExponentialPC(steps=60)], ids=["rtol", "grid"])
-def test_encoding_runs_the_same_flow_backwards(solver):
+def test_encoding_runs_the_same_flow_backwards():
+    """By the default of encoding, on a grid, and with samples that start again, from the data."""
     model = mixture(VP)
     x = fastsde.sample(model, n=12, nfe=60, dtype=torch.float64, denoise=False).samples
-    code = fastsde.encode(model, x=x, solver=solver)
-    assert code.success.all()
-    exact = fastsde.encode(model, x=x, solver=fastsde.ProbabilityFlow(), rtol=1e-7, atol=1e-7)
-    # Measured 2e-5 (106 calls at the tighter default of encoding) and 1e-4, of noise of size 1.
-    assert float((code.samples - exact.samples).square().mean().sqrt()) < 1e-3
+    exact = fastsde.encode(model, x=x, solver=fastsde.ProbabilityFlow(), rtol=1e-7, atol=1e-7).samples
+    # Measured 2e-5 (106 calls), 1e-4 and 1e-3, of noise of size 1.
+    for rule, limit in ((None, 1e-3), (Grid.log_snr(VP, 60), 1e-3), (strict(VP, 0.05), 1e-2)):
+        code = fastsde.encode(model, x=x, solver=ExponentialPC(), controller=rule)
+        assert code.success.all()
+        assert float((code.samples - exact).square().mean().sqrt()) < limit
+    assert (code.rejected > 0).any()
 
 
 def test_steps_below_the_resolution_of_the_path_are_refused():
@@ -251,11 +247,6 @@ def test_nobody_starts_again_on_a_grid_that_max_nfe_does_not_pay_for():
         r = fastsde.sample(mixture(VP), max_nfe=most, **options)
         assert r.counts() == {"SUCCESS": 24}
         assert r.accepted.max() == 24 << (walks - 1)
-    # And without it there is no grid that it forbids.
-    grids = [Grid.uniform(VP, 6000), Grid.uniform(VP, 6001)]
-    linear = GaussianScore(VP, torch.zeros(1), torch.ones(1))
-    r = fastsde.sample(linear, n=1, controller=AdaptiveGrid(grids, 1e-9, 1e-9, limit=1e-12), solver=ExponentialPC())
-    assert (int(r.accepted), r.counts()) == (6001, {"SUCCESS": 1})
 
 
 @pytest.mark.parametrize(("eta", "plain"), [(0.0, 16), (1.0, 25)])
@@ -278,17 +269,6 @@ def test_the_way_of_a_sample_that_starts_again_is_that_of_its_last_walk():
     assert {len(path.t) for path in r.trajectory} == {25, 49, 97}
     for path, steps in zip(r.trajectory, r.accepted.tolist(), strict=True):
         assert torch.equal(path.t, Grid.tapered(VP, steps).times)
-
-
-@pytest.mark.long
-def test_encoding_starts_again_from_the_data():
-    model = mixture(VP)
-    x = fastsde.sample(model, n=12, nfe=60, dtype=torch.float64, denoise=False).samples
-    r = fastsde.encode(model, x=x, solver=ExponentialPC(), controller=strict(VP, 0.05))
-    assert (r.rejected > 0).sum() > 0
-    exact = fastsde.encode(model, x=x, solver=fastsde.ProbabilityFlow(), rtol=1e-7, atol=1e-7)
-    # Measured 1e-3, of noise of size 1.
-    assert float((r.samples - exact.samples).square().mean().sqrt()) < 1e-2
 
 
 @pytest.mark.long
@@ -317,13 +297,6 @@ def test_a_tolerance_is_a_number_of_steps_and_nobody_starts_again(sde, rtol):
     assert torch.equal(r.samples, fastsde.sample(model, nfe=calls[0], **options).samples)
 
 
-def test_a_trajectory_stops_at_the_times_asked_for():
-    r = fastsde.sample(mixture(VP), n=12, controller=strict(VP), trajectory=[0.7, 0.31])
-    for path in r.trajectory:
-        assert path.t.tolist() == [0.7, 0.31]
-    assert r.rejected.max() > 0  # who starts again leaves no trace of the first walk
-
-
 # ---- rejections -------------------------------------------------------------------------------------------------
 
 
@@ -343,7 +316,7 @@ class Redrawn(Touchy):
     adaptive = True
 
 
-def biased(solver, n=10_000):
+def biased(solver, n=4000):
     """Relative error of the variance of one-dimensional Gaussian data, and the share of rejected steps."""
     model = GaussianScore(VP, torch.zeros(1), torch.full((1,), 0.5))
     rule = AdaptiveGrid([Grid.log_snr(VP, 32 << k) for k in range(4)], 1e-9, 0.5)
@@ -355,10 +328,10 @@ def biased(solver, n=10_000):
 
 @pytest.mark.long
 def test_rejections_leave_the_law_alone():
-    # The variance of 10,000 normals has a relative standard error of 1.4 %.
+    # The variance of 4000 normals has a relative standard error of 2.2 %; redrawn noise, as below, is 67 % off.
     bias, share = biased(Touchy(eta=1.0))
     assert share > 0.3
-    assert abs(bias) < 4 * 0.014
+    assert abs(bias) < 4 * 0.022
 
 
 @pytest.mark.long
@@ -385,11 +358,9 @@ def impulse(k, elements):
 
 def variance_after(steps, eta, std=0.3):
     """Variance of the denoised sample for Gaussian data, exact: the sampler is linear in start and noises."""
-    from fastsde.score.base import BoundModel
-
     sde = VPSDE(0.5, 3.0, t_min=0.05)
     model = GaussianScore(sde, torch.zeros(steps + 1), torch.full((steps + 1,), std))
-    bound = BoundModel(model, {}, torch.ones(1, dtype=torch.bool))
+    bound = bind(model, 1)
     times = Grid.log_snr(sde, steps).times
     t = times[:1]
     # Element 0 starts with the exact standard deviation at t_max.
@@ -420,16 +391,16 @@ def test_weak_order(eta):
 @pytest.mark.long
 def test_reading_the_first_value_by_its_norm_leaves_the_law_alone():
     sde = VPSDE(0.5, 3.0, t_min=0.05)
-    model, n = GaussianScore(sde, torch.zeros(1), torch.full((1,), 0.3)), 25_000
+    model, n = GaussianScore(sde, torch.zeros(1), torch.full((1,), 0.3)), 10_000
     plain, own = (
         fastsde.sample(model, n=n, solver=kind(eta=1.0), controller=Grid.log_snr(sde, 16), batch_size=n).samples
         for kind in (Linear, ExponentialPC)
     )
     changed = (plain != own).double().mean()
     assert 0.2 < changed < 0.6  # measured 0.41: in one dimension the norm is chance, and often falls
-    # The variance of 25,000 normals has a relative standard error of 0.9 %, less for a difference with shared noise.
-    assert abs(float(own.var() / plain.var()) - 1) < 0.02
-    assert float(own.var()) == pytest.approx(variance_after(16, 1.0)[0], rel=4 * 0.009)
+    # The variance of 10,000 normals has a relative standard error of 1.4 %, less for a difference with shared noise.
+    assert abs(float(own.var() / plain.var()) - 1) < 0.03
+    assert float(own.var()) == pytest.approx(variance_after(16, 1.0)[0], rel=4 * 0.014)
 
 
 @pytest.mark.long

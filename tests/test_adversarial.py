@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from stubs import Stopped, equal, stop_at
 from torch import nn
 
 import fastsde
@@ -166,22 +167,12 @@ def contents(path):
     return {key: value.clone() for key, value in load_file(path).items()}
 
 
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def test_a_resumed_run_repeats_all_of_an_uninterrupted_one(tmp_path):
-    class Stop(Exception):
-        pass
-
-    def stop(step, history, network):
-        if step == 8:
-            raise Stop
-
     model, adversary = setting(steps=2)
     train(model, DATA, None, CONFIG, tmp_path / "a.safetensors", adversary=adversary, save_every=4)
     model, adversary = setting(steps=2)
-    with pytest.raises(Stop):
+    stop = stop_at(8)
+    with pytest.raises(Stopped):
         train(model, DATA, None, CONFIG, tmp_path / "b.safetensors", adversary=adversary, save_every=4, callback=stop)
     model, adversary = setting(seed=1, steps=2)
     train(model, DATA, None, CONFIG, tmp_path / "b.safetensors", adversary=adversary, save_every=4, resume=True)

@@ -5,14 +5,24 @@ import math
 
 import pytest
 import torch
-from oracles import LINEAR_BETAS, SDES, GivenNoise, vector
+from oracles import (
+    LINEAR_BETAS,
+    SDES,
+    GivenNoise,
+    assert_independent,
+    bind,
+    curved,
+    curved_model,
+    draw,
+    point_mass,
+    vector,
+)
 from stubs import Recorder, never
 
 import fastsde
 from fastsde import DDIM, EDM, VESDE, VPSDE, Ancestral, AnnealedLangevin, ConsistentAnnealed, Grid, RectifiedFlow
 from fastsde.noise import FreshNoise
 from fastsde.score import DatasetScore, GaussianScore
-from fastsde.score.base import BoundModel
 from fastsde.solvers.annealed_langevin import closest_step
 
 POINT = 0.3
@@ -27,30 +37,8 @@ each_start = pytest.mark.parametrize(
 )
 
 
-def point_mass(sde, event=(5,)):
-    """Data that are one point: the expected denoised sample is always that point, exactly."""
-    return fastsde.ScoreModel(lambda x, t: torch.full_like(x, POINT), sde, "sample", event_shape=event)
-
-
-def bind(model, n):
-    return BoundModel(model, {}, torch.ones(n, dtype=torch.bool))
-
-
-def curved_model(sde):
-    """A score that is no linear function of x, so that mixed-up arguments show."""
-    return fastsde.ScoreModel(lambda x, t: curved(x, t[:, None]), sde)
-
-
-def curved(x, t):
-    return -x / (1 + x * x) - t * x
-
-
 def rho(sde, t):
     return sde.sigma(t) / sde.alpha(t)
-
-
-def draw(*shape, seed=0):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def noise_on_the_way(solver, sde, times, steps, draws):
@@ -98,20 +86,6 @@ def test_proposition_1(sde, n_sigma, eta):
         assert measured == pytest.approx(float(alpha**2 * variance), rel=1e-12)
         assert mean == pytest.approx(float(alpha * POINT), rel=1e-14)
         assert measured > float(alpha**2 * levels[i])
-
-
-def test_proposition_1_on_samples():
-    sde, n, eta = VESDE(), 64, 0.18
-    data = torch.full((n, 512), POINT)
-    solver = AnnealedLangevin(levels=13, n_sigma=2, eta=eta)
-    r = fastsde.sample(point_mass(sde, (512,)), x_data=data, solver=solver, trajectory=True, dtype=torch.float64)
-    levels = sde.sigma(Grid.log_snr(sde, 12).times) ** 2
-    variance = after_langevin(levels[0], levels[0], eta, 2)  # in the warm-up turn, which no trajectory keeps
-    paths = torch.stack([path.x for path in r.trajectory]) - POINT
-    for i in range(1, 13):
-        variance = after_langevin(variance, levels[i], eta, 2)
-        # A variance of n normals has a relative standard error of sqrt(2 / n); five of them.
-        assert abs(float(paths[:, i].square().mean() / variance) - 1) < 5 * (2 / data.numel()) ** 0.5
 
 
 @pytest.mark.parametrize("gamma", [0.3, 0.7, 0.964, 0.99])
@@ -286,22 +260,7 @@ def test_every_langevin_step_has_noise_of_its_own():
     z = states.diff(dim=0) / ((2 * eta) ** 0.5 * sigma[:-1, None, None])
     z = torch.cat([states[:1] / sigma[0], z]).flatten(0, 1)
     assert len(z) == 2 * (4 * 3 + 1)
-    # Correlations of d normals have a standard error of 1 / sqrt(d), squared norms of sqrt(2 / d); five and a half of
-    # them for the largest of 325 pairs.
-    error = (z @ z.mT / d - torch.eye(len(z))).abs()
-    assert float(error.fill_diagonal_(0).max()) < 5.5 / d**0.5
-    assert float((z.square().mean(1) - 1).abs().max()) < 5.5 * (2 / d) ** 0.5
-
-
-@each_start
-def test_the_same_samples_at_any_batch_size(solver):
-    model = fastsde.ScoreModel(lambda x, t: torch.tanh(x), VPSDE(), "sample", event_shape=(5,))
-    index = torch.arange(7)
-    whole = fastsde.sample(model, solver=solver, index=index, dtype=torch.float64).samples
-    for batch, order in ((1, index), (3, index), (7, torch.tensor([4, 0, 6, 2, 5, 1, 3]))):
-        r = fastsde.sample(model, solver=solver, index=order, batch_size=batch, dtype=torch.float64)
-        # Vectorised and scalar kernels may round elementary functions differently by an ulp.
-        torch.testing.assert_close(r.samples, whole[order], rtol=1e-12, atol=1e-13)
+    assert_independent(z)
 
 
 @pytest.mark.parametrize("solver", [AnnealedLangevin(n_sigma=2, eta=0.2), ConsistentAnnealed()], ids=["ALS", "CAS"])

@@ -41,7 +41,26 @@ SDES = {
     "edm": EDM(t_max=10.0),
     "flow": RectifiedFlow(),
 }
-SOLVERS = {"extrapolated": ExtrapolatedEM(), "euler": EulerMaruyama(steps=20)}
+EVERY = [
+    ExtrapolatedEM(),
+    ExponentialPC(eta=1.0),
+    fastsde.DDIM(12, eta=0.7),
+    fastsde.DPMSolverPP(6, eta=1.0, order=3),
+    fastsde.UniPC(6, order=3),
+    fastsde.DEIS(6),
+    fastsde.SASolver(6),
+    fastsde.ProbabilityFlow(),
+    fastsde.Heun(6, churn=0.2),
+    EulerMaruyama(20),
+    fastsde.ReverseDiffusion(12),
+    fastsde.Ancestral(12),
+    fastsde.PredictorCorrector(fastsde.Ancestral(10), fastsde.Langevin(0.2), 2),
+    fastsde.PredictorCorrector(fastsde.Ancestral(10), fastsde.Langevin(0.2), 2, corrector_first=True),
+    fastsde.AnnealedLangevin(6, n_sigma=2, eta=0.3),
+    fastsde.ConsistentAnnealed(6),
+    fastsde.Resampling(fastsde.Ancestral(6), 3),
+]
+"""Each class in `fastsde.SOLVERS`, with noise and memory where it has any."""
 
 
 def each(cases):
@@ -55,35 +74,36 @@ def mixture(sde):
     return MixtureScore.from_covariances(sde, torch.tensor([0.3, 0.7], dtype=torch.float64), means, covariances)
 
 
-def loose(solver, rtol=0.5, atol=0.2):
-    return {"solver": solver, "rtol": rtol, "atol": atol} if solver.adaptive else {"solver": solver}
+def loose(solver):
+    return {"solver": solver} | ({"rtol": 0.5, "atol": 0.2} if solver.steps is None else {})
 
 
 # Independence -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("solver", **each(SOLVERS))
+@pytest.mark.parametrize("solver", EVERY, ids=lambda solver: type(solver).__name__)
 def test_a_sample_depends_on_seed_and_index_alone(solver):
     def draw(**options):
         return fastsde.sample(mixture(VP), dtype=torch.float64, seed=3, **loose(solver), **options)
 
     def assert_equal(result, rows):
         # The formula of the score is a matrix product, which may sum in another order in another batch: an error of
-        # 1e-16, which the 20 to 60 steps of a contracting process do not magnify beyond 1e-10. Counts are equal.
+        # 1e-16, which the 6 to 60 steps of a contracting process do not magnify beyond 1e-10. Counts are equal.
         torch.testing.assert_close(result.samples, whole.samples[rows], rtol=0, atol=1e-10)
         assert torch.equal(result.nfe, whole.nfe[rows])
         assert torch.equal(result.rejected, whole.rejected[rows])
 
-    whole = draw(n=100, batch_size=100)
-    assert len(whole.samples.unique(dim=0)) == 100
-    for batch in (1, 3, 8, 100):
-        assert_equal(draw(n=10, batch_size=batch), torch.arange(10))
-    for batch in (8, 37):
-        assert_equal(draw(n=100, batch_size=batch), torch.arange(100))
-    shuffled = torch.randperm(100, generator=torch.Generator().manual_seed(0))
-    assert_equal(draw(index=shuffled, batch_size=17), shuffled)
-    assert_equal(draw(index=[42, 7, 42], batch_size=2), torch.tensor([42, 7, 42]))
+    whole = draw(n=20, batch_size=20)
+    assert len(whole.samples.unique(dim=0)) == 20
+    assert_equal(draw(n=3, batch_size=1), torch.arange(3))
+    shuffled = torch.randperm(20, generator=torch.Generator().manual_seed(0))
+    assert_equal(draw(index=shuffled, batch_size=7), shuffled)
+    assert_equal(draw(index=[12, 7, 12], batch_size=2), torch.tensor([12, 7, 12]))
+
+
+def test_every_solver_is_among_those_above():
+    assert {type(solver) for solver in EVERY} == set(fastsde.SOLVERS)
 
 
 def test_seeds_differ_in_every_bit_of_64():
@@ -98,16 +118,16 @@ def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed():
 
     def draw(solver, rtol, seed=0):
         # At this atol, rtol decides: it is the smaller bound only for elements below 0.1.
-        return fastsde.sample(model, n=20, rtol=rtol, atol=0.001, seed=seed, solver=solver).samples
+        return fastsde.sample(model, n=10, rtol=rtol, atol=0.001, seed=seed, solver=solver).samples
 
     def distance(a, b):
         return float((a - b).square().mean().sqrt())
 
-    first = draw(ExtrapolatedEM(), 0.02)
-    near = distance(first, draw(ExtrapolatedEM(), 0.01))
-    between_seeds = distance(first, draw(ExtrapolatedEM(), 0.02, seed=1))
+    first = draw(ExtrapolatedEM(), 0.05)
+    near = distance(first, draw(ExtrapolatedEM(), 0.02))
+    between_seeds = distance(first, draw(ExtrapolatedEM(), 0.05, seed=1))
     fresh = ExtrapolatedEM(keep_path=False)
-    redrawn = distance(draw(fresh, 0.02), draw(fresh, 0.01))
+    redrawn = distance(draw(fresh, 0.05), draw(fresh, 0.02))
     # On one path the samples differ by the strong error of the solver, a few percent of a standard deviation at these
     # tolerances; without it they are as far apart as samples of two seeds, but for the start state that they share.
     assert near < 0.1 * between_seeds, (near, between_seeds)
@@ -119,12 +139,10 @@ def test_another_tolerance_gives_a_nearby_sample_for_the_same_seed():
 
 @pytest.mark.long
 @pytest.mark.parametrize("sde", **each(SDES))
-@pytest.mark.parametrize("solver", **each({"extrapolated": ExtrapolatedEM(), "euler": EulerMaruyama()}))
-def test_samples_have_the_law_of_the_data(solver, sde):
+def test_samples_have_the_law_of_the_data(sde):
     n, model = 2000, mixture(sde)
     mean, covariance = model.moments()
-    how = loose(solver, 0.05, 0.02) if solver.adaptive else {"solver": solver, "controller": Grid.log_snr(sde, 200)}
-    result = fastsde.sample(model, n=n, batch_size=n, max_nfe=1000, **how)
+    result = fastsde.sample(model, n=n, batch_size=n, solver=ExtrapolatedEM(), rtol=0.05, atol=0.02)
     assert result.success.all(), result
     # Standard errors of a mean and of a second moment over n draws, the latter from exact draws of the data.
     exact = model.draw(50_000, torch.Generator().manual_seed(0)) - mean
@@ -132,7 +150,7 @@ def test_samples_have_the_law_of_the_data(solver, sde):
     centred = result.samples.double() - mean
     z_mean = centred.mean(0) / (covariance.diagonal() / n).sqrt()
     z_covariance = ((centred.T @ centred) / n - covariance) / (products.std(0) / math.sqrt(n))
-    # Five numbers in twelve runs: 4 standard errors are passed by chance in 0.4 % of seeds, and leave room for the bias
+    # Five numbers in six runs: 4 standard errors are passed by chance in 0.2 % of seeds, and leave room for the bias
     # of the discretization, below 1 standard error (measured for four of the processes with 10,000 samples).
     assert z_mean.abs().max() < 4, z_mean
     assert z_covariance.abs().max() < 4, z_covariance
@@ -235,18 +253,14 @@ REFUSED = {
     "no n": (model(), {}, r"give n= or shape=\(n, \*event\)"),
     "empty shape": (model(), {"shape": ()}, r"shape must be .* positive integers; got \(\)"),
     "event of another size": (model(), {"shape": (3, 4)}, r"shape \(2,\); got \(4,\) in shape=\(3, 4\)"),
-    "event of another rank": (model(), {"shape": (3, 2, 2)}, r"shape \(2,\); got \(2, 2\) in shape"),
     "n is 0": (model(), {"n": 0}, "n must be an integer of at least 1; got 0"),
-    "n is negative": (model(), {"n": -2}, "n must be an integer of at least 1; got -2"),
     "n is no integer": (model(), {"n": 2.5}, "n must be an integer of at least 1; got 2.5"),
     "n and shape": (model(), {"n": 3, "shape": (4, 2)}, "disagrees: n says 3, shape says 4"),
     "n and index": (model(), {"n": 3, "index": [1]}, "disagrees: n says 3, .*index says 1"),
     "n and x_init": (model(), {"n": 4, "x_init": torch.zeros(3, 2)}, "disagrees: n says 4, shape says 3"),
     "complex": (model(), {"n": 3, "dtype": torch.complex64}, "dtype must be real floating .*; got torch.complex64"),
-    "integer": (model(), {"n": 3, "dtype": torch.int64}, "dtype must be real floating point .*; got torch.int64"),
     "dtype in words": (model(), {"n": 3, "dtype": "float32"}, "dtype must be real floating point .*; got 'float32'"),
     "x_init integer": (model(), {"x_init": torch.zeros(3, 2).long()}, "x_init must be real floating .*torch.int64"),
-    "x_init complex": (model(), {"x_init": torch.zeros(3, 2) * 1j}, "x_init must be real floating .*complex64"),
     "x_init NaN": (model(), {"x_init": torch.full((3, 2), torch.nan)}, "x_init holds NaN or infinity"),
     "x_init shape": (model(), {"shape": (3, 2), "x_init": torch.zeros(2, 3)}, r"disagrees|x_init must have shape"),
     "x_init event": (model(), {"x_init": torch.zeros(3, 3)}, r"have shape \(2,\); got \(3,\)"),
@@ -255,6 +269,7 @@ REFUSED = {
         {"shape": (3, 2), "x_init": torch.zeros(3, 3)},
         r"x_init must have shape \(3, 2\); got \(3, 3\)",
     ),
+    "two starts": (model(), {"x_init": torch.zeros(3, 2), "x_data": torch.zeros(3, 2)}, "either x_init or x_data"),
     "no sde": (never, {"shape": (3, 2)}, r"sde must be an SDE such as fastsde.VPSDE\(\); got None"),
     "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(fastsde.pretrained"),
     "sde in words": (never, {"sde": "vp", "shape": (3, 2)}, "sde must be an SDE .*; got 'vp'"),
@@ -271,11 +286,6 @@ REFUSED = {
         "EulerMaruyama has no error estimate.*use Grid or ExponentialPC",
     ),
     "euler with rtol": (model(), {"n": 3, "solver": EulerMaruyama(steps=3), "rtol": 0.1}, "EulerMaruyama.* no rtol"),
-    "euler with both": (
-        model(),
-        {"n": 3, "solver": EulerMaruyama(steps=3), "rtol": 0.1, "atol": 0.1},
-        "EulerMaruyama.* no rtol or atol; use ExponentialPC",
-    ),
     "steps and controller": (
         model(),
         {"n": 3, "solver": EulerMaruyama(steps=3), "controller": Grid.uniform(VP, 3)},
@@ -287,26 +297,18 @@ REFUSED = {
         "either controller= or rtol, not both",
     ),
     "batch_size 0": (model(), {"n": 3, "batch_size": 0}, "batch_size must be an integer of at least 1; got 0"),
-    "batch_size 1.5": (model(), {"n": 3, "batch_size": 1.5}, "batch_size must be an integer of at least 1; got 1.5"),
     "seed negative": (model(), {"n": 3, "seed": -1}, "seed must be an integer of at least 0; got -1"),
     "seed too large": (model(), {"n": 3, "seed": 1 << 64}, r"seed must be in \[0, 2\^64\); got 18446744073709551616"),
     "max_nfe": (model(), {"n": 3, "max_nfe": 1}, "max_nfe must be an integer of at least 2; got 1"),
-    "max_nfe of euler": (
-        model(),
-        {"n": 3, "max_nfe": 1, "solver": EulerMaruyama(steps=3)},
-        "max_nfe must be an integer of at least 2; got 1",
-    ),
     "cond rows": (
         model(),
         {"n": 3, "cond": {"y": torch.zeros(4)}},
         r"cond\['y'\] must be a tensor with leading axis n=3; got \(4,\)",
     ),
-    "cond scalar": (model(), {"n": 3, "cond": {"y": torch.tensor(1)}}, r"cond\['y'\] must be .* n=3; got \(\)"),
     "cond number": (model(), {"n": 3, "cond": {"y": 1}}, r"cond\['y'\] must be .* n=3; got int"),
     "index negative": (model(), {"index": [3, -1]}, r"index must be in \[0, 2\^32\); got -1 \.\. 3"),
     "index too large": (model(), {"index": [1 << 32]}, r"index must be in \[0, 2\^32\); got 4294967296"),
     "index float": (model(), {"index": torch.tensor([0.5])}, r"index must be .*; got \(1,\) of torch.float32"),
-    "index mask": (model(), {"index": torch.tensor([True])}, r"index must be .*; got \(1,\) of torch.bool"),
     "index matrix": (model(), {"index": torch.tensor([[1]])}, r"index must be .*; got \(1, 1\) of torch.int64"),
 }
 REFUSED |= {
@@ -330,12 +332,6 @@ def test_bad_input_is_refused_before_the_first_network_call(score_fn, options, m
         fastsde.sample(score_fn, **options)
 
 
-@pytest.mark.parametrize("times", [[1.0, 0.5, 0.5, 0.001], [1.0, 0.2, 0.3, 0.001], [0.001, 1.0]])
-def test_a_grid_that_does_not_decrease_is_refused(times):
-    with pytest.raises(ValueError, match="strictly decreasing, from t_max to t_min"):
-        Grid(times)
-
-
 def test_the_model_s_own_sde_may_be_said_again():
     score = mixture(VP)
     assert same(
@@ -351,9 +347,6 @@ def test_the_model_s_own_sde_may_be_said_again():
     ("network", "error", "message"),
     [
         (lambda x, t: x[:, :1], ValueError, r"shape \(3, 2\) and must return the same shape; it returned \(3, 1\)"),
-        (lambda x, t: x.to("meta"), ValueError, "x on cpu and returned a tensor on meta"),
-        (lambda x, t: x.long(), TypeError, "must return a floating-point tensor; it returned a tensor of torch.int64"),
-        (lambda x, t: None, TypeError, "must return a floating-point tensor; it returned NoneType"),
         (lambda x, t: 1 / 0, ZeroDivisionError, "division by zero"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from PIL import Image
+from test_training import write_split
 
 import fastsde
 from fastsde.checkpoints import ASSETS
@@ -108,7 +109,6 @@ def test_json_on_standard_output_is_the_record(tmp_path):
     ("arguments", "message"),
     [
         (["--rtol", "0"], "rtol must be"),
-        (["--rtol", "nan"], "rtol must be"),
         (["-n", "0"], "0 is not in the range"),
         (["--label", "10"], "0 .. 9"),
         (["--label", "shirt"], "cycle"),
@@ -240,13 +240,10 @@ def test_help_shows_defaults():
 
 
 def test_train_then_sample(tmp_path):
-    from tests.test_training import write_idx
-
     data, out = tmp_path / "data", tmp_path / "run"
     data.mkdir()
     generator = np.random.default_rng(0)
-    write_idx(data / "train-images-idx3-ubyte.gz", generator.integers(0, 256, (20, 8, 8), dtype=np.uint8))
-    write_idx(data / "train-labels-idx1-ubyte.gz", (np.arange(20) % 2).astype(np.uint8))
+    write_split(data, "train", generator.integers(0, 256, (20, 8, 8), dtype=np.uint8), np.arange(20) % 2)
     options = ["--data", data, "--out", out, "--steps", 2, "--batch-size", 4]
     assert run("train", *options).exit_code == 0
     again = run("train", *options)
@@ -254,8 +251,7 @@ def test_train_then_sample(tmp_path):
     assert "--resume" in again.output
     model, _ = fastsde.pretrained(out / "model")
     assert model.event_shape == (1, 8, 8)
-    write_idx(data / "t10k-images-idx3-ubyte.gz", np.zeros((3, 12, 12), np.uint8))
-    write_idx(data / "t10k-labels-idx1-ubyte.gz", np.zeros(3, np.uint8))
+    write_split(data, "t10k", np.zeros((3, 12, 12), np.uint8), np.zeros(3))
     other = run("train", "--data", data, "--out", out / "y", "--steps", 2)
     assert other.exit_code == 1
     assert "test split has other image sizes" in other.output
@@ -274,14 +270,11 @@ DAMAGED = {
         CARD | {"event_shape": [1, -28, 28]},
         "event_shape must be an integer of at least 1",
     ),
-    "shape of words": ("card.json", CARD | {"event_shape": ["a"]}, "event_shape must be"),
     "no range": ("card.json", CARD | {"data_range": [1]}, "data_range must be a list of 2; got [1]"),
-    "range of words": ("card.json", CARD | {"data_range": ["a", "b"]}, "data_range must be in"),
     "empty range": ("card.json", CARD | {"data_range": [1, 1]}, "data_range must be two numbers, the lower first"),
     "levels": ("card.json", CARD | {"timestep_levels": "many"}, "timestep_levels must be in"),
     "classes": ("card.json", CARD | {"classes": 5}, "classes must be a list"),
     "process": ("card.json", CARD | {"sde": 3}, "does not describe a network"),
-    "deep network": ("config.json", "[" * 9999, "is not JSON"),
     "width": ("config.json", {"block_out_channels": [10**30] * 4}, "does not describe a network"),
     "other network": ("config.json", {"block_out_channels": [32] * 4}, "does not fit"),
 }
@@ -422,8 +415,8 @@ def test_info_on_one_topic():
     assert set(parts) == {"versions", "models"}
 
 
-def test_a_budget_and_a_fitted_solver(network, monkeypatch, tmp_path):
-    monkeypatch.setattr("fastsde.cli.models.pretrained", lambda name, device: loaded(network))
+@pytest.mark.usefixtures("network")
+def test_a_budget_and_a_fitted_solver(tmp_path):
     assert run("sample", "-n", 3, "--nfe", 6, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [6, 6, 6]
     file = tmp_path / "f.json"
@@ -444,12 +437,6 @@ def test_a_budget_and_a_fitted_solver(network, monkeypatch, tmp_path):
         result = run("sample", "-n", 3, *wrong, "--fitted", file, "--out", tmp_path)
         assert result.exit_code == 1
         assert f"it goes without {wrong[0]}" in result.output
-
-
-def loaded(network):
-    model = fastsde.pretrained("fashion-mnist")
-    model.network = network
-    return model
 
 
 def test_sample_from_diffusers_models(tmp_path):

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from oracles import noted_noise
 from safetensors.torch import load_file, save_file
 
 import fastsde
 from fastsde import DDIM, Ancestral, DPMSolverPP, Grid, UniPC
 from fastsde.diffusers import decode_latents, encode_images, from_diffusers, load
-from fastsde.noise import StepNoise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 PROMPTS = ["a red cat", "dog"]
@@ -134,13 +134,7 @@ def test_ddpm_with_the_same_noise(clip, monkeypatch):
     louder(pipe.unet)
     pipe.scheduler = diffusers.DDPMScheduler(clip_sample=clip)
     pipe.set_progress_bar_config(disable=True)
-    noted, z = [], StepNoise.z.fget
-
-    def noting(noise):
-        noted.append(z(noise))
-        return noted[-1]
-
-    monkeypatch.setattr(StepNoise, "z", property(noting))
+    noted = noted_noise(monkeypatch)
     start = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     pipe.scheduler.set_timesteps(12)
     model, sde = from_diffusers(pipe)

@@ -121,7 +121,7 @@ def test_estimates_are_the_objective_on_empirical_laws():
 
 @pytest.mark.parametrize("kind", ["average", "one way", "centred"])
 def test_the_bias_of_least_squares_is_what_is_said_and_can_be_taken_off(kind):
-    k, draws = 4, 40_000
+    k, draws = 4, 1000
     generator = torch.Generator().manual_seed(0)
     real = 1.0 + 0.7 * torch.randn(draws, k, generator=generator, dtype=torch.float64)
     fake = -0.5 + 1.3 * torch.randn(draws, k, generator=generator, dtype=torch.float64)
@@ -135,11 +135,12 @@ def test_the_bias_of_least_squares_is_what_is_said_and_can_be_taken_off(kind):
     bias = {"average": -(x + y) / k, "one way": -2 * y / k, "centred": (x + y) / (2 * k)}[kind]
     for estimator, expected in (("batch", truth + bias), ("unbiased", truth)):
         values = torch.stack(
-            [relativistic(a, b, kind=kind, estimator=estimator) for a, b in zip(real[:2000], fake[:2000], strict=True)]
+            [relativistic(a, b, kind=kind, estimator=estimator) for a, b in zip(real, fake, strict=True)]
         )
-        # Five standard errors of the mean.
-        assert float(values.mean()) == pytest.approx(expected, abs=5 * float(values.std()) / 2000**0.5)
-        assert estimator == "unbiased" or abs(bias) > 5 * float(values.std()) / 4000**0.5
+        # Five standard errors of the mean, and a bias that is larger than five.
+        error = 5 * float(values.std()) / draws**0.5
+        assert float(values.mean()) == pytest.approx(expected, abs=error)
+        assert estimator == "unbiased" or abs(bias) > error
 
 
 def test_all_pairs_have_less_variance_and_the_same_mean():

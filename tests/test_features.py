@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from test_cli import run
-from test_training import write_idx
+from test_training import write_split
 
 import fastsde
 from fastsde.evaluation.classifier import WEIGHTS, Classifier, accuracy, load_classifier, train_classifier
@@ -48,8 +48,7 @@ def in_npz(images, folder):
 
 def in_idx(images, folder):
     folder.mkdir()
-    write_idx(folder / "train-images-idx3-ubyte.gz", images[:, :, :, 0])
-    write_idx(folder / "train-labels-idx1-ubyte.gz", np.zeros(len(images), np.uint8))
+    write_split(folder, "train", images[:, :, :, 0], np.zeros(len(images)))
     return folder
 
 
@@ -268,20 +267,16 @@ def test_resizing_keeps_constants_and_the_size_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("images", "message"),
+    ("shape", "images", "message"),
     [
-        (torch.zeros(2, 1, 4, 4), "8-bit images"),
-        (torch.zeros(2, 1, 5, 4, dtype=torch.uint8), r"are of images \(1, 4, 4\); these are \(1, 5, 4\)"),
+        ((1, 4, 4), torch.zeros(2, 1, 4, 4), "8-bit images"),
+        ((1, 4, 4), torch.zeros(2, 1, 5, 4, dtype=torch.uint8), r"are of images \(1, 4, 4\); these are \(1, 5, 4\)"),
+        (None, torch.zeros(2, 3, 4, 4, dtype=torch.uint8), "images of 1 channels"),  # colour never becomes grey
     ],
 )
-def test_images_that_a_network_was_not_made_for(images, message):
+def test_images_that_a_network_was_not_made_for(shape, images, message):
     with pytest.raises(ValueError, match=message):
-        flat(shape=(1, 4, 4))(images)
-
-
-def test_colour_never_becomes_grey_in_silence():
-    with pytest.raises(ValueError, match="images of 1 channels"):
-        flat()(torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+        flat(shape=shape)(images)
 
 
 def test_the_packaged_classifier_its_card_and_its_reference_belong_together():
@@ -369,9 +364,7 @@ def test_files_of_other_tools_are_read_and_ours_has_their_names(tmp_path):
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "do not fit"),
         ({"mu": np.full(3, np.nan), "sigma": np.eye(3)}, "must be finite"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "mu must hold real numbers"),
-        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, "do not fit"),
         ({"mu": np.zeros(1), "sigma": np.eye(1), "record": np.array("[" * 9999)}, "a record that is not JSON"),
-        ({"mu": np.zeros(()), "sigma": np.eye(1)}, "do not fit"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0.0, 1.0]])}, "sigma is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "record": np.array("[1]")}, "has a record that is none"),
@@ -505,13 +498,8 @@ def test_unknown_features_are_refused(name, message, tmp_path):
         open_features(name, tmp_path / "x" if name == "fashion-mnist" else None)
 
 
-def folder_of_garments(tmp_path, n=300):
-    """Images of the packaged network's size, from noise: no garments, but a set with known extremes."""
-    return in_idx(pictures(n, side=28), tmp_path / "data")
-
-
 def test_stats_then_evaluate_finds_the_same_set_at_distance_zero(tmp_path):
-    data = folder_of_garments(tmp_path)
+    data = in_idx(pictures(300, side=28), tmp_path / "data")  # noise of the packaged network's size
     assert run("stats", "--data", data, "--out", tmp_path / "r.npz").exit_code == 0
     np.savez(tmp_path / "same.npz", arr_0=pictures(300, side=28))
     result = run("evaluate", tmp_path / "same.npz", "--reference", tmp_path / "r.npz", "--json", "--bootstrap", 2)
@@ -548,10 +536,8 @@ def test_bad_evaluations_are_refused(arguments, message, tmp_path, monkeypatch):
 
 def test_train_features_writes_what_features_reads(tmp_path):
     data = in_idx(pictures(300, side=8), tmp_path / "data")
-    labels = (np.arange(300) % 3).astype(np.uint8)
     for split in ("train", "t10k"):
-        write_idx(data / f"{split}-images-idx3-ubyte.gz", pictures(300, side=8)[:, :, :, 0])
-        write_idx(data / f"{split}-labels-idx1-ubyte.gz", labels)
+        write_split(data, split, pictures(300, side=8)[:, :, :, 0], np.arange(300) % 3)
     result = run("train-features", "--data", data, "--out", tmp_path / "f", "--epochs", 1, "--classes", "a,b,c")
     assert result.exit_code == 0, result.output
     features = open_features(tmp_path / "f")

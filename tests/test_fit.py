@@ -1,5 +1,6 @@
 """Solvers fitted to a network: what they compute, that they are better, and whom they refuse."""
 
+import functools
 import json
 import math
 
@@ -15,14 +16,17 @@ from fastsde import VPSDE, ExponentialPC, FittedSolver, Grid, RectifiedFlow, Sco
 from fastsde.score import GaussianScore, MixtureScore
 from fastsde.solvers.fitted import standard_weights
 
+pytestmark = pytest.mark.long
 VP = VPSDE()
 
 
+@functools.cache
 def images(sde=VP, d=64):
     """Standard deviations of an image's spectrum."""
     return GaussianScore(sde, torch.zeros(d), torch.logspace(-0.5, -2, d))
 
 
+@functools.cache
 def clusters(sde=VP, d=16):
     """Four narrow clusters, between which samples are decided."""
     generator = torch.Generator().manual_seed(0)
@@ -55,10 +59,16 @@ def error(model, n=200, **options):
 
     Not the root of the mean square, which is that of the few samples that end in another cluster.
     """
-    z = torch.randn(n, *model.event_shape, generator=torch.Generator().manual_seed(4)) * model.sde.prior_std
+    z, fine = accurate(model, n)
     x = fastsde.sample(model, x_init=z, batch_size=n, **options).samples
-    fine = fastsde.sample(model, x_init=z, batch_size=n, controller=Grid.log_snr(model.sde, 200)).samples
     return float((x - fine).square().mean(1).sqrt().mean() / fine.std())
+
+
+@functools.cache
+def accurate(model, n):
+    """Start states, and the ends of their flow."""
+    z = torch.randn(n, *model.event_shape, generator=torch.Generator().manual_seed(4)) * model.sde.prior_std
+    return z, fastsde.sample(model, x_init=z, batch_size=n, controller=Grid.log_snr(model.sde, 200)).samples
 
 
 def as_fitted(sde, times, eta=0.0, **options):
@@ -169,7 +179,6 @@ def test_json_gives_the_same_solver_back(levels, eta, numbers):
 # ---- the fit ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("sde", [VP, RectifiedFlow(), fastsde.VESDE(), fastsde.EDM()], ids=["VP", "flow", "VE", "EDM"])
 def test_where_the_flow_is_linear_the_fit_is_exact(sde):
     """For isotropic Gaussian data the end is a multiple of the start, which three calls can give."""
@@ -180,8 +189,6 @@ def test_where_the_flow_is_linear_the_fit_is_exact(sde):
     assert error(model, solver=fitted) < max(2e-3, 0.05 * default)
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize(("nfe", "least"), [(4, 0.6), (6, 0.8)])
 @pytest.mark.parametrize("sde", [VP, RectifiedFlow()], ids=["VP", "flow"])
 @pytest.mark.parametrize("make", [images, clusters])
@@ -193,7 +200,6 @@ def test_a_fit_is_better_than_the_default(make, sde, nfe, least):
     assert error(model, solver=fitted) < least * error(model, nfe=nfe)
 
 
-@pytest.mark.usefixtures("without_type_checks")
 def test_levels_alone_weights_alone_and_both():
     model, times = images(), Grid.tapered(VP, 4).times.tolist()
     weights_alone = fastsde.fit(model, times=times, pilots=24)
@@ -208,7 +214,6 @@ def test_levels_alone_weights_alone_and_both():
     assert max(errors) < error(model, nfe=5)
 
 
-@pytest.mark.long
 def test_three_pilots_agree():
     errors = [error(images(), solver=fastsde.fit(images(), nfe=5, pilots=24, seed=seed)) for seed in range(3)]
     # Measured 0.05 at most, below a 25th of the samples' size, from where on a fit sees no difference.
@@ -230,21 +235,18 @@ def test_where_nothing_can_be_mended_the_default_stays():
     )
 
 
-@pytest.mark.long
-@pytest.mark.usefixtures("without_type_checks")
 @pytest.mark.parametrize("eta", [0.5, 1.0])
 def test_with_noise_the_end_of_the_same_path_is_met(eta):
     model = images(d=32)
-    fitted = fastsde.fit(model, nfe=6, eta=eta, pilots=32, calls=20_000)
-    index, solver = list(range(100)), ExponentialPC(eta=eta)
-    fine = fastsde.sample(model, index=index, solver=solver, nfe=200).samples
+    fitted = fastsde.fit(model, nfe=6, eta=eta, pilots=32, calls=10_000)
+    index, solver = list(range(60)), ExponentialPC(eta=eta)
+    fine = fastsde.sample(model, index=index, solver=solver, nfe=100).samples
     ours = fastsde.sample(model, index=index, solver=fitted).samples
     theirs = fastsde.sample(model, index=index, solver=solver, nfe=6).samples
     # Measured 0.5 and 0.6.
     assert (ours - fine).square().mean() < 0.8 * (theirs - fine).square().mean()
 
 
-@pytest.mark.usefixtures("without_type_checks")
 def test_rtol_decides_the_number_of_calls_and_is_met():
     fits = [fastsde.fit(images(), rtol=rtol, pilots=16) for rtol in (0.3, 0.03)]
     assert fits[0].nfe < fits[1].nfe
@@ -254,7 +256,6 @@ def test_rtol_decides_the_number_of_calls_and_is_met():
         assert error(images(), solver=fitted) < 2 * rtol
 
 
-@pytest.mark.long
 def test_the_price_is_what_the_network_saw_and_about_what_was_said():
     for calls in (2000, 8000):
         model = counted()
@@ -316,7 +317,6 @@ def test_a_network_is_in_evaluation_mode_and_goes_back():
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.long
 def test_the_cache_knows_weights_and_settings(tmp_path):
     model, file = counted(), tmp_path / "cache.json"
     first = fastsde.fit(model, nfe=3, pilots=8, cache=file)
@@ -329,7 +329,6 @@ def test_the_cache_knows_weights_and_settings(tmp_path):
         assert other.network.rows > 0
 
 
-@pytest.mark.long
 def test_an_interrupted_fit_goes_on(tmp_path):
     model, file = counted(), tmp_path / "fit.json"
     whole = fastsde.fit(model, nfe=4, pilots=12)
@@ -397,11 +396,10 @@ def test_fit_refusals(options, message):
         fastsde.fit(ScoreModel(never, VP, event_shape=(2,)), **options)
 
 
-@pytest.mark.long
 def test_an_rtol_that_no_fit_meets_is_told():
     with pytest.warns(UserWarning, match="was not met"):
-        fitted = fastsde.fit(clusters(), rtol=1e-7, pilots=6, calls=2000)
-    assert fitted.record["error"] > 1e-7
+        fitted = fastsde.fit(clusters(), rtol=1e-3, pilots=6, calls=2000)
+    assert fitted.record["error"] > 1e-3
 
 
 def test_a_shape_is_needed():
@@ -460,7 +458,6 @@ def test_guidance_scales_are_told_apart_and_functions_known_again():
         fastsde.sample(guided(3.0), n=2, solver=fitted)
 
 
-@pytest.mark.long
 def test_conditioning_in_order_is_as_good_as_mixed():
     """Held-out pilots are of all kinds, whatever the order."""
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from stubs import Stopped, equal, stop_at
 from torch import nn
 from torch.distributions import Normal, kl_divergence
 
@@ -251,30 +252,15 @@ def test_resume_repeats_an_uninterrupted_run_bitwise(tmp_path, rule):
         file = tmp_path / f"{name}.safetensors"
         return train_autoencoder(FlatAutoencoder(8, 1, 4, 8), images, config, file, rule, save_every=3, **options)
 
-    class Stop(Exception):
-        pass
-
-    def stop(step, history, network):
-        raise Stop
-
     expected = run("whole", 0)
-    with pytest.raises(Stop):
-        run("half", 0, callback=stop)
+    with pytest.raises(Stopped):
+        run("half", 0, callback=stop_at(3))
     resumed = run("half", 1, resume=True)
-    for ours, theirs in zip(resumed.state_dict().values(), expected.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
-    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "half"))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert equal(resumed.state_dict(), expected.state_dict())
+    assert equal(*(load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "half")))
+    rule = IntroVAE(0.1, 3.0, 2.0)
     with pytest.raises(ValueError, match="other settings"):
-        train_autoencoder(
-            FlatAutoencoder(8, 1, 4, 8),
-            images,
-            TrainConfig(6, 4, warmup=2, bf16=False),
-            tmp_path / "half.safetensors",
-            IntroVAE(0.1, 3.0, 2.0),
-            resume=True,
-        )
+        run("half", 0, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):

@@ -405,8 +405,6 @@ def test_wrappers_with_a_table_of_levels_are_no_flows():
     ("wrong", "message"),
     [
         ({"sigmas": vector(0.5, 1.0)}, "sigmas must fall"),
-        ({"sigmas": vector(1.0, -1.0)}, "sigmas must fall"),
-        ({"sigmas": vector(math.inf, 1.0)}, "sigmas must fall"),
         ({"sigmas": torch.ones(2, 2)}, "sigmas must be a vector"),
         ({"sigmas": [1.0, 0.0]}, "sigmas must be a tensor"),
         ({"sigmas": vector(0.9, 0.0)}, "flow must be said for this model"),
@@ -418,7 +416,6 @@ def test_wrappers_with_a_table_of_levels_are_no_flows():
         ({"callback": 3}, "callback must be callable"),
         ({"extra_args": [1]}, "extra_args must be a dict"),
         ({"eta": -0.1}, "eta must be in"),
-        ({"eta": 3.0}, "eta must be in"),
         ({"eta": 1.0, "noise_sampler": 3}, "noise_sampler must be a function"),
         ({"seed": -1}, "seed must be an integer of at least 0"),
         ({"eta": 1.0, "extra_args": {"seed": "a"}}, "seed must be an integer of at least 0"),

@@ -6,13 +6,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
+from test_cli import run
+from test_training import write_split
 
 import fastsde
 from fastsde.checkpoints import AUTOENCODER, CARD, CONFIG, WEIGHTS, load_autoencoder
 from fastsde.cli.bench import build_cells
-from fastsde.cli.main import main
 from fastsde.diffusers import decode_latents, encode_images
 from fastsde.diffusers.latents import measure_scale
 from fastsde.evaluation.features import Features
@@ -21,13 +21,8 @@ from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.sweep import Problem, Sweep
 from fastsde.training.data import load_images
 from fastsde.training.networks import small_autoencoder
-from tests.test_training import write_idx
 
 TINY = ["--set", "training.bf16=false", "--batch-size", 8, "--set", "samples_every=0"]
-
-
-def run(*args):
-    return CliRunner().invoke(main, [str(a) for a in args])
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +33,7 @@ def data(tmp_path_factory):
         images = np.zeros((n, 8, 8), dtype=np.uint8)
         for k, image in enumerate(images):
             image[k % 4 * 2 :][:2, k // 4 % 4 * 2 :][:, :2] = 255 if k % 2 else 120
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", (np.arange(n) % 2).astype(np.uint8))
+        write_split(folder, split, images, np.arange(n) % 2)
     return folder
 
 

@@ -9,8 +9,8 @@ from torch import nn
 import fastsde
 from fastsde.score import GaussianScore, MixtureScore
 from fastsde.training.levels import geometric_levels, largest_distance, level_times, number_of_levels
-from fastsde.training.losses import dsm_loss, sliced_score_loss
-from fastsde.training.networks import MLP, Discriminator, Unconditional
+from fastsde.training.losses import sliced_score_loss
+from fastsde.training.networks import Discriminator, Unconditional
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -70,18 +70,6 @@ def test_times_of_levels_have_those_levels_each_as_often(sde):
     assert (counts - 1000).abs().max() < 5 * 1000**0.5  # five standard deviations
 
 
-def test_the_loss_over_levels_is_equation_8_1():
-    sde = fastsde.VESDE(0.01, 50.0)
-    x, z = torch.randn(2, 64, 3, generator=GENERATOR, dtype=torch.float64)
-    t = level_times(sde, geometric_levels(40.0, 0.02, 7), 64, torch.Generator().manual_seed(2))
-    model = fastsde.ScoreModel(lambda x, t: torch.sin(x), sde)
-    sigma, d = sde.sigma(t)[:, None], 3
-    noisy = x + sigma * z
-    published = 0.5 * (sigma * torch.sin(noisy) + (noisy - x) / sigma).square().sum(1)
-    # The loss here is a mean over elements, theirs half the sum.
-    torch.testing.assert_close(d / 2 * dsm_loss(model, x, t, z), published)
-
-
 @pytest.mark.parametrize("sde", [fastsde.VESDE(0.01, 50.0), fastsde.VPSDE(), fastsde.SubVPSDE()])
 def test_a_network_that_is_not_told_the_level(sde):
     """Of standard normal data the score of y is -y / (1 + rho^2): at one level an unconditional net can be exact."""
@@ -110,40 +98,17 @@ def test_sliced_score_matching_is_least_at_the_score():
     t = torch.full((n,), 0.3, dtype=torch.float64)
     x = sde.marginal(law.draw(n, generator), t, torch.randn(n, 2, generator=generator, dtype=torch.float64))
     v = torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    for bump, zero in ((torch.sin, True), (torch.neg, True), (torch.tanh, True)):
+    for bump in (torch.sin, torch.neg, torch.tanh):
         size = torch.zeros((), dtype=torch.float64, requires_grad=True)
         values = sliced_score_loss(lambda y: law.exact_score(y, t) + size * bump(y), x, v)  # noqa: B023
         (slope,) = torch.autograd.grad(values.mean(), size)
         # A mean of n terms of size about 10: five standard errors.
-        assert (abs(float(slope)) < 5 * 10 / n**0.5) == zero
+        assert abs(float(slope)) < 5 * 10 / n**0.5
     wrong = sliced_score_loss(lambda y: 1.2 * law.exact_score(y, t), x, v).mean()
     right = sliced_score_loss(lambda y: law.exact_score(y, t), x, v).mean()
     # Up to a constant it is half the mean square error: 0.2^2 / 2 E |score|^2.
     expected = 0.02 * float(law.exact_score(x, t).square().sum(1).mean())
     assert float(wrong - right) == pytest.approx(expected, rel=0.2)
-
-
-@pytest.mark.long
-def test_the_perceptron_learns_the_score_of_a_mixture():
-    """A few hundred steps take the error of the score to a third of that of a network that says nothing."""
-    torch.manual_seed(0)
-    sde = fastsde.VPSDE()
-    law = GaussianScore(sde, torch.tensor([0.4, -0.2]).double(), torch.tensor([0.5, 0.1]).double())
-    network = MLP(2, 64)
-    model = fastsde.ScoreModel(network, sde, "epsilon", event_shape=(2,))
-    optimizer = torch.optim.Adam(network.parameters(), 3e-3)
-    generator = torch.Generator().manual_seed(4)
-    for _ in range(400):
-        x = torch.tensor([0.4, -0.2]) + torch.tensor([0.5, 0.1]) * torch.randn(256, 2, generator=generator)
-        t = torch.rand(256, generator=generator, dtype=torch.float64) * 0.98 + 0.02
-        optimizer.zero_grad()
-        dsm_loss(model, x, t, torch.randn(256, 2, generator=generator)).mean().backward()
-        optimizer.step()
-    t = torch.full((500,), 0.5, dtype=torch.float64)
-    x = sde.marginal(torch.tensor([0.4, -0.2]).expand(500, 2), t, torch.randn(500, 2, generator=generator))
-    exact = law.exact_score(x.double(), t)
-    error = (model(x, t).score.double() - exact).square().mean() / exact.square().mean()
-    assert float(error.detach()) < 0.1
 
 
 def test_the_discriminator_is_bounded_in_slope():

@@ -23,7 +23,10 @@ from fastsde import ExponentialPC, Interrupted, SamplingError
 from fastsde.diffusers import FastSDEScheduler
 from fastsde.diffusers.joining import Call, CannotJoinError, joined, parted
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning", "ignore::UserWarning"),
+]
 QUIET = {"progress": False, "seed": 0}
 
 
@@ -47,32 +50,22 @@ CLASSES = [
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionInpaintPipeline",  # edits of latents, by the time of the next step
     "StableDiffusionControlNetPipeline",  # a second network, and lists by the step's number
-    "StableDiffusionPipeline, IP-Adapter",
     "StableDiffusionPAGPipeline",  # changes its network while it runs
     "StableDiffusionXLPipeline",  # states of Karras et al.'s schedulers
-    "StableDiffusionXLImg2ImgPipeline",
     "StableDiffusionLatentUpscalePipeline",  # levels in its own formulas
     "StableDiffusion3Pipeline",
     "FluxPipeline",
     "FluxImg2ImgPipeline",
-    "FluxFillPipeline",
     "Flux2Pipeline",
     "QwenImagePipeline",  # two calls for guidance
-    "QwenImageEditPipeline",
-    "ChromaPipeline",
     "Lumina2Pipeline",  # another time and another sign
     "AuraFlowPipeline",
     "ZImagePipeline",  # lists of tensors
-    "SanaPipeline",
     "CogView4Pipeline",
-    "PixArtAlphaPipeline",
     "DiTPipeline",  # a doubled state
-    "KandinskyV22Pipeline",
-    "Kandinsky5T2IPipeline",
     "HiDreamImagePipeline",  # its first joint call fails, and is made again in parts
     "WanPipeline",
     "WanPipeline, two experts",
-    "LTXPipeline",
     "LTXImageToVideoPipeline",  # steps on a part of the latents
     "LTXConditionPipeline",  # a time for every token, and the other sign
     "HunyuanVideoPipeline",
@@ -102,7 +95,6 @@ RESTARTED = (
 """Those whose loops keep something from step to step, look things up by its number, or edit the state."""
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_leads_where_its_own_loop_leads(name):
     ours, own = agreement(name, 10)
@@ -111,7 +103,6 @@ def test_a_pipeline_leads_where_its_own_loop_leads(name):
     assert ours < 2.5 * own + 0.02
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_sample_is_the_same_alone_and_among_others_at_other_times(name):
     difference, r, made = mixed(name)
@@ -125,7 +116,6 @@ def test_a_sample_is_the_same_alone_and_among_others_at_other_times(name):
         assert r.forwards < made or "ControlNet" in name
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", RESTARTED)
 def test_a_restart_forgets_the_coarser_grid(name):
     difference, again = restarted(name)
@@ -162,7 +152,6 @@ DRESSES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("name", DRESSES)
 def test_the_law_of_an_exact_network_in_a_familys_dress(name):
     pipe, arguments = built(name)
@@ -224,7 +213,6 @@ def test_a_budget_is_kept_by_solvers_that_change_variables():
     assert seen["rows"] <= 12
 
 
-@pytest.mark.long
 def test_noise_of_a_sample_is_its_own():
     pipe, arguments = built("FluxPipeline")
     solver = ExponentialPC(eta=1.0)
@@ -270,7 +258,6 @@ def test_prompts_and_their_repeats():
     assert distance(given.result.samples, expected.result.samples) < 1e-5
 
 
-@pytest.mark.long
 def test_the_end_of_one_pipeline_is_the_start_of_another():
     base, arguments = PIPELINES["StableDiffusionXLPipeline"]()
     refiner = diffusers.StableDiffusionXLImg2ImgPipeline(**base.components)
@@ -394,7 +381,6 @@ def echo_pipe():
     return Echo(diffusers.DDIMScheduler(), tiny.unet())
 
 
-@pytest.mark.long
 def test_edits_of_a_callback_stay_in_the_state():
     pipe, arguments = built("FluxPipeline")
     pull = lambda latents, dt: latents - 2.0 * dt * latents  # noqa: E731
@@ -404,7 +390,7 @@ def test_edits_of_a_callback_stay_in_the_state():
         last[id(inner)] = float(t) / 1000
         return {"latents": pull(kwargs["latents"], dt)}
 
-    own = [last_state(pipe, {**arguments, "callback_on_step_end": callback}, k) for k in (100, 200)]
+    own = [last_state(pipe, {**arguments, "callback_on_step_end": callback}, k) for k in (60, 120)]
 
     def in_place(inner, i, t, kwargs):
         kwargs["latents"].copy_(callback(inner, i, t, kwargs)["latents"])
@@ -412,13 +398,13 @@ def test_edits_of_a_callback_stay_in_the_state():
 
     def ours(edit):
         generator = torch.Generator().manual_seed(0)
-        shared = {"num_inference_steps": 100, "generator": generator, "progress": False}
+        shared = {"num_inference_steps": 60, "generator": generator, "progress": False}
         return fastsde.sample_pipeline(pipe, callback_on_step_end=edit, **shared, **arguments)
 
     r = ours(callback)
     for again in (ours(in_place), torch.inference_mode()(ours)(in_place)):
         assert distance(again.result.samples, r.result.samples) < 1e-6
-    plain = last_state(pipe, arguments, 200)
+    plain = last_state(pipe, arguments, 120)
     assert distance(plain, own[1]) > 0.5
     # Edits of first order in the step, at other times than those of the own loop.
     assert distance(first_array(r.outputs[0]), own[1]) < 0.1
@@ -515,7 +501,6 @@ def test_a_loop_that_its_callback_stops():
         ("StableDiffusionPipeline", {"prompt": PROMPTS, "n": 2}, "number of samples disagrees: n says 2, prompts"),
         ("StableDiffusionPipeline", {"per_sample": {"prompt": PROMPTS}}, "both for all samples and in per_sample"),
         ("StableDiffusionPipeline", {"per_sample": {"guidance_scale": 3.0}}, "must be a list with one value"),
-        ("StableDiffusionPipeline", {"per_sample": {"prompt": "cat"}}, "must be a list with one value"),
         ("StableDiffusionPipeline", {"solver": "DDIM"}, "solver must be an object"),
         ("StableDiffusionPipeline", {"guidance_scale": [3.0, 4.0]}, "one for each of 1 samples"),
         ("StableDiffusionPipeline", {"seed": None, "index": [3]}, "index= names samples of a seed"),
@@ -543,7 +528,7 @@ def test_a_loop_that_its_callback_stops():
         ("LatentConsistencyModelPipeline", {}, "distilled"),
     ],
 )
-def test_bad_input_is_refused_before_the_first_call(name, arguments, match, without_type_checks):
+def test_bad_input_is_refused_before_the_first_call(name, arguments, match):
     if name == "StableAudioPipeline":
         pytest.importorskip("torchsde")  # its scheduler cannot be made without it
     pipe, own = built(name)
@@ -712,7 +697,6 @@ CACHES = {
 }
 
 
-@pytest.mark.long
 @pytest.mark.parametrize("cache", CACHES)
 def test_caches_remember_each_sample_alone(cache):
     pipe, arguments = built("WanPipeline")

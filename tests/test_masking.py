@@ -195,9 +195,3 @@ def test_values_out_of_range_are_refused():
         Masking(patch=5)(torch.zeros(2, 1, 4, 6), torch.zeros(2, 1, 4, 6), seeded())
     with pytest.raises(ValueError, match="images"):
         Masking()(torch.zeros(3, 2), torch.zeros(3, 2), seeded())
-
-
-def test_settings_of_an_adversary_name_its_masks():
-    plain, masked = (Adversary(torch.nn.Identity(), masking=m).settings() for m in (None, Masking(space=0.1)))
-    assert plain["masking"] is None
-    assert masked["masking"]["space"] == 0.1

@@ -355,10 +355,8 @@ def test_numbers_that_are_none_are_refused(without_type_checks):
     refused("times must be a vector", lambda: Grid("abc"))
     refused("times must be a vector", lambda: Grid([1.0, None]))
     refused("data_range must be", lambda: ScoreModel(never, VP, data_range=("0", "1")))
-    refused("data_range must be", lambda: ScoreModel(never, VP, data_range=(0, None)))
     refused("event_shape must be", lambda: ScoreModel(never, VP, event_shape="abc"))
     refused("timestep must be a function", lambda: ScoreModel(never, VP, timestep=1000))
-    refused("prediction must be one of", lambda: ScoreModel(never, VP, prediction=None))
     refused("timestep must map times", lambda: fastsde.sample(
         ScoreModel(never, VP, timestep=lambda t: 3.0), shape=(2, 3), nfe=2))  # fmt: skip
     refused("limit must be in", lambda: Clipped(ScoreModel(never, VP), "1"))

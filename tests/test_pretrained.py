@@ -1,6 +1,5 @@
 """Checkpoints: what is written is read back, and what is broken is refused by name."""
 
-import json
 import pickle
 import shutil
 
@@ -108,9 +107,7 @@ def test_pickle_is_never_opened(folder):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        (CARD, "{", "card.json is not JSON"),
         (CONFIG, "{", "config.json is not JSON"),
-        (CARD, "[]", "card.json must hold a JSON object; it holds a list"),
         (CONFIG, '"some/name"', "config.json must hold a JSON object; it holds a str"),
         (CARD, "{}", "card.json lacks timestep_levels, classes"),
     ],
@@ -118,14 +115,6 @@ def test_pickle_is_never_opened(folder):
 def test_damaged_descriptions_name_the_file(folder, file, content, message):
     (folder / file).write_text(content)
     with pytest.raises(ValueError, match=message):
-        load(folder)
-
-
-def test_weights_of_another_network(folder):
-    config = json.loads((folder / CONFIG).read_text())
-    config["block_out_channels"] = [16, 32, 56]
-    (folder / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="does not fit"):
         load(folder)
 
 

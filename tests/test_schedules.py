@@ -49,19 +49,6 @@ def test_trained_betas_win_over_the_named_schedule():
     torch.testing.assert_close(alphas_cumprod(scheduler.config), expected, rtol=1e-15, atol=0)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["DDIM", "DDPM", "PNDM", "LMSDiscrete", "EulerDiscrete", "DPMSolverMultistep", "DEISMultistep", "UniPCMultistep"],
-)
-def test_the_class_of_a_scheduler_does_not_matter(name):
-    config = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
-    reading = read_schedule(getattr(diffusers, f"{name}Scheduler")(prediction_type="v_prediction", **config).config)
-    t = torch.linspace(reading.sde.t_min, 1, 7, dtype=torch.float64)
-    expected = DiscreteVPSDE(alphas_cumprod=alphas_cumprod(config))
-    assert torch.equal(reading.sde.log_snr(t), expected.log_snr(t))
-    assert (reading.prediction, reading.levels) == ("v_prediction", 1000)
-
-
 def test_level_k_is_the_timestep_k():
     reading = read_schedule(diffusers.DDPMScheduler().config)
     k = torch.arange(1000, dtype=torch.float64)

@@ -171,14 +171,6 @@ def test_calls_are_counted_per_active_row():
             assert bound.nfe.tolist() == [calls * per_call, 0, calls * per_call]
 
 
-def test_bound_conditioning_reaches_the_network():
-    network, label = Recorder(), torch.tensor([4, 5])
-    BoundModel(ScoreModel(network, VPSDE()), {"label": label}, torch.ones(2).bool())(
-        torch.zeros(2, 1), vector(0.1, 0.2)
-    )
-    assert torch.equal(network.cond["label"], label)
-
-
 def mixture(sde, **changes):
     """Two components in three dimensions, each spread in its own plane and a little in every direction."""
     generator = torch.Generator().manual_seed(1)
@@ -249,17 +241,6 @@ def test_dataset_score_is_the_gradient_of_its_log_density(sde, share):
         return torch.logsumexp(-distance / (2 * sigma**2), 1)
 
     assert_scores_close(model(x, t).score, gradient(log_density, x), x, sigma)
-
-
-@each_sde
-@given(share=st.floats(0, 1), mean=NUMBER, std=st.floats(0.1, 2), x=NUMBER)
-def test_gaussian_score_is_that_of_a_mixture_of_one(sde, share, mean, std, x):
-    t, means = inside(sde, share), vector(mean, -mean)
-    gaussian = GaussianScore(sde, means, vector(std, 2 * std))
-    variances = vector(std, 2 * std)[None] ** 2
-    single = MixtureScore(sde, vector(1.0), means[None], torch.eye(2, dtype=torch.float64)[None], variances)
-    x = vector(x, x / 2)[None]
-    assert_scores_close(gaussian(x, t).score, single(x, t).score, x - sde.alpha(t) * means, sde.sigma(t))
 
 
 @each_sde

@@ -240,16 +240,6 @@ def test_the_bound_is_tight_for_a_copy():
     assert torch.equal(draw(model, rtol=0.49).samples.diff(dim=1), torch.zeros(N, 1, dtype=torch.int64))
 
 
-def test_a_short_budget_spends_at_most_its_share_at_every_turn():
-    """By the time a share of the tokens is known, at most that share of the budget is spent."""
-    spent = []
-    model = ExactTokens(random_joint(3, 5))
-    fastsde.sample(model, n=50, seed=0, solver=EntropyBudget(0.3), callback=lambda state: spent.append(state.t.clone()))
-    assert len(spent) > 1
-    one = fastsde.sample(model, n=50, seed=0, solver=EntropyBudget(0.3)).report
-    assert (one["bound"] / one["entropy"] <= 0.3 + 1e-9).all()
-
-
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("steps", "table"),

@@ -15,13 +15,13 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 from safetensors.torch import load_file
+from test_training import write_split
 
 import fastsde
 from fastsde.cli.main import main
 from fastsde.cli.train_settings import Settings, as_toml, read_settings
 from fastsde.training.config import TrainConfig
 from fastsde.training.masking import Masking
-from tests.test_training import write_idx
 
 TOML = """
 data = "there"
@@ -56,8 +56,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     generator = np.random.default_rng(0)
     for split, n in (("train", 20), ("t10k", 4)):
-        write_idx(folder / f"{split}-images-idx3-ubyte.gz", generator.integers(0, 256, (n, 8, 8), dtype=np.uint8))
-        write_idx(folder / f"{split}-labels-idx1-ubyte.gz", (np.arange(n) % 2).astype(np.uint8))
+        write_split(folder, split, generator.integers(0, 256, (n, 8, 8), dtype=np.uint8), np.arange(n) % 2)
     return folder
 
 
@@ -85,13 +84,10 @@ def test_a_file_then_set_then_options(tmp_path):
     assert built.spectral_discriminator is not built.discriminator
     loss = built.loss
     u, v = torch.tensor([0.3, -2.0]), torch.tensor([1.5, 0.1])
-    torch.testing.assert_close(loss.discriminator(u, v), fastsde_hinge_average(u, v))
+    expected = (1 - u + v.mean()).clamp(min=0).mean() + (1 + v - u.mean()).clamp(min=0).mean()
+    torch.testing.assert_close(loss.discriminator(u, v), expected)
     assert read_settings(None, [], {}) == Settings()
     assert read_settings(path, ["training.betas=[0.5, 0.9]"], {}).training.betas == (0.5, 0.9)
-
-
-def fastsde_hinge_average(real, fake):
-    return (1 - real + fake.mean()).clamp(min=0).mean() + (1 + fake - real.mean()).clamp(min=0).mean()
 
 
 def test_what_differs_can_be_said_again():
@@ -113,7 +109,6 @@ def test_what_differs_can_be_said_again():
         ("steps=3", "no setting steps;"),
         ("training.steps=many", "training.steps must be of the kind int"),
         ("training.steps=0", "training: steps must be an integer of at least 1"),
-        ("training.steps=true", "training.steps"),
         ("training.levels=1", "levels must be 0 or from 2"),
         ("training=3", "training must be a table"),
         ("training.betas=[0.1]", "a list of 2"),
@@ -132,7 +127,6 @@ def test_what_differs_can_be_said_again():
         ("adversary.width=0", "adversary: width must be"),
         ("adversary.weight=nan", "adversary: weight must be"),
         ("training.seed=-1", "seed must be"),
-        ("training.betas=[1.0, 0.9]", "betas must be"),
         ('classes=["a", "a"]', "different names"),
         ("data.x=3", "data is no table"),
     ],
@@ -226,7 +220,7 @@ def test_pictures_without_labels(tmp_path):
     assert model.default_cond is None
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path, data):
+def test_two_processes_take_the_steps_of_one(tmp_path, data, monkeypatch):
     """Each batch is the same set of rows, and gradients are averaged: only rounding differs."""
     options = ["--data", data, "--steps", 3, *TINY, "--set", "samples_every=0", "--set", "adversary.width=4"]
     options += ["--set", "adversary.halvings=2", "--set", "training.learning_rate=1e-4"]
@@ -234,20 +228,21 @@ def test_two_processes_take_the_steps_of_one(tmp_path, data):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [str(c) for c in (sys.executable, "-m", "fastsde", "train", *options, "--out", tmp_path / "two")]
-    processes = []
-    for rank in ("0", "1"):  # what torchrun says to each
-        place = {
-            "RANK": rank,
-            "LOCAL_RANK": rank,
-            "WORLD_SIZE": "2",
-            "MASTER_ADDR": "localhost",
-            "MASTER_PORT": str(port),
-        }
-        processes.append(subprocess.Popen(command, env=os.environ | place, stdout=subprocess.PIPE, text=True))
-    told = [process.communicate(timeout=300)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert "".join(told).count("is ready") == 1
+    both = [*options, "--out", tmp_path / "two"]
+    command = [str(c) for c in (sys.executable, "-m", "fastsde", "train", *both)]
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}  # what torchrun says to each
+
+    def of(rank):
+        return os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}
+
+    other = subprocess.Popen(command, env=of("1"), stdout=subprocess.PIPE, text=True)
+    for name, value in of("0").items():
+        monkeypatch.setenv(name, value)
+    result = run(*both)
+    told = other.communicate(timeout=300)[0]
+    assert (result.exit_code, other.returncode) == (0, 0), result.output
+    assert "is ready" in result.output
+    assert "is ready" not in told
     one, two = (load_file(tmp_path / name / "checkpoint.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     # Sums over rows in another order, in float32; Adam divides by the root of the gradient's square, which turns the

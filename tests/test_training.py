@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from stubs import Stopped, equal, stop_at
 from torch import nn
 
 import fastsde
@@ -106,22 +107,12 @@ def test_resume_repeats_an_uninterrupted_run_bitwise(tmp_path, data, dtype):
     whole, half = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
     expected = train(whole, images, labels, config, tmp_path / "a.safetensors", save_every=4)
 
-    class Stop(Exception):
-        pass
-
-    def stop(step, history, network):
-        if step == 8:
-            raise Stop
-
-    with pytest.raises(Stop):
-        train(half, images, labels, config, tmp_path / "b.safetensors", save_every=4, callback=stop)
+    with pytest.raises(Stopped):
+        train(half, images, labels, config, tmp_path / "b.safetensors", save_every=4, callback=stop_at(8))
     other = tiny_model(seed=1, dtype=dtype)  # other weights: everything must come from the checkpoint
     resumed = train(other, images, labels, config, tmp_path / "b.safetensors", save_every=4, resume=True)
-    for ours, theirs in zip(resumed.state_dict().values(), expected.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs)
-    a, b = (load_file(tmp_path / f"{name}.safetensors") for name in "ab")
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)  # weights, averages and Adam's moments
+    assert equal(resumed.state_dict(), expected.state_dict())
+    assert equal(*(load_file(tmp_path / f"{name}.safetensors") for name in "ab"))  # averages and Adam's moments, too
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path, data):
@@ -307,6 +298,12 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
+def write_split(folder, split, images, labels):
+    """As torchvision downloads MNIST."""
+    write_idx(folder / f"{split}-images-idx3-ubyte.gz", images)
+    write_idx(folder / f"{split}-labels-idx1-ubyte.gz", labels.astype(np.uint8))
+
+
 def test_idx_files_are_read_and_checked(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 6, 7), dtype=np.uint8)
     labels = np.arange(5, dtype=np.uint8)
@@ -319,8 +316,7 @@ def test_idx_files_are_read_and_checked(tmp_path):
     assert read_labels.tolist() == labels.tolist()
     raw = tmp_path / "root" / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    write_idx(raw / "t10k-images-idx3-ubyte.gz", images[:2])
-    write_idx(raw / "t10k-labels-idx1-ubyte.gz", labels[:2])
+    write_split(raw, "t10k", images[:2], labels[:2])
     assert len(load_images(tmp_path / "root", train=False)[0]) == 2
     write_idx(tmp_path / "train-labels-idx1-ubyte.gz", labels[:3])
     with pytest.raises(ValueError, match="as many whole labels"):

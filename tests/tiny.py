@@ -6,8 +6,30 @@ import diffusers
 import torch
 import transformers
 
-BLOCKS = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
-"""Of the plain UNets."""
+SD3 = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 32,
+    "pos_embed_max_size": 8,
+}
+FLUX = {
+    "in_channels": 16,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 16,
+    "axes_dims_rope": (4, 4, 8),
+    "guidance_embeds": True,
+}
+"""What a network and its ControlNet share."""
 
 
 def seeded(build):
@@ -25,8 +47,8 @@ def unet(channels=3, size=8, **config):
             block_out_channels=(8, 16),
             norm_num_groups=4,
             layers_per_block=1,
-            down_block_types=BLOCKS[0],
-            up_block_types=BLOCKS[1],
+            down_block_types=("DownBlock2D",) * 2,
+            up_block_types=("UpBlock2D",) * 2,
             **config,
         )
     )
@@ -91,51 +113,19 @@ def pixart(**config):
     )
 
 
-def sd3(**config):
-    return seeded(
-        lambda: diffusers.SD3Transformer2DModel(
-            sample_size=8,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            caption_projection_dim=16,
-            pooled_projection_dim=32,
-            pos_embed_max_size=8,
-            **config,
-        )
-    )
-
-
-def flux(**config):
-    defaults = {"guidance_embeds": True}
-    return seeded(
-        lambda: diffusers.FluxTransformer2DModel(
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=16,
-            axes_dims_rope=(4, 4, 8),
-            **defaults | config,
-        )
-    )
+def sd3():
+    return seeded(lambda: diffusers.SD3Transformer2DModel(**SD3))
 
 
 def vae(**config):
+    defaults = {"latent_channels": 4}
     return seeded(
         lambda: diffusers.AutoencoderKL(
             block_out_channels=(8, 16),
             norm_num_groups=4,
-            layers_per_block=1,
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
-            latent_channels=4,
-            **config,
+            **defaults | config,
         )
     )
 
@@ -220,7 +210,7 @@ def flux_pipeline():
         tokenizer=clip_tokenizer(),
         text_encoder_2=t5_text(),
         tokenizer_2=t5_tokenizer(),
-        transformer=flux(),
+        transformer=seeded(lambda: diffusers.FluxTransformer2DModel(**FLUX)),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
     )
 
@@ -242,11 +232,6 @@ def dit_pipeline():
 
 def ddpm():
     return diffusers.DDPMPipeline(unet(), diffusers.DDPMScheduler())
-
-
-def score_sde_ve():
-    network = unet(time_embedding_type="fourier", center_input_sample=True)
-    return diffusers.DiffusionPipeline, network
 
 
 PIPELINES = {

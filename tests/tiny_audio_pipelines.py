@@ -9,8 +9,9 @@ from diffusers.pipelines.ltx2 import LTX2TextConnectors
 from diffusers.pipelines.ltx2.vocoder import LTX2Vocoder
 from diffusers.pipelines.stable_audio import StableAudioProjectionModel
 from diffusers.pipelines.stable_audio_3.modeling_stable_audio_3 import StableAudio3DurationEmbedder
+from tiny import vae
 from tiny_image_pipelines import sd_scheduler
-from tiny_parts import IMAGE, assemble, embeddings, network, normal, ones, part, vae
+from tiny_parts import IMAGE, assemble, embeddings, network, normal, ones, part
 
 
 def oobleck(**config):
@@ -19,7 +20,6 @@ def oobleck(**config):
         encoder_hidden_size=6,
         downsampling_ratios=[1, 2],
         decoder_channels=3,
-        audio_channels=2,
         channel_multiples=[2, 4],
         sampling_rate=4,
         **config,
@@ -54,7 +54,6 @@ def stable_audio3():
     transformer = network(
         "StableAudio3DiTModel",
         io_channels=8,
-        patch_size=1,
         embed_dim=32,
         depth=1,
         num_heads=2,
@@ -68,7 +67,6 @@ def stable_audio3():
     )
     autoencoder = part(
         "AutoencoderSAME",
-        audio_channels=2,
         patch_size=2,
         encoder_channels=8,
         encoder_c_mults=(2,),
@@ -193,7 +191,6 @@ def ace_step():
         num_hidden_layers=1,
         in_channels=24,
         audio_acoustic_hidden_dim=8,
-        patch_size=2,
         **attention,
     )
     condition = network(
@@ -269,18 +266,14 @@ def ltx2(kind="LTX2Pipeline", **arguments):
         upsample_residual=(False,),
         upsample_factor=(1,),
         patch_size=1,
-        patch_size_t=1,
     )
     sound = part(
         "AutoencoderKLLTX2Audio",
         base_channels=4,
-        output_channels=2,
         ch_mult=(1,),
         num_res_blocks=1,
-        in_channels=2,
         resolution=32,
         latent_channels=2,
-        mid_block_add_attention=False,
         mel_bins=8,
     )
     speaker = tiny.seeded(

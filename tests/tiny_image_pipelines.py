@@ -6,7 +6,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.attention_processor import AttnProcessor2_0, IPAdapterAttnProcessor2_0
 from diffusers.models.embeddings import ImageProjection, MultiIPAdapterImageProjection
-from tiny_parts import EDIT, IMAGE, MASKED, SMALL, TEXT, assemble, embeddings, img2img, network, normal, ones, part, vae
+from tiny import vae
+from tiny_parts import EDIT, IMAGE, MASKED, SMALL, TEXT, assemble, embeddings, img2img, network, normal, ones, part
 
 
 def sd_scheduler():
@@ -34,35 +35,11 @@ def of_sd3(kind, **more):
 
 
 def sd3_transformer(channels):
-    return network(
-        "SD3Transformer2DModel",
-        sample_size=8,
-        in_channels=channels,
-        out_channels=channels,
-        num_layers=2,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
+    return network("SD3Transformer2DModel", **tiny.SD3 | {"in_channels": channels, "out_channels": channels})
 
 
 def sd3_controlnet():
-    return network(
-        "SD3ControlNetModel",
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        caption_projection_dim=16,
-        pooled_projection_dim=32,
-        pos_embed_max_size=8,
-    )
+    return network("SD3ControlNetModel", **tiny.SD3 | {"num_layers": 1})
 
 
 def control_unet(**config):
@@ -71,7 +48,6 @@ def control_unet(**config):
     return network(
         "ControlNetModel",
         zeros=0.3,
-        in_channels=4,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
@@ -139,28 +115,32 @@ def flux2(kind="Flux2Pipeline", **more):
     return pipe, embeddings(5, 16, negative=guided) | SMALL | more
 
 
-def qwen(kind="QwenImagePipeline", **more):
-    transformer = network(
-        "QwenImageTransformer2DModel",
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
-    autoencoder = part(
+QWEN = {
+    "in_channels": 16,
+    "out_channels": 4,
+    "num_layers": 1,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 16,
+    "axes_dims_rope": (8, 4, 4),
+}
+
+
+def qwen_vae(width, levels):
+    return part(
         "AutoencoderKLQwenImage",
-        base_dim=8,
+        base_dim=width,
         z_dim=4,
-        dim_mult=[1, 1],
+        dim_mult=[1] * levels,
         num_res_blocks=1,
-        temperal_downsample=[False],
+        temperal_downsample=[False] * (levels - 1),
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
+
+
+def qwen(kind="QwenImagePipeline", **more):
+    transformer, autoencoder = network("QwenImageTransformer2DModel", **QWEN | {"num_layers": 2}), qwen_vae(8, 2)
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=0.02)
     pipe = getattr(diffusers, kind)(scheduler, autoencoder, None, None, transformer)
     return pipe, {
@@ -196,7 +176,6 @@ def lumina2():
     transformer = network(
         "Lumina2Transformer2DModel",
         sample_size=8,
-        patch_size=2,
         in_channels=4,
         hidden_size=8,
         num_layers=2,
@@ -215,15 +194,12 @@ def aura_flow():
     transformer = network(
         "AuraFlowTransformer2DModel",
         sample_size=8,
-        patch_size=2,
-        in_channels=4,
         num_mmdit_layers=1,
         num_single_dit_layers=1,
         attention_head_dim=8,
         num_attention_heads=4,
         caption_projection_dim=32,
         joint_attention_dim=32,
-        out_channels=4,
         pos_embed_max_size=64,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=1.73)
@@ -234,8 +210,6 @@ def aura_flow():
 def z_image(kind="ZImagePipeline", **more):
     transformer = network(
         "ZImageTransformer2DModel",
-        all_patch_size=(2,),
-        all_f_patch_size=(1,),
         in_channels=4,
         dim=32,
         n_layers=2,
@@ -255,27 +229,26 @@ def z_image(kind="ZImagePipeline", **more):
     return pipe, rows | SMALL | more
 
 
+SANA = {
+    "in_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 4,
+    "num_cross_attention_heads": 2,
+    "cross_attention_head_dim": 4,
+    "cross_attention_dim": 8,
+    "caption_channels": 8,
+    "sample_size": 8,
+    "num_layers": 1,
+}
+
+
 def sana_transformer(**config):
-    return network(
-        "SanaTransformer2DModel",
-        patch_size=1,
-        in_channels=4,
-        out_channels=4,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=8,
-        **{"num_layers": 1} | config,
-    )
+    return network("SanaTransformer2DModel", out_channels=4, **SANA | config)
 
 
 def sana_vae():
     return part(
         "AutoencoderDC",
-        in_channels=3,
         latent_channels=4,
         attention_head_dim=2,
         encoder_block_types=("ResBlock", "ResBlock"),
@@ -288,8 +261,6 @@ def sana_vae():
         decoder_layers_per_block=[1, 1],
         downsample_block_type="conv",
         upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm",
-        decoder_act_fns="silu",
         scaling_factor=0.41407,
     )
 
@@ -309,7 +280,6 @@ def sana(kind="SanaPipeline", **parts):
 def cogview4(kind="CogView4Pipeline", channels=4, **more):
     transformer = network(
         "CogView4Transformer2DModel",
-        patch_size=2,
         in_channels=channels,
         num_layers=2,
         attention_head_dim=4,
@@ -341,7 +311,6 @@ def kandinsky(kind, config=None, **more):
         cross_attention_dim=16,
         attention_head_dim=4,
         resnet_time_scale_shift="scale_shift",
-        class_embed_type=None,
         **{"in_channels": 4} | (config or {}),
     )
     movq = part(
@@ -349,7 +318,6 @@ def kandinsky(kind, config=None, **more):
         block_out_channels=(32, 64),
         down_block_types=("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         up_block_types=("AttnUpDecoderBlock2D", "UpDecoderBlock2D"),
-        layers_per_block=1,
         latent_channels=4,
         num_vq_embeddings=12,
         vq_embed_dim=4,
@@ -426,37 +394,12 @@ def of_flux(kind, parts=None, **arguments):
 
 def flux_transformer(tokens):
     """With `tokens` channels in a token: the packed state's 16 and what is laid beside them."""
-    transformer = network(
-        "FluxTransformer2DModel",
-        in_channels=tokens,
-        out_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=16,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
-    return {"transformer": transformer}
+    config = tiny.FLUX | {"in_channels": tokens, "out_channels": 16}
+    return {"transformer": network("FluxTransformer2DModel", **config)}
 
 
 def flux_controlnet():
-    return {
-        "controlnet": network(
-            "FluxControlNetModel",
-            in_channels=16,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            pooled_projection_dim=16,
-            axes_dims_rope=[4, 4, 8],
-            guidance_embeds=True,
-        )
-    }
+    return {"controlnet": network("FluxControlNetModel", **tiny.FLUX | {"axes_dims_rope": [4, 4, 8]})}
 
 
 def pixart_sigma(kind="PixArtSigmaPipeline"):
@@ -486,7 +429,7 @@ def hunyuan_dit(kind="HunyuanDiTPipeline", **more):
     scheduler = diffusers.DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.03, prediction_type="v_prediction"
     )
-    parts = {name: None for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     pipe = assemble(
         kind,
         **parts,
@@ -506,11 +449,9 @@ def hunyuan_dit(kind="HunyuanDiTPipeline", **more):
 def kandinsky3(kind="Kandinsky3Pipeline", **more):
     unet = network(
         "Kandinsky3UNet",
-        in_channels=4,
         time_embedding_dim=4,
         groups=2,
         attention_head_dim=4,
-        layers_per_block=3,
         block_out_channels=(8, 16),
         cross_attention_dim=4,
         encoder_hid_dim=16,
@@ -520,7 +461,6 @@ def kandinsky3(kind="Kandinsky3Pipeline", **more):
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
         latent_channels=4,
         num_vq_embeddings=12,
         vq_embed_dim=4,
@@ -537,8 +477,6 @@ def kandinsky3(kind="Kandinsky3Pipeline", **more):
 def kandinsky5_transformer(conditioned):
     return network(
         "Kandinsky5Transformer3DModel",
-        in_visual_dim=4,
-        out_visual_dim=4,
         in_text_dim=16,
         in_text_dim2=16,
         time_dim=16,
@@ -564,7 +502,7 @@ def kandinsky5_texts():
 
 
 def kandinsky5():
-    parts = {name: None for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")}
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     pipe = assemble(
         "Kandinsky5T2IPipeline", **parts, transformer=kandinsky5_transformer(False), vae=vae(), scheduler=scheduler
@@ -635,8 +573,6 @@ def lumina():
     transformer = network(
         "LuminaNextDiT2DModel",
         sample_size=8,
-        patch_size=2,
-        in_channels=4,
         hidden_size=16,
         num_layers=2,
         num_attention_heads=2,
@@ -669,7 +605,6 @@ def prx():
     transformer = network(
         "PRXTransformer2DModel",
         in_channels=4,
-        patch_size=2,
         context_in_dim=8,
         hidden_size=16,
         mlp_ratio=2.0,
@@ -687,7 +622,6 @@ def prx():
 def glm_image():
     transformer = network(
         "GlmImageTransformer2DModel",
-        patch_size=2,
         in_channels=4,
         out_channels=4,
         num_layers=2,
@@ -710,7 +644,6 @@ def glm_image():
 def cogview3():
     transformer = network(
         "CogView3PlusTransformer2DModel",
-        patch_size=2,
         in_channels=4,
         num_layers=1,
         attention_head_dim=8,
@@ -739,7 +672,6 @@ def hunyuan_image():
         num_layers=1,
         num_single_layers=1,
         num_refiner_layers=1,
-        patch_size=(1, 1),
         text_embed_dim=16,
         text_embed_2_dim=16,
         rope_axes_dim=(4, 4),
@@ -776,7 +708,6 @@ def latent_upscale():
     unet = network(
         "UNet2DConditionModel",
         act_fn="gelu",
-        attention_head_dim=8,
         norm_num_groups=None,
         block_out_channels=[32, 32, 64, 64],
         time_cond_proj_dim=2 * 64 + 16,
@@ -786,7 +717,6 @@ def latent_upscale():
         down_block_types=("KDownBlock2D", *("KCrossAttnDownBlock2D",) * 3),
         in_channels=8,
         mid_block_type=None,
-        only_cross_attention=False,
         out_channels=5,
         resnet_time_scale_shift="scale_shift",
         time_embedding_type="fourier",
@@ -814,16 +744,7 @@ class Pooling(torch.nn.Module):
 def qwen_edit(kind, **more):
     pipe, arguments = qwen()
     # Pictures are set to an area of 1024 x 1024 before they are encoded.
-    autoencoder = part(
-        "AutoencoderKLQwenImage",
-        base_dim=2,
-        z_dim=4,
-        dim_mult=[1] * 7,
-        num_res_blocks=1,
-        temperal_downsample=[False] * 6,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
+    autoencoder = qwen_vae(2, 7)
     autoencoder.encoder = Pooling(64, 8)
     pipe = assemble(kind, **{**pipe.components, "vae": autoencoder, "processor": None})
     return pipe, {**arguments, "image": IMAGE, "height": 256, "width": 256, **more}
@@ -857,57 +778,21 @@ def krea2():
 
 
 def nucleus():
-    transformer = network(
-        "NucleusMoEImageTransformer2DModel",
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-        moe_enabled=False,
-        capacity_factors=[8.0],
-    )
+    transformer = network("NucleusMoEImageTransformer2DModel", moe_enabled=False, capacity_factors=[8.0], **QWEN)
     pipe, arguments = qwen()
     given = {**pipe.components, "transformer": transformer, "processor": None}
     return assemble("NucleusMoEImagePipeline", **given), arguments
 
 
 def qwen_controlnet():
-    net = network(
-        "QwenImageControlNetModel",
-        zeros=0.1,
-        patch_size=2,
-        in_channels=16,
-        out_channels=4,
-        num_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        axes_dims_rope=(8, 4, 4),
-    )
+    net = network("QwenImageControlNetModel", zeros=0.1, **QWEN)
     pipe, arguments = qwen()
     pipe = assemble("QwenImageControlNetPipeline", **pipe.components, controlnet=net)
     return pipe, {**arguments, "control_image": IMAGE}
 
 
 def sana_controlnet():
-    net = network(
-        "SanaControlNetModel",
-        zeros=0.3,
-        patch_size=1,
-        in_channels=4,
-        num_layers=1,
-        num_attention_heads=2,
-        attention_head_dim=4,
-        num_cross_attention_heads=2,
-        cross_attention_head_dim=4,
-        cross_attention_dim=8,
-        caption_channels=8,
-        sample_size=8,
-    )
+    net = network("SanaControlNetModel", zeros=0.3, **SANA)
     pipe, arguments = sana("SanaControlNetPipeline", controlnet=net, transformer=sana_transformer(num_layers=2))
     return pipe, arguments | {"control_image": IMAGE}
 
@@ -939,14 +824,8 @@ def ernie():
 
 PIPELINES = {
     "StableDiffusionPipeline": lambda: (of_sd("StableDiffusionPipeline"), TEXT),
-    "StableDiffusionImg2ImgPipeline": lambda: (
-        of_sd("StableDiffusionImg2ImgPipeline"),
-        {**TEXT, **EDIT},
-    ),
-    "StableDiffusionInpaintPipeline": lambda: (
-        of_sd("StableDiffusionInpaintPipeline"),
-        {**TEXT, **SMALL, **MASKED},
-    ),
+    "StableDiffusionImg2ImgPipeline": lambda: (of_sd("StableDiffusionImg2ImgPipeline"), {**TEXT, **EDIT}),
+    "StableDiffusionInpaintPipeline": lambda: (of_sd("StableDiffusionInpaintPipeline"), {**TEXT, **SMALL, **MASKED}),
     "StableDiffusionPipeline, IP-Adapter": ip_adapter,
     "StableDiffusionControlNetPipeline": lambda: (
         of_sd("StableDiffusionControlNetPipeline", controlnet=control_unet()),

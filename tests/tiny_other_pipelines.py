@@ -9,8 +9,9 @@ import tiny
 from diffusers.pipelines.deprecated.wuerstchen.modeling_paella_vq_model import PaellaVQModel
 from diffusers.pipelines.shap_e import ShapERenderer
 from diffusers.pipelines.stable_diffusion.stable_unclip_image_normalizer import StableUnCLIPImageNormalizer
+from tiny import vae
 from tiny_image_pipelines import kandinsky, of_sd
-from tiny_parts import IMAGE, SMALL, TEXT, assemble, network, normal, part, vae
+from tiny_parts import IMAGE, SMALL, TEXT, assemble, network, normal, part
 from tiny_video_pipelines import clip_vision
 
 
@@ -180,7 +181,6 @@ def amused():
         block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
         latent_channels=8,
         num_vq_embeddings=16,
         norm_num_groups=4,
@@ -210,12 +210,6 @@ def dance():
         extra_in_channels=64,
         sample_size=64,
         sample_rate=64,
-        in_channels=2,
-        out_channels=2,
-        flip_sin_to_cos=True,
-        use_timestep_embedding=False,
-        time_embedding_type="fourier",
-        mid_block_type="UNetMidBlock1D",
         down_block_types=("DownBlock1DNoSkip", "DownBlock1D"),
         up_block_types=("UpBlock1D", "UpBlock1DNoSkip"),
     )

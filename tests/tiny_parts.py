@@ -55,21 +55,6 @@ def part(kind, **config):
     return tiny.seeded(lambda: getattr(diffusers, kind)(**config))
 
 
-def vae(**config):
-    return part(
-        "AutoencoderKL",
-        **{
-            "block_out_channels": (8, 16),
-            "norm_num_groups": 4,
-            "layers_per_block": 1,
-            "down_block_types": ("DownEncoderBlock2D",) * 2,
-            "up_block_types": ("UpDecoderBlock2D",) * 2,
-            "latent_channels": 4,
-        }
-        | config,
-    )
-
-
 def img2img(kind, base, **more):
     pipe, arguments = base()
     return getattr(diffusers, kind)(**pipe.components), {**arguments, "image": IMAGE, "strength": 0.5, **more}

@@ -5,8 +5,9 @@ import tiny
 import torch
 import transformers
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tiny import vae
 from tiny_image_pipelines import kandinsky5_texts, kandinsky5_transformer, sd_scheduler
-from tiny_parts import IMAGE, SMALL, TEXT, assemble, embeddings, network, normal, ones, part, vae
+from tiny_parts import IMAGE, SMALL, TEXT, assemble, embeddings, network, normal, ones, part
 
 
 def clip_vision(size=16, patch=8):
@@ -49,7 +50,6 @@ def wan_vae():
         z_dim=4,
         dim_mult=[1, 1, 1, 1],
         num_res_blocks=1,
-        temperal_downsample=[False, True, True],
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
     )
@@ -135,7 +135,6 @@ def sana_video():
         cross_attention_dim=24,
         caption_channels=8,
         sample_size=8,
-        patch_size=(1, 2, 2),
         rope_max_seq_len=32,
     )
     scheduler = diffusers.DPMSolverMultistepScheduler(
@@ -167,7 +166,6 @@ def ltx(kind="LTXPipeline", **arguments):
         spatio_temporal_scaling=(True, True, False, False),
         decoder_spatio_temporal_scaling=(True, True, False, False),
         patch_size=1,
-        patch_size_t=1,
     )
     scheduler = FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.95, max_shift=2.05, shift_terminal=0.1
@@ -189,7 +187,6 @@ def hunyuan_transformer(**config):
         num_single_layers=1,
         num_refiner_layers=1,
         patch_size=1,
-        patch_size_t=1,
         text_embed_dim=16,
         pooled_projection_dim=8,
         rope_axes_dim=(2, 4, 4),
@@ -244,8 +241,6 @@ def hunyuan_video15():
         num_layers=1,
         num_refiner_layers=1,
         mlp_ratio=2.0,
-        patch_size=1,
-        patch_size_t=1,
         text_embed_dim=16,
         text_embed_2_dim=16,
         image_embed_dim=12,
@@ -255,8 +250,6 @@ def hunyuan_video15():
     )
     autoencoder = part(
         "AutoencoderKLHunyuanVideo15",
-        in_channels=3,
-        out_channels=3,
         latent_channels=4,
         block_out_channels=(16, 16),
         layers_per_block=1,
@@ -289,19 +282,16 @@ def hunyuan_video15():
 def mochi():
     transformer = network(
         "MochiTransformer3DModel",
-        patch_size=2,
         num_attention_heads=2,
         attention_head_dim=8,
         num_layers=2,
         pooled_projection_dim=16,
-        in_channels=12,
         text_embed_dim=32,
         time_embed_dim=4,
         max_sequence_length=16,
     )
     autoencoder = part(
         "AutoencoderKLMochi",
-        latent_channels=12,
         encoder_block_out_channels=(32, 32, 32, 32),
         decoder_block_out_channels=(32, 32, 32, 32),
         layers_per_block=(1, 1, 1, 1, 1),
@@ -323,7 +313,6 @@ def cogvideox(kind="CogVideoXPipeline", config=None, **arguments):
         sample_width=2,
         sample_height=2,
         sample_frames=9,
-        patch_size=2,
         max_text_seq_length=16,
         **{"in_channels": 4} | (config or {}),
     )
@@ -373,9 +362,6 @@ def cosmos_transformer(**config):
         text_embed_dim=32,
         adaln_lora_dim=4,
         max_size=(4, 32, 32),
-        patch_size=(1, 2, 2),
-        rope_scale=(2.0, 1.0, 1.0),
-        extra_pos_embed_type="learnable",
         concat_padding_mask=False,  # would need torchvision
         **defaults | config,
     )
@@ -389,9 +375,6 @@ def cosmos(kind="CosmosTextToWorldPipeline", transformer=None, **arguments):
         decode_block_out_channels=(8, 8, 8, 8),
         attention_resolutions=(8,),
         resolution=64,
-        num_layers=2,
-        patch_size=4,
-        spatial_compression_ratio=8,
         temporal_compression_ratio=4,
     )
     scheduler = diffusers.EDMEulerScheduler(
@@ -435,8 +418,6 @@ def allegro():
         "AllegroTransformer3DModel",
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
-        out_channels=4,
         num_layers=1,
         cross_attention_dim=24,
         sample_width=8,
@@ -446,15 +427,11 @@ def allegro():
     )
     autoencoder = part(
         "AutoencoderKLAllegro",
-        in_channels=3,
-        out_channels=3,
         down_block_types=("AllegroDownBlock3D",) * 4,
         up_block_types=("AllegroUpBlock3D",) * 4,
         block_out_channels=(8, 8, 8, 8),
-        latent_channels=4,
         layers_per_block=1,
         norm_num_groups=2,
-        temporal_compression_ratio=4,
     )
     autoencoder.enable_tiling()  # it decodes in no other way
     scheduler = diffusers.EulerAncestralDiscreteScheduler()
@@ -466,7 +443,6 @@ def latte():
     transformer = network(
         "LatteTransformer3DModel",
         sample_size=8,
-        num_layers=1,
         patch_size=2,
         attention_head_dim=8,
         num_attention_heads=3,
@@ -502,8 +478,6 @@ def easy_animate():
     blocks = ("Spatial{}Block3D", *("SpatialTemporal{}Block3D",) * 3)
     autoencoder = part(
         "AutoencoderKLMagvit",
-        in_channels=3,
-        out_channels=3,
         down_block_types=tuple(block.format("Down") for block in blocks),
         up_block_types=tuple(block.format("Up") for block in blocks),
         block_out_channels=(8, 8, 8, 8),
@@ -535,8 +509,6 @@ def stable_video():
         block_out_channels=(32, 32),
         layers_per_block=1,
         sample_size=8,
-        in_channels=8,
-        out_channels=4,
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
         cross_attention_dim=16,
@@ -548,8 +520,6 @@ def stable_video():
         "AutoencoderKLTemporalDecoder",
         block_out_channels=(32, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
-        latent_channels=4,
-        layers_per_block=1,
     )
     scheduler = diffusers.EulerDiscreteScheduler(
         beta_start=0.00085,
@@ -576,8 +546,6 @@ def text_to_video():
         block_out_channels=(8, 16),
         layers_per_block=1,
         sample_size=8,
-        in_channels=4,
-        out_channels=4,
         down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
         cross_attention_dim=16,
@@ -618,7 +586,6 @@ def motif():
         num_layers=1,
         num_single_layers=1,
         patch_size=1,
-        patch_size_t=1,
         text_embed_dim=32,
         rope_axes_dim=(4, 4, 4),
     )

@@ -20,13 +20,6 @@ def autoencoder(pipe: Any) -> Any:
     return getattr(pipe, "vqvae", None) if vae is None else vae
 
 
-def pixels_per_latent(pipe: Any) -> int:
-    """How many pixels one element of a pipeline's state spans in each direction: 1 if it works on pixels."""
-    config = config_of(autoencoder(pipe))
-    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
-    return 2 ** (len(blocks) - 1) if blocks else 1
-
-
 def _scales(vae: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     """Standard deviation and mean of raw latents, so that z = (raw - mean) / std has unit scale; broadcast to z."""
     config = config_of(vae)
