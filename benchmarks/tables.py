@@ -613,6 +613,12 @@ def inception(rows: list[Row]) -> list[Row]:
     return columns(rows, solver="solver", of="of", FID="{fid:.2f} ± {fid error:.2f}", inception_score=score)
 
 
+@shows("codebases")
+def codebases(rows: list[Row]) -> list[Row]:
+    """Lines and names of four parts, here and elsewhere."""
+    return rows
+
+
 def over_seeds(rows: list[Row], *parts: str) -> list[Row]:
     """Means of the cells of parts over their seeds, and the spread of FID."""
     cells: dict[tuple[str, str], list[Row]] = {}
