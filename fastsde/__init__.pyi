@@ -8,7 +8,9 @@ from .diffusers import from_diffusers, sample_pipeline
 from .fitting import fit
 from .integration import integrate
 from .job import EngineState
+from .lane import Request
 from .likelihood import Likelihood, log_likelihood
+from .live import Sampler, SamplerFullError, SamplerStats
 from .ode import ProbabilityFlowODE
 from .result import (
     DataRangeWarning,
@@ -99,10 +101,14 @@ __all__ = [
     "ProbabilityFlowODE",
     "RectifiedFlow",
     "RepeatedSeedWarning",
+    "Request",
     "Resampling",
     "ReverseDiffusion",
     "SASolver",
     "SampleResult",
+    "Sampler",
+    "SamplerFullError",
+    "SamplerStats",
     "SamplingError",
     "ScoreModel",
     "Solver",

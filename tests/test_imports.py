@@ -36,6 +36,8 @@ LEVELS = {
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,
+    "lane": 7,
+    "live": 8,
     "diffusers": 9,
     "checkpoints": 10,
     "training": 11,
