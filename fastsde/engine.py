@@ -329,8 +329,8 @@ class Engine:
     def _state(self) -> EngineState:
         row = self.rows["row"]
         x_0 = self.rows["solver"]["x_0"].clone() if self.job.solver.keeps_x_0 else None
-        state = (row[key].clone() for key in ("index", "x", "t", "nfe"))
-        return EngineState(self.turn, self.finished, *state, x_0=x_0)
+        index, x, t, nfe = (row[key].clone() for key in ("index", "x", "t", "nfe"))
+        return EngineState(self.turn, self.finished, index, x, t, nfe, x_0)
 
     def _result(self, start: float) -> SampleResult:
         out, job = self.out, self.job
