@@ -4,7 +4,7 @@ from .chains import langevin
 from .checkpoints import pretrained
 from .control import Adaptive, AdaptiveGrid, Controller, Grid
 from .diagnosis import Diagnosis, diagnose
-from .diffusers import from_diffusers, sample_pipeline
+from .diffusers import PipelineSampler, from_diffusers, sample_pipeline
 from .fitting import fit
 from .integration import integrate
 from .job import EngineState
@@ -95,6 +95,7 @@ __all__ = [
     "Langevin",
     "LangevinDynamics",
     "Likelihood",
+    "PipelineSampler",
     "Prediction",
     "PredictorCorrector",
     "ProbabilityFlow",

@@ -20,13 +20,12 @@ from fastsde.batching import select_rows
 from fastsde.control.base import Controller, Decision
 from fastsde.engine import Engine, Row
 from fastsde.job import EngineState, Job
-from fastsde.result import SampleResult
 from fastsde.solvers.base import Plan
 from fastsde.types import Carry, Index, State, Time
 
 
-class Request(Future[SampleResult]):
-    """What `Sampler.submit` returns: a future with the `SampleResult` of the request.
+class Request(Future[Any]):
+    """What `submit` of a sampler returns: a future with the result.
 
     `request.result()` waits for it, `await request` does so in a coroutine. `request.cancel()` takes its samples out of
     queue and batch before the next turn.
@@ -36,14 +35,25 @@ class Request(Future[SampleResult]):
         seed: the seed of their noise.
     """
 
-    def __init__(self, job: Job, callback: Callable[[EngineState], None] | None) -> None:
+    def __init__(self, n: int, seed: int, callback: Callable[[EngineState], None] | None) -> None:
         super().__init__()
-        self.n, self.seed = len(job.index), job.noise.seed
-        self.engine, self.callback = Engine(job), callback
-        self.begun, self.left, self.since = 0, self.n, time.perf_counter()
+        self.n, self.seed, self.callback = n, seed, callback
+        self.engine: Engine | None = None
+        self.begun, self.left, self.since = 0, n, time.perf_counter()
 
-    def __await__(self) -> Generator[Any, None, SampleResult]:
+    def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self).__await__()
+
+    def begin(self) -> Engine:
+        """The engine that makes its rows and has its result; in the thread of the sampler."""
+        raise NotImplementedError
+
+    def whole(self) -> Any:
+        """Its result, when all samples have ended."""
+        raise NotImplementedError
+
+    def close(self, *, others: bool) -> None:
+        """Told when it has ended in any way, and whether others still run; in the thread of the sampler."""
 
 
 class _Grids(Controller):
@@ -131,8 +141,9 @@ class Lane(Engine):
         Raises:
             Exception: what the start of its job raises; then none has a place.
         """
-        job, numbers = request.engine.job, range(request.begun, request.begun + count)
-        fresh = request.engine._fresh_rows(list(numbers))
+        engine, numbers = _engine(request), range(request.begun, request.begun + count)
+        job = engine.job
+        fresh = engine._fresh_rows(list(numbers))
         places = [place for place, owner in enumerate(self.owners) if owner is None][:count]
         ids = torch.tensor(places, device=self.device)
         self.numbers[ids] = fresh["row"]["index"]
@@ -142,7 +153,7 @@ class Lane(Engine):
         if self.grids is not None:
             self._walk(ids, job)
             fresh["control"] = {"place": ids}
-        self.most_nfe = max(self.most_nfe, request.engine.most_nfe)
+        self.most_nfe = max(self.most_nfe, engine.most_nfe)
         fresh["row"] |= {"slot": ids, "index": ids}
         self._join(fresh)
         request.begun += count
@@ -151,13 +162,13 @@ class Lane(Engine):
         """Lets the given places walk the grid of a job. Of the grids, those that are in use stay."""
         assert self.grids is not None
         if _times(job) not in self.begins:
-            used = [owner[0].engine.job for owner in self.owners if owner is not None]
+            used = [_engine(owner[0]).job for owner in self.owners if owner is not None]
             grids = {_times(of): of for of in used}
             lengths = [len(times) + 1 for times in grids]
             self.begins = {times: sum(lengths[:k]) for k, times in enumerate(grids)}
             ends = [torch.tensor([*times, times[-1]], dtype=torch.float64) for times in grids]
             self.grids.times = torch.cat(ends).to(self.device)
-            begin = [0 if owner is None else self.begins[_times(owner[0].engine.job)] for owner in self.owners]
+            begin = [0 if owner is None else self.begins[_times(_engine(owner[0]).job)] for owner in self.owners]
             self.grids.begin = torch.tensor(begin, device=self.device)
             plans = [of.plan for of in grids.values() if of.plan is not None]
             self.job = dataclasses.replace(self.job, plan=Plan.joined(plans) if plans else None)
@@ -273,7 +284,7 @@ class Lane(Engine):
         for place in slots.tolist():
             owner = self.owners[place]
             assert owner is not None
-            parts.append(owner[0].engine._at_start(torch.tensor([owner[1]], device=self.device)))
+            parts.append(_engine(owner[0])._at_start(torch.tensor([owner[1]], device=self.device)))
         rows = _joined(parts)
         rows["row"] |= {"slot": slots, "index": slots}
         return rows
@@ -299,6 +310,11 @@ class Lane(Engine):
                 except Exception as own:  # noqa: BLE001 - likewise
                     self.pool = []
                     self.failed(request, own)
+
+
+def _engine(request: Request) -> Engine:
+    assert request.engine is not None, "it has begun"
+    return request.engine
 
 
 def _times(job: Job) -> tuple[float, ...]:

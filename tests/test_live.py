@@ -1,6 +1,7 @@
 """The live queue: requests share a batch, and each gets what `sample` gives it alone."""
 
 import asyncio
+import itertools
 import threading
 
 import pytest
@@ -192,7 +193,7 @@ def test_the_callback_sees_its_own_samples_and_fails_its_own_request():
         result = seen.result(20)
     assert [state.index.tolist() for state in states] == [[4, 7]] * 6
     assert [state.nfe.tolist() for state in states] == [[k, k] for k in range(1, 7)]
-    assert all((after.t < before.t).all() for before, after in zip(states[:-1], states[1:], strict=True))
+    assert all((after.t < before.t).all() for before, after in itertools.pairwise(states))
     torch.testing.assert_close(states[-1].x_0, result.samples)
 
 
