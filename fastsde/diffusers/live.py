@@ -15,7 +15,7 @@ from fastsde.control import Controller
 from fastsde.diffusers.joining import Call
 from fastsde.diffusers.loop import Loop
 from fastsde.diffusers.pipeline_model import Forwards, PipelineModel
-from fastsde.diffusers.sampling import PipelineResult, PipelineRun, raise_late, running
+from fastsde.diffusers.sampling import PipelineResult, PipelineRun, check_pipeline, raise_late, running
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job
 from fastsde.lane import Lane, Request
@@ -58,9 +58,10 @@ class PipelineSampler(RequestQueue):
         solver: Solver | None = None,
         allow_distilled: bool = False,
     ) -> None:
+        check_pipeline(pipe)
         self.pipe, self._allow = pipe, allow_distilled
         self._default: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver}
-        self._forwards, self._models = _SeparateErrors(), dict[int, PipelineModel]()
+        self._forwards, self._models = _SeparateErrors(pipe), dict[int, PipelineModel]()
         super().__init__(batch_size, max_waiting)
 
     def submit(

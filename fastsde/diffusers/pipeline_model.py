@@ -45,13 +45,19 @@ class Forwards:
         separate: why calls of samples were not joined; None if nothing stood in the way.
         hooks: hooks that remember earlier calls, by the id of their network.
         apart: ids of networks whose calls are not joined.
+        untouched: what `touched` says of the pipeline before any sample runs.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.made = 0
         self.separate: str | None = None
         self.hooks: dict[int, list[Any]] = {}
-        self.apart: set[int] = set()
+        self.untouched = touched(pipe)
+        self.apart = {
+            id(network)
+            for network in denoisers(pipe).values()
+            if not all(type(p).__module__.startswith("diffusers.models") for p in processors_of(network).values())
+        }
 
     def advance(self, loops: Sequence[Loop]) -> None:
         """Runs loops to their next step or their end, and serves their networks' calls together."""
@@ -136,7 +142,7 @@ class PipelineModel(ScoreModel):
         )
         self.pipe, self.request, self.reading, self.generators = pipe, request, reading, generators
         self.batch_size, self.ends_denoised = batch_size, True
-        self.forwards = forwards or Forwards()
+        self.forwards = forwards or Forwards(pipe)
         if any(_hangs_hooks(part) for part in pipe.components.values()):
             self.batch_size, self.forwards.separate = 1, _CHANGES
         self.loops: dict[int, Loop] = {}
@@ -149,10 +155,6 @@ class PipelineModel(ScoreModel):
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
         self._memo: dict[Any, Any] = {}
         self.counts_turns, self.listed = counts_turns, 0
-        self.untouched = touched(pipe)
-        for network in networks.values():
-            if not all(type(p).__module__.startswith("diffusers.models") for p in processors_of(network).values()):
-                self.forwards.apart.add(id(network))
 
     @property
     def device(self) -> torch.device:
@@ -166,10 +168,13 @@ class PipelineModel(ScoreModel):
 
     def begin(self) -> None:
         """Runs the first samples to their first step, which tells shape, start and cost of a sample."""
+        before = [generator.get_state() for generator in self.generators]
         try:
             self.prepare(range(self.batch_size))
         except SharedNetworkError:  # before the first network call: nothing is lost
             self._drop()
+            for generator, state in zip(self.generators, before, strict=True):
+                generator.set_state(state)
             self.batch_size = 1
             self.forwards.separate = _CHANGES
             self.prepare([0])
@@ -199,7 +204,7 @@ class PipelineModel(ScoreModel):
                 arguments,
                 self.reading,
                 self._memo,
-                untouched=self.untouched,
+                untouched=self.forwards.untouched,
                 counts_turns=self.counts_turns,
                 alone=self.batch_size == 1,
                 seed=self.generators[i].initial_seed(),
@@ -363,7 +368,7 @@ class PipelineModel(ScoreModel):
         for loop in self.loops.values():
             loop.close()
         self.loops.clear()
-        restore(self.pipe, self.untouched)
+        restore(self.pipe, self.forwards.untouched)
 
 
 def _hangs_hooks(part: object) -> bool:

@@ -393,14 +393,19 @@ def _for_network(solver: FittedSolver, model: PipelineModel) -> FittedSolver:
     return solver.for_any_model()
 
 
+def check_pipeline(pipe: Any) -> None:
+    """Refuses, with a TypeError, what is no pipeline of diffusers."""
+    if not hasattr(pipe, "components") or not callable(pipe):
+        raise TypeError(f"pipe must be a pipeline of diffusers; got {type(pipe).__name__}.")
+
+
 def _reading(pipe: Any) -> Reading:
     """How the pipeline's schedule is read.
 
     Raises:
         TypeError, ValueError: for what has no loop that can be answered, as far as that is seen from outside.
     """
-    if not hasattr(pipe, "components") or not callable(pipe):
-        raise TypeError(f"pipe must be a pipeline of diffusers; got {type(pipe).__name__}.")
+    check_pipeline(pipe)
     name = type(pipe).__name__
     schedulers = [key for key, part in pipe.components.items() if hasattr(part, "set_timesteps")]
     inner = [key for key, part in vars(pipe).items() if hasattr(part, "components")]
