@@ -96,6 +96,7 @@ class Lane(Engine):
         places: how many samples there may be.
         ended: told of ended samples: their request and their rows, which are of its job again.
         failed: told of a request that failed.
+        any_model: whether the first job's model stands for those of all others.
     """
 
     def __init__(
@@ -104,7 +105,10 @@ class Lane(Engine):
         places: int,
         ended: Callable[[Request, Carry], None],
         failed: Callable[[Request, Exception], None],
+        *,
+        any_model: bool = False,
     ) -> None:
+        self.any_model = any_model
         self.first, self.ended, self.failed = job, ended, failed
         self.owners: list[tuple[Request, int] | None] = [None] * places
         device = job.index.device
@@ -127,6 +131,7 @@ class Lane(Engine):
         """Whether rows of a job can be rows of this batch."""
         first = self.first
         alike = job.solver == first.solver and _signature(job) == _signature(first)
+        alike = alike and (self.any_model or job.model is first.model)
         if self.grids is None:
             return alike and job.controller == first.controller
         return alike and len(job.controller.all_grids()) == 1
@@ -191,7 +196,8 @@ class Lane(Engine):
     def advance(self) -> None:
         """One turn. What fails is tried again for each request alone, and a request that fails alone is told so."""
         try:
-            ended = self.flags.read(self._turn())
+            with self.job.model.sampling():
+                ended = self.flags.read(self._turn())
         except Exception as error:  # noqa: BLE001 - it goes to the requests that it is of
             self._turn_apart(error)
             ended = True
@@ -217,7 +223,8 @@ class Lane(Engine):
             try:
                 if len(owners) == 1:
                     raise error
-                self._turn()
+                with self.job.model.sampling():
+                    self._turn()
             except Exception as own:  # noqa: BLE001 - likewise
                 self.rows = {}
                 self.failed(request, own)

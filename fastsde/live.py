@@ -90,9 +90,9 @@ class RequestQueue(ABC):
         self._thread.start()
         atexit.register(self.close, cancel=True)  # a thread that still runs the network would crash the end of Python
 
-    @abstractmethod
     def running(self) -> AbstractContextManager[None]:
-        """What the networks need around them while they run."""
+        """What the networks need around them while they run, besides being in evaluation mode."""
+        return contextlib.nullcontext()
 
     @abstractmethod
     def lane(self, job: Job) -> Lane:
@@ -117,6 +117,11 @@ class RequestQueue(ABC):
             self._queue.append(request)
             self._alive.add(request)
             self._changed.notify_all()
+
+    @property
+    def takes_requests(self) -> bool:
+        """Whether it is open, and its thread lives."""
+        return not self._closed and self._thread.is_alive()
 
     def stats(self) -> SamplerStats:
         """What the sampler does and has done, now."""
@@ -307,6 +312,7 @@ class Sampler(RequestQueue):
     def submit(
         self,
         *,
+        model: Model | None = None,
         n: int | None = None,
         shape: Sequence[int] | None = None,
         rtol: float | None = None,
@@ -328,6 +334,8 @@ class Sampler(RequestQueue):
         """Asks for samples.
 
         Args:
+            model: another reading of the sampler's network for this request, such as one with guidance or measurements.
+                Its samples are evaluated apart from those of other readings.
             n, shape, rtol, atol, nfe, solver, controller, index, cond, x_init, x_data, strength, t_start, denoise: as
                 for `sample`; one sample by default.
             seed: in [0, 2^64); drawn at random by default. `.seed` of the request and of the result says it.
@@ -352,8 +360,10 @@ class Sampler(RequestQueue):
         given = x_init if x_data is None else x_data
         if n is None and shape is None and index is None and given is None:
             n = 1
+        if model is not None and not isinstance(model, Model):
+            raise TypeError(f"model must be a fastsde.ScoreModel, as that of the sampler; got {type(model).__name__}.")
         job = job_of(
-            self.model,
+            model or self.model,
             self._sde,
             options=Options(self.batch_size),
             n=n,
@@ -371,9 +381,6 @@ class Sampler(RequestQueue):
         request = _ModelRequest(job, callback)
         self.enqueue(request, timeout)
         return request
-
-    def running(self) -> AbstractContextManager[None]:
-        return self.model.sampling()
 
     def lane(self, job: Job) -> Lane:
         return Lane(job, self.batch_size, self._ended, self._fail)

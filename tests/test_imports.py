@@ -42,6 +42,7 @@ LEVELS = {
     "checkpoints": 10,
     "training": 11,
     "evaluation": 12,
+    "serve": 12,
     "cli": 13,
     "__main__": 14,
 }

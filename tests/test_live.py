@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastsde
 from fastsde import AdaptiveGrid, ExponentialPC, ExtrapolatedEM, Grid, ReverseDiffusion, Sampler, ScoreModel
+from fastsde.score import Mask, Projection
 from fastsde.score.analytic import MixtureScore
 from fastsde.tokens import ExactTokens, Unmask
 
@@ -75,6 +76,17 @@ def test_conditioning_travels_with_its_sample():
         for k, request in enumerate(requests):
             alone = fastsde.sample(model, n=3, seed=k, nfe=6, cond={"shift": torch.arange(3.0) + k})
             assert_same(request.result(20), alone)
+
+
+def test_a_request_may_have_another_reading_of_the_network():
+    y = torch.tensor([0.5, 0.0], dtype=torch.float64)
+    known = Projection(MIXTURE, Mask(torch.tensor([1, 0])), y)
+    with Sampler(MIXTURE, batch_size=4, nfe=9) as sampler:
+        plain, other = sampler.submit(n=3, seed=1), sampler.submit(model=known, n=3, seed=1)
+        assert_same(plain.result(20), fastsde.sample(MIXTURE, n=3, seed=1, nfe=9))
+        assert_same(other.result(20), fastsde.sample(known, n=3, seed=1, nfe=9))
+        with pytest.raises(TypeError, match="model"):
+            sampler.submit(model="another")
 
 
 def test_tokens_are_those_of_sample():

@@ -126,7 +126,7 @@ class PipelineSampler(RequestQueue):
     def lane(self, job: Job) -> Lane:
         assert isinstance(job.model, PipelineModel)
         joint = dataclasses.replace(job, model=_Joint(job.model, self._models, self._forwards))
-        return Lane(joint, self.batch_size, self._ended, self._fail)
+        return Lane(joint, self.batch_size, self._ended, self._fail, any_model=True)
 
 
 class _PipelineRequest(Request):
