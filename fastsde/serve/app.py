@@ -139,6 +139,7 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         await anyio.to_thread.run_sync(lambda: service.sampler.close(cancel=True))
 
     app = FastAPI(title="fastsde", version=fastsde.__version__, lifespan=lifespan, responses=_ERRORS)
+    app.state.service = service
     registry = CollectorRegistry()
     registry.register(SamplerCollector(service.sampler))
     took = Histogram("fastsde_http_seconds", "Seconds that requests for samples took.", ["outcome"], registry=registry)
