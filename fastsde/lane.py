@@ -116,6 +116,8 @@ class Lane(Engine):
         self.words = torch.zeros(2, places, dtype=torch.int64, device=device)
         self.grids = _Grids(places, device) if len(job.controller.all_grids()) == 1 else None
         self.begins: dict[tuple[float, ...], int] = {}
+        self.fresh: list[dict[str, Carry]] = []
+        self.width = 0
         super().__init__(
             dataclasses.replace(
                 job,
@@ -160,7 +162,8 @@ class Lane(Engine):
             fresh["control"] = {"place": ids}
         self.most_nfe = max(self.most_nfe, engine.most_nfe)
         fresh["row"] |= {"slot": ids, "index": ids}
-        self._join(fresh)
+        self.fresh.append(fresh)
+        self.live += count
         request.begun += count
 
     def _walk(self, ids: Tensor, job: Job) -> None:
@@ -179,8 +182,9 @@ class Lane(Engine):
             self.job = dataclasses.replace(self.job, plan=Plan.joined(plans) if plans else None)
         self.grids.begin[ids] = self.begins[_times(job)]
 
-    def _join(self, fresh: dict[str, Carry]) -> None:
-        """Puts fresh rows into empty slots, and widens the batch for the others."""
+    def _join(self) -> None:
+        """Puts fresh rows into empty slots, and widens the batch for the others: once a turn, as it copies the rows."""
+        fresh, self.fresh = _joined(self.fresh), []
         free = sorted(self.empty)[: len(fresh["row"]["slot"])]
         self.flags.clear()
         if free:
@@ -191,10 +195,12 @@ class Lane(Engine):
             part = torch.arange(len(free), len(fresh["row"]["slot"]), device=self.device)
             rest = {group: select_rows(part, values) for group, values in fresh.items()}
             self.rows = _joined([self.rows, rest]) if self.rows else rest
-        self.live += len(fresh["row"]["slot"])
 
     def advance(self) -> None:
         """One turn. What fails is tried again for each request alone, and a request that fails alone is told so."""
+        if self.fresh:
+            self._join()
+        self.width = len(self.rows["row"]["slot"])
         try:
             with self.job.model.sampling():
                 ended = self.flags.read(self._turn())

@@ -225,10 +225,10 @@ class RequestQueue(ABC):
         return self._lanes[-1]
 
     def _turn(self, lane: Lane) -> None:
-        width, live = len(lane.rows["row"]["slot"]), lane.live
+        live = lane.live
         lane.advance()
         self._turns += 1
-        self._rows, self._needed = self._rows + width, self._needed + live
+        self._rows, self._needed = self._rows + lane.width, self._needed + live
 
     def _ended(self, request: Request, row: Carry) -> None:
         """Writes ended samples of a request, and tells whoever waits for it when they are all there."""
