@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from hypothesis import HealthCheck, given, settings
 from PIL import Image
 from tiny_pipelines import PIPELINES
 
@@ -317,3 +318,38 @@ def test_models_without_images_are_refused():
     flat = ScoreModel(slowly, VP, event_shape=(3,))
     with pytest.raises(ValueError, match="models of images"):
         ModelService("flat", flat, images, Limits(), {})
+
+
+def test_the_client_of_openai_draws():
+    openai = pytest.importorskip("openai")
+    with listening(service()) as (host, port):
+        client = openai.OpenAI(base_url=f"http://{host}:{port}/v1", api_key="none", max_retries=0)
+        assert [model.id for model in client.models.list()] == ["two-gaussians"]
+        answer = client.images.generate(prompt="light", n=2, size="6x4", extra_body={"seed": 5, "nfe": 9})
+        _, levels = expected(2, 5, 1, nfe=9)
+        assert np.abs(pixels(answer.data[1].b64_json).astype(int) - levels[1]).max() <= 1
+        with pytest.raises(openai.BadRequestError, match="prompt must be a class"):
+            client.images.generate(prompt="house")
+        with pytest.raises(openai.NotFoundError):
+            client.images.generate(prompt="", model="another")
+
+
+def test_the_description_of_the_interface_holds():
+    schemathesis = pytest.importorskip("schemathesis")
+    # What is more than the description says: a label that there is not, a size that the model has not.
+    accepted = schemathesis.checks.load_all_checks() or schemathesis.checks.CHECKS.get_by_names(
+        ["positive_data_acceptance"]
+    )
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(service(nfe=3, limits=Limits(n=3))))
+    tried = 0
+    for operation in schema.get_all_operations():
+
+        @settings(max_examples=15, suppress_health_check=list(HealthCheck))
+        @given(case=operation.ok().as_strategy())
+        def holds(case):
+            nonlocal tried
+            case.call_and_validate(excluded_checks=accepted)
+            tried += 1
+
+        holds()
+    assert tried > 30
