@@ -4,7 +4,11 @@ import base64
 import contextlib
 import io
 import json
+import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -353,3 +357,27 @@ def test_the_description_of_the_interface_holds():
 
         holds()
     assert tried > 30
+
+
+def test_the_command_serves_until_it_is_interrupted():
+    command = [sys.executable, "-m", "fastsde", "serve", "fashion-mnist", "--port", "0", "--nfe", "3"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        said = server.stderr.readline()
+        address = re.search(r"http://127.0.0.1:\d+", said)[0]
+        until(lambda: _answers(address))
+        answer = httpx.post(f"{address}/v1/images/generations", json={"prompt": "bag", "seed": 1}, timeout=60).json()
+        assert answer["fastsde"]["nfe"] == [3]
+        assert re.fullmatch("[0-9a-f]{64}", answer["fastsde"]["record"]["weights_sha256"])
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0
+        assert "Traceback" not in server.stderr.read()
+    taken = subprocess.run([*command[:-4], "--host", "256.0.0.1"], capture_output=True, text=True, check=False)
+    assert taken.returncode == 1
+    assert "cannot listen at 256.0.0.1" in taken.stderr
+
+
+def _answers(address):
+    try:
+        return httpx.get(f"{address}/healthz").status_code == 200
+    except httpx.TransportError:
+        return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,14 +85,21 @@ def serve(
         raise ImportError(
             f"fastsde serve needs FastAPI and uvicorn: pip install 'fastsde[serve]' ({error})."
         ) from error
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise click.ClickException(f"cannot listen at {host}:{port}: {error.strerror or error}.") from error
     limits = Limits(max_n, max_nfe, min_rtol, seconds=timeout)
     options = {"rtol": rtol, "nfe": nfe, "max_waiting": max_waiting}
     service = _service(model, pipeline, limits, dtype, device, {**options, "batch_size": batch_size})
     if host not in _LOOPBACK and token is None:
         click.echo(f"Warning: anybody who reaches {host}:{port} may draw; --token asks for a token.", err=True)
     app = create_app(service, token=token, hosts=_LOOPBACK if host in _LOOPBACK else ("*",))
-    click.echo(f"{model} at http://{host if host != '0.0.0.0' else 'localhost'}:{port}/ (Ctrl-C ends it)", err=True)
-    uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=5)
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    name = f"[{host}]" if ":" in host else "localhost" if host == "0.0.0.0" else host
+    click.echo(f"{service.name} at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", err=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
 
 
 def _service(
