@@ -542,6 +542,47 @@ def hosts_rtol(rows: list[Row]) -> list[Row]:
     )
 
 
+@shows("live")
+def live(rows: list[Row]) -> list[Row]:
+    """Equality, latency and memory."""
+    same, latency, memory = (next(r for r in rows if r["part"] == part) for part in ("same", "latency", "memory"))
+    low, high = latency["ratio_interval"]
+    found = {
+        "requests with mixed settings beside `sample`": same["requests"],
+        "the same calls and statuses": same["equal costs"],
+        "largest difference of samples": f"{same['worst difference']:.1e}",
+        "rows evaluated over rows needed": f"{same['rows']:.3f}",
+        "one client: time over that of `sample` (95 % interval)": f"{latency['ratio']:.2f} ({low:.2f} to {high:.2f})",
+        "requests while memory was read": f"{memory['requests'] // 10:,} / {memory['requests']:,}",
+        "MB after them": f"{memory['MB after a tenth']:.0f} / {memory['MB']:.0f}",
+        "tensors alive after them": f"{memory['tensors after a tenth']} / {memory['tensors']}",
+    }
+    return [{"what": key, "found": value} for key, value in found.items()]
+
+
+@shows("live")
+def live_throughput(rows: list[Row]) -> list[Row]:
+    """Beside batches."""
+    return [
+        {
+            "time of a call, ms": f"{1e3 * row['a']:g} + {1e3 * row['b']:g} per row",
+            "live queue, samples a second": f"{row['samples a second']:.0f}",
+            "batches that wait for their slowest": f"{row['in batches']:.0f}",
+            "batches that shrink": f"{row['in batches that shrink']:.0f}",
+            "gain": f"{row['samples a second'] / row['in batches']:.2f}",
+            "latency, live / batches, s": f"{row['latency']:.2f} / {row['latency in batches']:.2f}",
+        }
+        for row in rows
+        if row["part"] == "throughput"
+    ]
+
+
+@shows("soak")
+def soak(rows: list[Row]) -> list[Row]:
+    """Answers, and what the server holds."""
+    return [{"client": r["client"], "answer": r["answer"], "found": f"{r['times']:.4g}"} for r in rows]
+
+
 @shows("pipelines")
 def pipelines(rows: list[Row]) -> list[Row]:
     """All classes."""

@@ -4,11 +4,13 @@ from .chains import langevin
 from .checkpoints import pretrained
 from .control import Adaptive, AdaptiveGrid, Controller, Grid
 from .diagnosis import Diagnosis, diagnose
-from .diffusers import from_diffusers, sample_pipeline
+from .diffusers import PipelineSampler, from_diffusers, sample_pipeline
 from .fitting import fit
 from .integration import integrate
 from .job import EngineState
+from .lane import Request
 from .likelihood import Likelihood, log_likelihood
+from .live import Sampler, SamplerFullError, SamplerStats
 from .ode import ProbabilityFlowODE
 from .result import (
     DataRangeWarning,
@@ -93,16 +95,21 @@ __all__ = [
     "Langevin",
     "LangevinDynamics",
     "Likelihood",
+    "PipelineSampler",
     "Prediction",
     "PredictorCorrector",
     "ProbabilityFlow",
     "ProbabilityFlowODE",
     "RectifiedFlow",
     "RepeatedSeedWarning",
+    "Request",
     "Resampling",
     "ReverseDiffusion",
     "SASolver",
     "SampleResult",
+    "Sampler",
+    "SamplerFullError",
+    "SamplerStats",
     "SamplingError",
     "ScoreModel",
     "Solver",

@@ -15,7 +15,7 @@ from fastsde.arguments import as_model, resolve_samples, started, warn
 from fastsde.checks import check_flags, check_states
 from fastsde.control import Controller
 from fastsde.engine import Engine
-from fastsde.job import EngineState, Options, Samples, make_job
+from fastsde.job import EngineState, Job, Options, Samples, make_job
 from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
 from fastsde.score.base import Model, ScoreModel
@@ -123,22 +123,80 @@ def sample(
             network is read in a wrong way.
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
-    check_flags(denoise=denoise, differentiable=differentiable)
-    if callback is not None and not callable(callback):
-        raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
+    job = job_of(
+        score_fn,
+        sde,
+        options=Options(batch_size, max_nfe, trajectory, progress, callback, differentiable),
+        n=n,
+        shape=shape,
+        rtol=rtol,
+        atol=atol,
+        nfe=nfe,
+        solver=solver,
+        controller=controller,
+        seed=0 if seed is None else seed,
+        index=index,
+        cond=cond,
+        x_init=x_init,
+        x_data=x_data,
+        strength=strength,
+        t_start=t_start,
+        denoise=denoise,
+        dtype=dtype,
+        device=device,
+    )
+    if seed is None and not differentiable:  # optimisation draws the same samples again, of changed inputs
+        asked = (job.noise.event_shape, job.t_start, repr(job.solver), rtol, atol, nfe)
+        given = x_data if x_init is None else x_init
+        _warn_of_repetition(job.model.network, (tuple(job.index.tolist()), *asked, id(controller), id(given)))
+    result = Engine(job).run()
+    if differentiable and torch.is_grad_enabled() and not result.samples.requires_grad:
+        warn(
+            "differentiable=True, but the samples carry no gradient: nothing that they depend on requires one (x_init, "
+            "x_data, cond, parameters of the network).",
+            UserWarning,
+        )
+    return _warned(with_range(result, job), job.model)
+
+
+def job_of(
+    score_fn: Model | ScoreFn,
+    sde: SDE | None = None,
+    *,
+    options: Options,
+    n: int | None = None,
+    shape: Sequence[int] | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    nfe: int | None = None,
+    solver: Solver | None = None,
+    controller: Controller | None = None,
+    seed: int = 0,
+    index: Sequence[int] | Tensor | None = None,
+    cond: Cond | None = None,
+    x_init: Tensor | None = None,
+    x_data: Tensor | None = None,
+    strength: float | None = None,
+    t_start: float | None = None,
+    denoise: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Job:
+    """What `sample` runs; arguments and errors as there."""
+    check_flags(denoise=denoise, differentiable=options.differentiable)
+    if options.callback is not None and not callable(options.callback):
+        raise TypeError(f"callback must be callable; got {type(options.callback).__name__}.")
     if isinstance(score_fn, Model) and not isinstance(score_fn, ScoreModel):
         others = {"sde": sde, "atol": atol, "x_data": x_data, "strength": strength, "t_start": t_start, "dtype": dtype}
-        others["differentiable"] = differentiable or None
+        others["differentiable"] = options.differentiable or None
         if refused := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"sampling of tokens takes no {', '.join(refused)}.")
         which = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
         how = {"solver": solver, "controller": controller, "rtol": rtol, "nfe": nfe}
-        return _sample_tokens(
-            score_fn, x_init, seed, which, how, Options(batch_size, max_nfe, trajectory, progress, callback)
-        )
+        return _job_of_tokens(score_fn, x_init, seed, which, how, options)
     for given, name in ((x_init, "x_init"), (x_data, "x_data")):
         if given is not None:
-            check_states(name, given, gradient=differentiable)
+            check_states(name, given, gradient=options.differentiable)
     if x_init is not None and x_data is not None:
         raise ValueError("give either x_init or x_data, not both.")
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
@@ -151,7 +209,7 @@ def sample(
         given=given,
         name=name,
         index=index,
-        seed=0 if seed is None else seed,
+        seed=seed,
         cond=cond,
         dtype=dtype,
         device=device,
@@ -165,30 +223,13 @@ def sample(
         check_start(process, span[0])
     if x_data is not None:
         samples = dataclasses.replace(samples, start=_edited(process, x_data, span[0], samples))
-    options = Options(batch_size, max_nfe, trajectory, progress, callback, differentiable)
-    job = make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
-    if seed is None and not differentiable:  # optimisation draws the same samples again, of changed inputs
-        numbers, asked = tuple(samples.index.tolist()), (samples.event, process.t_max, repr(solver), rtol, atol, nfe)
-        _warn_of_repetition(model.network, (numbers, *asked, id(controller), id(given)))
-    result = Engine(job).run()
-    if differentiable and torch.is_grad_enabled() and not result.samples.requires_grad:
-        warn(
-            "differentiable=True, but the samples carry no gradient: nothing that they depend on requires one (x_init, "
-            "x_data, cond, parameters of the network).",
-            UserWarning,
-        )
-    return _with_range(result, model) if denoise else result
+    return make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
 
 
-def _sample_tokens(
-    model: Model,
-    x_init: Tensor | None,
-    seed: int | None,
-    which: dict[str, Any],
-    how: dict[str, Any],
-    options: Options,
-) -> SampleResult:
-    """`sample` for a token model."""
+def _job_of_tokens(
+    model: Model, x_init: Tensor | None, seed: int, which: dict[str, Any], how: dict[str, Any], options: Options
+) -> Job:
+    """`job_of` for a token model."""
     from fastsde import tokens  # when it is used: most callers have no tokens
 
     if not isinstance(model, tokens.TokenModel):
@@ -196,7 +237,7 @@ def _sample_tokens(
     given = None if x_init is None else tokens.check_tokens("x_init", x_init, model)
     if given is not None:
         which["cond"] = {**(which["cond"] or {}), **model.prompt_cond(given != tokens.MASK)}
-    samples = resolve_samples(model, given=given, seed=0 if seed is None else seed, **which)
+    samples = resolve_samples(model, given=given, seed=seed, **which)
     solver, grid = tokens.resolve(model, event=samples.event, **how)
     start = torch.full((len(samples.index), *samples.event), tokens.MASK) if given is None else given
     noise = FreshNoise(samples.seed, samples.event, torch.int64)
@@ -204,32 +245,37 @@ def _sample_tokens(
     if options.max_nfe is None:  # of a sample that draws one token at a time
         most = max(10_000, model.calls * solver.calls_per_step * math.prod(samples.event))
         options = dataclasses.replace(options, max_nfe=most)
-    job = make_job(model, model.process, solver, grid, (1.0, 0.0), samples, options)
-    if seed is None:
-        _warn_of_repetition(
-            model.network, (tuple(samples.index.tolist()), samples.event, repr((solver, grid)), id(x_init))
-        )
-    return Engine(job).run()
+    return make_job(model, model.process, solver, grid, (1.0, 0.0), samples, options)
 
 
-def _with_range(result: SampleResult, model: ScoreModel) -> SampleResult:
-    """The result with who left the range of the data, and a warning if anybody did.
+def with_range(result: SampleResult, job: Job) -> SampleResult:
+    """The result with who left the range of the data, if the samples are denoised data."""
+    if not job.denoise or not isinstance(job.model, ScoreModel):
+        return result
+    low, high = job.model.data_range
+    far = ((result.samples - (low + high) / 2).abs() > high - low).reshape(len(result.samples), -1)
+    return dataclasses.replace(result, outside=far.sum(1) > 0.01 * far.shape[1])  # NaN is not far
+
+
+def _warned(result: SampleResult, model: Any) -> SampleResult:
+    """Warns if samples left the range of the data.
 
     Of a range that nobody said, only if a tenth of all values are outside: data of variance 1 do not make that many.
     """
+    if result.outside is None or not result.outside.any():
+        return result
     low, high = model.data_range
-    far = ((result.samples - (low + high) / 2).abs() > high - low).reshape(len(result.samples), -1)
-    outside = far.sum(1) > 0.01 * far.shape[1]  # NaN is not far
-    if outside.any() and (model.knows_range or far.double().mean() > 0.1):
+    far = (result.samples - (low + high) / 2).abs() > high - low
+    if model.knows_range or far.double().mean() > 0.1:
         warn(
-            f"{int(outside.sum())} of {len(outside)} samples left the range of the data: values beyond "
+            f"{int(result.outside.sum())} of {len(far)} samples left the range of the data: values beyond "
             f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range=({low:g}, {high:g}). "
             "Probably the network is read in a wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). "
             "Or the model's data_range is not that of the data. If both are right, clip the predictions "
             "(fastsde.score.Clipped), add noise (ExponentialPC(eta=1.0)), or start at less noise (t_max of the SDE).",
             DataRangeWarning,
         )
-    return dataclasses.replace(result, outside=outside)
+    return result
 
 
 _last_draw: tuple[Callable[[], object], tuple[object, ...]] = (lambda: None, ())

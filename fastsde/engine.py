@@ -31,7 +31,7 @@ from fastsde.types import Carry, State, Time
 _T = TypeVar("_T")
 
 
-class _Row(enum.IntEnum):
+class Row(enum.IntEnum):
     """What a row of the batch does, where it is no `Status` above PENDING, with which its sample has ended."""
 
     EMPTY = -2  # its sample has left and nobody took the slot: padding until the batch shrinks
@@ -40,9 +40,9 @@ class _Row(enum.IntEnum):
 
 
 _AFTER = {
-    Verdict.ACCEPT: _Row.ACTIVE,
-    Verdict.REJECT: _Row.ACTIVE,
-    Verdict.RESTART: _Row.RESTART,
+    Verdict.ACCEPT: Row.ACTIVE,
+    Verdict.REJECT: Row.ACTIVE,
+    Verdict.RESTART: Row.RESTART,
     Verdict.TOO_SHORT: Status.MIN_STEP,
     Verdict.NOT_FINITE: Status.NON_FINITE,
 }
@@ -127,8 +127,7 @@ class Engine:
         self.rows = self._fresh_rows(list(islice(self.queue, self.job.batch_size)))
         self.live = len(self.rows["row"]["slot"])
         while self.live:
-            done = self.flags.read(self._turn())
-            if done:
+            if self.flags.read(self._turn()):
                 self._retire()
             # Every turn, so that the bar is alive before the first sample ends.
             if not bar.disable:
@@ -150,11 +149,13 @@ class Engine:
         job = self.job
         index = job.index[slots]
         x = job.start(slots)
-        t = torch.full(index.shape, job.t_start, dtype=torch.float64, device=self.device)
+        t, t_end = (
+            torch.full(index.shape, end, dtype=torch.float64, device=self.device) for end in (job.t_start, job.t_end)
+        )
         zero = torch.zeros_like(index)
         if job.recorder is not None:
             job.recorder.start(slots, t, x)
-        row = {"slot": slots, "index": index, "x": x, "t": t, "status": zero}
+        row = {"slot": slots, "index": index, "x": x, "t": t, "t_end": t_end, "status": zero}
         row |= {"nfe": zero, "attempt": zero, "position": zero if job.solver.warm_up else zero + 1}
         return {
             "row": {key: value.clone() for key, value in row.items()},
@@ -167,12 +168,12 @@ class Engine:
         job, rows = self.job, self.rows
         row, t_end = rows["row"], job.t_end
         self.turn += 1
-        x, t, position, active = row["x"], row["t"], row["position"], row["status"] == _Row.ACTIVE
+        x, t, position, active = row["x"], row["t"], row["position"], row["status"] == Row.ACTIVE
         moving = active & (position > 0) if job.solver.warm_up else active
         control = rows["control"] | {"position": position}
         s = torch.where(moving, job.controller.target(t, t_end, control), t)
         if job.lag:
-            self.flags.announce(moving & (s <= t_end))
+            self.flags.announce(moving & (s <= row["t_end"]))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = job.model.bind(rows["cond"], active, row["nfe"])
         plan = None if job.plan is None else job.plan.rows(job.controller.plan_row(control))
@@ -196,13 +197,13 @@ class Engine:
         row["position"] = position + accept
 
         status = torch.where(moving, self.after[decision.verdict], row["status"])
-        spent = active & (row["nfe"] > self.most_nfe) & (status <= _Row.ACTIVE)
+        spent = active & (row["nfe"] > self.most_nfe) & (status <= Row.ACTIVE)
         status = status.masked_fill(spent, int(Status.MAX_NFE))
         status = status.masked_fill(active & ~finite, int(Status.NON_FINITE))
-        row["status"] = status.masked_fill(accept & (s <= t_end), int(Status.SUCCESS))
+        row["status"] = status.masked_fill(accept & (s <= row["t_end"]), int(Status.SUCCESS))
         if job.recorder is not None:
             job.recorder.keep(row["slot"], accept & moving, s, row["x"])
-        return (row["status"] > _Row.ACTIVE) | (row["status"] == _Row.RESTART)
+        return (row["status"] > Row.ACTIVE) | (row["status"] == Row.RESTART)
 
     def _again_in_backward(self, evaluate: Callable[[], _T]) -> _T:
         """What `evaluate` returns; in a run with gradients it is evaluated again for the backward pass.
@@ -220,7 +221,7 @@ class Engine:
 
     def _pool_ended(self) -> None:
         """Moves every row that has ended to the pool: before an early end, also those whose flag was not read yet."""
-        done = (self.rows["row"]["status"] > _Row.ACTIVE).nonzero().flatten().tolist() if self.rows else []
+        done = (self.rows["row"]["status"] > Row.ACTIVE).nonzero().flatten().tolist() if self.rows else []
         if done:
             self._finish(done)
 
@@ -237,7 +238,7 @@ class Engine:
             self.pool.append({"row": row, "cond": select_rows(ids, self.rows["cond"])})
         else:
             self._put(row)
-        self.rows["row"]["status"].index_fill_(0, ids, int(_Row.EMPTY))
+        self.rows["row"]["status"].index_fill_(0, ids, int(Row.EMPTY))
         self.finished += len(done)
         self.nfe_finished += int(row["nfe"].sum())
         if self.denoising_call:
@@ -263,10 +264,10 @@ class Engine:
         """Moves ended rows to the pool, gives their slots to the queue, shrinks the batch when it can."""
         self.flags.clear()
         status = self.rows["row"]["status"].tolist()
-        again = [i for i, value in enumerate(status) if value == _Row.RESTART]
+        again = [i for i, value in enumerate(status) if value == Row.RESTART]
         if again:
             self._start_again(again)
-        done = [i for i, value in enumerate(status) if value > _Row.ACTIVE]
+        done = [i for i, value in enumerate(status) if value > Row.ACTIVE]
         if not done:
             return
         ids = self._finish(done)
@@ -327,7 +328,9 @@ class Engine:
 
     def _state(self) -> EngineState:
         row = self.rows["row"]
-        return EngineState(self.turn, self.finished, *(row[key].clone() for key in ("index", "x", "t", "nfe")))
+        x_0 = self.rows["solver"]["x_0"].clone() if self.job.solver.keeps_x_0 else None
+        index, x, t, nfe = (row[key].clone() for key in ("index", "x", "t", "nfe"))
+        return EngineState(self.turn, self.finished, index, x, t, nfe, x_0)
 
     def _result(self, start: float) -> SampleResult:
         out, job = self.out, self.job

@@ -34,6 +34,8 @@ class EngineState:
         x: current states, with shape (B, *event).
         t: current times, with shape (B,); back at the start for a sample that starts again.
         nfe: calls so far of the sample in each slot, with shape (B,).
+        x_0: the denoised predictions, with shape (B, *event), of solvers that keep them, such as `ExponentialPC`;
+            else None.
     """
 
     turn: int
@@ -42,6 +44,7 @@ class EngineState:
     x: Tensor
     t: Tensor
     nfe: Tensor
+    x_0: Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

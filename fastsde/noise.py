@@ -11,10 +11,12 @@ made from them (Box and Muller 1958) are equal up to the rounding of the device'
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -33,14 +35,15 @@ _CHUNK, _CHUNK_ON_DEVICE = 1 << 19, 1 << 22
 """Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
 
 
-def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+_Key = tuple[int, int] | tuple[Tensor, Tensor]
+
+
+def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: _Key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Philox4x32-10 bijection on 32-bit words held in int64 tensors.
 
     Args:
         counter: four words in [0, 2^32), of broadcastable shapes.
-        key: two words in [0, 2^32).
+        key: two words in [0, 2^32), or tensors of them that broadcast against the counter.
 
     Returns:
         Four words in [0, 2^32), of the broadcast shape.
@@ -66,11 +69,11 @@ def philox4x32(
     return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
 
 
-def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+def _normals(key: _Key, index: Tensor, position: Tensor, purpose: Tensor, size: int, dtype: torch.dtype) -> Tensor:
     """Standard normals with shape (B, L, size): index (B,), position (B, L), purpose (L,)."""
     block = torch.arange((size + 3) // 4, device=index.device)
     counter = (block, index[:, None, None], position[:, :, None], purpose[None, :, None])
-    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    words = philox4x32(counter, key)
     # Single precision for every dtype, so that a float64 run sees the same noise as a float32 run.
     u0, u1, u2, u3 = (w.float().add_(0.5).mul_(2.0**-32) for w in words)
     out = torch.empty(*u0.shape[:2], 4, u0.shape[2], dtype=torch.float32, device=index.device)
@@ -81,14 +84,17 @@ def _normals(seed: int, index: Tensor, position: Tensor, purpose: Tensor, size: 
     return out.flatten(2)[:, :, :size].to(dtype)
 
 
-def _uniforms(seed: int, index: Tensor, position: Tensor, purpose: int, size: int) -> Tensor:
-    """Float64 uniforms with shape (B, size): index (B,), position (B,). Number l does not depend on `size`."""
+def _uniforms(key: _Key, index: Tensor, position: Tensor, purpose: int, size: int) -> Tensor:
+    """Float64 uniforms with shape (B, 1, size): index (B,), position (B,). Number l does not depend on `size`."""
     block = torch.arange((size + 1) // 2, device=index.device)
-    word = torch.full((1, 1), purpose, device=index.device)
-    w0, w1, w2, w3 = philox4x32((block, index[:, None], position[:, None], word), (seed & _WORD, (seed >> 32) & _WORD))
+    word = torch.full((1, 1, 1), purpose, device=index.device)
+    w0, w1, w2, w3 = philox4x32((block, index[:, None, None], position[:, None, None], word), key)
     # (k + 1/2) 2^-52 is a float64 for every k of 52 bits, and neither 0 nor 1, so that a logarithm of it is finite.
     pairs = [((high >> 6) << 26 | low >> 6).double().add_(0.5).mul_(2.0**-52) for high, low in ((w0, w1), (w2, w3))]
-    return torch.stack(pairs, -1).flatten(1)[:, :size]
+    return torch.stack(pairs, -1).flatten(2)[:, :, :size]
+
+
+_N = TypeVar("_N", bound="Noise")
 
 
 class Noise(ABC):
@@ -105,10 +111,31 @@ class Noise(ABC):
             raise ValueError(f"seed must be in [0, 2^64); got {seed}.")
         self.seed, self.event_shape, self.dtype = seed, event_shape, dtype
         self.size = math.prod(event_shape)
+        self._places: tuple[Tensor, Tensor] | None = None
+
+    def at_places(self: _N, numbers: Index, words: Tensor) -> _N:
+        """The same for samples of several seeds in one batch. Its index k means sample numbers[k] of its own seed.
+
+        Args:
+            numbers: sample numbers, with shape (places,). It is read whenever noise is drawn.
+            words: the low and the high 32 bits of each seed, with shape (2, places); likewise.
+        """
+        shared = copy.copy(self)
+        shared._places = numbers, words
+        return shared
+
+    def _streams(self, index: Index) -> tuple[_Key, Index]:
+        """The keys and the sample numbers of the given samples."""
+        if self._places is None:
+            return (self.seed & _WORD, self.seed >> 32), index
+        numbers, words = self._places
+        low, high = words[:, index, None, None]
+        return (low, high), numbers[index]
 
     def _draw(self, index: Index, position: Tensor, purpose: int) -> State:
         word = torch.full((1,), purpose, device=index.device)  # filled there: a copy would wait for the device
-        z = _normals(self.seed, index, position[:, None], word, self.size, self.dtype)
+        key, number = self._streams(index)
+        z = _normals(key, number, position[:, None], word, self.size, self.dtype)
         return z.reshape(len(index), *self.event_shape)
 
     def prior(self, index: Index) -> State:
@@ -124,7 +151,8 @@ class Noise(ABC):
 
         All are odd multiples of 2^-53. Of what `size` an event is does not matter to its first elements.
         """
-        u = _uniforms(self.seed, index, position, _UNIFORM + (k << 8), self.size)
+        key, number = self._streams(index)
+        u = _uniforms(key, number, position, _UNIFORM + (k << 8), self.size)
         return u.reshape(len(index), *self.event_shape)
 
     @abstractmethod
@@ -263,9 +291,10 @@ class BrownianPath(Noise):
         w = torch.zeros(len(index), self.size, dtype=self.dtype, device=index.device)
         chunk = _CHUNK if index.is_cpu else _CHUNK_ON_DEVICE
         levels = max(1, chunk // max(1, len(index) * self.size))
+        key, number = self._streams(index)
         parts = zip(*(a.split(levels, -1) for a in (weight.to(self.dtype), position, purpose)), strict=True)
         for part_weight, part_position, part_purpose in parts:
-            z = _normals(self.seed, index, part_position, part_purpose, self.size, self.dtype)
+            z = _normals(key, number, part_position, part_purpose, self.size, self.dtype)
             # One after another: a matrix product would round by how many there are, which depends on the batch.
             for k in range(z.shape[1]):
                 w.addcmul_(part_weight[:, k, None], z[:, k])

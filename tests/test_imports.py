@@ -36,10 +36,13 @@ LEVELS = {
     "kdiffusion": 8,
     "ode": 8,
     "likelihood": 8,
+    "lane": 7,
+    "live": 8,
     "diffusers": 9,
     "checkpoints": 10,
     "training": 11,
     "evaluation": 12,
+    "serve": 12,
     "cli": 13,
     "__main__": 14,
 }

@@ -346,6 +346,13 @@ def test_what_a_guider_hangs_on_its_network_is_taken_off():
     assert torch.isfinite(last_state(pipe, arguments, 2)).all()
 
 
+def test_a_pipeline_that_changes_its_network_draws_its_first_sample_once():
+    """Found out when the first samples have drawn their start already."""
+    pipe, arguments = built("StableDiffusionPAGPipeline")
+    several, one = (sample(pipe, n=2, nfe=8, batch_size=size, **arguments) for size in (8, 1))
+    assert torch.equal(several.result.samples, one.result.samples)
+
+
 def test_processors_that_look_across_the_batch():
     pipe, arguments = built("StableDiffusionPipeline")
     expected = sample(pipe, n=2, nfe=16, **arguments)

@@ -12,6 +12,7 @@ import fastsde
 
 _COMMANDS = {
     "sample": ("sample", "Draw samples: a PNG grid, an .npz and a JSON record."),
+    "serve": ("serve", "Serve a model over HTTP: images, progress, metrics, a page."),
     "bench": ("bench", "NFE against FID: solvers x budgets x seeds, a table, a plot and a page."),
     "stats": ("measuring", "Reference statistics of a data set."),
     "evaluate": ("measuring", "FID, KID and others of a set of images."),

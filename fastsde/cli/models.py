@@ -29,12 +29,14 @@ class Opened:
         classes: how many labels may be asked for; 0 if there are none.
         source: for the record: where the weights are from, and their hash.
         pipe: the diffusers pipeline, if it is one.
+        names: those of the classes, where the model has them.
     """
 
     model: ScoreModel
     classes: int
     source: dict[str, Any]
     pipe: Any = None
+    names: tuple[str, ...] = ()
 
     def sample(self, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
         """Draws the samples of these numbers, which for latent models are latents."""
@@ -74,7 +76,7 @@ def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_sca
         card = read_card(name)
         ours_source: dict[str, Any] = {"weights_sha256": weight_hash(name), "dtype": str(dtype)}
         ours_source |= {key: card[key] for key in ("autoencoder_sha256",) if key in card}
-        return Opened(model, len(card["classes"]), ours_source)
+        return Opened(model, len(card["classes"]), ours_source, names=tuple(map(str, card["classes"])))
     loaded, scheduler = load(name, dtype=dtype)
     pipe = loaded if hasattr(loaded, "components") else None
     if hasattr(loaded, "encode_prompt"):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
-from fastsde.diffusers.joining import answered, cache_hooks
+from fastsde.diffusers.joining import Call, answered, cache_hooks
 from fastsde.diffusers.loop import Loop, SharedNetworkError, denoisers, processors_of, restore, touched
 from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.diffusers.requests import Request
@@ -25,6 +27,85 @@ from fastsde.types import Cond, Index, State, Time
 _CHANGES = "the pipeline changes its network while it runs, so that samples ran one after another"
 
 
+@contextlib.contextmanager
+def evaluating(pipe: Any) -> Iterator[None]:
+    """All networks of a pipeline in evaluation mode."""
+    with contextlib.ExitStack() as stack:
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                stack.enter_context(evaluation_mode(part))
+        yield
+
+
+class Forwards:
+    """The forwards of a pipeline's networks, for the calls of all samples that run at the same time.
+
+    Attributes:
+        made: how many there were.
+        separate: why calls of samples were not joined; None if nothing stood in the way.
+        hooks: hooks that remember earlier calls, by the id of their network.
+        apart: ids of networks whose calls are not joined.
+        untouched: what `touched` says of the pipeline before any sample runs.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        self.made = 0
+        self.separate: str | None = None
+        self.hooks: dict[int, list[Any]] = {}
+        self.untouched = touched(pipe)
+        self.apart = {
+            id(network)
+            for network in denoisers(pipe).values()
+            if not all(type(p).__module__.startswith("diffusers.models") for p in processors_of(network).values())
+        }
+
+    def advance(self, loops: Sequence[Loop]) -> None:
+        """Runs loops to their next step or their end, and serves their networks' calls together."""
+        waiting: list[tuple[Loop, Any]] = [(loop, None) for loop in loops]
+        while waiting:
+            for loop, answer in waiting:
+                self.resume(loop, answer)
+            calls = [loop.call for loop, _ in waiting if loop.call is not None]
+            for call in calls:
+                if id(call.module) not in self.hooks:
+                    self.hooks[id(call.module)] = cache_hooks(call.module)
+            answers = self.answers(calls)
+            waiting = [(c.loop, a) for c, a in zip(calls, answers, strict=True) if not c.loop.ended]
+
+    def resume(self, loop: Loop, answer: Any) -> None:
+        """Runs one loop to its next pause."""
+        loop.resume(answer)
+
+    def answers(self, calls: Sequence[Call]) -> list[Any]:
+        """The outputs of networks' calls; None for one for which memory does not suffice."""
+        remembering = {key: hooks for key, hooks in self.hooks.items() if hooks}
+        if remembering:
+            self.separate = "its network has cache hooks, which remember each sample's earlier calls"
+        outputs, made, why = answered(calls, remembering, self.apart, lambda call, error: call.loop.failed(error))
+        self.made += made
+        self.separate = why or self.separate
+        return outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One evaluation of samples, between what they are asked and what they answer.
+
+    Attributes:
+        t: the times, with shape (B,).
+        numbers: the sample of each row.
+        asked: rows whose loops were given a state.
+        x_0: the predictions, as far as they are known already.
+        loops: those of `asked`.
+    """
+
+    t: Time
+    numbers: Sequence[int]
+    asked: list[int]
+    x_0: State
+    loops: list[Loop]
+
+
 class PipelineModel(ScoreModel):
     """The denoised prediction of a pipeline for samples that each stand in a loop of their own.
 
@@ -35,6 +116,7 @@ class PipelineModel(ScoreModel):
         generators: for each sample.
         batch_size: samples in flight.
         counts_turns: whether loops number their turns, of which there are then as many as in their own lists.
+        forwards: what calls the networks, for the samples of other models, too; by default for these alone.
     """
 
     per_row = True
@@ -48,6 +130,7 @@ class PipelineModel(ScoreModel):
         batch_size: int,
         *,
         counts_turns: bool = False,
+        forwards: Forwards | None = None,
     ) -> None:
         networks = denoisers(pipe)
         latent = any(getattr(pipe, name, None) is not None for name in ("vae", "vqvae", "movq"))
@@ -58,50 +141,42 @@ class PipelineModel(ScoreModel):
             data_range=LATENT_RANGE if latent else None,
         )
         self.pipe, self.request, self.reading, self.generators = pipe, request, reading, generators
-        self.batch_size, self.ends_denoised, self.separate = batch_size, True, None
+        self.batch_size, self.ends_denoised = batch_size, True
+        self.forwards = forwards or Forwards(pipe)
         if any(_hangs_hooks(part) for part in pipe.components.values()):
-            self.batch_size, self.separate = 1, _CHANGES
+            self.batch_size, self.forwards.separate = 1, _CHANGES
         self.loops: dict[int, Loop] = {}
         self.outputs: list[Any] = [None] * request.n
         self.errors: dict[int, BaseException] = {}
         self.stopped: set[int] = set()
-        self.forwards = 0
-        self._apart: set[int] = set()
-        self._hooks: dict[int, list[Any]] = {}
         self._place = torch.device(pipe._execution_device) if hasattr(pipe, "_execution_device") else super().device
         self.process: SDE = reading.sde
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
         self._memo: dict[Any, Any] = {}
         self.counts_turns, self.listed = counts_turns, 0
-        self.untouched = touched(pipe)
-        for network in networks.values():
-            if not all(type(p).__module__.startswith("diffusers.models") for p in processors_of(network).values()):
-                self._apart.add(id(network))
 
     @property
     def device(self) -> torch.device:
         return self._place
 
-    @contextlib.contextmanager
-    def sampling(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for part in self.pipe.components.values():
-                if isinstance(part, nn.Module):
-                    stack.enter_context(evaluation_mode(part))
-            yield
+    def sampling(self) -> contextlib.AbstractContextManager[None]:
+        return evaluating(self.pipe)
 
     def check_cond(self, cond: Cond) -> None:
         """Conditioning is the pipeline's own."""
 
     def begin(self) -> None:
         """Runs the first samples to their first step, which tells shape, start and cost of a sample."""
+        before = [generator.get_state() for generator in self.generators]
         try:
             self.prepare(range(self.batch_size))
         except SharedNetworkError:  # before the first network call: nothing is lost
             self._drop()
+            for generator, state in zip(self.generators, before, strict=True):
+                generator.set_state(state)
             self.batch_size = 1
-            self.separate = _CHANGES
+            self.forwards.separate = _CHANGES
             self.prepare([0])
 
     def start(self, slots: Tensor) -> State:
@@ -113,7 +188,7 @@ class PipelineModel(ScoreModel):
             if loop.begun:
                 loop.memory.reset()  # which knows what came later
             # The first prediction is known, and costs nothing again; but caches are to see the first call once more.
-            loop.again = loop.begun and any(self._hooks.values())
+            loop.again = loop.begun and any(self.forwards.hooks.values())
             loop.begun, loop.ready = True, None if loop.again else loop.first
         return torch.stack([self.loops[i].begin for i in numbers])
 
@@ -129,13 +204,14 @@ class PipelineModel(ScoreModel):
                 arguments,
                 self.reading,
                 self._memo,
-                untouched=self.untouched,
+                untouched=self.forwards.untouched,
                 counts_turns=self.counts_turns,
                 alone=self.batch_size == 1,
                 seed=self.generators[i].initial_seed(),
                 device=self._place,
             )
-        self._advance([self.loops[i] for i in new])
+            self.loops[i].failed = functools.partial(self._failed, i)
+        self.forwards.advance([self.loops[i] for i in new])
         for i in new:
             self._begin(i, self.loops[i])
 
@@ -180,9 +256,13 @@ class PipelineModel(ScoreModel):
         return given, self.sde.t_min if end is None else max(end, self.sde.t_min)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
-        numbers = (cond or {})["sample"].tolist()
-        now = t.tolist()
-        x_0, edit = torch.full_like(x_t, torch.nan), None
+        turn = self.ask(x_t, t, (cond or {})["sample"].tolist())
+        self.forwards.advance(turn.loops)
+        return self.answer(turn)
+
+    def ask(self, x_t: State, t: Time, numbers: Sequence[int]) -> Turn:
+        """Gives the loops of the given samples their states; arguments as for `output`."""
+        x_0, now = torch.full_like(x_t, torch.nan), t.tolist()
         asked = []
         for k, i in enumerate(numbers):
             loop = self.loops[i]
@@ -191,26 +271,29 @@ class PipelineModel(ScoreModel):
                 x_0[k] = ready
             elif not loop.ended:
                 asked.append(k)
-        if asked:
-            times = self.reading.timestep(t[asked]).float()
-            for k, timestep in zip(asked, times, strict=True):
-                loop = self.loops[numbers[k]]
-                if loop.again and self._at_begin(loop, x_t[k], now[k]):
-                    loop.give_again()
-                else:
-                    loop.give(x_t[k] / self._alpha(now[k]), now[k], timestep)
-            self._advance([self.loops[numbers[k]] for k in asked])
-            there = [k for k in asked if not self.loops[numbers[k]].ended]
-            if there:
-                loops = [self.loops[numbers[k]] for k in there]
-                x_0[there] = self._denoised(loops, torch.tensor([loop.at for loop in loops]).double()).to(x_t)
-                edits = {k: e for k, loop in zip(there, loops, strict=True) if (e := loop.edit) is not None}
-                if edits:
-                    edit = torch.zeros_like(x_t)
-                    for k, value in edits.items():
-                        edit[k] = value.reshape(x_t[k].shape).to(x_t) * self._alpha(now[k])
+        times = self.reading.timestep(t[asked]).float() if asked else ()
+        for k, timestep in zip(asked, times, strict=True):
+            loop = self.loops[numbers[k]]
+            if loop.again and self._at_begin(loop, x_t[k], now[k]):
+                loop.give_again()
+            else:
+                loop.give(x_t[k] / self._alpha(now[k]), now[k], timestep)
+        return Turn(t, numbers, asked, x_0, [self.loops[numbers[k]] for k in asked])
+
+    def answer(self, turn: Turn) -> State:
+        """The denoised predictions of loops that were asked and have advanced, with shape (B, *event)."""
+        x_0, now, numbers, edit = turn.x_0, turn.t.tolist(), turn.numbers, None
+        there = [k for k in turn.asked if not self.loops[numbers[k]].ended]
+        if there:
+            loops = [self.loops[numbers[k]] for k in there]
+            x_0[there] = self._denoised(loops, torch.tensor([loop.at for loop in loops]).double()).to(x_0)
+            edits = {k: e for k, loop in zip(there, loops, strict=True) if (e := loop.edit) is not None}
+            if edits:
+                edit = torch.zeros_like(x_0)
+                for k, value in edits.items():
+                    edit[k] = value.reshape(x_0[k].shape).to(x_0) * self._alpha(now[k])
         self.edit = edit
-        self._costs = torch.tensor([self.loops[i].take_cost() for i in numbers], device=t.device)
+        self._costs = torch.tensor([self.loops[i].take_cost() for i in numbers], device=turn.t.device)
         return x_0
 
     def _at_begin(self, loop: Loop, x: Tensor, t: float) -> bool:
@@ -240,31 +323,12 @@ class PipelineModel(ScoreModel):
             loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
         return x_0
 
-    def _advance(self, loops: Sequence[Loop]) -> None:
-        """Runs loops to their next step or their end, and serves their networks' calls together."""
-        waiting = [(loop, None) for loop in loops]
-        while waiting:
-            for loop, answer in waiting:
-                loop.resume(answer)
-            calls = [loop.call for loop, _ in waiting if loop.call is not None]
-            for call in calls:
-                if id(call.module) not in self._hooks:
-                    self._hooks[id(call.module)] = cache_hooks(call.module)
-            remembering = {key: hooks for key, hooks in self._hooks.items() if hooks}
-            if remembering:
-                self.separate = "its network has cache hooks, which remember each sample's earlier calls"
-            answers, forwards, why = answered(calls, remembering, self._apart, self._failed)
-            self.forwards += forwards
-            self.separate = why or self.separate
-            waiting = [(c.loop, a) for c, a in zip(calls, answers, strict=True) if not c.loop.ended]
-
-    def _failed(self, call: Any, error: Exception) -> None:
-        """Ends a sample for which memory did not suffice."""
-        i = next(i for i, loop in self.loops.items() if loop is call.loop)
+    def _failed(self, i: int, error: Exception) -> None:
+        """Ends a sample that cannot go on."""
         if self.event_shape is None:  # nothing runs yet
             raise error
         self.errors[i] = error
-        call.loop.close()
+        self.loops[i].close()
 
     def finished(self, slots: Tensor, x: State, status: Tensor) -> None:
         """Lets the pipelines of samples that have ended go on from their last states, to their outputs."""
@@ -282,7 +346,7 @@ class PipelineModel(ScoreModel):
                 loop.finish(last if self.ends_denoised else last / self._alpha(self.t_end))
                 try:
                     while not loop.ended:
-                        self._advance([loop])
+                        self.forwards.advance([loop])
                         if not loop.ended:
                             raise ValueError(
                                 "this pipeline takes another step after its loop; it is not known for what."
@@ -293,10 +357,10 @@ class PipelineModel(ScoreModel):
                     continue
             self.outputs[i] = loop.output
 
-    def close(self) -> None:
-        """Ends what still runs, and lets the pipeline put its models where they belong."""
+    def close(self, *, others: bool = False) -> None:
+        """Ends what still runs, and lets the pipeline put its models where they belong, unless others run."""
         self._drop()
-        if hasattr(self.pipe, "maybe_free_model_hooks"):
+        if not others and hasattr(self.pipe, "maybe_free_model_hooks"):
             self.pipe.maybe_free_model_hooks()
 
     def _drop(self) -> None:
@@ -304,7 +368,7 @@ class PipelineModel(ScoreModel):
         for loop in self.loops.values():
             loop.close()
         self.loops.clear()
-        restore(self.pipe, self.untouched)
+        restore(self.pipe, self.forwards.untouched)
 
 
 def _hangs_hooks(part: object) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from fastsde.diffusers.networks import check_distilled, config_of
 from fastsde.diffusers.requests import Request, number_of, own_generator, streams
 from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unread
 from fastsde.engine import Engine
-from fastsde.job import EngineState, Options, Samples, fewest_calls, make_job
+from fastsde.job import EngineState, Job, Options, Samples, fewest_calls, make_job
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.network import weights_hash
 from fastsde.sde.base import SDE
@@ -29,7 +30,7 @@ from fastsde.steps import resolve_controller
 from fastsde.types import Index
 
 if TYPE_CHECKING:  # which needs greenlet
-    from fastsde.diffusers.pipeline_model import PipelineModel
+    from fastsde.diffusers.pipeline_model import Forwards, PipelineModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,88 +165,158 @@ def sample_pipeline(
             is a `PipelineResult` with what was finished.
         Interrupted: at Ctrl-C; likewise.
     """
-    from fastsde.diffusers.pipeline_model import PipelineModel
-
-    reading = _reading(pipe)
-    if not allow_distilled:
-        _check_distilled(pipe, reading)
-    check_kind("per_sample", per_sample, Mapping, "a dict of lists")
-    if prompt is not None or (_needs_prompt(pipe) and "prompt" not in (per_sample or {})):
-        arguments["prompt"] = prompt
-    request = Request(pipe, arguments, per_sample or {}, n, index)
-    solver = ExponentialPC() if solver is None else solver
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
-    steps = arguments.get("num_inference_steps")
-    counted = steps is not None and all(v is None for v in (rtol, nfe, controller)) and _takes_grid(solver)
-    seed, numbers, generators = _noise(request, seed, index)
-    batch = min(check_count("batch_size", batch_size, 1), request.n)
-    reading = _started(reading, controller)
-    model = PipelineModel(pipe, request, reading, generators, batch, counts_turns=counted)
-    if isinstance(solver, FittedSolver):
-        solver = _for_network(solver, model)
-
-    def planned(process: SDE, *, denoise: bool = True) -> tuple[Controller, tuple[float, float]]:
-        # As many evaluations as its own loop makes: of an image a share of the steps.
-        own_loop = max((model.listed or steps or 1) * model.calls, fewest_calls(model, solver, denoise))
-        budget = own_loop if counted else nfe
-        found = resolve_controller(model, process, solver, controller, rtol, atol, budget, denoise)
-        return found, found.span(process.t_min, process.t_max)
-
-    planned(reading.sde)  # what cannot work is refused before the pipeline starts
-    samples = Samples(numbers, (), resolve_dtype(dtype, None), seed, {})
-    options = Options(batch, max_nfe, progress=progress, callback=callback)
+    run = PipelineRun(
+        pipe,
+        prompt,
+        n=n,
+        rtol=rtol,
+        atol=atol,
+        nfe=nfe,
+        solver=solver,
+        controller=controller,
+        seed=seed,
+        index=index,
+        batch_size=batch_size,
+        per_sample=per_sample,
+        max_nfe=max_nfe,
+        dtype=dtype,
+        progress=progress,
+        callback=callback,
+        allow_distilled=allow_distilled,
+        arguments=arguments,
+    )
     try:
-        whole = _whole(model, _run(pipe, model, solver, planned, samples, options))
+        with running(pipe):
+            whole = run.whole(Engine(run.begin()).run())
     except (Interrupted, SamplingError) as stopped:
-        stopped.result = _whole(model, stopped.result)
+        stopped.result = run.whole(stopped.result)
         raise
     finally:
-        model.close()
-    _raise_late(whole)
+        run.model.close()
+    raise_late(whole)
     return whole
 
 
-def _run(
-    pipe: Any,
-    model: PipelineModel,
-    solver: Solver,
-    planned: Callable[..., tuple[Controller, tuple[float, float]]],
-    samples: Samples,
-    options: Options,
-) -> SampleResult:
-    """Lets the pipelines begin, and takes their samples from there to the end of their loops.
+class PipelineRun:
+    """A call of `sample_pipeline`, between what it is asked and what the engine is given; arguments as there.
 
     Args:
-        pipe, model, solver: what samples.
-        planned: controller and span for (process, denoise=).
-        samples: which samples; the model says their shape and their start.
-        options: how to run.
+        forwards: what calls the networks, for other runs too.
     """
-    from fastsde.diffusers.loop import counting
 
-    if "_interrupt" in vars(pipe):
-        vars(pipe)["_interrupt"] = False
-    with torch.no_grad(), model.sampling(), counting(pipe):
+    def __init__(
+        self,
+        pipe: Any,
+        prompt: Any,
+        *,
+        n: int | None,
+        rtol: float | None,
+        atol: float | None,
+        nfe: int | None,
+        solver: Solver | None,
+        controller: Controller | None,
+        seed: int | None,
+        index: Sequence[int] | Tensor | None,
+        batch_size: int,
+        per_sample: Mapping[str, Sequence[Any]] | None,
+        max_nfe: int | None,
+        dtype: torch.dtype | None,
+        progress: bool,
+        callback: Callable[[EngineState], None] | None,
+        allow_distilled: bool,
+        arguments: dict[str, Any],
+        forwards: Forwards | None = None,
+    ) -> None:
+        from fastsde.diffusers.pipeline_model import PipelineModel
+
+        reading = _reading(pipe)
+        if not allow_distilled:
+            _check_distilled(pipe, reading)
+        check_kind("per_sample", per_sample, Mapping, "a dict of lists")
+        if prompt is not None or (_needs_prompt(pipe) and "prompt" not in (per_sample or {})):
+            arguments["prompt"] = prompt
+        request = Request(pipe, arguments, per_sample or {}, n, index)
+        solver = ExponentialPC() if solver is None else solver
+        if not isinstance(solver, Solver):
+            raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
+        self._listed = arguments.get("num_inference_steps")
+        given = all(v is None for v in (rtol, nfe, controller))
+        self._counted = self._listed is not None and given and _takes_grid(solver)
+        self._how: dict[str, Any] = {"controller": controller, "rtol": rtol, "atol": atol}
+        self._nfe = nfe
+        seed, numbers, generators = _noise(request, seed, index)
+        batch = min(check_count("batch_size", batch_size, 1), request.n)
+        self.pipe = pipe
+        self.model = PipelineModel(
+            pipe,
+            request,
+            _started(reading, controller),
+            generators,
+            batch,
+            counts_turns=self._counted,
+            forwards=forwards,
+        )
+        self.solver = _for_network(solver, self.model) if isinstance(solver, FittedSolver) else solver
+        self._planned(self.model.sde)  # what cannot work is refused before the pipeline starts
+        self.samples = Samples(numbers, (), resolve_dtype(dtype, None), seed, {})
+        self.options = Options(batch, max_nfe, progress=progress, callback=callback)
+
+    def begin(self) -> Job:
+        """Lets the pipelines begin; the job takes their samples from there to the end of their loops.
+
+        Raises:
+            ValueError: if the loop turns out to be one that is not supported.
+        """
+        model = self.model
         model.begin()
-        process = model.process = _between(pipe, model)
+        process = model.process = _between(self.pipe, model)
         denoise = model.ends_denoised = model.t_end <= model.reading.sde.t_min
-        if isinstance(solver, FittedSolver) and process.t_max < solver.times[0] * (1 - 1e-6):
+        if isinstance(self.solver, FittedSolver) and process.t_max < self.solver.times[0] * (1 - 1e-6):
             raise ValueError(
                 f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave solver= out."
             )
-        chosen, span = planned(process, denoise=denoise)
+        chosen, span = self._planned(process, denoise=denoise)
         _check_first(span[0], process)
         samples = dataclasses.replace(
-            samples,
-            index=samples.index.to(model.device),
+            self.samples,
+            index=self.samples.index.to(model.device),
             event=model.event_shape or (),
-            cond={"sample": torch.arange(len(samples.index), device=model.device)},
+            cond={"sample": torch.arange(len(self.samples.index), device=model.device)},
             start=model.start,
             finished=model.finished,
         )
-        options = dataclasses.replace(options, batch_size=model.batch_size)
-        return Engine(make_job(model, process, solver, chosen, span, samples, options, denoise=denoise)).run()
+        options = dataclasses.replace(self.options, batch_size=model.batch_size)
+        return make_job(model, process, self.solver, chosen, span, samples, options, denoise=denoise)
+
+    def whole(self, result: SampleResult) -> PipelineResult:
+        """The result with the pipeline's outputs."""
+        model, status = self.model, result.status.clone()
+        status[sorted(model.stopped)] = int(Status.STOPPED)
+        status[[i for i in model.errors if not torch.isfinite(result.samples[i]).all()]] = int(Status.FAILED)
+        result = dataclasses.replace(result, status=status)
+        forwards = model.forwards
+        return PipelineResult(model.outputs, result, forwards.made, forwards.separate, model.errors, model.process)
+
+    def _planned(self, process: SDE, *, denoise: bool = True) -> tuple[Controller, tuple[float, float]]:
+        """Controller and span; as many evaluations as its own loop makes, if that says: of an image a share of them."""
+        model, budget = self.model, self._nfe
+        if self._counted:
+            least = fewest_calls(model, self.solver, denoise)
+            budget = max((model.listed or self._listed or 1) * model.calls, least)
+        found = resolve_controller(model, process, self.solver, nfe=budget, denoise=denoise, **self._how)
+        return found, found.span(process.t_min, process.t_max)
+
+
+@contextlib.contextmanager
+def running(pipe: Any) -> Iterator[None]:
+    """What runs of a pipeline need around them."""
+    from fastsde.diffusers.loop import counting
+    from fastsde.diffusers.pipeline_model import evaluating
+
+    if "_interrupt" in vars(pipe):
+        vars(pipe)["_interrupt"] = False
+    with torch.no_grad(), evaluating(pipe), counting(pipe):
+        yield
 
 
 def _noise(
@@ -280,26 +351,23 @@ def _check_first(first: float, process: SDE) -> None:
         )
 
 
-def _raise_late(whole: PipelineResult) -> None:
+def raise_late(whole: PipelineResult) -> None:
     """Raises a SamplingError, with the result, if pipelines failed after their loops; memory is a status."""
-    late = {k: error for k, error in whole.errors.items() if whole.result.status[k] != Status.FAILED}
+    status = whole.result.status
+    late = {
+        k: error
+        for k, error in whole.errors.items()
+        if status[k] != Status.FAILED or not isinstance(error, torch.OutOfMemoryError)
+    }
     if not late:
         return
     place, error = next(iter(late.items()))
+    when = "in" if status[place] == Status.FAILED else "after"
     raise SamplingError(
-        f"the pipeline failed after its loop for {len(late)} of {len(whole.outputs)} samples, sample {place} with "
+        f"the pipeline failed {when} its loop for {len(late)} of {len(whole.outputs)} samples, sample {place} with "
         f"{type(error).__name__}: {error}; their last states are in .result of this exception.",
         whole,
     ) from error
-
-
-def _whole(model: PipelineModel, result: SampleResult) -> PipelineResult:
-    """The result with the pipeline's outputs."""
-    status = result.status.clone()
-    status[sorted(model.stopped)] = int(Status.STOPPED)
-    status[[i for i in model.errors if not torch.isfinite(result.samples[i]).all()]] = int(Status.FAILED)
-    result = dataclasses.replace(result, status=status)
-    return PipelineResult(model.outputs, result, model.forwards, model.separate, model.errors, model.process)
 
 
 def _needs_prompt(pipe: Any) -> bool:
@@ -325,14 +393,19 @@ def _for_network(solver: FittedSolver, model: PipelineModel) -> FittedSolver:
     return solver.for_any_model()
 
 
+def check_pipeline(pipe: Any) -> None:
+    """Refuses, with a TypeError, what is no pipeline of diffusers."""
+    if not hasattr(pipe, "components") or not callable(pipe):
+        raise TypeError(f"pipe must be a pipeline of diffusers; got {type(pipe).__name__}.")
+
+
 def _reading(pipe: Any) -> Reading:
     """How the pipeline's schedule is read.
 
     Raises:
         TypeError, ValueError: for what has no loop that can be answered, as far as that is seen from outside.
     """
-    if not hasattr(pipe, "components") or not callable(pipe):
-        raise TypeError(f"pipe must be a pipeline of diffusers; got {type(pipe).__name__}.")
+    check_pipeline(pipe)
     name = type(pipe).__name__
     schedulers = [key for key, part in pipe.components.items() if hasattr(part, "set_timesteps")]
     inner = [key for key, part in vars(pipe).items() if hasattr(part, "components")]

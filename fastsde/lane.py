@@ -1,0 +1,350 @@
+"""A batch that samples of many requests share: `Sampler` lets it turn.
+
+The engine runs a batch in which each row has its own time. So a row may belong to any request. The rows of a request
+are made from the request's own job, as `sample` makes it, and its samples are written to its own result.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastsde.batching import select_rows
+from fastsde.control.base import Controller, Decision
+from fastsde.engine import Engine, Row
+from fastsde.job import EngineState, Job
+from fastsde.solvers.base import Plan
+from fastsde.types import Carry, Index, State, Time
+
+
+class Request(Future[Any]):
+    """What `submit` of a sampler returns: a future with the result.
+
+    `request.result()` waits for it, `await request` does so in a coroutine. `request.cancel()` takes its samples out of
+    queue and batch before the next turn.
+
+    Attributes:
+        n: number of samples.
+        seed: the seed of their noise.
+    """
+
+    def __init__(self, n: int, seed: int, callback: Callable[[EngineState], None] | None) -> None:
+        super().__init__()
+        self.n, self.seed, self.callback = n, seed, callback
+        self.engine: Engine | None = None
+        self.begun, self.left, self.since = 0, n, time.perf_counter()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return asyncio.wrap_future(self).__await__()
+
+    def begin(self) -> Engine:
+        """The engine that makes its rows and has its result; in the thread of the sampler."""
+        raise NotImplementedError
+
+    def whole(self) -> Any:
+        """Its result, when all samples have ended."""
+        raise NotImplementedError
+
+    def close(self, *, others: bool) -> None:
+        """Told when it has ended in any way, and whether others still run; in the thread of the sampler."""
+
+
+class _Grids(Controller):
+    """The grids of a lane, one after another, of which each place walks one. Plans of steps are in the same order.
+
+    Attributes:
+        times: the times of all grids; the last of each twice, for rows that have ended.
+        begin: where the grid of each place begins, with shape (places,).
+    """
+
+    adaptive = False
+
+    def __init__(self, places: int, device: torch.device) -> None:
+        self.times = torch.zeros(1, dtype=torch.float64, device=device)
+        self.begin = torch.zeros(places, dtype=torch.int64, device=device)
+
+    def plan_row(self, carry: Carry) -> Index:
+        # A row whose sample has left still reads one.
+        return (self.begin.take(carry["place"]) + carry["position"]).clamp(max=len(self.times) - 1)
+
+    def init(self, t: Time, t_end: float) -> Carry:
+        raise NotImplementedError("a lane knows the places of its rows")
+
+    def target(self, t: Time, t_end: float, carry: Carry) -> Time:
+        return self.times.take(self.plan_row(carry))
+
+    def update(
+        self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
+    ) -> Decision:
+        return Decision(torch.zeros_like(carry["position"]), {"place": carry["place"]})
+
+
+class Lane(Engine):
+    """A batch of samples of several requests, whose jobs have the same solver, process and kind of noise.
+
+    To the engine a sample is its place, from 0 to `places` - 1. A place is free again when its sample has ended.
+
+    Args:
+        job: the first job.
+        places: how many samples there may be.
+        ended: told of ended samples: their request and their rows, which are of its job again.
+        failed: told of a request that failed.
+        any_model: whether the first job's model stands for those of all others.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        places: int,
+        ended: Callable[[Request, Carry], None],
+        failed: Callable[[Request, Exception], None],
+        *,
+        any_model: bool = False,
+    ) -> None:
+        self.any_model = any_model
+        self.first, self.ended, self.failed = job, ended, failed
+        self.owners: list[tuple[Request, int] | None] = [None] * places
+        device = job.index.device
+        self.numbers = torch.zeros(places, dtype=torch.int64, device=device)
+        self.words = torch.zeros(2, places, dtype=torch.int64, device=device)
+        self.grids = _Grids(places, device) if len(job.controller.all_grids()) == 1 else None
+        self.begins: dict[tuple[float, ...], int] = {}
+        self.fresh: list[dict[str, Carry]] = []
+        self.width = 0
+        super().__init__(
+            dataclasses.replace(
+                job,
+                controller=self.grids or job.controller,
+                noise=job.noise.at_places(self.numbers, self.words),
+                index=torch.arange(places, device=device),
+                batch_size=places,
+            )
+        )
+        self.queue = iter(())
+
+    def takes(self, job: Job) -> bool:
+        """Whether rows of a job can be rows of this batch."""
+        first = self.first
+        alike = job.solver == first.solver and _signature(job) == _signature(first)
+        alike = alike and (self.any_model or job.model is first.model)
+        if self.grids is None:
+            return alike and job.controller == first.controller
+        return alike and len(job.controller.all_grids()) == 1
+
+    def requests(self) -> list[Request]:
+        """Those that have samples here."""
+        return list(dict.fromkeys(owner[0] for owner in self.owners if owner is not None))
+
+    def admit(self, request: Request, count: int) -> None:
+        """Gives the next samples of a request a place each.
+
+        Raises:
+            Exception: what the start of its job raises; then none has a place.
+        """
+        engine, numbers = _engine(request), range(request.begun, request.begun + count)
+        job = engine.job
+        fresh = engine._fresh_rows(list(numbers))
+        places = [place for place, owner in enumerate(self.owners) if owner is None][:count]
+        ids = torch.tensor(places, device=self.device)
+        self.numbers[ids] = fresh["row"]["index"]
+        self.words[:, ids] = torch.tensor([[job.noise.seed & 0xFFFFFFFF], [job.noise.seed >> 32]], device=self.device)
+        for place, k in zip(places, numbers, strict=True):
+            self.owners[place] = request, k
+        if self.grids is not None:
+            self._walk(ids, job)
+            fresh["control"] = {"place": ids}
+        self.most_nfe = max(self.most_nfe, engine.most_nfe)
+        fresh["row"] |= {"slot": ids, "index": ids}
+        self.fresh.append(fresh)
+        self.live += count
+        request.begun += count
+
+    def _walk(self, ids: Tensor, job: Job) -> None:
+        """Lets the given places walk the grid of a job. Of the grids, those that are in use stay."""
+        assert self.grids is not None
+        if _times(job) not in self.begins:
+            used = [_engine(owner[0]).job for owner in self.owners if owner is not None]
+            grids = {_times(of): of for of in used}
+            lengths = [len(times) + 1 for times in grids]
+            self.begins = {times: sum(lengths[:k]) for k, times in enumerate(grids)}
+            ends = [torch.tensor([*times, times[-1]], dtype=torch.float64) for times in grids]
+            self.grids.times = torch.cat(ends).to(self.device)
+            begin = [0 if owner is None else self.begins[_times(_engine(owner[0]).job)] for owner in self.owners]
+            self.grids.begin = torch.tensor(begin, device=self.device)
+            plans = [of.plan for of in grids.values() if of.plan is not None]
+            self.job = dataclasses.replace(self.job, plan=Plan.joined(plans) if plans else None)
+        self.grids.begin[ids] = self.begins[_times(job)]
+
+    def _join(self) -> None:
+        """Puts fresh rows into empty slots, and widens the batch for the others: once a turn, as it copies the rows."""
+        fresh, self.fresh = _joined(self.fresh), []
+        free = sorted(self.empty)[: len(fresh["row"]["slot"])]
+        self.flags.clear()
+        if free:
+            part = torch.arange(len(free), device=self.device)
+            self._write(torch.tensor(free, device=self.device), {g: select_rows(part, v) for g, v in fresh.items()})
+            self.empty.difference_update(free)
+        if len(free) < len(fresh["row"]["slot"]):
+            part = torch.arange(len(free), len(fresh["row"]["slot"]), device=self.device)
+            rest = {group: select_rows(part, values) for group, values in fresh.items()}
+            self.rows = _joined([self.rows, rest]) if self.rows else rest
+
+    def advance(self) -> None:
+        """One turn. What fails is tried again for each request alone, and a request that fails alone is told so."""
+        if self.fresh:
+            self._join()
+        self.width = len(self.rows["row"]["slot"])
+        try:
+            with self.job.model.sampling():
+                ended = self.flags.read(self._turn())
+        except Exception as error:  # noqa: BLE001 - it goes to the requests that it is of
+            self._turn_apart(error)
+            ended = True
+        for request in self.requests():
+            if request.callback is not None:
+                self._tell(request, request.callback)
+        if ended and self.rows:
+            self._retire()
+        if self.pool:
+            self._flush()
+
+    def _turn_apart(self, error: Exception) -> None:
+        """A turn of each request's rows alone, after one of all together has failed."""
+        self.flags.clear()
+        rows, parts, owners = self.rows, [], self.requests()
+        slots = [-1 if k in self.empty else slot for k, slot in enumerate(rows["row"]["slot"].tolist())]
+        for request in owners:
+            mine = [k for k, slot in enumerate(slots) if slot >= 0 and self._is_of(slot, request)]
+            if not mine:
+                continue
+            ids = torch.tensor(mine, device=self.device)
+            self.rows = {group: select_rows(ids, values) for group, values in rows.items()}
+            try:
+                if len(owners) == 1:
+                    raise error
+                with self.job.model.sampling():
+                    self._turn()
+            except Exception as own:  # noqa: BLE001 - likewise
+                self.rows = {}
+                self.failed(request, own)
+            else:
+                parts.append(self.rows)
+        self.rows, self.empty = _joined(parts) if parts else {}, set()
+        self.live = len(self.rows["row"]["slot"]) if parts else 0
+
+    def _is_of(self, place: int, request: Request) -> bool:
+        """Whether the sample at a place is one of a request."""
+        owner = self.owners[place]
+        return owner is not None and owner[0] is request
+
+    def _tell(self, request: Request, callback: Callable[[EngineState], None]) -> None:
+        """Calls back with the rows of a request."""
+        row = self.rows["row"]
+        mine = [
+            k for k, place in enumerate(row["slot"].tolist()) if k not in self.empty and self._is_of(place, request)
+        ]
+        if not mine:
+            return
+        ids = torch.tensor(mine, device=self.device)
+        index = self.numbers.take(row["slot"].index_select(0, ids))
+        x, t, nfe = (row[key].index_select(0, ids) for key in ("x", "t", "nfe"))
+        x_0 = self.rows["solver"]["x_0"].index_select(0, ids) if self.job.solver.keeps_x_0 else None
+        try:
+            callback(EngineState(self.turn, request.n - request.left, index, x, t, nfe, x_0))
+        except Exception as error:  # noqa: BLE001 - of this request alone
+            self.failed(request, error)
+
+    def drop(self, request: Request) -> None:
+        """Takes the samples of a request out of the batch."""
+        places = {place for place in range(len(self.owners)) if self._is_of(place, request)}
+        if not places:
+            return
+        if self.rows:
+            slots = self.rows["row"]["slot"].tolist()
+            rows = [k for k, slot in enumerate(slots) if slot in places and k not in self.empty]
+            self.flags.clear()
+            ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
+            self.rows["row"]["status"].index_fill_(0, ids, int(Row.EMPTY))
+            self.empty.update(rows)
+            self.live -= len(rows)
+            self._shrink()
+        for place in places:
+            self.owners[place] = None
+
+    def _put(self, row: Carry) -> None:
+        places = row["slot"].tolist()
+        for request in self.requests():
+            mine = [k for k, place in enumerate(places) if self._is_of(place, request)]
+            if not mine:
+                continue
+            own = select_rows(torch.tensor(mine, device=self.device), row)
+            own["slot"] = torch.tensor(
+                [owner[1] for k in mine if (owner := self.owners[places[k]])], device=self.device
+            )
+            for k in mine:
+                self.owners[places[k]] = None
+            self.ended(request, own)
+
+    def _at_start(self, slots: Tensor) -> dict[str, Carry]:
+        parts = []
+        for place in slots.tolist():
+            owner = self.owners[place]
+            assert owner is not None
+            parts.append(_engine(owner[0])._at_start(torch.tensor([owner[1]], device=self.device)))
+        rows = _joined(parts)
+        rows["row"] |= {"slot": slots, "index": slots}
+        return rows
+
+    def _flush(self, *, denoise: bool = True) -> None:
+        try:
+            super()._flush(denoise=denoise)
+        except Exception as error:  # noqa: BLE001 - as in a turn
+            pool, self.pool = self.pool, []
+            rows = _joined(pool)
+            places = rows["row"]["slot"].tolist()
+            owners = self.requests()
+            for request in owners:
+                mine = [k for k, place in enumerate(places) if self._is_of(place, request)]
+                if not mine:
+                    continue
+                ids = torch.tensor(mine, device=self.device)
+                self.pool = [{group: select_rows(ids, values) for group, values in rows.items()}]
+                try:
+                    if len(mine) == len(places):
+                        raise error
+                    super()._flush(denoise=denoise)
+                except Exception as own:  # noqa: BLE001 - likewise
+                    self.pool = []
+                    self.failed(request, own)
+
+
+def _engine(request: Request) -> Engine:
+    assert request.engine is not None, "it has begun"
+    return request.engine
+
+
+def _times(job: Job) -> tuple[float, ...]:
+    """The times of the one grid of a job."""
+    return tuple(job.controller.all_grids()[0].times.tolist())
+
+
+def _signature(job: Job) -> tuple[Any, ...]:
+    """What samples that share a batch have in common, besides solver and controller."""
+    noise, ends = job.noise, (getattr(job.sde, "t_min", None), getattr(job.sde, "t_max", None))
+    cond = {key: (value.shape[1:], value.dtype) for key, value in job.cond.items()}
+    shape = (noise.event_shape, noise.dtype, job.index.device)
+    fixed = () if job.controller.all_grids() else (job.t_start, job.t_end)
+    return type(noise), shape, ends, cond, job.denoise, fixed
+
+
+def _joined(parts: Sequence[dict[str, Carry]]) -> dict[str, Carry]:
+    """The rows of several batches as one."""
+    first = parts[0]
+    return {g: {k: torch.cat([part[g][k] for part in parts]) for k in values} for g, values in first.items()}

@@ -1,0 +1,374 @@
+"""What stands behind the HTTP endpoints: a sampler, and what of a model a request may ask for."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import dataclasses
+import inspect
+import io
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+import fastsde
+from fastsde.job import EngineState
+from fastsde.lane import Request
+from fastsde.live import RequestQueue, Sampler
+from fastsde.result import SampleResult
+from fastsde.score import Mask, Projection
+from fastsde.score.base import ScoreModel
+from fastsde.serve.limits import Limits
+from fastsde.solvers import SOLVERS, ExponentialPC
+from fastsde.tokens import TokenModel
+from fastsde.types import Cond
+
+_SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
+_PIXELS = 1 << 24
+"""Of an uploaded picture, at most; a small file may hold a huge one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What a request asks for, checked for its types and ranges; fields as in the HTTP interface."""
+
+    prompt: str = ""
+    n: int = 1
+    size: str | None = None
+    seed: int | None = None
+    rtol: float | None = None
+    nfe: int | None = None
+    solver: str | None = None
+    eta: float | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    image: str | None = None
+    mask: str | None = None
+    strength: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """What came of a request.
+
+    Attributes:
+        images: a picture for each sample; None where there is none.
+        result: calls, steps and status of each sample.
+    """
+
+    images: list[Image.Image | None]
+    result: SampleResult
+
+
+class Service(ABC):
+    """A model that is served.
+
+    Args:
+        name: what it is called.
+        sampler: its live queue.
+        limits: what a request is granted.
+        record: what is told with every picture, such as the hash of the weights.
+        classes: names of its classes.
+
+    Attributes:
+        classes: names of its classes, for which a prompt stands; empty if it has none.
+        prompts: whether it takes a text.
+        edits: whether it takes an image to edit, and a mask.
+        size: width and height of its images; None if they may be asked for.
+    """
+
+    solvers: tuple[str, ...] = tuple(solver.__name__ for solver in SOLVERS)
+    prompts = edits = False
+    size: tuple[int, int] | None = None
+
+    def __init__(
+        self,
+        name: str,
+        sampler: RequestQueue,
+        limits: Limits,
+        record: dict[str, Any],
+        classes: Sequence[str] = (),
+    ) -> None:
+        self.name, self.sampler, self.limits, self.record, self.classes = name, sampler, limits, record, tuple(classes)
+
+    @abstractmethod
+    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+        """Asks the sampler.
+
+        Raises:
+            ValueError, TypeError: saying what of the request is not allowed.
+            SamplerFullError: if the queue is full.
+        """
+
+    @abstractmethod
+    def made(self, result: Any) -> Made:
+        """Pictures of what a request has returned."""
+
+    def previews(self, state: EngineState) -> list[Image.Image] | None:
+        """Pictures of samples on their way; None where they would cost a decoder's run."""
+        return None
+
+    def refuse(self, asked: Asked, *names: str) -> None:
+        """Refuses fields that this model has no use for.
+
+        Raises:
+            ValueError: naming them.
+        """
+        if said := [name for name in names if getattr(asked, name) is not None]:
+            raise ValueError(f"{self.name} takes no {', '.join(said)}.")
+
+    def check_size(self, asked: Asked) -> tuple[int, int] | None:
+        """Width and height that are asked for, or those that the model has.
+
+        Raises:
+            ValueError: if it is no size, or not the model's.
+        """
+        if asked.size in (None, "auto"):
+            return self.size
+        found = _SIZE.fullmatch(asked.size or "")
+        if found is None:
+            raise ValueError(f"size must be WIDTHxHEIGHT, such as 28x28, or auto; got {asked.size!r}.")
+        size = int(found[1]), int(found[2])
+        if self.size is not None and size != self.size:
+            raise ValueError(f"size must be {self.size[0]}x{self.size[1]}, that of {self.name}; got {asked.size}.")
+        return size
+
+    def label(self, prompt: str) -> int | None:
+        """The class that a prompt names, by its name or number; None for an empty prompt.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        words = prompt.strip().lower()
+        if not words:
+            return None
+        names = [name.lower() for name in self.classes]
+        if words in names:
+            return names.index(words)
+        if words.isascii() and words.isdecimal() and len(words) < 9 and int(words) < len(names):
+            return int(words)
+        if not names:
+            raise ValueError(f"{self.name} takes no prompt; leave it empty.")
+        raise ValueError(f"prompt must be a class of {self.name}: {', '.join(self.classes)}; got {prompt[:80]!r}.")
+
+
+def within(asked: Asked, limits: Limits) -> dict[str, Any]:
+    """Solver and steps that are asked for, as keyword arguments of `submit`.
+
+    Raises:
+        ValueError: naming what is out of the limits.
+    """
+    if asked.n > limits.n:
+        raise ValueError(f"n must be at most {limits.n} here; got {asked.n}.")
+    if asked.nfe is not None and asked.nfe > limits.nfe:
+        raise ValueError(f"nfe must be at most {limits.nfe} here; got {asked.nfe}.")
+    if asked.rtol is not None and asked.rtol < limits.rtol:
+        raise ValueError(f"rtol must be at least {limits.rtol:g} here; got {asked.rtol:g}.")
+    how: dict[str, Any] = {"rtol": asked.rtol, "nfe": asked.nfe}
+    if asked.solver is None and asked.eta is None:
+        return how
+    name = asked.solver or ExponentialPC.__name__
+    kinds: dict[str, Any] = {solver.__name__: solver for solver in SOLVERS}
+    if name not in kinds:
+        raise ValueError(f"solver must be one of {', '.join(kinds)}; got {name[:80]!r}.")
+    if asked.eta is None:
+        return how | {"solver": kinds[name]()}
+    if "eta" not in {field.name for field in dataclasses.fields(kinds[name])}:
+        raise ValueError(f"{name} has no eta.")
+    return how | {"solver": kinds[name](eta=asked.eta)}
+
+
+class ModelService(Service):
+    """A score model of images.
+
+    Args:
+        name, record, classes: as for `Service`.
+        model: the model, with an event shape.
+        images: from finite samples to images in [0, 1], with shape (n, C, H, W).
+        limits: what a request is granted.
+        decoded: whether `images` runs a decoder, so that samples are latents.
+        options: of the `Sampler`.
+    """
+
+    sampler: Sampler
+
+    def __init__(
+        self,
+        name: str,
+        model: ScoreModel,
+        images: Callable[[Tensor], Tensor],
+        limits: Limits,
+        record: dict[str, Any],
+        classes: Sequence[str] = (),
+        *,
+        decoded: bool = False,
+        **options: Any,
+    ) -> None:
+        if model.event_shape is None or len(model.event_shape) != 3:
+            raise ValueError(f"served are models of images, with shape (C, H, W); {name} has {model.event_shape}.")
+        super().__init__(name, Sampler(model, **options), limits, record, classes)
+        self.model, self.images, self.decoded = model, images, decoded
+        self.edits = not decoded
+        if not decoded:
+            self.size = model.event_shape[2], model.event_shape[1]
+
+    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+        self.refuse(asked, "guidance_scale", "negative_prompt")
+        self.check_size(asked)
+        cond: Cond = {}
+        if (label := self.label(asked.prompt)) is not None:
+            cond = {"class_labels": torch.full((asked.n,), label)}
+        more: dict[str, Any] = {}
+        if asked.image is None:
+            self.refuse(asked, "mask", "strength")
+        elif not self.edits:
+            raise ValueError(f"{self.name} takes no image.")
+        else:
+            x = self._read("image", asked.image)
+            if asked.mask is None:
+                more = {"x_data": x.expand(asked.n, *x.shape), "strength": asked.strength or 0.6}
+            else:
+                self.refuse(asked, "strength")
+                drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
+                if drawn.all():
+                    raise ValueError("mask must leave something: its white parts are drawn anew, the black ones stay.")
+                more = {"model": Projection(self.model, Mask(~drawn), x)}
+        how = within(asked, self.limits)
+        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond or None, callback=callback, **how, **more)
+
+    def _read(self, name: str, text: str) -> Tensor:
+        """An uploaded picture as a sample, in the model's size and range."""
+        assert self.model.event_shape is not None
+        channels, height, width = self.model.event_shape
+        picture = picture_of(name, text).convert("L" if channels == 1 else "RGB")
+        levels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
+        low, high = self.model.data_range
+        pixels = torch.from_numpy(levels).reshape(height, width, -1).permute(2, 0, 1)
+        return low + (high - low) * pixels
+
+    def made(self, result: SampleResult) -> Made:
+        return Made(_pictures(result.samples, self.images), result)
+
+    def previews(self, state: EngineState) -> list[Image.Image] | None:
+        if self.decoded:
+            return None
+        x = state.x if state.x_0 is None else state.x_0
+        return [picture for picture in _pictures(x.nan_to_num(), self.images) if picture is not None]
+
+
+class TokenService(Service):
+    """A model of tokens that are images.
+
+    Args:
+        name, record, classes, limits: as for `ModelService`.
+        model: the token model.
+        images: from tokens to images in [0, 1], with shape (n, C, H, W).
+        options: of the `Sampler`.
+    """
+
+    sampler: Sampler
+
+    def __init__(
+        self,
+        name: str,
+        model: TokenModel,
+        images: Callable[[Tensor], Tensor],
+        limits: Limits,
+        record: dict[str, Any],
+        classes: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        super().__init__(name, Sampler(model, **options), limits, record, classes)
+        self.images, self.solvers = images, ()
+
+    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+        others = ("guidance_scale", "negative_prompt", "image", "mask", "strength", "solver", "eta", "size")
+        self.refuse(asked, *others)
+        label = self.label(asked.prompt)
+        cond = None if label is None else {"class_labels": torch.full((asked.n,), label)}
+        how = within(asked, self.limits)
+        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond, callback=callback, **how)
+
+    def made(self, result: SampleResult) -> Made:
+        lost = (result.samples < 0).flatten(1).any(1)
+        pictures = iter(_pictures(result.samples[~lost], self.images))
+        return Made([None if gone else next(pictures) for gone in lost.tolist()], result)
+
+
+class PipelineService(Service):
+    """A pipeline of diffusers that makes images.
+
+    Args:
+        name, record, limits: as for `ModelService`.
+        pipe: the pipeline.
+        pixels: the most pixels of an image.
+        options: of the `PipelineSampler`.
+    """
+
+    prompts = True
+
+    def __init__(
+        self, name: str, pipe: Any, limits: Limits, record: dict[str, Any], *, pixels: int = 1 << 21, **options: Any
+    ) -> None:
+        super().__init__(name, fastsde.PipelineSampler(pipe, **options), limits, record)
+        self.pixels = pixels
+        self.takes = inspect.signature(type(pipe).__call__).parameters
+        self.prompts, self.edits = "prompt" in self.takes, "image" in self.takes
+
+    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+        arguments: dict[str, Any] = {}
+        if (size := self.check_size(asked)) is not None:
+            if math.prod(size) > self.pixels:
+                raise ValueError(f"size must be at most {self.pixels} pixels here; got {asked.size}.")
+            arguments |= {"width": size[0], "height": size[1]}
+        pictures = {"image": asked.image, "mask_image": asked.mask}
+        arguments |= {key: picture_of(key, v).convert("RGB") for key, v in pictures.items() if v is not None}
+        given = {name: getattr(asked, name) for name in ("guidance_scale", "negative_prompt", "strength")}
+        arguments |= {name: value for name, value in given.items() if value is not None}
+        if asked.prompt or self.prompts:
+            arguments["prompt"] = asked.prompt
+        how = within(asked, self.limits)
+        sampler: Any = self.sampler
+        request: Request = sampler.submit(n=asked.n, seed=asked.seed, callback=callback, **how, **arguments)
+        return request
+
+    def made(self, result: Any) -> Made:
+        pictures = [picture if isinstance(picture, Image.Image) else None for picture in result.images]
+        return Made(pictures, result.result)
+
+
+def picture_of(name: str, text: str) -> Image.Image:
+    """The picture in a field of a request: base64, also as a data URL.
+
+    Raises:
+        ValueError: if it is none, or too large.
+    """
+    try:
+        data = base64.b64decode(text.rpartition("base64,")[2], validate=True)
+        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if math.prod(picture.size) > _PIXELS:
+            raise ValueError(f"{name} has {picture.width} x {picture.height} pixels; at most {_PIXELS} are allowed.")
+        picture.load()
+    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{name} must be a PNG, JPEG or WebP picture in base64.") from error
+    return picture
+
+
+def _pictures(x: Tensor, images: Callable[[Tensor], Tensor]) -> list[Image.Image | None]:
+    """8-bit pictures of samples; None for those that are not finite."""
+    whole = torch.isfinite(x).flatten(1).all(1)
+    found: list[Image.Image | None] = [None] * len(x)
+    if whole.any():
+        levels = (
+            (images(x[whole]).double() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        )
+        for place, one in zip(whole.nonzero().flatten().tolist(), levels, strict=True):
+            found[place] = Image.fromarray(one[:, :, 0] if one.shape[2] == 1 else one)
+    return found
