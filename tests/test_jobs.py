@@ -10,7 +10,7 @@ import torch
 from test_cli import network, run
 
 from fastsde.evaluation.images import open_images
-from fastsde.evaluation.jobs import ShardedJob, claim, processes, shard_arrays
+from fastsde.evaluation.jobs import ShardedJob, check_settings, processes, shard_arrays
 from fastsde.result import SampleResult, Status
 
 __all__ = ["network"]
@@ -28,7 +28,7 @@ def begin(folder, n=10, size=4, **settings):
 
 def test_shards_hold_every_sample_once(tmp_path):
     job = begin(tmp_path / "x")
-    assert list(job.run(squares)) == [4, 4, 2]
+    assert list(job.run(squares)) == [0, 1, 2]
     assert job.column("index").tolist() == list(range(10))
     assert job.first(10)[:, 3, 0, 0].tolist() == job.column("nfe").tolist() == [k * k for k in range(10)]
     assert job.pending() == []
@@ -237,10 +237,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "x" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"has no manifest\.json, but thesis\.tex"):
         begin(tmp_path / "x")
-    claim(tmp_path / "y", "a.json", {})
+    check_settings(tmp_path / "y", "a.json", {})
     (tmp_path / "y" / "a.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        claim(tmp_path / "y", "a.json", {})
+        check_settings(tmp_path / "y", "a.json", {})
 
 
 def test_an_interrupted_result_is_no_shard():
@@ -284,7 +284,7 @@ def test_a_manifest_that_another_process_wrote_in_between_counts(tmp_path, monke
     seen = []
     monkeypatch.setattr(type(tmp_path), "is_file", first_time)
     with pytest.raises(ValueError, match="seed: 1 there, 2 here"):
-        claim(tmp_path, "a.json", {"seed": 2})
+        check_settings(tmp_path, "a.json", {"seed": 2})
     assert sorted(os.listdir(tmp_path)) == ["a.json"]
 
 
