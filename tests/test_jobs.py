@@ -516,3 +516,21 @@ def test_a_network_that_fails_midway_costs_one_shard(network, tmp_path):
     network.fail_after = None
     assert run("sample", *OPTIONS, "--out", tmp_path / "job").exit_code == 0
     assert len(os.listdir(tmp_path / "job")) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", 2], "--workers is for --ray"),
+        (["--ray", "--rank", 0, "--world-size", 2], "--ray shares the work itself; it goes without --rank"),
+        (["--ray"], '--ray needs Ray: pip install "fastsde[ray]"'),
+        (["--ray", "--pipeline", "x"], "--pipeline goes without --ray. Jobs of shards are for --model"),
+        (["--out", "s3://bucket/x"], "s3://bucket/x is not a path on this machine"),
+    ],
+)
+def test_options_of_many_machines_are_refused_where_they_mean_nothing(options, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("sample", "-n", 4, "--out", tmp_path / "x", *options)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())

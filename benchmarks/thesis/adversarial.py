@@ -41,9 +41,9 @@ import fastsde
 from fastsde.evaluation.features import Features, open_features
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.jobs import check_settings
-from fastsde.files import write_whole
 from fastsde.evaluation.reference import packaged_reference
 from fastsde.evaluation.statistics import frechet, inception_score
+from fastsde.files import write_whole
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images

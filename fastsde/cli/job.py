@@ -136,7 +136,7 @@ def run_job(
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
         return
     totals = _totals(job)
-    first = np.empty(0) if source.images is None else job.first(64)
+    first = job.first(64) if job.has_images() else np.empty(0)
     grid: dict[str, Content] = {"grid.png": image_grid(first).save} if len(first) else {}
     files = write_atomic(job.folder, {"samples.json": dump_json(totals).encode(), **grid})
     counts, rejected, where = totals["status_counts"], totals["rejected_share"], f"in {job.shards} shards"

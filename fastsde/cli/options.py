@@ -23,6 +23,8 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("an empty path; write . for this folder.", param, ctx)
+        if "://" in str(value):
+            self.fail(f"{value} is not a path on this machine; use one, and copy the files.", param, ctx)
         return super().convert(value, param, ctx)
 
 

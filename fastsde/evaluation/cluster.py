@@ -49,7 +49,7 @@ class _Worker:
 class _Crew:
     """The workers that there are now: which are idle, and what the others are busy with."""
 
-    def __init__(self, open_maker: OpenMaker, record: Mapping[str, Any], needs: Mapping[str, float]) -> None:
+    def __init__(self, open_maker: OpenMaker, record: Mapping[str, Any], needs: Mapping[str, int]) -> None:
         import ray
 
         self._start = ray.remote(_Worker).options(**needs).remote
@@ -153,7 +153,7 @@ class RayWorkers:
             yield cls(most)
             return
         options: dict[str, Any] = {"include_dashboard": False, "num_cpus": most} if address == LOCAL else {}
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **options)
         try:
             yield cls(most)
         finally:
@@ -187,7 +187,7 @@ class RayWorkers:
             RuntimeError: if five workers died over one file.
             Exception: what making a file raised.
         """
-        needs: dict[str, float] = {"num_cpus": 1, "num_gpus": 1} if self.device == "cuda" else {"num_cpus": 1}
+        needs: dict[str, int] = {"num_cpus": 1, "num_gpus": 1} if self.device == "cuda" else {"num_cpus": 1}
         most = max(1, sum(1 for _ in pending()))
         crew = _Crew(open_maker, record, needs)
         try:

@@ -246,12 +246,13 @@ class ShardedJob:
             self._check(k, file, json_hash(self._manifest()), self.settings.get("image_shape"))
             return {name: file.read(name) for name in names or file.headers}
 
-    def first(self, count: int) -> np.ndarray:
-        """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C).
+    def has_images(self) -> bool:
+        """Whether shards hold images, as all do but those of tokens without a code book; the first must be there."""
+        with self._opened(0) as file:
+            return "arr_0" in file.headers
 
-        Raises:
-            KeyError: if the samples are tokens without images.
-        """
+    def first(self, count: int) -> np.ndarray:
+        """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C)."""
         parts: list[np.ndarray] = []
         for k in range(self.shards):
             parts.append(self.read(k, "arr_0")["arr_0"])
