@@ -6,6 +6,7 @@ import collections
 import contextlib
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -153,7 +154,14 @@ class RayWorkers:
             yield cls(most)
             return
         options: dict[str, Any] = {"include_dashboard": False, "num_cpus": most} if address == LOCAL else {}
-        ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **options)
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **options)
+        except (ConnectionError, ValueError) as error:
+            place = f'host:port, "auto" or nothing; got {address!r}'
+            raise ConnectionError(f"--ray must name a cluster that runs, by {place} ({error}).") from error
+        with contextlib.suppress(ValueError):  # of threads that are not the main one, which have no handlers
+            signal.signal(signal.SIGTERM, before)  # Ray's own would end this process without a word
         try:
             yield cls(most)
         finally:
@@ -194,8 +202,11 @@ class RayWorkers:
             with claims or Claims() as held:
                 turns: Iterator[Path | None] = held.turns(pending)
                 again: list[Path] = []
+                look = 0.0
                 while True:
-                    crew.grow(min(self._room(), most))
+                    if time.monotonic() >= look:
+                        crew.grow(min(self._room(), most))
+                        look = time.monotonic() + _EVERY
                     while crew.idle:
                         try:
                             path = again.pop() if again else next(turns)

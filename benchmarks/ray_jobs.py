@@ -1,0 +1,283 @@
+r"""What do claims and Ray bring to a job of shards, what do they cost, and what do they survive?
+
+The network is one that sleeps, so that other work of the machine hardly matters and only sharing is measured. First, one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
+four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the time of the
+schedule that gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at
+random, a machine joins and another leaves (both are processes here). Fourth, the time that a shard costs beside its
+drawing. The files must be the same bytes throughout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import multiprocessing
+import os
+import random
+import signal
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+from common import Row, command, table
+
+from fastsde.evaluation.claims import make_here
+from fastsde.evaluation.cluster import RayWorkers
+from fastsde.evaluation.jobs import ShardedJob
+from fastsde.files import npz_bytes, write_whole
+
+Shards = Mapping[int, tuple[float, float]]
+
+
+def open_sleeper(
+    job: ShardedJob, marks: Path, costs: Sequence[float], crew: int
+) -> tuple[Callable[[int], bytes], Mapping[str, Any]]:
+    """What draws by sleeping; begins when all of the crew are ready, and notes when each shard began and ended."""
+    (marks / f"ready-{os.getpid()}").touch()
+    while len(list(marks.glob("ready-*"))) < crew:
+        time.sleep(0.01)
+
+    def make(k: int) -> bytes:
+        (marks / f"begun-{k}-{os.getpid()}").touch()
+        begin = time.monotonic()
+        time.sleep(costs[k])
+        values = np.array([i * i % 251 for i in job.indices(k)])
+        content = npz_bytes(job.whole(k, {"arr_0": values.astype(np.uint8)[:, None, None, None], "nfe": values}))
+        (marks / f"ended-{k}-{begin}-{time.monotonic()}").touch()
+        return content
+
+    return make, {}
+
+
+def draw_here(rank: int, world: int, share: bool, job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+    """One of several processes, with or without the pending shards of others."""
+    make, _ = open_sleeper(job, marks, costs, world)
+
+    def pending() -> list[Path]:
+        return [path for path in job.pending(rank, world) if share or job.number(path) % world == rank]
+
+    for _ in make_here(pending, lambda path: make(job.number(path))):
+        pass
+
+
+def draw_on_ray(workers: RayWorkers, crew: int, job: ShardedJob, marks: Path, costs: Sequence[float]) -> Iterator[int]:
+    """The same by workers of a cluster; yields the numbers of shards."""
+    open_maker = partial(open_sleeper, job, marks, costs, crew)
+    return job.run(dict, make_all=partial(workers.make_all, open_maker=open_maker, record={}))  # type: ignore[arg-type]
+
+
+def draw_by_processes(world: int, share: bool, job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+    """So many processes at once."""
+    context = multiprocessing.get_context("spawn")
+    crew = [context.Process(target=draw_here, args=(k, world, share, job, marks, costs)) for k in range(world)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+
+
+class Bench:
+    """Jobs in a folder of their own, and what their marks say.
+
+    Args:
+        costs: seconds of each shard.
+        size: samples of a shard.
+    """
+
+    def __init__(self, costs: Sequence[float], size: int) -> None:
+        self.costs, self.size = costs, size
+        self.folder = Path(tempfile.mkdtemp())
+
+    def run(self, name: str, draw: Callable[..., object]) -> tuple[ShardedJob, Path]:
+        """Draws a job; where it is, and its marks."""
+        marks = self.folder / f"{name}-marks"
+        marks.mkdir()
+        job = ShardedJob.begin(self.folder / name, len(self.costs) * self.size, self.size, {})
+        draw(job=job, marks=marks, costs=self.costs)
+        return job, marks
+
+    def seconds(self, marks: Path) -> tuple[float, list[float]]:
+        """From the first beginning to the last end, and of each shard."""
+        times = [tuple(map(float, path.name.split("-")[2:])) for path in marks.glob("ended-*")]
+        return max(end for _, end in times) - min(begin for begin, _ in times), [b - a for a, b in times]
+
+    def same(self, *names: str) -> bool:
+        """Whether all jobs have the same files."""
+        files = [{path.name: path.read_bytes() for path in (self.folder / name).iterdir()} for name in names]
+        return all(found == files[0] for found in files)
+
+
+def longest_first(costs: Sequence[float], workers: int) -> float:
+    """Time of the schedule that gives the longest shard left to whoever is free first."""
+    free = [0.0] * workers
+    for cost in sorted(costs, reverse=True):
+        heapq.heappush(free, heapq.heappop(free) + cost)
+    return max(free)
+
+
+def equal(shards: int, seconds: float) -> Row:
+    """One process and two workers."""
+    bench = Bench([seconds] * shards, 50)
+    _, one = bench.run("one", partial(draw_here, 0, 1, True))
+    with RayWorkers.connected(most=2) as workers:
+        begun = time.monotonic()
+        _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
+        whole = time.monotonic() - begun
+    alone, both = bench.seconds(one)[0], bench.seconds(two)[0]
+    return {
+        "shards": shards,
+        "one_process_seconds": alone,
+        "two_workers_seconds": both,
+        "ratio": alone / both,
+        "ratio_with_the_start_of_workers": alone / whole,
+        "same_bytes": bench.same("one", "two"),
+    }
+
+
+def skewed(shards: int, seconds: float, workers: int) -> list[Row]:
+    """Costs from 1 to 10 in random order: time over that of the schedule."""
+    costs = [seconds * 10 ** (k / (shards - 1)) for k in range(shards)]
+    random.Random(0).shuffle(costs)
+    bench, rows = Bench(costs, 4), []
+
+    def on_ray(**job: Any) -> None:
+        with RayWorkers.connected(most=workers) as crew:
+            list(draw_on_ray(crew, workers, **job))
+
+    ways = {
+        "own shards alone": partial(draw_by_processes, workers, False),
+        "claims": partial(draw_by_processes, workers, True),
+        "Ray": on_ray,
+    }
+    for name, draw in ways.items():
+        _, marks = bench.run(name, draw)
+        found, each = bench.seconds(marks)
+        best = longest_first(each, workers)
+        twice = sum(count > 1 for count in begun(marks).values())
+        rows.append({"way": name, "seconds": found, "ideal": best, "ratio": found / best, "drawn_twice": twice})
+    for row in rows:
+        row["same_bytes"] = bench.same(*ways)
+    return rows
+
+
+def begun(marks: Path) -> Counter[str]:
+    """How often each shard was begun."""
+    return Counter(path.name.split("-")[1] for path in marks.glob("begun-*"))
+
+
+def killed(shards: int, seconds: float, kills: int) -> Row:
+    """Workers that die, a machine that joins, and one that leaves."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    bench, chance = Bench([seconds] * shards, 2000 // shards), random.Random(0)
+    bench.run("one", partial(draw_here, 0, 1, True))
+    small = {"object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    first = cluster.add_node(num_cpus=2, **small)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    when = sorted(chance.sample(range(1, shards - 4), kills))
+    hit: list[str] = []
+
+    def draw(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+        nonlocal first
+        for count, _ in enumerate(draw_on_ray(RayWorkers(), 1, job, marks, costs)):
+            if count in when:
+                hit.append(kill_one(marks, chance))
+            if count == shards // 3:
+                cluster.add_node(num_cpus=2, **small)
+            if count == 2 * shards // 3:
+                cluster.remove_node(first, allow_graceful=False)
+
+    start = time.monotonic()
+    _, marks = bench.run("killed", draw)
+    whole = time.monotonic() - start
+    ray.shutdown()
+    cluster.shutdown()
+    return {
+        "samples": bench.size * shards,
+        "kills": len(hit),
+        "shards_begun_again": sum(begun(marks).values()) - shards,
+        "machines_joined": 1,
+        "machines_left": 1,
+        "seconds": whole,
+        "same_bytes": bench.same("one", "killed"),
+    }
+
+
+def kill_one(marks: Path, chance: random.Random) -> str:
+    """Kills a worker, of those that have begun a shard and live; waits until there is one."""
+    while True:
+        pids = sorted({path.name.split("-")[2] for path in marks.glob("begun-*")})
+        living = [pid for pid in pids if Path("/proc", pid).exists()]
+        if living:
+            pid = chance.choice(living)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
+                return pid
+        time.sleep(0.05)
+
+
+def prices(shards: int, megabytes: int) -> Row:
+    """What a shard costs beside its drawing, and a worker until it draws."""
+    import ray
+
+    def time_of(name: str, draw: Callable[..., object], count: int = shards) -> float:
+        start = time.monotonic()
+        Bench([0.0] * count, 1).run(name, draw)
+        return time.monotonic() - start
+
+    def written(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+        make, _ = open_sleeper(job, marks, costs, 1)
+        for k in range(job.shards):
+            write_whole(job.path(k), make(k))
+
+    found: Row = {}
+    alone, claimed = ([time_of("x", draw) for _ in range(5)] for draw in (written, partial(draw_here, 0, 1, True)))
+    found["written_ms"], found["with_a_claim_ms"] = (1e3 * min(part) / shards for part in (alone, claimed))
+    start = time.monotonic()
+    with RayWorkers.connected(most=1) as workers:
+        found["cluster_start_seconds"] = time.monotonic() - start
+        first = time_of("first", lambda **job: list(draw_on_ray(workers, 1, **job)), 1)
+        many = time_of("many", lambda **job: list(draw_on_ray(workers, 1, **job)))
+        found["worker_start_seconds"] = first
+        found["by_a_worker_ms"] = 1e3 * max(many - first, 0.0) / (shards - 1)
+
+        @ray.remote
+        def send(size: int) -> bytes:
+            return bytes(size)
+
+        ray.get(send.remote(1))
+        start = time.monotonic()
+        ray.get(send.remote(megabytes << 20))
+        found["transfer_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
+    start = time.monotonic()
+    write_whole(Path(tempfile.mkdtemp()) / "x", bytes(megabytes << 20))
+    found["writing_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
+    return found
+
+
+@command(__doc__, "ray_jobs", shards=6, seconds=0.1, kills=1, empty=10)
+@click.option("--shards", default=40, help="Of each job.")
+@click.option("--seconds", default=0.5, help="That a shard takes.")
+@click.option("--kills", default=10)
+@click.option("--empty", default=200, help="Shards that take no time, for the price of one.")
+def main(shards: int, seconds: float, kills: int, empty: int) -> Row:
+    """Prints what was found."""
+    found: Row = {"equal": equal(shards, seconds)}
+    found["skewed"] = skewed(shards, seconds / 3, 4)
+    found["killed"] = killed(shards, seconds, kills)
+    found["prices"] = prices(empty, 64)
+    for part in found.values():
+        table(part if isinstance(part, list) else [part])
+    return found
+
+
+if __name__ == "__main__":
+    main()
