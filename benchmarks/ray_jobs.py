@@ -1,6 +1,7 @@
 r"""What do claims and Ray bring to a job of shards, what do they cost, and what do they survive?
 
-The network is one that sleeps, so that other work of the machine hardly matters and only sharing is measured. First, one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
+The network is one that sleeps, so that other work of the machine hardly matters and only sharing is measured. First,
+one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
 four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the time of the
 schedule that gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at
 random, a machine joins and another leaves (both are processes here). Fourth, the time that a shard costs beside its
@@ -16,6 +17,7 @@ import os
 import random
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -92,7 +94,8 @@ class Bench:
 
     def __init__(self, costs: Sequence[float], size: int) -> None:
         self.costs, self.size = costs, size
-        self.folder = Path(tempfile.mkdtemp())
+        self._kept = tempfile.TemporaryDirectory()  # goes with this object
+        self.folder = Path(self._kept.name)
 
     def run(self, name: str, draw: Callable[..., object]) -> tuple[ShardedJob, Path]:
         """Draws a job; where it is, and its marks."""
@@ -182,18 +185,18 @@ def killed(shards: int, seconds: float, kills: int) -> Row:
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
     first = cluster.add_node(num_cpus=2, **small)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    when = sorted(chance.sample(range(1, shards - 4), kills))
     hit: list[str] = []
 
     def draw(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
-        nonlocal first
+        when = sorted(chance.sample(range(1, shards - 4), kills))
+        killer = threading.Thread(target=lambda: [kill(job, marks, count, hit, chance) for count in when])
+        killer.start()
         for count, _ in enumerate(draw_on_ray(RayWorkers(), 1, job, marks, costs)):
-            if count in when:
-                hit.append(kill_one(marks, chance))
             if count == shards // 3:
                 cluster.add_node(num_cpus=2, **small)
             if count == 2 * shards // 3:
                 cluster.remove_node(first, allow_graceful=False)
+        killer.join()
 
     start = time.monotonic()
     _, marks = bench.run("killed", draw)
@@ -211,17 +214,18 @@ def killed(shards: int, seconds: float, kills: int) -> Row:
     }
 
 
-def kill_one(marks: Path, chance: random.Random) -> str:
-    """Kills a worker, of those that have begun a shard and live; waits until there is one."""
-    while True:
-        pids = sorted({path.name.split("-")[2] for path in marks.glob("begun-*")})
-        living = [pid for pid in pids if Path("/proc", pid).exists()]
-        if living:
-            pid = chance.choice(living)
+def kill(job: ShardedJob, marks: Path, count: int, hit: list[str], chance: random.Random) -> None:
+    """Once so many shards are there, kills a worker in the midst of drawing, and adds it to those that were hit."""
+    while len(job.there()) < job.shards:
+        time.sleep(chance.uniform(0.0, 0.2))
+        ended = {path.name.split("-")[1] for path in marks.glob("ended-*")}
+        drawing = [path.name.split("-")[1:] for path in marks.glob("begun-*")]
+        living = sorted(pid for k, pid in drawing if not (k in ended or pid in hit) and Path("/proc", pid).exists())
+        if living and len(job.there()) >= count:
+            hit.append(chance.choice(living))
             with contextlib.suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
-                return pid
-        time.sleep(0.05)
+                os.kill(int(hit[-1]), signal.SIGKILL)
+            return
 
 
 def prices(shards: int, megabytes: int) -> Row:
@@ -257,8 +261,8 @@ def prices(shards: int, megabytes: int) -> Row:
         start = time.monotonic()
         ray.get(send.remote(megabytes << 20))
         found["transfer_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
-    start = time.monotonic()
-    write_whole(Path(tempfile.mkdtemp()) / "x", bytes(megabytes << 20))
+    bench, start = Bench([0.0], 1), time.monotonic()
+    write_whole(bench.folder / "x", bytes(megabytes << 20))
     found["writing_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
     return found
 
