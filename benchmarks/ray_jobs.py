@@ -124,30 +124,23 @@ def longest_first(costs: Sequence[float], workers: int) -> float:
     return max(free)
 
 
-def equal(shards: int, seconds: float) -> Row:
+def equal(shards: int, seconds: float, repeats: int) -> Row:
     """One process and two workers."""
-    bench = Bench([seconds] * shards, 50)
-    _, one = bench.run("one", partial(draw_here, 0, 1, True))
-    with RayWorkers.connected(most=2) as workers:
-        begun = time.monotonic()
-        _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
-        whole = time.monotonic() - begun
-    alone, both = bench.seconds(one)[0], bench.seconds(two)[0]
-    return {
-        "shards": shards,
-        "one_process_seconds": alone,
-        "two_workers_seconds": both,
-        "ratio": alone / both,
-        "ratio_with_the_start_of_workers": alone / whole,
-        "same_bytes": bench.same("one", "two"),
-    }
+    ratios, whole, same = [], [], True
+    for _ in range(repeats):
+        bench = Bench([seconds] * shards, 50)
+        _, one = bench.run("one", partial(draw_here, 0, 1, True))
+        with RayWorkers.connected(most=2) as workers:
+            start = time.monotonic()
+            _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
+            whole.append(bench.seconds(one)[0] / (time.monotonic() - start))
+        ratios.append(bench.seconds(one)[0] / bench.seconds(two)[0])
+        same &= bench.same("one", "two")
+    return {"shards": shards, "ratio": ratios, "ratio_with_the_start_of_workers": whole, "same_bytes": same}
 
 
-def skewed(shards: int, seconds: float, workers: int) -> list[Row]:
+def skewed(shards: int, seconds: float, workers: int, repeats: int) -> list[Row]:
     """Costs from 1 to 10 in random order: time over that of the schedule."""
-    costs = [seconds * 10 ** (k / (shards - 1)) for k in range(shards)]
-    random.Random(0).shuffle(costs)
-    bench, rows = Bench(costs, 4), []
 
     def on_ray(**job: Any) -> None:
         with RayWorkers.connected(most=workers) as crew:
@@ -158,15 +151,19 @@ def skewed(shards: int, seconds: float, workers: int) -> list[Row]:
         "claims": partial(draw_by_processes, workers, True),
         "Ray": on_ray,
     }
-    for name, draw in ways.items():
-        _, marks = bench.run(name, draw)
-        found, each = bench.seconds(marks)
-        best = longest_first(each, workers)
-        twice = sum(count > 1 for count in begun(marks).values())
-        rows.append({"way": name, "seconds": found, "ideal": best, "ratio": found / best, "drawn_twice": twice})
-    for row in rows:
-        row["same_bytes"] = bench.same(*ways)
-    return rows
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    twice, same = Counter[str](), True
+    for seed in range(repeats):
+        costs = [seconds * 10 ** (k / (shards - 1)) for k in range(shards)]
+        random.Random(seed).shuffle(costs)
+        bench = Bench(costs, 4)
+        for name, draw in ways.items():
+            _, marks = bench.run(name, draw)
+            found, each = bench.seconds(marks)
+            ratios[name].append(found / longest_first(each, workers))
+            twice[name] += sum(count > 1 for count in begun(marks).values())
+        same &= bench.same(*ways)
+    return [{"way": name, "ratio": ratios[name], "drawn_twice": twice[name], "same_bytes": same} for name in ways]
 
 
 def begun(marks: Path) -> Counter[str]:
@@ -232,26 +229,32 @@ def prices(shards: int, megabytes: int) -> Row:
     """What a shard costs beside its drawing, and a worker until it draws."""
     import ray
 
-    def time_of(name: str, draw: Callable[..., object], count: int = shards) -> float:
-        start = time.monotonic()
-        Bench([0.0] * count, 1).run(name, draw)
-        return time.monotonic() - start
-
     def written(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
         make, _ = open_sleeper(job, marks, costs, 1)
         for k in range(job.shards):
             write_whole(job.path(k), make(k))
 
-    found: Row = {}
-    alone, claimed = ([time_of("x", draw) for _ in range(5)] for draw in (written, partial(draw_here, 0, 1, True)))
-    found["written_ms"], found["with_a_claim_ms"] = (1e3 * min(part) / shards for part in (alone, claimed))
+    def each(draw: Callable[..., object]) -> float:
+        """Milliseconds of a shard."""
+        bench, start = Bench([0.0] * shards, 1), time.monotonic()
+        bench.run("x", draw)
+        return 1e3 * (time.monotonic() - start) / shards
+
+    pairs = [(each(written), each(partial(draw_here, 0, 1, True))) for _ in range(5)]
+    found: Row = {"written_ms": [a for a, _ in pairs], "with_a_claim_ms": [b for _, b in pairs]}
     start = time.monotonic()
     with RayWorkers.connected(most=1) as workers:
         found["cluster_start_seconds"] = time.monotonic() - start
-        first = time_of("first", lambda **job: list(draw_on_ray(workers, 1, **job)), 1)
-        many = time_of("many", lambda **job: list(draw_on_ray(workers, 1, **job)))
-        found["worker_start_seconds"] = first
-        found["by_a_worker_ms"] = 1e3 * max(many - first, 0.0) / (shards - 1)
+        starts, prices = [], []
+
+        def timed(**job: Any) -> None:
+            stamps = [time.monotonic(), *(time.monotonic() for _ in draw_on_ray(workers, 1, **job))]
+            starts.append(stamps[1] - stamps[0])
+            prices.append(1e3 * (stamps[-1] - stamps[1]) / (shards - 1))
+
+        for _ in range(5):
+            each(timed)
+        found |= {"worker_start_seconds": starts, "by_a_worker_ms": prices}
 
         @ray.remote
         def send(size: int) -> bytes:
@@ -267,15 +270,16 @@ def prices(shards: int, megabytes: int) -> Row:
     return found
 
 
-@command(__doc__, "ray_jobs", shards=6, seconds=0.1, kills=1, empty=10)
+@command(__doc__, "ray_jobs", shards=6, seconds=0.1, kills=1, empty=10, repeats=1)
 @click.option("--shards", default=40, help="Of each job.")
 @click.option("--seconds", default=0.5, help="That a shard takes.")
 @click.option("--kills", default=10)
+@click.option("--repeats", default=3)
 @click.option("--empty", default=200, help="Shards that take no time, for the price of one.")
-def main(shards: int, seconds: float, kills: int, empty: int) -> Row:
+def main(shards: int, seconds: float, kills: int, repeats: int, empty: int) -> Row:
     """Prints what was found."""
-    found: Row = {"equal": equal(shards, seconds)}
-    found["skewed"] = skewed(shards, seconds / 3, 4)
+    found: Row = {"equal": equal(shards, seconds, repeats)}
+    found["skewed"] = skewed(shards, seconds / 3, 4, repeats)
     found["killed"] = killed(shards, seconds, kills)
     found["prices"] = prices(empty, 64)
     for part in found.values():

@@ -80,7 +80,14 @@ def shard_maker(
     """In a worker: opens the model; what makes shards from their numbers, and the record of the model."""
     single_threaded(request.device)
     source = open_source(request)
-    return (lambda k: npz_bytes(job.whole(k, source.shard(job.indices(k))))), source.record
+
+    def make(k: int) -> bytes:
+        try:
+            return npz_bytes(job.whole(k, source.shard(job.indices(k))))
+        except SamplingError as error:  # its cause would stay here
+            raise SamplingError(str(error.__cause__ or error), None) from None
+
+    return make, source.record
 
 
 def single_threaded(device: str) -> None:
