@@ -10,6 +10,7 @@ from tiny_ray import open_squares, squares
 
 from fastsde.evaluation.cluster import RayWorkers
 from fastsde.evaluation.jobs import ShardedJob
+from fastsde.result import SamplingError
 
 ray = pytest.importorskip("ray")
 
@@ -92,3 +93,14 @@ def test_a_shard_that_kills_every_worker_ends_the_job(cluster, tmp_path):
     with pytest.raises(RuntimeError, match=r"5 workers died while making samples-00003\.npz"):
         list(drawn(job, marks=marks, deadly={3}, always=True))
     assert len(list(marks.glob("3-*"))) == 5
+
+
+def test_an_error_of_a_worker_is_told_and_the_job_goes_on_without_ray(cluster, tmp_path):
+    one, job = begin(tmp_path / "one"), begin(tmp_path / "x")
+    list(one.run(squares))
+    with pytest.raises(SamplingError, match="out of memory"):
+        list(drawn(job, fails_at=6))
+    assert job.path(6) in job.pending()
+    assert not list(job.folder.glob(".*"))
+    list(job.run(squares))
+    assert files(one.folder) == files(job.folder)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastsde.files import npz_bytes
+from fastsde.result import SamplingError
 
 
 def squares(indices):
@@ -16,7 +17,7 @@ def squares(indices):
     return {"arr_0": values[:, None, None, None].astype(np.uint8).repeat(4, 1), "nfe": values}
 
 
-def open_squares(job, marks=None, deadly=(), always=False, seconds=0.0):
+def open_squares(job, marks=None, deadly=(), always=False, seconds=0.0, fails_at=None):
     """What a worker opens: it dies over the shards `deadly`, the first time or always, and marks each shard begun."""
 
     def make(k):
@@ -27,6 +28,8 @@ def open_squares(job, marks=None, deadly=(), always=False, seconds=0.0):
             if k in deadly and (first or always):
                 os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(seconds)
+        if k == fails_at:
+            raise SamplingError("out of memory", None)
         return npz_bytes(job.whole(k, squares(job.indices(k))))
 
     return make, {"maker": "squares"}

@@ -32,8 +32,10 @@ OpenMaker = Callable[[], tuple[Make, Mapping[str, Any]]]
 class _Worker:
     """One process of the cluster, with a model of its own."""
 
-    def __init__(self, open_maker: OpenMaker) -> None:
+    def __init__(self, open_maker: OpenMaker, folder: str) -> None:
         self._open = open_maker
+        with contextlib.suppress(OSError):  # where machines have the same folders, relative paths mean the same
+            os.chdir(folder)
 
     def ready(self) -> dict[str, Any]:
         """Opens the model; what may not differ from this machine's."""
@@ -62,7 +64,7 @@ class _Crew:
     def grow(self, room: int) -> None:
         """Starts workers until there are as many as there is room for; those that died are replaced so, too."""
         while len(self.idle) + len(self._busy) < room:
-            worker: Any = self._start(self._open)
+            worker: Any = self._start(self._open, os.getcwd())
             self._busy[worker.ready.remote()] = worker, None
 
     def give(self, path: Path, what: Any, files: Iterable[Path]) -> None:
