@@ -130,7 +130,7 @@ def equal(shards: int, seconds: float, repeats: int) -> Row:
     for _ in range(repeats):
         bench = Bench([seconds] * shards, 50)
         _, one = bench.run("one", partial(draw_here, 0, 1, True))
-        with RayWorkers.connected(most=2) as workers:
+        with RayWorkers.connected(count=2) as workers:
             start = time.monotonic()
             _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
             whole.append(bench.seconds(one)[0] / (time.monotonic() - start))
@@ -143,7 +143,7 @@ def skewed(shards: int, seconds: float, workers: int, repeats: int) -> list[Row]
     """Costs from 1 to 10 in random order: time over that of the schedule."""
 
     def on_ray(**job: Any) -> None:
-        with RayWorkers.connected(most=workers) as crew:
+        with RayWorkers.connected(count=workers) as crew:
             list(draw_on_ray(crew, workers, **job))
 
     ways = {
@@ -243,7 +243,7 @@ def prices(shards: int, megabytes: int) -> Row:
     pairs = [(each(written), each(partial(draw_here, 0, 1, True))) for _ in range(5)]
     found: Row = {"written_ms": [a for a, _ in pairs], "with_a_claim_ms": [b for _, b in pairs]}
     start = time.monotonic()
-    with RayWorkers.connected(most=1) as workers:
+    with RayWorkers.connected(count=1) as workers:
         found["cluster_start_seconds"] = time.monotonic() - start
         starts, prices = [], []
 

@@ -79,7 +79,7 @@ workers = click.option(
     "--workers",
     type=click.IntRange(1),
     show_default="one for each GPU of the cluster, else for each CPU",
-    help="Workers of --ray, at most.",
+    help="How many workers --ray asks for.",
 )
 features = click.option(
     "--features",
@@ -115,13 +115,13 @@ def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
         ValueError: if --workers stands alone.
         ImportError, ConnectionError: as `RayWorkers.connected`.
     """
-    address, most = ctx.params["ray"], ctx.params["workers"]
+    address, count = ctx.params["ray"], ctx.params["workers"]
     if address is None:
-        if most is not None:
+        if count is not None:
             raise ValueError("--workers is for --ray.")
         yield None
         return
-    with RayWorkers.connected(address, most) as found:
+    with RayWorkers.connected(address, count) as found:
         yield found
 
 
@@ -133,7 +133,7 @@ def device_of(ctx: click.Context, found: RayWorkers) -> str:
     """
     asked = ctx.params["device"]
     if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        if asked.index is not None or (asked.type == "cuda") > (found.device == "cuda"):
+        if asked.index is not None or asked.type not in ("cpu", found.device):
             raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
         found.device = asked.type
     return found.device

@@ -19,9 +19,9 @@ from fastsde.files import as_json, differences, write_whole
 LOCAL = "local"
 """The address that stands for a cluster of this machine alone, which ends with the command."""
 _TRIES = 5
+"""Workers that may die over one file; a shard that needs more memory than there is would kill all."""
 _EVERY = 1.0
-"""Workers that may die over one file, as a shard that needs more memory than there is kills all; and seconds between
-two looks at how large the cluster is."""
+"""Seconds between two looks at how large the cluster is."""
 
 Make = Callable[..., bytes]
 """In a worker: the bytes of a file, from what `request` says of it, and the contents of the files that it needs."""
@@ -127,21 +127,22 @@ class RayWorkers:
     memory.
 
     Args:
-        most: workers; by default as many as the cluster has room for.
+        count: of workers; by default as many as the cluster has room for. Those that it has no room for wait, and a
+            cluster that grows on demand grows for them.
     """
 
-    def __init__(self, most: int | None = None) -> None:
-        self.most = None if most is None else check_count("workers", most, 1)
+    def __init__(self, count: int | None = None) -> None:
+        self.count = None if count is None else check_count("workers", count, 1)
         self.device = "cuda" if self._resources().get("GPU", 0) >= 1 else "cpu"
 
     @classmethod
     @contextlib.contextmanager
-    def connected(cls, address: str = LOCAL, most: int | None = None) -> Iterator[RayWorkers]:
+    def connected(cls, address: str = LOCAL, count: int | None = None) -> Iterator[RayWorkers]:
         """The workers of a cluster; `with` disconnects at the end, or ends the cluster that it started.
 
         Args:
             address: host:port of the cluster, "auto" on one of its machines; "local" starts one on this machine.
-            most: as of the class.
+            count: as of the class.
 
         Raises:
             ImportError: if Ray is not installed.
@@ -153,9 +154,9 @@ class RayWorkers:
         except ImportError as error:
             raise ImportError('--ray needs Ray: pip install "fastsde[ray]".') from error
         if ray.is_initialized():  # a program that has a cluster already keeps it
-            yield cls(most)
+            yield cls(count)
             return
-        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": most} if address == LOCAL else {}
+        options: dict[str, Any] = {"include_dashboard": False, "num_cpus": count} if address == LOCAL else {}
         before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.ERROR, **options)
@@ -165,7 +166,7 @@ class RayWorkers:
         with contextlib.suppress(ValueError):  # of threads that are not the main one, which have no handlers
             signal.signal(signal.SIGTERM, before)  # Ray's own would end this process without a word
         try:
-            yield cls(most)
+            yield cls(count)
         finally:
             ray.shutdown()
 
@@ -228,6 +229,7 @@ class RayWorkers:
             crew.close()
 
     def _room(self) -> int:
-        """How many workers the cluster has room for now."""
-        room = int(self._resources().get("GPU" if self.device == "cuda" else "CPU", 0))
-        return room if self.most is None else min(room, self.most)
+        """How many workers there should be now."""
+        if self.count is not None:
+            return self.count
+        return int(self._resources().get("GPU" if self.device == "cuda" else "CPU", 0))
