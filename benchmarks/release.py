@@ -27,6 +27,7 @@ STUDIES = (
     "overhead.py runs",
     "overhead.py batching",
     "survival.py",
+    "ray_jobs.py",
     "posterior.py exact",
     "posterior.py network",
     "pipelines.py classes",

@@ -493,6 +493,49 @@ def survival(results: Row) -> list[Row]:
     return [{"what": key, "found": value} for key, value in found.items()]
 
 
+@shows("ray_jobs")
+def sharing(results: Row) -> list[Row]:
+    """Shards whose costs differ, over the best schedule."""
+    return [
+        {
+            "four processes": row["way"],
+            "time over the best schedule": slashed(f"{ratio:.2f}" for ratio in row["ratio"]),
+            "shards drawn twice": row["drawn_twice"],
+        }
+        for row in results["skewed"]
+    ]
+
+
+@shows("ray_jobs")
+def ray_jobs(results: Row) -> list[Row]:
+    """Two workers, kills, and prices."""
+    equal, killed, price = results["equal"], results["killed"], results["prices"]
+    same = all(part["same_bytes"] for part in (equal, killed, *results["skewed"]))
+
+    def spread(name: str) -> str:
+        values = sorted(price[name])
+        return f"{statistics.median(values):.2g} ({values[0]:.2g} to {values[-1]:.2g})"
+
+    found = {
+        "two workers of Ray, throughput over one process": slashed(f"{ratio:.2f}" for ratio in equal["ratio"]),
+        "the same, with the start of the workers": slashed(
+            f"{ratio:.2f}" for ratio in equal["ratio_with_the_start_of_workers"]
+        ),
+        "workers killed in a job of 2,000 samples": killed["kills"],
+        "shards begun again for it": killed["shards_begun_again"],
+        "machines that joined / left": f"{killed['machines_joined']} / {killed['machines_left']}",
+        "same bytes in all jobs": same,
+        "start of a cluster on one machine, seconds": price["cluster_start_seconds"],
+        "start of a worker, seconds": spread("worker_start_seconds"),
+        "a shard that takes no time, ms": spread("written_ms"),
+        "the same with a claim, ms": spread("with_a_claim_ms"),
+        "the same by a worker of Ray, ms": spread("by_a_worker_ms"),
+        "from a worker to the writer, ms per MiB": price["transfer_ms_per_megabyte"],
+        "onto the disk, ms per MiB": price["writing_ms_per_megabyte"],
+    }
+    return [{"what": key, "found": value} for key, value in found.items()]
+
+
 # Other uses
 
 TABLES |= {"guidance": (("guided_pipeline",), list), "divergences": (("divergences",), list)}

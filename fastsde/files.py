@@ -50,6 +50,13 @@ Content = bytes | Mapping[str, np.ndarray] | Callable[[Path], object]
 """Bytes; arrays, for an .npz; or a function that writes to the path it is given, which has the suffix of the file."""
 
 
+def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """What `write_whole` writes of arrays."""
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
 def write_whole(path: Path, content: Content) -> None:
     """Writes a file that appears under its name only when it is whole and on the disk.
 
@@ -105,9 +112,31 @@ def write_first(path: Path, content: bytes) -> None:
         clear([temporary])
 
 
+def json_text(value: Any) -> bytes:
+    """A JSON value as it is written to files."""
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
 def write_json(path: Path, value: Any) -> None:
     """As `write_whole`, of a JSON value."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+    write_whole(path, json_text(value))
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a JSON file gives them back: tuples are lists."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    return found
+
+
+def differences(stored: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """Settings that differ, with both values; empty if none does."""
+    changed = sorted(key for key in stored.keys() | here.keys() if stored.get(key) != here.get(key))
+    return "; ".join(f"{key}: {_short(stored.get(key))} there, {_short(here.get(key))} here" for key in changed)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> bytes:

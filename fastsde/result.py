@@ -134,3 +134,7 @@ class SamplingError(RuntimeError):
     def __init__(self, message: str, result: Any) -> None:
         super().__init__(message)
         self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """So that it comes out of another process."""
+        return type(self), (str(self), self.result)

@@ -68,7 +68,7 @@ import fastsde
 from fastsde.cli.main import main
 main(["--help"], standalone_mode=False)
 main(["sample", "--help"], standalone_mode=False)
-print({"diffusers", "transformers", "matplotlib", "scipy"} & sys.modules.keys())
+print({"diffusers", "transformers", "matplotlib", "scipy", "ray"} & sys.modules.keys())
 """
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1:] == ["set()"], done.stderr

@@ -3,14 +3,19 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
 from test_cli import network, run
 
+from fastsde.evaluation.claims import Claims, make_here
 from fastsde.evaluation.images import open_images
-from fastsde.evaluation.jobs import ShardedJob, claim, processes, shard_arrays
+from fastsde.evaluation.jobs import ShardedJob, check_settings, processes, shard_arrays
 from fastsde.result import SampleResult, Status
 
 __all__ = ["network"]
@@ -28,7 +33,7 @@ def begin(folder, n=10, size=4, **settings):
 
 def test_shards_hold_every_sample_once(tmp_path):
     job = begin(tmp_path / "x")
-    assert list(job.run(squares)) == [4, 4, 2]
+    assert list(job.run(squares)) == [0, 1, 2]
     assert job.column("index").tolist() == list(range(10))
     assert job.first(10)[:, 3, 0, 0].tolist() == job.column("nfe").tolist() == [k * k for k in range(10)]
     assert job.pending() == []
@@ -217,6 +222,120 @@ def test_processes_in_any_order_make_the_same_files(world_size, tmp_path):
         assert one.path(k).read_bytes() == many.path(k).read_bytes()
 
 
+def draw_with(job, claims, draw=squares):
+    """Draws what is pending in this thread; yields the files."""
+    return make_here(job.pending, lambda path: job.whole(k := job.number(path), draw(job.indices(k))), claims)
+
+
+def claim_of(job, k):
+    """Where the claim on a shard is: part of the format, as processes of other versions may look at it."""
+    return job.folder / f".samples-{k:05d}.npz.claim.tmp"
+
+
+def files(job):
+    return {path.name: path.read_bytes() for path in job.folder.iterdir()}
+
+
+def test_a_process_begins_with_its_own_shards_and_goes_on_with_the_last_of_others(tmp_path):
+    job = begin(tmp_path / "x", n=28)
+    assert list(job.run(squares, rank=1, world_size=3)) == [1, 4, 6, 5, 3, 2, 0]
+
+
+def test_living_processes_draw_every_shard_once(tmp_path):
+    """Four threads, of which none knows of the others; each waits a little, so that they meet."""
+    one, many, drawn = begin(tmp_path / "one", n=100), begin(tmp_path / "many", n=100), []
+
+    def draw(indices):
+        drawn.append(indices[0])
+        time.sleep(0.01)
+        return squares(indices)
+
+    threads = [threading.Thread(target=lambda r=rank: list(many.run(draw, rank=r, world_size=4))) for rank in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    list(one.run(squares))
+    assert sorted(drawn) == list(range(0, 100, 4))
+    assert files(one) == files(many)
+
+
+def test_a_claim_that_is_renewed_is_left_alone(tmp_path):
+    """The other process ends without it, once it has seen a renewal, however long the claim has been there."""
+    job = begin(tmp_path / "x")
+    with Claims(every=0.01) as owner:
+        assert owner.take(job.path(1))
+        made = [job.number(path) for path in draw_with(job, Claims(every=0.01))]
+    assert made == [0, 2]
+    assert job.pending() == [job.path(1)]
+    assert not claim_of(job, 1).exists()
+
+
+def test_the_claim_of_a_machine_that_is_gone_expires(tmp_path):
+    """Its content does not change, whatever the times of the file say."""
+    job = begin(tmp_path / "x")
+    claim_of(job, 0).write_text("another machine 1 17")
+    os.utime(claim_of(job, 0), (2e9, 2e9))
+    made = [job.number(path) for path in draw_with(job, Claims(every=0.01, expiry=0.05))]
+    assert made == [1, 2, 0]
+    assert not claim_of(job, 0).exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/ns/pid"), reason="elsewhere a claim is void by its age alone")
+def test_the_claim_of_a_process_that_was_killed_here_is_void_at_once(tmp_path):
+    """With the usual times, by which it would last for a minute."""
+    job = begin(tmp_path / "x")
+    program = f"""
+import os
+from pathlib import Path
+from fastsde.evaluation.claims import Claims
+assert Claims().take(Path({str(job.path(0))!r}))
+os._exit(9)
+"""
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 9
+    assert claim_of(job, 0).exists()
+    assert list(job.run(squares)) == [0, 1, 2]
+
+
+def test_a_claim_that_expires_although_its_owner_lives_costs_a_shard_drawn_twice(tmp_path):
+    one, job, drawn = begin(tmp_path / "one"), begin(tmp_path / "x"), []
+    list(one.run(squares))
+
+    def overtaken(indices):
+        """Draws the first shard for so long that another process finishes the whole job."""
+        if not drawn:
+            drawn.append(indices[0])
+            claim_of(job, 0).write_text("another machine 1 17")  # as this one looks from there
+            drawn.extend(job.number(path) for path in draw_with(job, Claims(every=0.01, expiry=0.05)))
+        return squares(indices)
+
+    made = [job.number(path) for path in draw_with(job, Claims(every=1000.0), overtaken)]
+    assert drawn == [0, 1, 2, 0]
+    assert made == [0]
+    assert files(one) == files(job)
+
+
+def test_claims_that_are_left_over_go_when_the_job_is_complete(tmp_path):
+    one, job = begin(tmp_path / "one"), begin(tmp_path / "x")
+    list(one.run(squares))
+    next(stopped := job.run(squares))
+    stopped.close()
+    claim_of(job, 0).write_text("another machine 1 17")  # killed after it had written the shard
+    list(job.run(squares))
+    assert files(one) == files(job)
+
+
+def test_a_failure_gives_the_claim_back(tmp_path):
+    job = begin(tmp_path / "x")
+
+    def fail(indices):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(job.run(fail))
+    assert list(files(job)) == ["manifest.json"]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -237,10 +356,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "x" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match=r"has no manifest\.json, but thesis\.tex"):
         begin(tmp_path / "x")
-    claim(tmp_path / "y", "a.json", {})
+    check_settings(tmp_path / "y", "a.json", {})
     (tmp_path / "y" / "a.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        claim(tmp_path / "y", "a.json", {})
+        check_settings(tmp_path / "y", "a.json", {})
 
 
 def test_an_interrupted_result_is_no_shard():
@@ -284,7 +403,7 @@ def test_a_manifest_that_another_process_wrote_in_between_counts(tmp_path, monke
     seen = []
     monkeypatch.setattr(type(tmp_path), "is_file", first_time)
     with pytest.raises(ValueError, match="seed: 1 there, 2 here"):
-        claim(tmp_path, "a.json", {"seed": 2})
+        check_settings(tmp_path, "a.json", {"seed": 2})
     assert sorted(os.listdir(tmp_path)) == ["a.json"]
 
 
@@ -397,3 +516,21 @@ def test_a_network_that_fails_midway_costs_one_shard(network, tmp_path):
     network.fail_after = None
     assert run("sample", *OPTIONS, "--out", tmp_path / "job").exit_code == 0
     assert len(os.listdir(tmp_path / "job")) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", 2], "--workers is for --ray"),
+        (["--ray", "--rank", 0, "--world-size", 2], "--ray shares the work itself; it goes without --rank"),
+        (["--ray"], '--ray needs Ray: pip install "fastsde[ray]"'),
+        (["--ray", "--pipeline", "x"], "--pipeline goes without --ray. Jobs of shards are for --model"),
+        (["--out", "s3://bucket/x"], "s3://bucket/x is not a path on this machine"),
+    ],
+)
+def test_options_of_many_machines_are_refused_where_they_mean_nothing(options, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = run("sample", "-n", 4, "--out", tmp_path / "x", *options)
+    assert result.exit_code != 0
+    assert message in result.output
+    assert not (tmp_path / "x").exists() or not list((tmp_path / "x").iterdir())

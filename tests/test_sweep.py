@@ -125,6 +125,15 @@ def test_two_processes_make_the_tables_of_one(finished, tmp_path):
     assert (work.folder / "report.html").read_bytes() == (finished.folder / "report.html").read_bytes()
 
 
+def test_two_processes_at_once_make_the_tables_of_one(finished, tmp_path):
+    """Neither knows of the other; who ends last writes the tables."""
+    program = [sys.executable, str(Path(__file__).with_name("tiny_sweep.py")), str(tmp_path / "x"), "0", "1"]
+    both = [subprocess.Popen(program, stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert tables(tmp_path / "x") == tables(finished.folder)
+    assert not [path for path in (tmp_path / "x").rglob("*.tmp*")]
+
+
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(finished, tmp_path):
     """SIGKILL, twice, at moments drawn from the work; then to the end. (Twenty times: benchmarks/README.md.)"""
     program = [sys.executable, str(Path(__file__).with_name("tiny_sweep.py")), str(tmp_path / "x"), "0", "1"]

@@ -11,6 +11,7 @@ import fastsde
 from fastsde.cli.main import main
 from fastsde.cli.tokens import token_cells
 from fastsde.evaluation.features import Features
+from fastsde.evaluation.images import open_images
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.sweep import Problem, Sweep
 from fastsde.tokens import SINE, Masking, load_tokens, save_tokens
@@ -82,6 +83,31 @@ def test_bad_options_are_refused(folder, tmp_path, arguments, said):
     out = tmp_path / "out"
     assert said in run("sample", "--model", folder, "-n", 2, "--out", out, *arguments, code=1)
     assert not out.exists()
+
+
+def test_a_job_of_tokens_has_the_files_of_one_draw(folder, tmp_path):
+    """Of a model with images and of one without."""
+    bare = tmp_path / "bare"
+    opened = load_tokens(folder)
+    save_tokens(bare, opened.model.network, (2, 2), process=Masking(SINE))
+    for model, names in ((folder, ["arr_0", "arr_1", "tokens"]), (bare, ["arr_1", "tokens"])):
+        options = ["--model", model, "-n", 5, "--rtol", 0.2, "--seed", 3, "--batch-size", 1]
+        run("sample", *options, "--out", tmp_path / model.name / "once")
+        job = [*options, "--shard-size", 2, "--out", tmp_path / model.name / "job"]
+        for rank in (1, 0):
+            run("sample", *job, "--rank", rank, "--world-size", 2)
+        whole = np.load(tmp_path / model.name / "once" / "samples.npz")
+        parts = [np.load(tmp_path / model.name / "job" / f"samples-0000{k}.npz") for k in range(3)]
+        assert sorted(whole.files) == names
+        for name in names:
+            assert np.array_equal(np.concatenate([part[name] for part in parts]), whole[name])
+        once, totals = (json.loads((tmp_path / model.name / x / "samples.json").read_text()) for x in ("once", "job"))
+        assert totals["mean_nfe"] == once["mean_nfe"]
+        assert (tmp_path / model.name / "job" / "grid.png").is_file() == ("arr_0" in names)
+        assert "seed: 3 there, 4 here" in run("sample", *job, "--seed", 4, code=1)
+    assert open_images(tmp_path / "model" / "job").n == 5
+    with pytest.raises(ValueError, match="holds tokens without images"):
+        open_images(tmp_path / "bare" / "job")
 
 
 def test_damaged_folders_are_refused(folder, tmp_path):

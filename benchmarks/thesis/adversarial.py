@@ -40,9 +40,10 @@ from common import RUNS, Row, command, labels, table
 import fastsde
 from fastsde.evaluation.features import Features, open_features
 from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.jobs import claim, write_whole
+from fastsde.evaluation.jobs import check_settings
 from fastsde.evaluation.reference import packaged_reference
 from fastsde.evaluation.statistics import frechet, inception_score
+from fastsde.files import write_whole
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
@@ -225,7 +226,7 @@ def images(
     jobs, rows = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds))), list[Row]()
     for kind, seed in tqdm(jobs[rank::world_size], "trainings", disable=None):
         folder = work / f"{kind}-{seed}"
-        claim(folder, "settings.json", settings)  # refuses a folder of other settings
+        check_settings(folder, "settings.json", settings)  # refuses a folder of other settings
         if not (folder / "rows.json").is_file():
             model = trained(folder, shown, kind, seed, steps)
             found = distances(model, features, etas, levels, samples)

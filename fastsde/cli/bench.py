@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,16 @@ from tqdm import tqdm
 
 from fastsde.checks import check_count
 from fastsde.cli import options as option
+from fastsde.cli.job import single_threaded
 from fastsde.cli.measuring import reference_of
 from fastsde.cli.models import open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
 from fastsde.cli.tokens import SWEPT, is_token_model, token_cells
+from fastsde.evaluation.cluster import Make
 from fastsde.evaluation.features import open_features
-from fastsde.evaluation.jobs import processes
+from fastsde.evaluation.jobs import MakeAll
 from fastsde.evaluation.report import page, plot
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
 from fastsde.files import write_whole
@@ -107,33 +109,19 @@ def build_cells(
 @option.rank
 @option.world_size
 @option.device
+@option.ray
+@option.workers
 @click.option("--out", required=True, type=PATH, help="Folder; the same command goes on in it.")
-def bench(
-    model: str,
-    solvers: str,
-    nfe: str,
-    rtol: str,
-    n: int,
-    seeds: int,
-    features: str,
-    weights: Path | None,
-    reference: str | None,
-    bootstrap: int,
-    dtype: torch.dtype,
-    batch_size: int,
-    shard_size: int,
-    rank: int | None,
-    world_size: int | None,
-    device: torch.device,
-    out: Path,
-) -> None:
+@click.pass_context
+def bench(ctx: click.Context, **asked: Any) -> None:
     """Sample every cell, measure it, and draw NFE against FID.
 
     Writes results.jsonl and results.csv (a line for each cell), summary.csv (over seeds), plot.png and report.html,
     which needs no other file. Killed at any moment, the same command goes on where it stopped, to the same bytes. Other
     solvers, budgets and seeds may join in the same folder: name all that the tables shall hold, what is there is not
-    drawn again. Other settings are refused. Several processes share the work with --rank and --world-size, or under
-    `torchrun` and `accelerate launch`; none waits for another.
+    drawn again. Other settings are refused. Any process that runs the same command in the same folder helps. With
+    --rank and --world-size, or under `torchrun` and `accelerate launch`, it begins with shards of its own. With --ray
+    the workers of a Ray cluster draw and measure, and this machine writes.
 
     \b
     Examples:
@@ -141,35 +129,73 @@ def bench(
       fastsde bench --solvers "ExponentialPC ExtrapolatedEM" --rtol 0.05,0.1 -n 2000 --out runs/rtol
       fastsde bench --model runs/tokens --nfe 8,18 --rtol 0.1 -n 2000 --out runs/tokens-bench
       torchrun --nproc-per-node 2 -m fastsde bench --nfe 10 --out runs/ten
+      fastsde bench --nfe 10 --ray --workers 2 --out runs/ten
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    ranks = processes(rank, world_size, os.environ)
-    budgets, tolerances = _numbers(int, nfe, "--nfe"), _numbers(float, rtol, "--rtol")
-    judge = open_features(features, weights, device=str(device)), reference_of(reference, features)
-    record = {"model": model, "versions": versions()}
-    if is_token_model(model):
-        folder = load_tokens(Path(model), device)
-        names = (SWEPT if solvers == SOLVERS else solvers).split()
-        cells = token_cells(folder, names, budgets, tolerances, range(seeds))
-        record |= {"weights_sha256": folder.weights_sha256}
-        problem = Problem(folder.model, *judge, record, folder.classes, folder.images)
-    else:
-        opened = open_model(model, device, dtype)
-        if opened.pipe is not None:
-            raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
-        cells = build_cells(opened.model, solvers.split(), budgets, tolerances, range(seeds))
-        problem = Problem(opened.model, *judge, {**record, **opened.source}, opened.classes)
-    prepare_folder(out, needed=len(cells) * n * math.prod(problem.image_shape) + (1 << 20))
-    sweep = Sweep(out, problem, cells, n, batch_size=batch_size, shard_size=shard_size, draws=bootstrap)
+    shares = option.shares(ctx)
+    place = "cpu" if asked.pop("ray") is not None else str(asked["device"])  # this process then only gives out work
+    for name in ("workers", "rank", "world_size"):
+        del asked[name]
+    out = asked.pop("out")
+    problem, cells = open_cells(asked | {"device": place})
+    prepare_folder(out, needed=len(cells) * asked["n"] * math.prod(problem.image_shape) + (1 << 20))
+    sweep = _sweep(out, problem, cells, asked)
     try:
-        _run(sweep, *ranks)
+        with option.ray_workers(ctx) as workers:
+            make_all = None
+            if workers is not None:
+                open_maker = partial(sweep_maker, asked | {"device": option.device_of(ctx, workers)})
+                make_all = partial(workers.make_all, open_maker=open_maker, record=sweep.settings)
+            _run(sweep, *shares, make_all)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; the same command goes on in {out}.") from error
 
 
-def _run(sweep: Sweep, rank: int, world_size: int) -> None:
+def open_cells(asked: dict[str, Any]) -> tuple[Problem, list[Cell]]:
+    """Opens model, features and reference, and combines solvers, budgets, tolerances and seeds.
+
+    Args:
+        asked: values of the options.
+
+    Raises:
+        ValueError, TypeError, OSError: if they do not go together.
+    """
+    model, solvers, features = asked["model"], asked["solvers"], asked["features"]
+    device = torch.device(asked["device"])
+    budgets, tolerances = _numbers(int, asked["nfe"], "--nfe"), _numbers(float, asked["rtol"], "--rtol")
+    seeds = range(asked["seeds"])
+    judge = open_features(features, asked["weights"], device=str(device)), reference_of(asked["reference"], features)
+    record = {"model": model, "versions": versions()}
+    if is_token_model(model):
+        opened = load_tokens(Path(model), device)
+        names = (SWEPT if solvers == SOLVERS else solvers).split()
+        cells = token_cells(opened, names, budgets, tolerances, seeds)
+        record |= {"weights_sha256": opened.weights_sha256}
+        problem = Problem(opened.model, *judge, record, opened.classes, opened.images)
+    else:
+        found = open_model(model, device, asked["dtype"])
+        if found.pipe is not None:
+            raise ValueError("bench takes score models, not pipelines: they sample through `fastsde sample`.")
+        cells = build_cells(found.model, solvers.split(), budgets, tolerances, seeds)
+        problem = Problem(found.model, *judge, {**record, **found.source}, found.classes)
+    return problem, cells
+
+
+def _sweep(folder: Path | None, problem: Problem, cells: list[Cell], asked: dict[str, Any]) -> Sweep:
+    sizes = {name: asked[name] for name in ("batch_size", "shard_size")}
+    return Sweep(folder, problem, cells, asked["n"], draws=asked["bootstrap"], **sizes)
+
+
+def sweep_maker(asked: dict[str, Any]) -> tuple[Make, dict[str, Any]]:
+    """In a worker: opens model and features; what makes shards and figures, and the settings of the sweep."""
+    single_threaded(asked["device"])
+    sweep = _sweep(None, *open_cells(asked), asked)
+    return sweep.make, sweep.settings
+
+
+def _run(sweep: Sweep, rank: int, world_size: int, make_all: MakeAll | None) -> None:
     with tqdm(total=len(sweep.cells) * sweep.n, desc="samples", unit="", smoothing=0.05, disable=None) as bar:
-        for cell in sweep.run(rank=rank, world_size=world_size, progress=bar.update):
+        for cell in sweep.run(rank=rank, world_size=world_size, progress=bar.update, make_all=make_all):
             tqdm.write(result_of(sweep.row(cell)))
     rows = sweep.rows()
     if len(rows) < len(sweep.cells):

@@ -1,8 +1,12 @@
-"""Sampling jobs of the command line: shards, then a picture and totals."""
+"""What `fastsde sample` draws from, and its jobs: shards, then a picture and totals."""
 
 from __future__ import annotations
 
+import dataclasses
+import time
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -12,29 +16,101 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastsde.cli.output import dump_json, report, write_atomic
+from fastsde.cli.solver_options import Steps
+from fastsde.evaluation.cluster import Make, RayWorkers
 from fastsde.evaluation.images import image_grid
 from fastsde.evaluation.jobs import ShardedJob, shard_arrays
-from fastsde.files import Content
+from fastsde.files import Content, npz_bytes
 from fastsde.result import SampleResult, SamplingError, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command line asks for, in values that can go to another machine.
+
+    Attributes:
+        model, steps, label, guidance_scale, dtype, device, seed, batch_size: as the options.
+    """
+
+    model: str
+    steps: Steps
+    label: str
+    guidance_scale: float | None
+    dtype: torch.dtype
+    device: str
+    seed: int
+    batch_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened model, and how to draw from it.
+
+    Attributes:
+        draw: from sample numbers and labels, and whether to show progress, to samples.
+        labels_of: from sample numbers to labels.
+        images: from whole samples to uint8 with shape (k, H, W, C); None for tokens that are no images.
+        record: where the model is from, and how it is sampled.
+        image_shape: (H, W, C), where it is known beforehand.
+    """
+
+    draw: Callable[..., SampleResult]
+    labels_of: Callable[[Tensor], Tensor | None]
+    images: Callable[[Tensor], np.ndarray] | None
+    record: dict[str, Any]
+    image_shape: tuple[int, ...] | None = None
+
+    def shard(self, numbers: range) -> dict[str, np.ndarray]:
+        """The arrays of the samples with these numbers."""
+        index = torch.tensor(numbers)
+        labels = self.labels_of(index)
+        return shard_arrays(self.draw(index, labels, progress=False), self.images, labels)
+
+
+def begin_job(folder: Path, n: int, shard_size: int, request: Request, source: Source) -> ShardedJob:
+    """The job of a request, begun or gone on with."""
+    shape = {} if source.image_shape is None else {"image_shape": list(source.image_shape)}
+    settings = source.record | {"seed": request.seed, "label": request.label} | shape
+    return ShardedJob.begin(folder, n, shard_size, settings)
+
+
+def shard_maker(
+    open_source: Callable[[Request], Source], request: Request, job: ShardedJob
+) -> tuple[Make, dict[str, Any]]:
+    """In a worker: opens the model; what makes shards from their numbers, and the record of the model."""
+    single_threaded(request.device)
+    source = open_source(request)
+
+    def make(k: int) -> bytes:
+        try:
+            return npz_bytes(job.whole(k, source.shard(job.indices(k))))
+        except SamplingError as error:  # its cause would stay here
+            raise SamplingError(str(error.__cause__ or error), None) from None
+
+    return make, source.record
+
+
+def single_threaded(device: str) -> None:
+    """Gives a worker on a CPU one thread: there is a worker for each core."""
+    if device == "cpu":
+        torch.set_num_threads(1)
 
 
 def run_job(
     job: ShardedJob,
-    draw: Callable[..., SampleResult],
-    labels_of: Callable[[Tensor], Tensor | None],
-    images: Callable[[Tensor], np.ndarray],
+    source: Source,
     shares: tuple[int, int],
     *,
+    remote: tuple[RayWorkers, Callable[[], tuple[Make, dict[str, Any]]]] | None,
     as_json: bool,
 ) -> None:
-    """Draws this process's shards of a job that are not there; whoever finds all of them writes picture and totals.
+    """Draws the shards of a job that are not there; whoever finds all of them writes picture and totals.
 
     Args:
         job: the job.
-        draw: from sample numbers and labels to samples.
-        labels_of: from sample numbers to labels.
-        images: from finite samples to uint8 with shape (k, H, W, C).
+        source: what it draws from.
         shares: rank and number of processes.
+        remote: workers that draw in place of this process, and what they open.
         as_json: print the totals as JSON.
 
     Raises:
@@ -42,18 +118,20 @@ def run_job(
         SystemExit: with status 1 if a sample failed.
     """
     rank, world_size = shares
-    mine = range(rank, job.shards, world_size)
-
-    def shard(numbers: range) -> dict[str, np.ndarray]:
-        index = torch.tensor(numbers)
-        labels = labels_of(index)
-        return shard_arrays(draw(index, labels, progress=False), images, labels)
-
-    with tqdm(total=sum(len(job.indices(k)) for k in mine), desc="samples", unit="", disable=None) as bar:
-        bar.update(bar.total - sum(len(job.indices(k)) for k in job.pending(rank, world_size)))
+    make_all = None
+    if remote is not None:
+        workers, open_maker = remote
+        make_all = partial(workers.make_all, open_maker=open_maker, record=source.record)
+    with tqdm(total=job.n, initial=job.drawn(), desc="samples", unit="", disable=None) as bar:
+        calls, count, look = 0, 0, time.monotonic()
         try:
-            for drawn in job.run(shard, rank=rank, world_size=world_size):
-                bar.update(drawn)
+            for k in job.run(source.shard, rank=rank, world_size=world_size, make_all=make_all):
+                nfe = job.read(k, "nfe")["nfe"]
+                calls, count = calls + int(nfe.sum()), count + len(nfe)
+                bar.set_postfix_str(f"mean NFE {calls / count:.1f}", refresh=False)
+                bar.update(len(nfe))
+                if time.monotonic() > look:  # others draw, too
+                    bar.n, look = job.drawn(), time.monotonic() + 5.0
         except KeyboardInterrupt as error:
             raise click.ClickException(f"interrupted; the same command goes on in {job.folder}.") from error
         except SamplingError as error:
@@ -64,7 +142,8 @@ def run_job(
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")
         return
-    totals, first = _totals(job), job.first(64)
+    totals = _totals(job)
+    first = job.first(64) if job.has_images() else np.empty(0)
     grid: dict[str, Content] = {"grid.png": image_grid(first).save} if len(first) else {}
     files = write_atomic(job.folder, {"samples.json": dump_json(totals).encode(), **grid})
     counts, rejected, where = totals["status_counts"], totals["rejected_share"], f"in {job.shards} shards"

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 import torch
+from click.core import ParameterSource
 
 from fastsde.arguments import usable_device
+from fastsde.evaluation.cluster import RayWorkers
+from fastsde.evaluation.jobs import processes
 
 
 class _Path(click.Path):
@@ -18,6 +23,8 @@ class _Path(click.Path):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if value == "":
             self.fail("an empty path; write . for this folder.", param, ctx)
+        if "://" in str(value):
+            self.fail(f"{value} is not a path on this machine; use one, and copy the files.", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -56,8 +63,24 @@ shard_size = click.option(
     type=click.IntRange(1, 1 << 32),
     help="Samples in a file of a job; a kill costs that many at most.",
 )
-rank = click.option("--rank", type=int, help="Of a job's processes, which this is; from RANK by default.")
+rank = click.option(
+    "--rank", type=int, help="Of a job's processes, which this is, for the shards it begins with; from RANK by default."
+)
 world_size = click.option("--world-size", type=int, help="How many processes share a job; from WORLD_SIZE by default.")
+ray = click.option(
+    "--ray",
+    metavar="[ADDRESS]",
+    is_flag=False,
+    flag_value="local",
+    show_default="none",
+    help='Have a Ray cluster draw: host:port, "auto" on a machine of it; without a value one is started here.',
+)
+workers = click.option(
+    "--workers",
+    type=click.IntRange(1),
+    show_default="one for each GPU of the cluster, else for each CPU",
+    help="How many workers --ray asks for.",
+)
 features = click.option(
     "--features",
     default="fashion-mnist",
@@ -70,3 +93,47 @@ bootstrap = click.option(
 seed = click.option("--seed", default=0, type=click.IntRange(0), help="Seed of the noise.")
 plot = click.option("--plot", type=PATH, help="Also draw a picture, as PNG; needs matplotlib.")
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+def shares(ctx: click.Context) -> tuple[int, int]:
+    """Rank and number of processes that the options or the launcher say.
+
+    Raises:
+        ValueError: if they make no sense, or go with --ray, which shares the work itself.
+    """
+    found = processes(ctx.params["rank"], ctx.params["world_size"], os.environ)
+    if ctx.params["ray"] is not None and (ctx.params["rank"] is not None or found[1] > 1):
+        raise ValueError("--ray shares the work itself; it goes without --rank, --world-size, RANK and WORLD_SIZE.")
+    return found
+
+
+@contextlib.contextmanager
+def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
+    """The workers that --ray asks for, or None.
+
+    Raises:
+        ValueError: if --workers stands alone.
+        ImportError, ConnectionError: as `RayWorkers.connected`.
+    """
+    address, count = ctx.params["ray"], ctx.params["workers"]
+    if address is None:
+        if count is not None:
+            raise ValueError("--workers is for --ray.")
+        yield None
+        return
+    with RayWorkers.connected(address, count) as found:
+        yield found
+
+
+def device_of(ctx: click.Context, found: RayWorkers) -> str:
+    """Where workers draw: as --device says, else on GPUs if the cluster has any.
+
+    Raises:
+        ValueError: if --device names one of several, or GPUs that the cluster has not.
+    """
+    asked = ctx.params["device"]
+    if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+        if asked.index is not None or asked.type not in ("cpu", found.device):
+            raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
+        found.device = asked.type
+    return found.device

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import signal
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,22 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from fastsde.cli import options as option
-from fastsde.cli.job import run_job
+from fastsde.cli.job import Request, Source, begin_job, run_job, shard_maker
 from fastsde.cli.models import Opened, open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
 from fastsde.cli.pipeline import Call, run_pipeline
 from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, Steps, check_request
 from fastsde.cli.tokens import NAMES as TOKEN_SOLVERS
-from fastsde.cli.tokens import is_token_model, sample_tokens
+from fastsde.cli.tokens import is_token_model, open_tokens
+from fastsde.evaluation.cluster import RayWorkers
 from fastsde.evaluation.images import image_grid, to_uint8
-from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes
+from fastsde.evaluation.jobs import MANIFEST, controller_record, processes, whole_arrays, whole_samples
 from fastsde.files import Content
 from fastsde.result import SampleResult
 from fastsde.steps import DEFAULT_RTOL
 
-_OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size")
+_OF_MODELS = ("model", "grid", "label", "shard_size", "rank", "world_size", "ray", "workers")
 _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
 """Options that go with --model alone, and with --pipeline alone."""
 
@@ -96,6 +97,8 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
 @option.shard_size
 @option.rank
 @option.world_size
+@option.ray
+@option.workers
 @click.option("--out", default="samples", type=PATH, help="Folder; what an earlier run wrote there is replaced.")
 @option.as_json
 @click.pass_context
@@ -109,8 +112,9 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
 
     More than --shard-size samples, or several processes, make a job: shards samples-00000.npz and so on (as samples.npz
     with the cost of each sample), a manifest.json with all settings, and at the end grid.png and samples.json (totals).
-    Killed at any moment, the same command goes on where it stopped; other settings are refused. Processes share a job
-    by --rank and --world-size, or under `torchrun` and `accelerate launch`; none waits for another.
+    Killed at any moment, the same command goes on where it stopped; other settings are refused. Any process that runs
+    the same command in the same folder helps. With --rank and --world-size, or under `torchrun` and `accelerate
+    launch`, it begins with shards of its own. With --ray the workers of a Ray cluster draw, and this machine writes.
 
     With --pipeline a pipeline of diffusers runs in its own loop, and --set says arguments of its call. VALUE is JSON
     (numbers, true, lists), else a text. @FILE is an image, a video (.gif, .webp), an array (.npy, .npz, .safetensors:
@@ -127,6 +131,7 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
       fastsde sample --solver PredictorCorrector --steps 200 -o predictor=Ancestral -o corrector.snr=0.01
       fastsde sample --model google/ddpm-cifar10-32 -n 16
       fastsde sample -n 50000 --nfe 12 --out runs/fifty-thousand
+      fastsde sample -n 50000 --nfe 12 --ray --workers 2 --out runs/fifty-thousand
       fastsde sample --model my-tokens --solver Unmask -o order=confidence --steps 12
       fastsde sample --pipeline stabilityai/stable-diffusion-2-1 --prompt "a lighthouse in fog" -n 4 --dtype float16
       fastsde sample --pipeline folder --class StableDiffusionImg2ImgPipeline --prompt "in oil" --set image=@in.png
@@ -136,7 +141,21 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
     names = ("solver", "fitted", "options", "rtol", "atol", "nfe", "steps", "grid")
     steps = Steps(**{name: asked[name] for name in names})
     if pipeline is None:
-        _sample_model(steps, **asked)
+        shares, needs = option.shares(ctx), ("model", "label", "guidance_scale", "dtype", "seed")
+        request = Request(
+            steps=steps,
+            batch_size=asked["batch_size"] or 64,
+            device=str(asked["device"]) if asked["ray"] is None else "cpu",  # of this process, which then draws nothing
+            **{name: asked[name] for name in needs},
+        )
+        source = open_source(request)
+        source.labels_of(torch.arange(1))  # refuses a label before the folder is made
+        with option.ray_workers(ctx) as workers:
+            if workers is not None:
+                request = dataclasses.replace(request, device=option.device_of(ctx, workers))
+                source.record["device"] = request.device
+            files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
+            _draw(request, source, asked["n"] or 64, shares, workers, **files)
         return
     if processes(None, None, os.environ)[1] > 1:
         raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
@@ -150,68 +169,62 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
     run_pipeline(pipeline, call, steps, batch_size=asked["batch_size"] or 8, **{name: asked[name] for name in own})
 
 
-def _sample_model(
-    steps: Steps,
-    /,
+def _draw(
+    request: Request,
+    source: Source,
+    n: int,
+    shares: tuple[int, int],
+    workers: RayWorkers | None,
     *,
-    model: str,
-    n: int | None,
-    seed: int,
-    label: str,
-    guidance_scale: float | None,
-    dtype: torch.dtype,
-    batch_size: int | None,
-    device: torch.device,
-    shard_size: int,
-    rank: int | None,
-    world_size: int | None,
     out: Path,
+    shard_size: int,
     as_json: bool,
-    **_: object,
 ) -> None:
-    """Draws from a score model, at once or as a job, and writes the files."""
-    n, batch_size = n or 64, batch_size or 64
-    if is_token_model(model):
-        own: dict[str, Any] = {
-            "n": n,
-            "seed": seed,
-            "batch_size": batch_size,
-            "device": device,
-            "out": out,
-            "as_json": as_json,
-        }
-        sample_tokens(model, steps, Steps.solver, lambda count, index: _labels(label, count, index), **own)
+    """Draws from a model, at once or as a job, and writes the files."""
+    prepare_folder(out, needed=3 * n * math.prod(source.image_shape or (1 << 10,)) + (1 << 20))
+    if n > shard_size or shares[1] > 1 or workers is not None or (out / MANIFEST).is_file():
+        job = begin_job(out, n, shard_size, request, source)
+        open_maker = partial(shard_maker, open_source, request, job)
+        remote = None if workers is None else (workers, open_maker)
+        run_job(job, source, shares, remote=remote, as_json=as_json)
         return
-    opened = open_model(model, device, dtype, guidance_scale)
+    labels = source.labels_of(torch.arange(n))
+    result, failed = finished(partial(source.draw, torch.arange(n), labels, progress=True))
+    record = result_record(result) | source.record
+    record["label"] = None if labels is None else labels.tolist()
+    record["in_npz"] = result.index[whole_samples(result)].tolist()
+    if result.report:
+        record["report"] = {key: value.tolist() for key, value in result.report.items()}
+    files = _write(out, result, labels, record, source)
+    tell(result, record, files, as_json=as_json, failed=failed)
+
+
+def open_source(request: Request) -> Source:
+    """Opens what `--model` names.
+
+    Raises:
+        ValueError, TypeError, OSError: if the options do not fit it.
+    """
+    if is_token_model(request.model):
+        return open_tokens(request, Steps.solver, partial(_labels, request.label))
+    steps = request.steps
+    opened = open_model(request.model, torch.device(request.device), request.dtype, request.guidance_scale)
     solver, controller = steps.build(opened.model.sde)
-    labels_of = partial(_labels, label, opened.classes)
-    labels_of(torch.arange(1))  # refuses a label before the folder is made
-    prepare_folder(out, needed=3 * n * math.prod(opened.model.event_shape or ()) + (1 << 20))
     chosen: dict[str, Any] = {"solver": solver, "controller": controller}
     chosen |= {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe}
-    draw: Callable[..., SampleResult] = partial(opened.sample, seed=seed, batch_size=batch_size, **chosen)
-    record = {"model": model, **opened.source, "guidance_scale": guidance_scale, "sde": repr(opened.model.sde)}
-    record |= {"solver": repr(solver), "nfe_budget": steps.nfe, "steps": steps.steps, **controller_record(controller)}
+    check_request(opened.model, **chosen)
+    record = {"model": request.model, **opened.source, "guidance_scale": request.guidance_scale}
+    record |= {"sde": repr(opened.model.sde), "solver": repr(solver), "nfe_budget": steps.nfe, "steps": steps.steps}
+    record |= controller_record(controller)
     if solver.adaptive and steps.nfe is None and controller is None:
         record |= _tolerances(steps.rtol, steps.atol, opened.model.data_range)
-    record |= {"batch_size": batch_size, "device": device.type, "versions": versions()}
-    shares = processes(rank, world_size, os.environ)
-    if n > shard_size or shares[1] > 1 or (out / MANIFEST).is_file():
-        check_request(opened.model, **chosen)
-        record |= {"seed": seed, "label": label}
-        if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
-            channels, *size = opened.model.event_shape
-            record["image_shape"] = [*size, channels]
-        job = ShardedJob.begin(out, n, shard_size, record)
-        run_job(job, draw, labels_of, partial(_decoded, opened), shares, as_json=as_json)
-        return
-    labels = labels_of(torch.arange(n))
-    result, failed = finished(partial(draw, torch.arange(n), labels, progress=True))
-    record = result_record(result) | record
-    record["label"] = None if labels is None else labels.tolist()
-    record["in_npz"] = result.index[_whole(result)].tolist()
-    files = _write(out, result, labels, record, opened)
-    tell(result, record, files, as_json=as_json, failed=failed)
+    record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
+    shape = None
+    if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
+        channels, *size = opened.model.event_shape
+        shape = (*size, channels)
+    draw = partial(opened.sample, seed=request.seed, batch_size=request.batch_size, **chosen)
+    return Source(draw, partial(_labels, request.label, opened.classes), partial(_decoded, opened), record, shape)
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:
@@ -225,7 +238,11 @@ def _check_options(ctx: click.Context, pipeline: str | None) -> None:
     if "--model" in said:
         raise ValueError("give either --model or --pipeline.")
     if said:
-        jobs = " Jobs of shards are for --model." if {"--shard-size", "--rank", "--world-size"} & {*said} else ""
+        jobs = (
+            " Jobs of shards are for --model."
+            if {"--shard-size", "--rank", "--world-size", "--ray", "--workers"} & {*said}
+            else ""
+        )
         raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
 
 
@@ -247,22 +264,21 @@ def _labels(label: str, classes: int, index: Tensor) -> Tensor | None:
     return torch.full_like(index, int(label))
 
 
-def _whole(result: SampleResult) -> Tensor:
-    """Which samples are there: neither missing nor lost, with shape (n,)."""
-    return torch.isfinite(result.samples.flatten(1)).all(1)
-
-
 def _write(
-    out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], opened: Opened
+    out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], source: Source
 ) -> list[Path]:
-    """Writes the files and returns their paths; samples that are missing or lost appear in the record alone."""
-    whole = _whole(result)
-    images = _images(out, result.samples[whole], opened)
-    arrays = {"arr_0": images} | ({} if labels is None else {"arr_1": labels[whole.cpu()].numpy()})
-    writers: dict[str, Content] = {
-        "samples.npz": arrays,
-        "samples.json": dump_json(record).encode(),
-    }
+    """Writes the files and returns their paths; samples that are missing or lost appear in the record alone.
+
+    If decoding fails, the latents are written first.
+    """
+    try:
+        arrays = whole_arrays(result, source.images, labels)
+    except RuntimeError as error:
+        whole = result.samples[whole_samples(result)]
+        write_atomic(out, {"latents.npz": {"arr_0": whole.float().cpu().numpy()}})
+        raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error
+    writers: dict[str, Content] = {"samples.npz": arrays, "samples.json": dump_json(record).encode()}
+    images = arrays.get("arr_0", np.empty(0))
     if len(images):
         writers["grid.png"] = image_grid(images[:64]).save
     else:
@@ -275,12 +291,3 @@ def _decoded(opened: Opened, samples: Tensor) -> np.ndarray:
     if opened.autoencoder is None and opened.pipe is None:  # straight to 8 bits, without a rounding to [0, 1]
         return to_uint8(samples, opened.model.data_range)
     return to_uint8(opened.images(samples), (0.0, 1.0))
-
-
-def _images(out: Path, samples: Tensor, opened: Opened) -> np.ndarray:
-    """The samples in 8 bits, decoded if they are latents; if that fails, the latents are written first."""
-    try:
-        return _decoded(opened, samples)
-    except RuntimeError as error:
-        write_atomic(out, {"latents.npz": {"arr_0": samples.float().cpu().numpy()}})
-        raise click.ClickException(f"decoding failed ({error}); the latents are in {out / 'latents.npz'}.") from error

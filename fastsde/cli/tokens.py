@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from fastsde import api, tokens
-from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
+from fastsde.cli.job import Request, Source
+from fastsde.cli.output import versions
 from fastsde.cli.solver_options import Steps, configured
-from fastsde.evaluation.images import image_grid, to_uint8
+from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.sweep import Cell
-from fastsde.files import Content
 from fastsde.result import SampleResult
 
 NAMES = {solver.__name__: solver for solver in tokens.SOLVERS}
@@ -94,59 +95,29 @@ def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> to
     return dataclasses.replace(cast(Any, solver), steps=steps.steps)
 
 
-def sample_tokens(
-    name: str,
-    steps: Steps,
-    default: str,
-    labels: Any,
-    *,
-    n: int,
-    seed: int,
-    batch_size: int,
-    device: torch.device,
-    out: Path,
-    as_json: bool,
-) -> None:
-    """Draws from a token model and writes samples.npz (tokens; images under arr_0), grid.png and samples.json.
+def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], Tensor | None]) -> Source:
+    """A token model as `fastsde sample` draws from it.
 
     Args:
-        name: the folder.
-        steps: what the command line says of solver and steps.
+        request: what the command line asks for.
         default: the solver's name that stands for nothing said.
-        labels: classes for (number of classes, sample numbers), or None.
-        n, seed, batch_size, device, out, as_json: as the options.
+        labels: from the number of classes and sample numbers to classes.
+
+    Raises:
+        ValueError: if solver, steps or label do not fit the model.
     """
-    opened = tokens.load_tokens(Path(name), device)
+    opened, steps = tokens.load_tokens(Path(request.model), request.device), request.steps
     solver = token_solver(steps, default, opened.critic)
-    index = torch.arange(n)
-    chosen = labels(opened.classes, index)
-    prepare_folder(out, needed=1 << 24)
-    cond = None if chosen is None else {"class_labels": chosen}
-    asked = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}
-    result, failed = finished(
-        lambda: api.sample(opened.model, index=index, cond=cond, progress=True, **asked)  # type: ignore[arg-type]
-    )
-    record = result_record(result) | {"model": name, "weights_sha256": opened.weights_sha256}
-    record |= {"solver": repr(solver), "rtol": steps.rtol, "nfe_budget": steps.nfe, "versions": versions()}
-    record |= {"report": {key: value.tolist() for key, value in (result.report or {}).items()}}
-    record["label"] = None if chosen is None else chosen.tolist()
-    files = _write(out, result, chosen, record, opened)
-    tell(result, record, files, as_json=as_json, failed=failed)
+    asked: dict[str, Any] = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe}
+    tokens.resolve(opened.model, controller=None, event=opened.model.event_shape or (), **asked)
+    record: dict[str, Any] = {"model": request.model, "weights_sha256": opened.weights_sha256}
+    record |= {"solver": repr(solver), "rtol": steps.rtol, "nfe_budget": steps.nfe}
+    record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
 
+    def draw(index: Tensor, labels: Tensor | None, *, progress: bool) -> SampleResult:
+        cond = None if labels is None else {"class_labels": labels}
+        said: dict[str, Any] = {"seed": request.seed, "batch_size": request.batch_size, "progress": progress}
+        return api.sample(opened.model, index=index, cond=cond, **said, **asked)
 
-def _write(
-    out: Path, result: SampleResult, labels: Tensor | None, record: dict[str, Any], opened: tokens.TokenFolder
-) -> list[Path]:
-    """Writes the files; samples with a mask left appear in the record alone."""
-    whole = (result.samples != tokens.MASK).flatten(1).all(1)
-    record["in_npz"] = result.index[whole].tolist()
-    kept = result.samples[whole]
-    arrays = {"tokens": kept.cpu().numpy()} | ({} if labels is None else {"arr_1": labels[whole.cpu()].numpy()})
-    writers: dict[str, Content] = {"samples.json": dump_json(record).encode()}
-    if opened.book is not None and len(kept):
-        images = to_uint8(opened.images(kept), (-1.0, 1.0))
-        arrays["arr_0"] = images
-        writers["grid.png"] = image_grid(images[:64]).save
-    else:
-        (out / "grid.png").unlink(missing_ok=True)
-    return write_atomic(out, {"samples.npz": arrays, **writers})
+    images = None if opened.book is None else lambda kept: to_uint8(opened.images(kept), (-1.0, 1.0))
+    return Source(draw, partial(labels, opened.classes), images, record)

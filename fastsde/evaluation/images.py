@@ -166,6 +166,8 @@ def _from_job(folder: Path) -> Images:
             f"{folder} is not finished: {missing} of {job.shards} shards are missing, the first {first}. "
             "Run the command that began it again."
         )
+    if not job.has_images():
+        raise ValueError(f"{folder} holds tokens without images.")
     status = job.column("status")
     lost = int((status == Status.NON_FINITE).sum())
     if lost:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,24 @@ from torch import Tensor
 
 from fastsde.checks import check_count
 from fastsde.control import Controller
-from fastsde.files import ArrayFile, clear, json_hash, read_json, write_first, write_whole
+from fastsde.evaluation.claims import make_here
+from fastsde.files import ArrayFile, as_json, clear, differences, json_hash, json_text, read_json, write_first
 from fastsde.result import SampleResult, Status
 
 MANIFEST = "manifest.json"
 HASH = "manifest_sha256"
 """The array of a shard that says which job it is of."""
+TOKENS = "tokens"
+OF_WHOLE = ("arr_0", "arr_1", TOKENS)
+"""Arrays with a row for each sample that is whole, where others have one for each sample."""
 
 
-def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+MakeAll = Callable[[Callable[[], Iterable[Path]], Callable[[Path], tuple[Any, Iterable[Path]]]], Iterator[Path]]
+"""Has others make the files that are pending, from what they are told of each and the files that it needs; yields what
+is made. `RayWorkers.make_all` does so."""
+
+
+def check_settings(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Makes a folder one's own: writes the settings to a file in it, or compares them with those that are there.
 
     Args:
@@ -37,21 +46,16 @@ def claim(folder: Path, name: str, settings: Mapping[str, Any]) -> None:
         ValueError: if the folder has other settings, naming them, or files of something else.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, settings = folder / name, json.loads(json.dumps(dict(settings)))
+    path, settings = folder / name, as_json(settings)
     if not path.is_file():
         others = sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
         if others and not path.is_file():  # another process may just have written it
             raise ValueError(
                 f"{folder} has no {name}, but {others[0]}: it is of something else. Choose another folder."
             )
-        write_first(path, (json.dumps(settings, indent=1) + "\n").encode())
-    stored = read_json(path)
-    changed = sorted(key for key in stored.keys() | settings.keys() if stored.get(key) != settings.get(key))
-    if changed:
-        pairs = "; ".join(
-            f"{key}: {_short(stored.get(key))} there, {_short(settings.get(key))} here" for key in changed
-        )
-        raise ValueError(f"{folder} was begun with other settings ({pairs}). Choose another folder, or delete it.")
+        write_first(path, json_text(settings))
+    if found := differences(read_json(path), settings):
+        raise ValueError(f"{folder} was begun with other settings ({found}). Choose another folder, or delete it.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +88,8 @@ class ShardedJob:
         """
         check_count("n", n, 1)
         check_count("shard_size", shard_size, 1)
-        job = cls(folder, n, shard_size, json.loads(json.dumps(dict(settings))))
-        claim(folder, MANIFEST, job._manifest())
+        job = cls(folder, n, shard_size, as_json(settings))
+        check_settings(folder, MANIFEST, job._manifest())
         job.check()
         return job
 
@@ -121,27 +125,53 @@ class ShardedJob:
         """The file of shard k."""
         return self.folder / f"samples-{k:05d}.npz"
 
-    def pending(self, rank: int = 0, world_size: int = 1) -> list[int]:
-        """Shards still to draw, of those that fall to a process: every `world_size`-th from `rank` on."""
+    def drawn(self) -> int:
+        """Number of samples that are there."""
+        return sum(len(self.indices(k)) for k in self.there())
+
+    def pending(self, rank: int = 0, world_size: int = 1) -> list[Path]:
+        """Files of shards still to draw: first every `world_size`-th from `rank` on, then the others from the last on.
+
+        So a process begins with shards of its own, and comes last to those that others will need last.
+        """
         there = self.there()
-        return [k for k in range(rank, self.shards, world_size) if k not in there]
+        left = [k for k in range(self.shards) if k not in there]
+        own = [k for k in left if k % world_size == rank]
+        others = [k for k in reversed(left) if k % world_size != rank]
+        return [self.path(k) for k in own + others]
+
+    def number(self, path: Path) -> int:
+        """The number of the shard that a file is."""
+        return int(path.stem.partition("-")[2])
+
+    def whole(self, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """All that is in the file of shard k: what was drawn, sample numbers, and the hash of the manifest."""
+        digest = np.array(json_hash(self._manifest()))
+        return {**arrays, "index": np.array(self.indices(k)), HASH: digest}
 
     def run(
-        self, draw: Callable[[range], Mapping[str, np.ndarray]], *, rank: int = 0, world_size: int = 1
+        self,
+        draw: Callable[[range], Mapping[str, np.ndarray]],
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        make_all: MakeAll | None = None,
     ) -> Iterator[int]:
-        """Draws what is pending; yields the number of samples of each shard once it is on the disk.
+        """Draws what is pending and unclaimed; yields the number of each shard once it is on the disk.
 
         Args:
             draw: the arrays of a shard, from its sample numbers, as `shard_arrays` makes them: `arr_0`, uint8 with the
                 images that are there, and others with a whole number for each sample.
-            rank: which process this is.
-            world_size: how many share the job. None waits for another.
+            rank: which process this is, for the shards that it begins with.
+            world_size: how many share the job. None waits for another that is alive.
+            make_all: has others make the files, from the numbers of shards; `draw` is then not called.
         """
-        digest = np.array(json_hash(self._manifest()))
-        for k in self.pending(rank, world_size):
-            arrays = {**draw(self.indices(k)), "index": np.array(self.indices(k)), HASH: digest}
-            write_whole(self.path(k), arrays)
-            yield len(self.indices(k))
+        pending = partial(self.pending, rank, world_size)
+        if make_all is None:
+            made = make_here(pending, lambda path: self.whole(k := self.number(path), draw(self.indices(k))))
+        else:
+            made = make_all(pending, lambda path: (self.number(path), ()))
+        yield from map(self.number, made)
         if not self.pending():
             clear(self.folder)
 
@@ -169,9 +199,11 @@ class ShardedJob:
         except ValueError as error:
             raise ValueError(f"{error} Delete it and run the job again.") from error
 
-    def _check(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> list[int]:
-        """The image shape (H, W, C) of shard k, or a ValueError if the file is not that shard of this job."""
+    def _check(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> list[int] | None:
+        """The image shape (H, W, C) of shard k, None of tokens alone; a ValueError if it is not shard k of this job."""
         wrong = self._fault(k, file, digest)
+        if wrong is None and "arr_0" not in file.headers:
+            return None
         shape, kind = file.headers.get("arr_0", ((), None))
         if wrong is None and (kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:]))):
             wanted = f"{tuple(event)}" if event else "(H, W, C)"
@@ -190,9 +222,9 @@ class ShardedJob:
         if str(file.read(HASH)) != digest:
             return f"it is of a job with other settings than {MANIFEST} has"
         rows = {name: shape[0] if shape else None for name, (shape, _) in file.headers.items() if name != HASH}
-        if not {"arr_0", "index"} <= rows.keys():
+        if "index" not in rows or not {"arr_0", TOKENS} & rows.keys():
             return "it has no images or no index"
-        whole = {name: file.headers[name] for name in rows if name not in ("arr_0", "arr_1")}
+        whole = {name: file.headers[name] for name in rows if name not in OF_WHOLE}
         for name, (shape, kind) in whole.items():
             if shape != (len(numbers),) or kind.kind not in "iu":
                 return f"its {name} is {kind} with shape {shape}, not whole numbers with shape ({len(numbers)},)"
@@ -214,6 +246,11 @@ class ShardedJob:
             self._check(k, file, json_hash(self._manifest()), self.settings.get("image_shape"))
             return {name: file.read(name) for name in names or file.headers}
 
+    def has_images(self) -> bool:
+        """Whether shards hold images, as all do but those of tokens without a code book; the first must be there."""
+        with self._opened(0) as file:
+            return "arr_0" in file.headers
+
     def first(self, count: int) -> np.ndarray:
         """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C)."""
         parts: list[np.ndarray] = []
@@ -228,41 +265,51 @@ class ShardedJob:
         return np.concatenate([self.read(k, name)[name] for k in range(self.shards)])
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def controller_record(controller: Controller | None) -> dict[str, Any]:
     """What tells a grid or a rule of steps from another one: its text, and the times of a grid."""
     return {"grid": None} if controller is None else controller.record()
 
 
-def shard_arrays(
-    result: SampleResult, images: Callable[[Tensor], np.ndarray], labels: Tensor | None
+def whole_arrays(
+    result: SampleResult, images: Callable[[Tensor], np.ndarray] | None, labels: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """The arrays of a shard, or of samples.npz: images and labels of the samples that are whole, costs of all.
+    """The samples that are whole: images, labels and tokens.
 
     Args:
         result: the samples.
-        images: from finite samples, or tokens without a mask, with shape (k, *event), to uint8 with shape (k, H, W, C).
+        images: from finite samples, or tokens without a mask, with shape (k, *event), to uint8 with shape (k, H, W, C);
+            None for tokens that are no images.
         labels: with shape (n,), or None.
 
     Returns:
-        `arr_0` and, with labels, `arr_1`, as ADM's suite names them; `index`, `nfe`, `accepted`, `rejected` and
-        `status` of every sample.
+        `arr_0` and, with labels, `arr_1`, as ADM's suite names them; `tokens` of tokens.
+    """
+    whole, is_tokens = whole_samples(result), not result.samples.is_floating_point()
+    arrays = {} if images is None else {"arr_0": images(result.samples[whole])}
+    arrays |= {TOKENS: result.samples[whole].cpu().numpy()} if is_tokens else {}
+    return arrays if labels is None else arrays | {"arr_1": labels[whole.cpu()].numpy()}
+
+
+def whole_samples(result: SampleResult) -> Tensor:
+    """Which samples are there, neither missing nor lost nor with a mask left; booleans with shape (n,)."""
+    values = result.samples.flatten(1)
+    return (torch.isfinite(values) if values.is_floating_point() else values >= 0).all(1)
+
+
+def shard_arrays(
+    result: SampleResult, images: Callable[[Tensor], np.ndarray] | None, labels: Tensor | None
+) -> dict[str, np.ndarray]:
+    """The arrays of a shard: `whole_arrays`, and what each sample cost.
+
+    Returns:
+        Also `index`, `nfe`, `accepted`, `rejected` and `status` of every sample.
 
     Raises:
         KeyboardInterrupt: if sampling was interrupted: a part of a shard is none.
     """
     if (result.status == Status.PENDING).any():
         raise KeyboardInterrupt
-    values = result.samples.flatten(1)
-    whole = (torch.isfinite(values) if values.is_floating_point() else values >= 0).all(1)
-    arrays = {"arr_0": images(result.samples[whole])}
-    if labels is not None:
-        arrays["arr_1"] = labels[whole.cpu()].numpy()
-    return arrays | {
+    return whole_arrays(result, images, labels) | {
         name: getattr(result, name).cpu().numpy() for name in ("index", "nfe", "accepted", "rejected", "status")
     }
 

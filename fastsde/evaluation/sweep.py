@@ -6,8 +6,8 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,14 @@ from torch import Tensor
 from fastsde import api
 from fastsde.checkpoints import PackagedModel
 from fastsde.control import Controller
+from fastsde.evaluation.claims import make_here
 from fastsde.evaluation.features import Features
 from fastsde.evaluation.images import open_images, to_uint8
-from fastsde.evaluation.jobs import HASH, ShardedJob, claim, controller_record, shard_arrays
+from fastsde.evaluation.jobs import HASH, MakeAll, ShardedJob, check_settings, controller_record, shard_arrays
 from fastsde.evaluation.measure import measure
 from fastsde.evaluation.reference import Reference
 from fastsde.evaluation.statistics import fewest
-from fastsde.files import clear, csv_text, json_hash, read_json, write_json, write_whole
+from fastsde.files import Content, as_json, clear, csv_text, json_hash, json_text, npz_bytes, read_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
 from fastsde.sde.base import SDE
@@ -111,7 +112,7 @@ class Sweep:
     """A folder of cells: each a sampling job and its figures.
 
     Args:
-        folder: where everything goes.
+        folder: where everything goes; None for one that only makes what others ask for.
         problem: what is swept.
         cells: the cells, in the order of the tables.
         n: samples of each.
@@ -126,7 +127,7 @@ class Sweep:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         problem: Problem,
         cells: Sequence[Cell],
         n: int,
@@ -135,7 +136,7 @@ class Sweep:
         shard_size: int = 512,
         draws: int = 50,
     ) -> None:
-        self.folder, self.problem, self.cells, self.n = folder, problem, list(cells), n
+        self.folder, self.problem, self.cells, self.n = folder or Path(), problem, list(cells), n
         self.batch_size, self.shard_size, self.draws = batch_size, shard_size, draws
         names = [cell.name for cell in cells]
         twice = sorted({name for name in names if names.count(name) > 1})
@@ -159,27 +160,86 @@ class Sweep:
             "batch_size": batch_size,
             "bootstrap": draws,
         }
-        claim(folder, "bench.json", self.settings)
+        if folder is not None:
+            check_settings(folder, "bench.json", self.settings)
+        self._jobs = {cell.name: self._plan(cell) for cell in self.cells}
 
-    def run(self, *, rank: int = 0, world_size: int = 1, progress: Callable[[int], object] = int) -> Iterator[Cell]:
-        """Draws and measures what is not there yet; yields each cell once its figures are on the disk.
+    def run(
+        self,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Callable[[int], object] = int,
+        make_all: MakeAll | None = None,
+    ) -> Iterator[Cell]:
+        """Draws and measures what is neither there nor claimed by another process; yields each cell that has figures.
 
-        Processes share the shards of each cell and wait for nobody; the one that finds a cell complete measures it.
+        Cells that have them come first. Then processes share the shards of each cell; one that finds a cell complete
+        measures it.
 
         Args:
             rank: which process this is.
             world_size: how many there are.
             progress: called with numbers of samples as they are drawn.
+            make_all: has others make the files, from what `request` says of them.
         """
         jobs = [self._job(cell) for cell in self.cells]  # all are checked before the first call
+        progress(sum(job.drawn() for job in jobs))
         for cell, job in zip(self.cells, jobs, strict=True):
-            progress(sum(len(job.indices(k)) for k in job.there()))
-            for drawn in job.run(partial(self._draw, cell), rank=rank, world_size=world_size):
-                progress(drawn)
-            if self._measured(cell, job):
+            if (job.folder / RESULT).is_file():
+                self.row(cell)
                 yield cell
-        for cell, job in zip(self.cells, jobs, strict=True):  # what other processes finished in between
-            self._measured(cell, job)
+
+        def pending() -> Iterator[Path]:
+            unmeasured: list[ShardedJob] = []
+            for job in jobs:
+                yield from job.pending(rank, world_size)
+                unmeasured = [job for job in (*unmeasured, job) if not (job.folder / RESULT).is_file()]
+                yield from [job.folder / RESULT for job in unmeasured if not job.pending()]
+
+        made = make_here(pending, self._content) if make_all is None else make_all(pending, self.request)
+        for path in made:
+            cell, job = self._of(path)
+            if path.name == RESULT:
+                clear(job.folder)
+                yield cell
+            else:
+                progress(len(job.indices(job.number(path))))
+
+    def _of(self, path: Path) -> tuple[Cell, ShardedJob]:
+        """The cell whose folder a file is in, and its job."""
+        cell = next(cell for cell in self.cells if cell.name == path.parent.name)
+        return cell, self._jobs[cell.name]
+
+    def _content(self, path: Path) -> Content:
+        """The content of a shard, or of the figures of a cell whose shards are there."""
+        cell, job = self._of(path)
+        return self._figures(cell, job) if path.name == RESULT else self._shard(cell, job, job.number(path))
+
+    def _shard(self, cell: Cell, job: ShardedJob, k: int) -> dict[str, np.ndarray]:
+        return job.whole(k, self._draw(cell, job.indices(k)))
+
+    def request(self, path: Path) -> tuple[str, list[Path]]:
+        """What another machine needs to make a file: its name in the folder, and the files that it is made from."""
+        _, job = self._of(path)
+        needed = [job.path(k) for k in range(job.shards)] if path.name == RESULT else []
+        return str(path.relative_to(self.folder)), needed
+
+    def make(self, name: str, files: Iterable[bytes] = ()) -> bytes:
+        """The bytes of a file of a sweep on another machine, from what `request` says of it.
+
+        Args:
+            name: the file's name in the folder.
+            files: contents of the files that it is made from, in order.
+        """
+        cell, job = self._of(path := Path(name))
+        if path.name != RESULT:
+            return npz_bytes(self._shard(cell, job, job.number(path)))
+        with tempfile.TemporaryDirectory() as folder:
+            copy = ShardedJob.begin(Path(folder), job.n, job.shard_size, job.settings)
+            for k, content in enumerate(files):
+                write_whole(copy.path(k), content)
+            return self._figures(cell, copy)
 
     def _cell_settings(self, cell: Cell) -> dict[str, Any]:
         return {
@@ -190,11 +250,16 @@ class Sweep:
         }
 
     def _job(self, cell: Cell) -> ShardedJob:
+        """The job of a cell, begun or checked."""
+        job = self._jobs[cell.name]
+        return ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings)
+
+    def _plan(self, cell: Cell) -> ShardedJob:
         channels, height, width = self.problem.image_shape
         shape = {"image_shape": [height, width, channels]}
         settings = {**self.settings, **self._cell_settings(cell), **shape}
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
-        return ShardedJob.begin(self.folder / "cells" / cell.name, self.n, self.shard_size, settings)
+        return ShardedJob(self.folder / "cells" / cell.name, self.n, self.shard_size, as_json(settings))
 
     def _draw(self, cell: Cell, indices: range) -> dict[str, np.ndarray]:
         model, classes = self.problem.model, self.problem.classes
@@ -213,14 +278,8 @@ class Sweep:
         )
         return shard_arrays(result, self.problem.images, labels)
 
-    def _measured(self, cell: Cell, job: ShardedJob) -> bool:
-        """Whether the cell's figures are there, after measuring it if all samples are."""
-        path = job.folder / RESULT
-        if path.is_file():
-            self.row(cell)
-            return True
-        if job.pending():
-            return False
+    def _figures(self, cell: Cell, job: ShardedJob) -> bytes:
+        """The figures of a cell whose samples are all there, with the hash of its settings."""
         nfe, status = job.column("nfe"), job.column("status")
         row: dict[str, Any] = {
             "solver": cell.label,
@@ -238,8 +297,7 @@ class Sweep:
         else:
             features, logits = self.problem.features.of(open_images(job.folder))
             row |= measure(features, logits, self.problem.reference, draws=self.draws)
-        write_json(path, row | {HASH: self._hash(cell)})
-        return True
+        return json_text(row | {HASH: self._hash(cell)})
 
     def _hash(self, cell: Cell) -> str:
         """Of all that determines the figures of a cell."""
