@@ -4,7 +4,8 @@ from .chains import langevin
 from .checkpoints import pretrained
 from .control import Adaptive, AdaptiveGrid, Controller, Grid
 from .diagnosis import Diagnosis, diagnose
-from .diffusers import PipelineSampler, from_diffusers, sample_pipeline
+from .diffusers import from_diffusers, sample_pipeline
+from .diffusers.live import PipelineSampler
 from .fitting import fit
 from .integration import integrate
 from .job import EngineState

@@ -12,13 +12,12 @@ from fastsde.diffusers.networks import DiffusersModel
 from fastsde.diffusers.sampling import PipelineResult, sample_pipeline
 from fastsde.diffusers.schedules import Reading, alphas_cumprod, read_schedule
 
-_NEED_DIFFUSERS = {"FastSDEScheduler": "scheduler", "PipelineSampler": "live"}
+_NEED_DIFFUSERS = {"FastSDEScheduler": "scheduler"}
 
 __all__ = [
     "DiffusersModel",
     "FastSDEScheduler",
     "PipelineResult",
-    "PipelineSampler",
     "Reading",
     "alphas_cumprod",
     "decode_latents",
@@ -38,6 +37,6 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"fastsde.diffusers.{_NEED_DIFFUSERS[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name not in ("diffusers", "greenlet"):
+        if error.name != "diffusers":
             raise
         raise ImportError(f"{name} needs diffusers: pip install 'fastsde[diffusers]'.") from error

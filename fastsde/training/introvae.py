@@ -268,9 +268,8 @@ def train_autoencoder(
         plain: steps of the plain VAE at first.
 
     Raises:
-        ValueError: also if the network gives other images than it takes, or latents of two shapes.
-        TypeError: if it has no `encoder` and `decoder`.
-        As `loop.train` else.
+        ValueError, TypeError, OSError: as `loop.train`; also if the network has no `encoder` and `decoder`, gives other
+            images than it takes, or latents of two shapes.
     """
     check_count("plain", plain, 0)
     rows, (encoder, decoder) = Rows(images, None, config), sides(network)
