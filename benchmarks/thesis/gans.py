@@ -69,7 +69,9 @@ BOTH = Masking(bands=16)
 MASKS = {
     "none": None,
     "cutout": dataclasses.replace(BOTH, spectrum=0.0, shape="square"),
+    "patches, not shifted": dataclasses.replace(BOTH, spectrum=0.0, shape="fixed patches"),
     "patches": dataclasses.replace(BOTH, spectrum=0.0),
+    "bands, uniform": dataclasses.replace(BOTH, space=0.0, balanced=False),
     "bands": dataclasses.replace(BOTH, space=0.0),
     "patches and bands": BOTH,
 }
