@@ -628,7 +628,8 @@ def mask_ratios(rows: list[Row]) -> list[Row]:
 def inception(rows: list[Row]) -> list[Row]:
     """FID and inception score, before and after."""
     score = "{inception score:.3f} ± {score's sd of splits:.3f}"
-    return columns(rows, solver="solver", of="of", FID="{fid:.2f} ± {fid error:.2f}", inception_score=score)
+    fid, noise = "{fid:.2f} ± {fid error:.2f}", "{noise over signal:.3f}"
+    return columns(rows, solver="solver", last_noise=noise, of="of", FID=fid, inception_score=score)
 
 
 @shows("codebases")
