@@ -42,11 +42,13 @@ SCRIPTS = {
     "latent_diffusion": "latent.py diffusion",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
+    "modes": "thesis/gans.py modes",
     "network": "network.py (last in 6513568; fitted.py has its question now)",
     "overhead": "overhead.py runs",
     "overhead_cuda": "overhead.py runs --device cuda",
     "pipelines": "pipelines.py classes",
     "posterior": "posterior.py exact",
+    "rejections": "thesis/chapter10.py rejections",
     "stability": "thesis/chapter10.py stability",
     "thesis_network": "thesis/chapter10.py network",
     "thesis_nfe": "thesis/nfe.py",
@@ -583,6 +585,13 @@ def stability(rows: list[Row]) -> list[Row]:
     return [a | b for a, b in zip(found, closed, strict=True)]
 
 
+@shows("rejections")
+def rejections(rows: list[Row]) -> list[Row]:
+    """Error of the mean, and calls."""
+    by = {"SDE": "sde", "elements": "elements", "rtol": "rtol"}
+    return pivot(rows, by, "steps", "{error:+.4f} ± {standard error:.4f} ({calls:.0f})")
+
+
 @shows("langevin_2d")
 def one_level(rows: list[Row]) -> list[Row]:
     """Distance to the data of last states and of their denoised samples."""
@@ -612,8 +621,8 @@ MASKED = "{fid:.2f} / {gini:.2f} / {gap:.2f}"
 @shows("gan_masks")
 def masks(rows: list[Row]) -> list[Row]:
     """Frechet distance, Gini coefficient and gap, with the same masks in both turns."""
-    rows = some(rows, **{"generator's share": None})
-    return pivot(rows, {"masks": "masks"}, "{n} images, seed {seed}", MASKED)
+    rows = sorted(some(rows, **{"generator's share": None}), key=lambda row: row["n"])
+    return pivot(rows, {"images": "n", "masks": "masks"}, "seed {seed}", MASKED)
 
 
 @shows("gan_masks")
@@ -622,6 +631,17 @@ def mask_ratios(rows: list[Row]) -> list[Row]:
     key, own = "generator's share", some(rows, masks="patches and bands", n=min(row["n"] for row in rows))
     own = sorted((row | {key: row[key] or 0.25} for row in own), key=lambda row: row[key])
     return pivot(own, {"share in the generator's turn": key}, "seed {seed}", MASKED)
+
+
+@shows("modes")
+def modes(rows: list[Row]) -> list[Row]:
+    """Modes reached of 1000, and the divergence of their shares to uniform ones."""
+    return pivot(
+        [row | {"seed": row["seed"] or 0} for row in rows],
+        {"training": "training"},
+        "seed {seed}",
+        "{modes} / {KL:.2f}",
+    )
 
 
 @shows("inception")

@@ -240,8 +240,8 @@ def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[R
 @command("Do masks help with few images?", "gan_masks", main, steps=2, sizes=[600], seeds=1, few=1)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
 @click.option("--steps", default=800)
-@click.option("--seeds", default=2)
-@click.option("--size", "sizes", type=int, multiple=True, default=(60, 600), help="Of the training set.")
+@click.option("--seeds", default=3)
+@click.option("--size", "sizes", type=int, multiple=True, default=(60, 600, 6000), help="Of the training set.")
 @click.option("--few", default=0, help="So many of the rows; 0: all.")
 def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) -> list[Row]:
     """Prints the table."""
