@@ -42,11 +42,13 @@ SCRIPTS = {
     "latent_diffusion": "latent.py diffusion",
     "loop_overhead": "pipelines.py cost",
     "measurements": "posterior.py network",
+    "modes": "thesis/gans.py modes",
     "network": "network.py (last in 6513568; fitted.py has its question now)",
     "overhead": "overhead.py runs",
     "overhead_cuda": "overhead.py runs --device cuda",
     "pipelines": "pipelines.py classes",
     "posterior": "posterior.py exact",
+    "rejections": "thesis/chapter10.py rejections",
     "stability": "thesis/chapter10.py stability",
     "thesis_network": "thesis/chapter10.py network",
     "thesis_nfe": "thesis/nfe.py",
@@ -649,6 +651,13 @@ def stability(rows: list[Row]) -> list[Row]:
     return [a | b for a, b in zip(found, closed, strict=True)]
 
 
+@shows("rejections")
+def rejections(rows: list[Row]) -> list[Row]:
+    """Error of the mean, and calls."""
+    by = {"SDE": "sde", "elements": "elements", "rtol": "rtol"}
+    return pivot(rows, by, "steps", "{error:+.4f} ± {standard error:.4f} ({calls:.0f})")
+
+
 @shows("langevin_2d")
 def one_level(rows: list[Row]) -> list[Row]:
     """Distance to the data of last states and of their denoised samples."""
@@ -678,8 +687,8 @@ MASKED = "{fid:.2f} / {gini:.2f} / {gap:.2f}"
 @shows("gan_masks")
 def masks(rows: list[Row]) -> list[Row]:
     """Frechet distance, Gini coefficient and gap, with the same masks in both turns."""
-    rows = some(rows, **{"generator's share": None})
-    return pivot(rows, {"masks": "masks"}, "{n} images, seed {seed}", MASKED)
+    rows = sorted(some(rows, **{"generator's share": None}), key=lambda row: row["n"])
+    return pivot(rows, {"images": "n", "masks": "masks"}, "seed {seed}", MASKED)
 
 
 @shows("gan_masks")
@@ -690,11 +699,23 @@ def mask_ratios(rows: list[Row]) -> list[Row]:
     return pivot(own, {"share in the generator's turn": key}, "seed {seed}", MASKED)
 
 
+@shows("modes")
+def modes(rows: list[Row]) -> list[Row]:
+    """Modes reached of 1000, and the divergence of their shares to uniform ones."""
+    return pivot(
+        [row | {"seed": row["seed"] or 0} for row in rows],
+        {"training": "training"},
+        "seed {seed}",
+        "{modes} / {KL:.2f}",
+    )
+
+
 @shows("inception")
 def inception(rows: list[Row]) -> list[Row]:
     """FID and inception score, before and after."""
     score = "{inception score:.3f} ± {score's sd of splits:.3f}"
-    return columns(rows, solver="solver", of="of", FID="{fid:.2f} ± {fid error:.2f}", inception_score=score)
+    fid, noise = "{fid:.2f} ± {fid error:.2f}", "{noise over signal:.3f}"
+    return columns(rows, solver="solver", last_noise=noise, of="of", FID=fid, inception_score=score)
 
 
 @shows("codebases")

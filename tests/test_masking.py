@@ -107,9 +107,10 @@ def test_masks_of_the_score_networks_turn_are_its_own():
     assert slope(masking=Masking(space=0.5, spectrum=0.0, patch=2)) == masked
 
 
-def test_masked_places_are_whole_patches_on_a_shifted_grid():
+@pytest.mark.parametrize(("shape", "expected"), [("patches", {0, 1, 2, 3}), ("fixed patches", {0})])
+def test_masked_places_are_whole_patches_on_a_grid_that_is_shifted_or_fixed(shape, expected):
     # 6 of 16 patches, so that none is masked in part.
-    seen = Masking(space=0.375, patch=4).visible(torch.zeros(50, 1, 16, 16), seeded())
+    seen = Masking(space=0.375, patch=4, shape=shape).visible(torch.zeros(50, 1, 16, 16), seeded())
     offsets = set()
     for image in seen[:, 0]:
         rows = {int(k) % 4 for k in (image[1:] != image[:-1]).any(1).nonzero() + 1}
@@ -117,7 +118,10 @@ def test_masked_places_are_whole_patches_on_a_shifted_grid():
         assert len(rows) <= 1
         assert len(columns) <= 1
         offsets |= rows
-    assert offsets == {0, 1, 2, 3}
+    assert offsets == expected
+    assert (1 - seen).sum((1, 2, 3)).unique().tolist() == [96]
+    # Five standard errors of a share of 50.
+    assert (seen.mean(0) - 0.625).abs().max() <= 5 * (0.625 * 0.375 / 50) ** 0.5
 
 
 def test_energies_of_bands_sum_to_the_energy_of_the_image():
@@ -141,9 +145,10 @@ def test_every_band_below_the_cap_loses_the_same_energy(share):
     assert ((p * energy)[there & ~free] <= lost[0] * (1 + 1e-4)).all()
 
 
-def test_dropped_bands_are_gone_and_others_unchanged():
+@pytest.mark.parametrize("balanced", [True, False])
+def test_dropped_bands_are_gone_and_others_unchanged(balanced):
     data = natural(n=400)
-    masking = Masking(space=0.0, spectrum=0.25, bands=16)
+    masking = Masking(space=0.0, spectrum=0.25, bands=16, balanced=balanced)
     spectrum, masked = torch.fft.rfft2(data), torch.fft.rfft2(masking(data, data, seeded()))
     band = band_of(28, 28, 16)
     dropped = torch.zeros(400, 16, dtype=torch.bool)
@@ -153,7 +158,7 @@ def test_dropped_bands_are_gone_and_others_unchanged():
         gone, kept = now.abs().amax(1) < 1e-4 * scale, (now - own).abs().amax(1) < 1e-4 * scale
         assert (gone ^ kept).all()
         dropped[:, b] = gone
-    expected = masking.drop_probabilities(data)
+    expected = masking.drop_probabilities(data) if balanced else torch.full((16,), 0.25)
     # Five standard errors of a share of 400.
     assert ((dropped.float().mean(0) - expected).abs() <= 5 * (expected * (1 - expected) / 400).sqrt() + 1e-6).all()
 

@@ -12,6 +12,13 @@ Cells are those of `fastsde bench`: a folder that survives being killed, which s
 
 `stability`: the linear test equation of appendix D.6, dx = -x dt + sqrt(2) dw, whose stationary variance is 1, by
 Euler-Maruyama and by the extrapolated step: equal steps h beside the closed forms, and adaptive ones.
+
+`rejections`: the error of the mean at time 1 by Algorithm 9 (appendix D.3), with the error estimate corrected (the
+printed one never becomes small) and a step at most ten times as long as the one before. After a rejection the Brownian
+path is kept; or z is, as printed; or z is drawn again. Beside that `fastsde.integrate`, which does not reject, and as
+many equal steps. atol is a fifth of rtol. Where the path is kept, the error is that to the solution on the same path:
+exact for geometric Brownian motion, 512 equal steps for the double wells. Where it is not, it is that to the exact
+mean, with more samples: for the wells by the backward Kolmogorov equation on a grid.
 """
 
 from __future__ import annotations
@@ -19,12 +26,13 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -36,6 +44,7 @@ from fastsde.evaluation.features import open_features
 from fastsde.evaluation.reference import Reference, packaged_reference
 from fastsde.evaluation.statistics import frechet
 from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
+from fastsde.noise import RESOLUTION, BrownianPath
 
 SDES = {"VP": fastsde.VPSDE(), "VE": fastsde.VESDE()}
 RTOLS = (0.01, 0.02, 0.05, 0.1, 0.5)
@@ -294,6 +303,122 @@ def stability(samples: int, rtols: tuple[float, ...]) -> list[Row]:
             for rtol in rtols:
                 found = variance(elements, rtol=rtol, atol=rtol / 5, extrapolate=extrapolate)
                 rows.append({"rule": rule, "steps": f"rtol = {rtol:g}", "elements": elements} | found)
+    table(rows)
+    return rows
+
+
+class Equation(NamedTuple):
+    """dx = drift(x) dt + diffusion(x) dw, from x0."""
+
+    drift: Callable[[Tensor], Tensor]
+    diffusion: Callable[[Tensor], Tensor]
+    x0: float
+    ito: bool = False
+    additive: bool = False
+
+    def step(self, x: Tensor, h: Tensor, dw: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
+        """The improved Euler step of Algorithm 9 and Euler-Maruyama's."""
+        shift = sign * h.sqrt() if self.ito else torch.zeros_like(dw)
+        low = x + h * self.drift(x) + self.diffusion(x) * (dw - shift)
+        high = (low + x + h * self.drift(low) + self.diffusion(low) * (dw + shift)) / 2
+        return high, low + shift * self.diffusion(x)
+
+    def mean(self) -> float:
+        """E x(1): u(x0, 1) of du/dt = drift u' + diffusion^2 u'' / 2, u(x, 0) = x, for states within [-4, 4]."""
+        x, h = torch.linspace(-4, 4, 801, dtype=torch.float64), 0.01
+        g, one = self.diffusion(x), torch.ones(800, dtype=torch.float64)
+        slope = self.drift(x) + (0.0 if self.ito else torch.gradient(g, spacing=h)[0] * g / 2)
+        first, second = (one.diag(1) - one.diag(-1)) / (2 * h), (one.diag(1) + one.diag(-1)) / h**2
+        second -= 2 / h**2 * torch.eye(801, dtype=torch.float64)
+        law = slope[:, None] * first + g.square()[:, None] / 2 * second
+        law[[0, -1]] = 0.0
+        return float((torch.matrix_exp(law) @ x)[round((self.x0 + 4) / h)])
+
+    def solved(self, n: int, elements: int, seed: int, **options: object) -> fastsde.SampleResult:
+        """By `fastsde.integrate`."""
+        x0 = torch.full((n, elements), self.x0, dtype=torch.float64)
+        terms = (lambda x, t: self.drift(x)), (lambda x, t: self.diffusion(x))
+        kind = {"ito": self.ito, "additive": self.additive}
+        return fastsde.integrate(*terms, x0, 0.0, 1.0, **kind, seed=seed, batch_size=n, **options)
+
+
+MU, SIGMA = 0.5, 0.8
+EQUATIONS = {
+    "geometric, Ito": Equation(lambda x: MU * x, lambda x: SIGMA * x, 1.0, ito=True),
+    "geometric, Stratonovich": Equation(lambda x: (MU - SIGMA**2 / 2) * x, lambda x: SIGMA * x, 1.0),
+    "double well, additive": Equation(lambda x: x - x**3, lambda x: 0.5 + 0 * x, 0.5, additive=True),
+    "double well, Stratonovich": Equation(lambda x: x - x**3, lambda x: 0.5 + 0.25 * (3 * x).sin(), 0.5),
+}
+"""Of the geometric Brownian motions both have x(1) = exp(mu - sigma^2 / 2 + sigma w(1))."""
+
+
+def brownian(index: Tensor, t: Tensor | float, s: Tensor | float, elements: int, seed: int) -> Tensor:
+    """w(s) - w(t) of the path that `integrate` walks, for times in [0, 1]."""
+    path = BrownianPath(seed, (elements,), torch.float64, t_min=-1.0, t_max=0.0)
+    at = [-torch.as_tensor(time, dtype=torch.float64).expand(len(index)) for time in (t, s)]
+    return path(index, at[0]) - path(index, at[1])
+
+
+def algorithm_9(sde: Equation, n: int, elements: int, rtol: float, noise: str, seed: int) -> tuple[Tensor, float]:
+    """States at time 1 and mean calls of the drift."""
+    drawn, index = torch.Generator().manual_seed(seed), torch.arange(n)
+
+    def normals(rows: int) -> Tensor:
+        return torch.randn(rows, elements, generator=drawn, dtype=torch.float64)
+
+    x = torch.full((n, elements), sde.x0, dtype=torch.float64)
+    t, h, calls = torch.zeros(n, dtype=torch.float64), torch.full((n,), 0.01, dtype=torch.float64), torch.zeros(n)
+    previous, z, sign = x.clone(), normals(n), normals(n).sign()
+    while len(k := (t < 1).nonzero()[:, 0]):
+        step = torch.minimum(h[k], 1 - t[k])
+        end = torch.where(step < h[k], 1.0, t[k] + step)
+        kept = noise == "path kept"
+        dw = brownian(index[k], t[k], end, elements, seed) if kept else z[k] * step.sqrt()[:, None]
+        high, euler = sde.step(x[k], step[:, None], dw, sign[k])
+        tolerance = (rtol * torch.maximum(euler.abs(), previous[k].abs())).clamp(min=rtol / 5)
+        error = ((euler - high) / tolerance).square().mean(1).sqrt()
+        good = (error <= 1) | (step <= RESOLUTION)
+        h[k] = torch.minimum(0.9 * step * error**-0.9, 10 * step).clamp(min=RESOLUTION)
+        calls[k] += 2
+        on = k[good]
+        x[on], previous[on], t[on] = high[good], euler[good], end[good]
+        sign[on] = normals(len(on)).sign()
+        new = k if noise == "z drawn again" else on
+        z[new] = normals(len(new))
+    return x, float(calls.mean())
+
+
+@command("Do rejections bias?", "rejections", main, samples=50, many=100, rtols=[0.05], elements=[2])
+@click.option("--samples", "-n", default=10_000, help="On a Brownian path.")
+@click.option("--many", default=200_000, help="Where no path is kept.")
+@click.option("--rtol", "rtols", type=float, multiple=True, default=(0.05, 0.01, 0.002))
+@click.option("--elements", type=int, multiple=True, default=(16, 256), help="Independent wells besides.")
+@click.option("--seed", default=3)
+def rejections(samples: int, many: int, rtols: tuple[float, ...], elements: tuple[int, ...], seed: int) -> list[Row]:
+    """Prints the table."""
+    rows, solutions = list[Row](), dict[tuple[str, int], Tensor]()
+    jobs = [(name, 1, rtol) for name in EQUATIONS for rtol in rtols]
+    for name, d, rtol in tqdm(jobs + [("double well, additive", d, rtols[0]) for d in elements], disable=None):
+        sde, n = EQUATIONS[name], max(50, samples // d)
+        if (name, d) not in solutions:
+            w = SIGMA * brownian(torch.arange(n), 0.0, 1.0, d, seed)
+            known = name.startswith("geometric")
+            solutions[name, d] = (MU - SIGMA**2 / 2 + w).exp() if known else sde.solved(n, d, seed, steps=512).samples
+        exact, mean = solutions[name, d], math.exp(MU) if name.startswith("geometric") else sde.mean()
+        adaptive = sde.solved(n, d, seed, rtol=rtol, atol=rtol / 5)
+        calls = float(adaptive.nfe.double().mean())
+        equal = sde.solved(n, d, seed, steps=round(calls / 2))
+        kept, kept_calls = algorithm_9(sde, n, d, rtol, "path kept", seed)
+        found = {"rejections, path kept": (kept - exact, kept_calls)}
+        for noise in ("z kept", "z drawn again") if d == 1 else ():
+            x, own = algorithm_9(sde, many, d, rtol, noise, seed)
+            found[f"rejections, {noise}"] = x - mean, own
+        found["no rejections, as now"] = adaptive.samples - exact, calls
+        found["equal steps"] = equal.samples - exact, float(equal.nfe.double().mean())
+        for steps, (errors, own) in found.items():
+            each = errors.mean(1)  # elements of a sample share its steps
+            row: Row = {"sde": name, "elements": d, "rtol": rtol, "steps": steps, "calls": own}
+            rows.append(row | {"error": float(each.mean()), "standard error": float(each.std()) / len(each) ** 0.5})
     table(rows)
     return rows
 

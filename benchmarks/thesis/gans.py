@@ -1,4 +1,4 @@
-r"""Small networks on Fashion-MNIST of 14 x 14 pixels: Figure 6.2, masks of MaskedGAN, six comparisons of critics.
+r"""Small networks on Fashion-MNIST of 14 x 14 pixels: Figure 6.2, masks of MaskedGAN, comparisons of critics, modes.
 
 A GAN has two convolutions each in generator (44,000 parameters) and critic (9,000, spectral norm), batches of 32, Adam
 with a rate of 2e-4 and betas (0.5, 0.999), and the critic moves first.
@@ -16,6 +16,10 @@ attention on training images. All are at the end; "best" is the least distance o
 `comparisons`: adversarial score matching with the six comparisons of `gan_losses` beside plain training: a perceptron
 on VP that predicts x_0, the same critic, least squares and the published betas and weight. Distances as for `masks`, of
 1000 samples with 10 calls.
+
+`modes`: Table 8.4 with the trainings of `comparisons`, plain and with the plain comparison. Three images, drawn apart,
+are the channels of one; the packaged classifier reads each channel of a sample, and the three classes are a mode. Modes
+reached of 1000, and the Kullback-Leibler divergence of their shares to uniform ones; of stacked test images besides.
 """
 
 from __future__ import annotations
@@ -65,11 +69,14 @@ LATENT, BATCH = 32, 32
 LOSSES = {"least squares": lsgan, "log": sgan, "hinge": hinge}
 KINDS = {"average": average, "centred": centred}
 COMPARISONS = {"plain": plain, "paired": paired, "all pairs": all_pairs, "one way": one_way} | KINDS
+ALONE = ("no critic", "no critic, no momentum")
 BOTH = Masking(bands=16)
 MASKS = {
     "none": None,
     "cutout": dataclasses.replace(BOTH, spectrum=0.0, shape="square"),
+    "patches, not shifted": dataclasses.replace(BOTH, spectrum=0.0, shape="fixed patches"),
     "patches": dataclasses.replace(BOTH, spectrum=0.0),
+    "bands, uniform": dataclasses.replace(BOTH, space=0.0, balanced=False),
     "bands": dataclasses.replace(BOTH, space=0.0),
     "patches and bands": BOTH,
 }
@@ -77,7 +84,7 @@ MASKS = {
 
 @click.group(help=__doc__)
 def main() -> None:
-    """Both studies."""
+    """All studies."""
 
 
 def generator_network() -> nn.Sequential:
@@ -95,9 +102,9 @@ def generator_network() -> nn.Sequential:
     )
 
 
-def critic_network(width: int = 16, *, bounded: bool = True) -> nn.Sequential:
-    """From (B, 1, 14, 14) to (B,); bounded by spectral norm."""
-    layers = (nn.Conv2d(1, width, 4, 2, 1), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.Linear(2 * width * 9, 1))
+def critic_network(width: int = 16, channels: int = 1, *, bounded: bool = True) -> nn.Sequential:
+    """From (B, channels, 14, 14) to (B,); bounded by spectral norm."""
+    layers = (nn.Conv2d(channels, width, 4, 2, 1), nn.Conv2d(width, 2 * width, 4, 2, 1), nn.Linear(2 * width * 9, 1))
     first, second, last = map(spectral_norm, layers) if bounded else layers
     return nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), nn.Flatten(), last, nn.Flatten(0))
 
@@ -105,6 +112,12 @@ def critic_network(width: int = 16, *, bounded: bool = True) -> nn.Sequential:
 def small(data: Path, *, train: bool) -> Tensor:
     """Images with shape (n, 1, 14, 14), each pixel the mean of four."""
     return avg_pool2d(to_unit_range(load_images(data, train=train)[0]), 2)
+
+
+def enlarged(x: Tensor) -> Tensor:
+    """8-bit images with shape (n, 1, 28, 28), of (n, 1, 14, 14)."""
+    whole = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return whole.repeat_interleave(2, 2).repeat_interleave(2, 3)
 
 
 class Ruler:
@@ -117,9 +130,7 @@ class Ruler:
 
     def features(self, x: Tensor) -> Tensor:
         """With shape (n, d)."""
-        whole = x.add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
-        whole = whole.repeat_interleave(2, 2).repeat_interleave(2, 3)
-        return torch.cat([self.network(part)[0] for part in whole.split(500)]).double()
+        return torch.cat([self.network(part)[0] for part in enlarged(x).split(500)]).double()
 
     def __call__(self, x: Tensor) -> float:
         return frechet(self.features(x), self.mean, self.covariance, draws=2).value
@@ -128,12 +139,12 @@ class Ruler:
 class Flat(nn.Module):
     """A perceptron on images, of denoised samples in (-1, 1)."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.network = MLP(196, width=384, depth=3)
+        self.network = MLP(196 * channels, width=384, depth=3)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """From (B, 1, 14, 14) and (B,) to (B, 1, 14, 14)."""
+        """From (B, channels, 14, 14) and (B,) to (B, channels, 14, 14)."""
         return self.network(x.flatten(1), t).reshape(x.shape).tanh()
 
 
@@ -229,8 +240,8 @@ def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[R
 @command("Do masks help with few images?", "gan_masks", main, steps=2, sizes=[600], seeds=1, few=1)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
 @click.option("--steps", default=800)
-@click.option("--seeds", default=2)
-@click.option("--size", "sizes", type=int, multiple=True, default=(60, 600), help="Of the training set.")
+@click.option("--seeds", default=3)
+@click.option("--size", "sizes", type=int, multiple=True, default=(60, 600, 6000), help="Of the training set.")
 @click.option("--few", default=0, help="So many of the rows; 0: all.")
 def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) -> list[Row]:
     """Prints the table."""
@@ -266,6 +277,26 @@ def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) 
     return rows
 
 
+def matched(images: Tensor, kind: str, steps: int, seed: int) -> fastsde.ScoreModel:
+    """A perceptron on VP, trained alone or with the critic of a comparison."""
+    torch.manual_seed(seed)
+    shape, adversary = tuple(images.shape[1:]), None
+    model = fastsde.ScoreModel(Flat(shape[0]), fastsde.VPSDE(), "sample", event_shape=shape)
+    if kind in COMPARISONS:
+        critic = critic_network(channels=shape[0])
+        adversary = Adversary(critic, lsgan(COMPARISONS[kind]), learning_rate=4e-4)
+    betas = (0.9, 0.999) if kind == "no critic" else (0.0, 0.9)
+    # The adversarial loss has half of the sum over elements where the plain one has the mean.
+    clip = images[0].numel() / 2 if adversary else 1.0
+    config = TrainConfig(
+        steps, 64, 1e-3, ema_decay=0.99, betas=betas, seed=seed, bf16=False, grad_clip=clip, warmup=100
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.safetensors"
+        model.network = train(model, images, None, config, file, adversary=adversary, save_every=steps)
+    return model
+
+
 @command("Which comparison does adversarial score matching want?", "comparisons", main, steps=2, seeds=1, samples=140)
 @click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
 @click.option("--steps", default=600)
@@ -277,23 +308,10 @@ def comparisons(data: Path, steps: int, seeds: int, samples: int) -> Row:
     book = Book(RUNS / f"comparisons_{steps}_{samples}.csv", ("training", "seed"), ("fid",))
 
     def run(kind: str, seed: int) -> Row:
-        torch.manual_seed(seed)
-        model = fastsde.ScoreModel(Flat(), fastsde.VPSDE(), "sample", event_shape=(1, 14, 14))
-        adversary = None
-        if kind in COMPARISONS:
-            adversary = Adversary(critic_network(), lsgan(COMPARISONS[kind]), learning_rate=4e-4)
-        betas = (0.9, 0.999) if kind == "no critic" else (0.0, 0.9)
-        # The adversarial loss has half of the sum over 196 pixels where the plain one has the mean.
-        clip = 98.0 if adversary else 1.0
-        config = TrainConfig(
-            steps, 64, 1e-3, ema_decay=0.99, betas=betas, seed=seed, bf16=False, grad_clip=clip, warmup=100
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "c.safetensors"
-            model.network = train(model, images, None, config, file, adversary=adversary, save_every=steps)
+        model = matched(images, kind, steps, seed)
         return {"fid": ruler(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=samples).samples)}
 
-    kinds = ("no critic", "no critic, no momentum", *COMPARISONS)
+    kinds = (*ALONE, *COMPARISONS)
     for seed, kind in tqdm(list(itertools.product(range(seeds), kinds)), disable=None):
         book.need(kind, seed, work=lambda kind=kind, seed=seed: run(kind, seed))
     rows: list[Row] = [
@@ -303,6 +321,43 @@ def comparisons(data: Path, steps: int, seeds: int, samples: int) -> Row:
     table(rows)
     real = ruler(images[:samples])
     return {"real_images": real, "rows": rows}
+
+
+def stacked(images: Tensor, seed: int) -> Tensor:
+    """As many images of three channels, each channel an image, in another order each."""
+    drawn = torch.Generator().manual_seed(seed)
+    return torch.cat([images[torch.randperm(len(images), generator=drawn)] for _ in range(3)], 1)
+
+
+@command("Does an adversary lose modes?", "modes", main, steps=2, seeds=1, samples=200)
+@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
+@click.option("--steps", default=1500)
+@click.option("--seeds", default=3)
+@click.option("--samples", "-n", default=5200, help="The thesis has 26,000.")
+def modes(data: Path, steps: int, seeds: int, samples: int) -> list[Row]:
+    """Prints the table."""
+    images, network = stacked(small(data, train=True), 0), open_features("fashion-mnist")
+    book = Book(RUNS / f"modes_{steps}_{samples}.csv", ("training", "seed"), ("modes", "KL"))
+
+    def counted(x: Tensor) -> Row:
+        logits = [network(part)[1] for part in enlarged(x.flatten(0, 1)[:, None]).split(600)]
+        digits = torch.cat([part.argmax(1) for part in logits if part is not None]).view(-1, 3)
+        counts = (digits @ torch.tensor([100, 10, 1])).bincount(minlength=1000).double()
+        share = counts / counts.sum()
+        return {"modes": int((counts > 0).sum()), "KL": float(torch.special.xlogy(share, 1000 * share).sum())}
+
+    def run(kind: str, seed: int) -> Row:
+        model = matched(images, kind, steps, seed)
+        return counted(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=1300).samples)
+
+    for seed, kind in tqdm(list(itertools.product(range(seeds), (*ALONE, "plain"))), disable=None):
+        book.need(kind, seed, work=lambda kind=kind, seed=seed: run(kind, seed))
+    real = counted(stacked(small(data, train=False), 1)[:samples])
+    rows: list[Row] = [{"training": "test images", "seed": None} | real]
+    for (kind, seed), row in book.rows.items():
+        rows.append({"training": kind, "seed": int(seed), "modes": int(row["modes"]), "KL": float(row["KL"])})
+    table(rows)
+    return rows
 
 
 if __name__ == "__main__":

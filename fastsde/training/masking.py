@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_flags, check_number
 
 CAP = 0.5
 """Largest probability of dropping a band: each is seen at least every other time."""
-SHAPES = ("patches", "square", "block", "grid")
+SHAPES = ("patches", "fixed patches", "square", "block", "grid")
 """What may be masked in space."""
 
 
@@ -42,8 +42,9 @@ class Masking:
         spectrum: mean share of the bands dropped, in [0, 0.5].
         bands: number of bands; those without a frequency, in small images, do not count.
         shape: what is masked in space: "patches"; or for comparisons one "square" or one "block" (a rectangle of an
-            aspect ratio up to 4) at a random place, of the same share of pixels, or the middle of each patch of a
-            "grid" that does not move.
+            aspect ratio up to 4) at a random place, of the same share of pixels, or "fixed patches" of a grid that does
+            not move, or the middle of each patch of such a "grid".
+        balanced: False, for comparisons: all bands have the same probability, p_b = `spectrum`.
 
     Raises:
         ValueError: naming the attribute out of range.
@@ -54,6 +55,7 @@ class Masking:
     spectrum: float = 0.25
     bands: int = 64
     shape: str = "patches"
+    balanced: bool = True
 
     def __post_init__(self) -> None:
         check_number("space", self.space, 0.0, 1.0, ends="[)")
@@ -64,6 +66,7 @@ class Masking:
         check_count("bands", self.bands, 2)
         if self.shape not in SHAPES:
             raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}.")
+        check_flags(balanced=self.balanced)
 
     def __call__(self, x: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Masked images, differentiable in x.
@@ -98,6 +101,8 @@ class Masking:
     def drop_probabilities(self, data: Tensor) -> Tensor:
         """p_b, with shape (bands,), on the device of the data; 0 for bands without a frequency."""
         energy, there = band_energy(data, self.bands)
+        if not self.balanced:
+            return self.spectrum * there.to(energy)
         energy = torch.where(there, energy.clamp(min=1e-12), math.inf)
         low, high = torch.zeros_like(energy[0]), CAP * energy[there].amax()
         for _ in range(60):
@@ -110,7 +115,7 @@ class Masking:
         """1 where a pixel is seen and 0 where it is masked, with shape (B, 1, H, W)."""
         n, _, height, width = x.shape
         seen = self._order(n, height, width, generator) >= round(self.space * height * width)
-        if self.shape == "grid":
+        if self.shape in ("fixed patches", "grid"):
             return seen[:, None].to(x)
         row = (torch.arange(height) + torch.randint(height, (n, 1), generator=generator)) % height
         column = (torch.arange(width) + torch.randint(width, (n, 1), generator=generator)) % width
@@ -121,7 +126,7 @@ class Masking:
         """In which order pixels would be masked, each number once an image, with shape (n, H, W)."""
         i, j = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         side = self.side(height, width)
-        if self.shape == "patches":
+        if self.shape in ("patches", "fixed patches"):
             patch = i // side * -(-width // side) + j // side
             sizes = patch.flatten().bincount()
             order = torch.rand(n, len(sizes), generator=generator).argsort(1)
