@@ -2,9 +2,10 @@ r"""The live queue beside batches that wait for their slowest sample, beside `sa
 
 Four parts. `same`: requests at random times with mixed settings, for an exact model, each beside `fastsde.sample` with
 the same arguments. `throughput`: as many clients as there are slots, each asking again when it has its sample, of 5 to
-20 calls. The network sleeps for a time a + b times its rows, so what else the machine does hardly matters. Beside it
-are batches of the same number of clients that end with their slowest sample, at the same cost per turn. `latency`: one
-client and the packaged network, beside `sample`, in turn. `memory`: many requests, and the memory of the process.
+20 or 5 to 50 calls. The network sleeps for a time a + b times its rows, so what else the machine does hardly matters.
+Beside it are batches of the same number of clients that end with their slowest sample, at the same cost per turn.
+`latency`: one client and the packaged network, beside `sample`, in turn. `memory`: many requests, and the memory of the
+process.
 """
 
 from __future__ import annotations
@@ -68,10 +69,10 @@ class Sleeper:
         return -x
 
 
-def throughput(samples: int, slots: int, a: float, b: float) -> Row:
+def throughput(samples: int, slots: int, most: int, a: float, b: float) -> Row:
     """A closed loop: every client asks for the next sample when it has the last one."""
     chance = random.Random(0)
-    calls = [chance.randint(5, 20) for _ in range(samples)]
+    calls = [chance.randint(5, most) for _ in range(samples)]
     left, latencies, lock = list(calls), [], threading.Lock()
     model = fastsde.ScoreModel(Sleeper(a, b), SDE, event_shape=(1,))
     with fastsde.Sampler(model, batch_size=slots, max_waiting=2 * slots) as sampler:
@@ -101,6 +102,7 @@ def throughput(samples: int, slots: int, a: float, b: float) -> Row:
     return {
         "part": "throughput",
         "slots": slots,
+        "most calls": most,
         "a": a,
         "b": b,
         "samples a second": samples / seconds,
@@ -165,15 +167,16 @@ def resident() -> float:
 
 @command(__doc__, "live", requests=50, samples=60, seconds=1.0, many=200)
 @click.option("--requests", default=2000, help="Requests beside `sample`.")
-@click.option("--samples", default=2000, help="Samples of a throughput.")
+@click.option("--samples", default=1000, help="Samples of a throughput.")
 @click.option("--seconds", default=60.0, help="Of the comparison of latencies.")
 @click.option("--many", default=10_000, help="Requests while memory is watched.")
 def main(requests: int, samples: int, seconds: float, many: int) -> list[Row]:
     """Prints the rows."""
     rows = [
         same(requests),
-        # A network that is all overhead, one that pays by the row, and one between.
-        *(throughput(samples, 32, a, b) for a, b in ((0.02, 0.0), (0.01, 0.0003), (0.002, 0.0006))),
+        # Large networks: one that pays by the call, one by the row, one by both. And one that is small.
+        *(throughput(samples, 32, 20, a, b) for a, b in ((0.1, 0.0), (0.0, 0.003), (0.05, 0.0015), (0.02, 0.0))),
+        throughput(samples, 32, 50, 0.05, 0.0015),
         latency(seconds),
         memory(many),
     ]

@@ -610,6 +610,7 @@ def live_throughput(rows: list[Row]) -> list[Row]:
     """Beside batches."""
     return [
         {
+            "calls": f"5 to {row['most calls']}",
             "time of a call, ms": f"{1e3 * row['a']:g} + {1e3 * row['b']:g} per row",
             "live queue, samples a second": f"{row['samples a second']:.0f}",
             "batches that wait for their slowest": f"{row['in batches']:.0f}",

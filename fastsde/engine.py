@@ -26,6 +26,7 @@ from fastsde.job import EngineState, Job
 from fastsde.noise import StepNoise
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
 from fastsde.score.base import BoundModel
+from fastsde.solvers.base import Plan
 from fastsde.types import Carry, State, Time
 
 _T = TypeVar("_T")
@@ -76,6 +77,7 @@ class Engine:
         # Above this many calls of a sample there are not enough left for a step and the denoising.
         self.most_nfe = job.max_nfe - job.model.calls * (job.solver.calls_per_step + self.denoising_call)
         self.after = torch.tensor([int(_AFTER[verdict]) for verdict in Verdict], device=self.device)
+        self.plan: Plan | None = None
         self.turn, self.nfe_finished = 0, 0
         self.finished = 0
 
@@ -86,6 +88,7 @@ class Engine:
             Interrupted: at Ctrl-C; it carries what is finished.
             SamplingError: if anything fails after the first sample was finished; it carries the finished ones.
         """
+        self.plan = self.job.plan()
         recorded = self.job.differentiable and torch.is_grad_enabled()
         with torch.set_grad_enabled(recorded), self.job.model.sampling():
             return self._run()
@@ -148,7 +151,7 @@ class Engine:
         """What a sample's start says of its row; position 0 is the warm-up turn."""
         job = self.job
         index = job.index[slots]
-        x = job.start(slots)
+        x = job.sde.prior(job.noise.prior(index), job.t_start) if job.start is None else job.start(slots)
         t, t_end = (
             torch.full(index.shape, end, dtype=torch.float64, device=self.device) for end in (job.t_start, job.t_end)
         )
@@ -176,7 +179,7 @@ class Engine:
             self.flags.announce(moving & (s <= row["t_end"]))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = job.model.bind(rows["cond"], active, row["nfe"])
-        plan = None if job.plan is None else job.plan.rows(job.controller.plan_row(control))
+        plan = None if self.plan is None else self.plan.rows(job.controller.plan_row(control))
         if plan is None:
             solver_step = partial(job.solver.step, model, job.sde, x, t, s, noise, rows["solver"])
         else:

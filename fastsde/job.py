@@ -98,9 +98,8 @@ class Job:
     Attributes:
         t_start: where every sample starts, on the engine's clock, which runs down.
         t_end: where it ends, below `t_start`.
+        start: start states by places in the queue; None for draws from the prior.
         lag: turns by which the host reads the "who is done" flags late; 1 hides the wait on a GPU.
-        plan: coefficients of the steps of all grids of the controller, one after another, and of one step more, for
-            rows that have ended; None if steps are not known beforehand.
         recorder: keeps the states on the way, if anyone wants them.
         differentiable: whether gradients go through the samples, where torch records them.
     """
@@ -114,17 +113,34 @@ class Job:
     t_end: float
     index: Tensor
     cond: Carry
-    start: Callable[[Tensor], Tensor]
+    start: Callable[[Tensor], Tensor] | None
     denoise: bool
     max_nfe: int
     batch_size: int
     progress: bool = False
     callback: Callable[[EngineState], None] | None = None
     lag: int = 0
-    plan: Plan | None = None
     recorder: Recorder | None = None
     finished: Callable[[Tensor, Tensor, Tensor], None] | None = None
     differentiable: bool = False
+
+    def plan(self) -> Plan | None:
+        """Coefficients of the steps of all grids of the controller, one after another, and of one step more.
+
+        The last is for rows that have ended. None if steps are not known beforehand.
+        """
+        device, dtype = self.index.device, self.noise.dtype
+        with torch.no_grad():
+            # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
+            grids = [grid.times.cpu() for grid in self.controller.all_grids()]
+            plans = [plan for times in grids if (plan := self.solver.plan(self.sde, times)) is not None]
+        if not plans:
+            return None
+        # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
+        plan = Plan.joined([*plans, plans[-1].map(lambda value: value[-1:])])
+        # Rounded here, because it is used beside states, rather than once a step.
+        kept = torch.promote_types(dtype, torch.float32)
+        return plan.map(lambda value: value.to(device, kept if value.is_floating_point() else value.dtype))
 
 
 def make_job(
@@ -182,14 +198,13 @@ def make_job(
         t_end=t_end,
         index=samples.index,
         cond=samples.cond,
-        start=_start(samples, sde, noise, t_start),
+        start=_start(samples),
         denoise=denoise,
         max_nfe=max_nfe,
         batch_size=min(batch, count),
         progress=options.progress,
         callback=options.callback,
         lag=1 if device.type == "cuda" and not model.per_row else 0,
-        plan=_planned(solver, sde, controller, device, samples.dtype),
         recorder=None if saved is None else Recorder(count, saved or None, sign=sign),
         finished=samples.finished,
         differentiable=options.differentiable,
@@ -212,26 +227,12 @@ def noise_of(samples: Samples, solver: Solver, sde: SDE, ends: tuple[float, floa
     return BrownianPath(seed, event, dtype, **clock)
 
 
-def _start(samples: Samples, sde: Any, noise: Noise, t_start: float) -> Callable[[Tensor], Tensor]:
-    """Start states by places in the queue."""
+def _start(samples: Samples) -> Callable[[Tensor], Tensor] | None:
+    """Start states by places in the queue, if they are given."""
     given = samples.start
     if isinstance(given, Tensor):
         return given.to(samples.device, samples.dtype).__getitem__
-    return given or (lambda slots: sde.prior(noise.prior(samples.index[slots]), t_start))
-
-
-def _planned(solver: Solver, sde: Any, controller: Controller, device: torch.device, dtype: torch.dtype) -> Plan | None:
-    """What the solver can work out for the grids of the controller, if there are any."""
-    with torch.no_grad():
-        # Hundreds of small operations, on the host: a device would take longer to start them than to do them.
-        plans = [plan for grid in controller.all_grids() if (plan := solver.plan(sde, grid.times)) is not None]
-    if not plans:
-        return None
-    # The last row twice: a sample that has ended, in a slot that nobody took, still reads a row.
-    plan = Plan.joined([*plans, plans[-1].map(lambda value: value[-1:])])
-    # Rounded here, because it is used beside states, rather than once a step.
-    kept = torch.promote_types(dtype, torch.float32)
-    return plan.map(lambda value: value.to(device, kept if value.is_floating_point() else value.dtype))
+    return given
 
 
 def _stopping(

@@ -116,7 +116,8 @@ class Lane(Engine):
         self.words = torch.zeros(2, places, dtype=torch.int64, device=device)
         self.grids = _Grids(places, device) if len(job.controller.all_grids()) == 1 else None
         self.begins: dict[tuple[float, ...], int] = {}
-        self.fresh: list[dict[str, Carry]] = []
+        self.plans: dict[tuple[float, ...], Plan | None] = {}
+        self.waiting: list[tuple[Request, Tensor, Tensor]] = []
         self.width = 0
         super().__init__(
             dataclasses.replace(
@@ -125,9 +126,12 @@ class Lane(Engine):
                 noise=job.noise.at_places(self.numbers, self.words),
                 index=torch.arange(places, device=device),
                 batch_size=places,
+                start=None,
             )
         )
         self.queue = iter(())
+        if self.grids is None:
+            self.plan = job.plan()
 
     def takes(self, job: Job) -> bool:
         """Whether rows of a job can be rows of this batch."""
@@ -143,26 +147,20 @@ class Lane(Engine):
         return list(dict.fromkeys(owner[0] for owner in self.owners if owner is not None))
 
     def admit(self, request: Request, count: int) -> None:
-        """Gives the next samples of a request a place each.
-
-        Raises:
-            Exception: what the start of its job raises; then none has a place.
-        """
+        """Gives the next samples of a request a place each. They join the batch with the next turn."""
         engine, numbers = _engine(request), range(request.begun, request.begun + count)
         job = engine.job
-        fresh = engine._fresh_rows(list(numbers))
         places = [place for place, owner in enumerate(self.owners) if owner is None][:count]
         ids = torch.tensor(places, device=self.device)
-        self.numbers[ids] = fresh["row"]["index"]
+        slots = torch.tensor(numbers, device=self.device)
+        self.numbers[ids] = job.index[slots]
         self.words[:, ids] = torch.tensor([[job.noise.seed & 0xFFFFFFFF], [job.noise.seed >> 32]], device=self.device)
         for place, k in zip(places, numbers, strict=True):
             self.owners[place] = request, k
         if self.grids is not None:
             self._walk(ids, job)
-            fresh["control"] = {"place": ids}
         self.most_nfe = max(self.most_nfe, engine.most_nfe)
-        fresh["row"] |= {"slot": ids, "index": ids}
-        self.fresh.append(fresh)
+        self.waiting.append((request, slots, ids))
         self.live += count
         request.begun += count
 
@@ -170,36 +168,70 @@ class Lane(Engine):
         """Lets the given places walk the grid of a job. Of the grids, those that are in use stay."""
         assert self.grids is not None
         if _times(job) not in self.begins:
-            used = [_engine(owner[0]).job for owner in self.owners if owner is not None]
-            grids = {_times(of): of for of in used}
-            lengths = [len(times) + 1 for times in grids]
-            self.begins = {times: sum(lengths[:k]) for k, times in enumerate(grids)}
-            ends = [torch.tensor([*times, times[-1]], dtype=torch.float64) for times in grids]
+            jobs = {_times(of): of for of in (_engine(owner[0]).job for owner in self.owners if owner is not None)}
+            lengths = [len(times) + 1 for times in jobs]
+            self.begins = {times: sum(lengths[:k]) for k, times in enumerate(jobs)}
+            self.plans = {times: self.plans[times] if times in self.plans else of.plan() for times, of in jobs.items()}
+            ends = [torch.tensor([*times, times[-1]], dtype=torch.float64) for times in jobs]
             self.grids.times = torch.cat(ends).to(self.device)
             begin = [0 if owner is None else self.begins[_times(_engine(owner[0]).job)] for owner in self.owners]
             self.grids.begin = torch.tensor(begin, device=self.device)
-            plans = [of.plan for of in grids.values() if of.plan is not None]
-            self.job = dataclasses.replace(self.job, plan=Plan.joined(plans) if plans else None)
+            plans = [plan for plan in self.plans.values() if plan is not None]
+            self.plan = Plan.joined(plans) if plans else None
         self.grids.begin[ids] = self.begins[_times(job)]
 
     def _join(self) -> None:
-        """Puts fresh rows into empty slots, and widens the batch for the others: once a turn, as it copies the rows."""
-        fresh, self.fresh = _joined(self.fresh), []
-        free = sorted(self.empty)[: len(fresh["row"]["slot"])]
+        """Lets samples that wait join the batch, in empty slots, and wider if there are too few.
+
+        All at once: to draw the start of one takes as long as that of many, and the rows of the batch are copied.
+        """
+        waiting, self.waiting = self.waiting, []
+        drawn = [part for part in waiting if _engine(part[0]).job.start is None]
+        parts = [self._from_prior(drawn)] if drawn else []
+        for request, slots, ids in waiting:
+            if _engine(request).job.start is None:
+                continue
+            try:
+                fresh = _engine(request)._fresh_rows(slots.tolist())
+            except Exception as error:  # noqa: BLE001 - of this request's start alone
+                self.live -= len(ids)
+                self.failed(request, error)
+                continue
+            fresh["row"] |= {"slot": ids, "index": ids}
+            parts.append(fresh if self.grids is None else fresh | {"control": {"place": ids}})
         self.flags.clear()
+        if not parts:
+            return
+        fresh = _joined(parts)
+        count, free = len(fresh["row"]["slot"]), sorted(self.empty)
+        free = free[:count]
         if free:
             part = torch.arange(len(free), device=self.device)
             self._write(torch.tensor(free, device=self.device), {g: select_rows(part, v) for g, v in fresh.items()})
             self.empty.difference_update(free)
-        if len(free) < len(fresh["row"]["slot"]):
-            part = torch.arange(len(free), len(fresh["row"]["slot"]), device=self.device)
+        if len(free) < count:
+            part = torch.arange(len(free), count, device=self.device)
             rest = {group: select_rows(part, values) for group, values in fresh.items()}
             self.rows = _joined([self.rows, rest]) if self.rows else rest
 
+    def _from_prior(self, drawn: list[tuple[Request, Tensor, Tensor]]) -> dict[str, Carry]:
+        """Rows of samples that start from the prior, of several requests."""
+        ids = torch.cat([ids for _, _, ids in drawn])
+        rows = super()._at_start(ids)
+        jobs = [(_engine(request).job, slots) for request, slots, _ in drawn]
+        t = [torch.full(slots.shape, job.t_start, dtype=torch.float64, device=self.device) for job, slots in jobs]
+        t_end = [torch.full_like(one, job.t_end) for one, (job, _) in zip(t, jobs, strict=True)]
+        rows["row"] |= {"t_end": torch.cat(t_end)}
+        rows["cond"] = _joined([{"cond": select_rows(slots, job.cond)} for job, slots in jobs])["cond"]
+        rows["control"] = {"place": ids} if self.grids else self.job.controller.init(torch.cat(t), self.job.t_end)
+        return rows
+
     def advance(self) -> None:
         """One turn. What fails is tried again for each request alone, and a request that fails alone is told so."""
-        if self.fresh:
+        if self.waiting:
             self._join()
+        if not self.rows:
+            return
         self.width = len(self.rows["row"]["slot"])
         try:
             with self.job.model.sampling():
@@ -279,18 +311,14 @@ class Lane(Engine):
             self.owners[place] = None
 
     def _put(self, row: Carry) -> None:
-        places = row["slot"].tolist()
-        for request in self.requests():
-            mine = [k for k, place in enumerate(places) if self._is_of(place, request)]
-            if not mine:
-                continue
-            own = select_rows(torch.tensor(mine, device=self.device), row)
-            own["slot"] = torch.tensor(
-                [owner[1] for k in mine if (owner := self.owners[places[k]])], device=self.device
-            )
-            for k in mine:
-                self.owners[places[k]] = None
-            self.ended(request, own)
+        mine: dict[Request, list[tuple[int, int]]] = {}
+        for k, place in enumerate(row["slot"].tolist()):
+            owner, self.owners[place] = self.owners[place], None
+            if owner is not None:
+                mine.setdefault(owner[0], []).append((k, owner[1]))
+        for request, found in mine.items():
+            ids, numbers = torch.tensor(found, device=self.device).T
+            self.ended(request, select_rows(ids, row) | {"slot": numbers})
 
     def _at_start(self, slots: Tensor) -> dict[str, Carry]:
         parts = []

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,7 +49,7 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: _Key) -> tup
     Returns:
         Four words in [0, 2^32), of the broadcast shape.
     """
-    shape = torch.broadcast_shapes(*(word.shape for word in counter))
+    shape = np.broadcast_shapes(*(word.shape for word in counter))  # torch's takes 20 us, and 0.4 s at first
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for turn in range(10):
         # The products wrap around in int64, which leaves their bits, all we use, as they are in uint64.

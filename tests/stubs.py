@@ -168,7 +168,6 @@ def run(n, controller, *, solver=None, network=None, sde=CLOCK, **options):
         "progress": False,
         "callback": None,
         "lag": 0,
-        "plan": None,
         "noise": path(sde),
         "t_start": sde.t_max,
         "t_end": sde.t_min,
