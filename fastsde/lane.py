@@ -104,7 +104,7 @@ class Lane(Engine):
         job: Job,
         places: int,
         ended: Callable[[Request, Carry], None],
-        failed: Callable[[Request, Exception], None],
+        failed: Callable[[Request, BaseException], None],
         *,
         any_model: bool = False,
     ) -> None:
@@ -193,7 +193,7 @@ class Lane(Engine):
                 continue
             try:
                 fresh = _engine(request)._fresh_rows(slots.tolist())
-            except Exception as error:  # noqa: BLE001 - of this request's start alone
+            except BaseException as error:  # noqa: BLE001 - of this request's start alone
                 self.live -= len(ids)
                 self.failed(request, error)
                 continue
@@ -236,7 +236,7 @@ class Lane(Engine):
         try:
             with self.job.model.sampling():
                 ended = self.flags.read(self._turn())
-        except Exception as error:  # noqa: BLE001 - it goes to the requests that it is of
+        except BaseException as error:  # noqa: BLE001 - it goes to the requests that it is of
             self._turn_apart(error)
             ended = True
         for request in self.requests():
@@ -247,7 +247,7 @@ class Lane(Engine):
         if self.pool:
             self._flush()
 
-    def _turn_apart(self, error: Exception) -> None:
+    def _turn_apart(self, error: BaseException) -> None:
         """A turn of each request's rows alone, after one of all together has failed."""
         self.flags.clear()
         rows, parts, owners = self.rows, [], self.requests()
@@ -263,7 +263,7 @@ class Lane(Engine):
                     raise error
                 with self.job.model.sampling():
                     self._turn()
-            except Exception as own:  # noqa: BLE001 - likewise
+            except BaseException as own:  # noqa: BLE001 - likewise
                 self.rows = {}
                 self.failed(request, own)
             else:
@@ -290,7 +290,7 @@ class Lane(Engine):
         x_0 = self.rows["solver"]["x_0"].index_select(0, ids) if self.job.solver.keeps_x_0 else None
         try:
             callback(EngineState(self.turn, request.n - request.left, index, x, t, nfe, x_0))
-        except Exception as error:  # noqa: BLE001 - of this request alone
+        except BaseException as error:  # noqa: BLE001 - of this request alone
             self.failed(request, error)
 
     def drop(self, request: Request) -> None:
@@ -333,7 +333,7 @@ class Lane(Engine):
     def _flush(self, *, denoise: bool = True) -> None:
         try:
             super()._flush(denoise=denoise)
-        except Exception as error:  # noqa: BLE001 - as in a turn
+        except BaseException as error:  # noqa: BLE001 - as in a turn
             pool, self.pool = self.pool, []
             rows = _joined(pool)
             places = rows["row"]["slot"].tolist()
@@ -348,7 +348,7 @@ class Lane(Engine):
                     if len(mine) == len(places):
                         raise error
                     super()._flush(denoise=denoise)
-                except Exception as own:  # noqa: BLE001 - likewise
+                except BaseException as own:  # noqa: BLE001 - likewise
                     self.pool = []
                     self.failed(request, own)
 

@@ -9,8 +9,7 @@ import secrets
 import threading
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import InvalidStateError
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, TypeVar
@@ -106,10 +105,12 @@ class RequestQueue(ABC):
         """
         if request.n > self.max_waiting:
             raise ValueError(f"n must be at most max_waiting = {self.max_waiting}; got {request.n}.")
+        if threading.current_thread() is self._thread:
+            timeout = 0.0  # a callback that waited would wait for itself
         with self._changed:
-            room = self._changed.wait_for(lambda: self._closed or self._room(request), timeout)
-            if self._closed:
-                raise RuntimeError(f"this {type(self).__name__} is closed; it takes no requests.")
+            room = self._changed.wait_for(lambda: not self.takes_requests or self._room(request), timeout)
+            if not self.takes_requests:
+                raise RuntimeError(f"this {type(self).__name__} is closed, or of another process.")
             if not room:
                 raise SamplerFullError(
                     f"the queue has no room for {request.n} more: {self._waiting()} of {self.max_waiting} samples wait."
@@ -155,9 +156,14 @@ class RequestQueue(ABC):
         self.close(cancel=kind is not None)
 
     def _waiting(self) -> int:
-        return sum(request.n - request.begun for request in self._queue if not request.cancelled())
+        return sum(request.n - request.begun for request in self._queue)
 
     def _room(self, request: Request) -> bool:
+        """Whether a request fits into the queue, which those leave that were cancelled while they waited."""
+        if self._waiting() + request.n > self.max_waiting:
+            for gone in [other for other in self._queue if other.cancelled() and not other.begun]:
+                self._queue.remove(gone)
+                self._over(gone, "cancelled")
         return self._waiting() + request.n <= self.max_waiting
 
     def _work(self) -> None:
@@ -172,7 +178,7 @@ class RequestQueue(ABC):
                     while self._admitted():
                         for lane in self._lanes:
                             self._turn(lane)
-            except Exception as error:  # noqa: BLE001 - nobody else could tell those who wait
+            except BaseException as error:  # noqa: BLE001 - nobody else could tell those who wait
                 with self._changed:
                     left = list(self._alive)
                     self._queue.clear()
@@ -195,12 +201,13 @@ class RequestQueue(ABC):
                 if request.engine is None:
                     request.engine = request.begin()
                 self._lane(request.engine.job).admit(request, count)
-            except Exception as error:  # noqa: BLE001 - of this request's start alone
+            except BaseException as error:  # noqa: BLE001 - of this request's start alone
                 self._fail(request, error)
             else:
                 self._running += count
             with self._changed:
-                self._queue.popleft()
+                if request in self._queue:
+                    self._queue.remove(request)
                 if not request.done() and request.begun < request.n:
                     self._queue.append(request)  # a large request takes turns with others
         return bool(self._lanes)
@@ -240,28 +247,32 @@ class RequestQueue(ABC):
         if not request.left:
             self._over(request, "finished")
 
-    def _fail(self, request: Request, error: Exception) -> None:
+    def _fail(self, request: Request, error: BaseException) -> None:
         """Ends a request with an error."""
         self._drop(request)
         self._over(request, "failed", error)
 
-    def _over(self, request: Request, how: str, error: Exception | None = None) -> None:
+    def _over(self, request: Request, how: str, error: BaseException | None = None) -> None:
         """Tells whoever waits for a request how it has ended."""
         result = None
         if how == "finished":
             try:
                 result = request.whole()
-            except Exception as late:  # noqa: BLE001 - it goes to whoever waits
+            except BaseException as late:  # noqa: BLE001 - it goes to whoever waits
                 how, error = "failed", late
         with self._changed:
-            self._requests[how] += 1
+            if request not in self._alive:
+                return
             self._alive.discard(request)
+            self._requests[how] += 1
         request.close(others=any(lane.requests() for lane in self._lanes))
-        with contextlib.suppress(InvalidStateError):  # it was cancelled just now
+        with contextlib.suppress(BaseException):  # it was cancelled just now; or who was told raised
             if error is not None:
                 request.set_exception(error)
             elif how == "finished":
                 request.set_result(result)
+        if request.cancelled():
+            request.set_running_or_notify_cancel()  # so that concurrent.futures.wait knows, too
 
 
 class Sampler(RequestQueue):
@@ -286,6 +297,7 @@ class Sampler(RequestQueue):
         sde: the process of a score function.
         batch_size: number of slots: the most samples that are evaluated at a time.
         max_waiting: the most samples that wait for a slot.
+        max_nfe: as for `sample`, for all requests.
         rtol, atol, nfe, solver: what requests take if they say none of rtol, atol, nfe, solver and controller.
 
     Raises:
@@ -299,6 +311,7 @@ class Sampler(RequestQueue):
         *,
         batch_size: int = 64,
         max_waiting: int = 1024,
+        max_nfe: int | None = None,
         rtol: float | None = None,
         atol: float | None = None,
         nfe: int | None = None,
@@ -306,6 +319,7 @@ class Sampler(RequestQueue):
     ) -> None:
         self.model: Model = model if isinstance(model, Model) else as_model(model, sde)
         self._sde = sde if isinstance(model, Model) else None
+        self.max_nfe = None if max_nfe is None else check_count("max_nfe", max_nfe, 1)
         self._default: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver}
         super().__init__(batch_size, max_waiting)
 
@@ -357,6 +371,11 @@ class Sampler(RequestQueue):
         how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
         if all(value is None for value in how.values()):
             how |= self._default
+        # Copies, as the caller may change his own before their turn.
+        x_init, x_data = (v.clone() if isinstance(v, Tensor) else v for v in (x_init, x_data))
+        index = index.clone() if isinstance(index, Tensor) else index
+        if isinstance(cond, Mapping):
+            cond = {key: value.clone() if isinstance(value, Tensor) else value for key, value in cond.items()}
         given = x_init if x_data is None else x_data
         if n is None and shape is None and index is None and given is None:
             n = 1
@@ -365,7 +384,7 @@ class Sampler(RequestQueue):
         job = job_of(
             model or self.model,
             self._sde,
-            options=Options(self.batch_size),
+            options=Options(self.batch_size, self.max_nfe),
             n=n,
             shape=shape,
             seed=secrets.randbits(63) if seed is None else seed,
@@ -378,6 +397,8 @@ class Sampler(RequestQueue):
             denoise=denoise,
             **how,
         )
+        if job.solver.across_rows:
+            raise ValueError(f"{job.solver!r} takes means over its batch, so that requests would change each other.")
         request = _ModelRequest(job, callback)
         self.enqueue(request, timeout)
         return request
@@ -391,12 +412,11 @@ class _ModelRequest(Request):
 
     def __init__(self, job: Job, callback: Callable[[EngineState], None] | None) -> None:
         super().__init__(len(job.index), job.noise.seed, callback)
-        self.engine = Engine(job)
+        self.job = job
 
     def begin(self) -> Engine:
-        assert self.engine is not None
-        return self.engine
+        return Engine(self.job)
 
     def whole(self) -> SampleResult:
-        engine = self.begin()
-        return with_range(engine._result(self.since), engine.job)
+        assert self.engine is not None
+        return with_range(self.engine._result(self.since), self.job)

@@ -1,7 +1,9 @@
 """The live queue: requests share a batch, and each gets what `sample` gives it alone."""
 
 import asyncio
+import concurrent.futures
 import itertools
+import os
 import threading
 
 import pytest
@@ -10,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastsde
-from fastsde import AdaptiveGrid, ExponentialPC, ExtrapolatedEM, Grid, ReverseDiffusion, Sampler, ScoreModel
+from fastsde import (
+    AdaptiveGrid,
+    ExponentialPC,
+    ExtrapolatedEM,
+    Grid,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    ScoreModel,
+)
 from fastsde.score import Mask, Projection
 from fastsde.score.analytic import MixtureScore
 from fastsde.tokens import ExactTokens, Unmask
@@ -254,6 +265,91 @@ def test_coroutines_and_threads():
     for seed in (0, 1, 2, 4, 5):
         assert_same(results[seed], fastsde.sample(MIXTURE, n=2, seed=seed, nfe=9))
         assert_same(found[seed], fastsde.sample(MIXTURE, n=1, seed=seed, nfe=9))
+
+
+class Quit(BaseException):
+    """As CancelledError and SystemExit are, no Exception."""
+
+
+def test_whatever_a_callback_raises_is_of_its_request():
+    def quits(state):
+        raise Quit
+
+    def told(request):
+        raise Quit
+
+    with Sampler(MIXTURE, batch_size=4, nfe=6) as sampler:
+        other, bad = sampler.submit(n=2, seed=1), sampler.submit(callback=quits)
+        other.add_done_callback(told)
+        with pytest.raises(Quit):
+            bad.result(20)
+        assert_same(other.result(20), fastsde.sample(MIXTURE, n=2, seed=1, nfe=6))
+        assert_same(sampler.submit(seed=3).result(20), fastsde.sample(MIXTURE, n=1, seed=3, nfe=6))
+
+
+def test_a_callback_may_submit_and_never_waits():
+    found = []
+
+    def more(state):
+        try:
+            found.append(sampler.submit(nfe=2, timeout=None))
+        except fastsde.SamplerFullError as error:
+            found.append(error)
+
+    with Sampler(MIXTURE, batch_size=1, max_waiting=1, nfe=6) as sampler:
+        sampler.submit(callback=more).result(20)
+    assert {isinstance(one, fastsde.SamplerFullError) for one in found} == {True, False}
+
+
+def test_cancelled_requests_are_told_and_make_room():
+    gate = Gate()
+    gate.open.clear()
+    with Sampler(ScoreModel(gate, VP, event_shape=(1,)), batch_size=1, max_waiting=2, nfe=3) as sampler:
+        running = sampler.submit()
+        assert gate.called.wait(20)
+        for _ in range(50):
+            sampler.submit(n=2).cancel()
+        assert sampler.stats().waiting <= 2
+        last = sampler.submit(n=2)
+        running.cancel()
+        gate.open.set()
+        done, _ = concurrent.futures.wait([running, last], timeout=20)
+        assert done == {running, last}
+    assert sampler.stats().requests == {"cancelled": 51, "finished": 1}
+
+
+def test_what_was_given_may_change_afterwards():
+    gate = Gate()
+    gate.open.clear()
+    model = ScoreModel(gate, VP, event_shape=(2,))
+    x = torch.ones(1, 2)
+    with Sampler(model, batch_size=1, nfe=5) as sampler:
+        sampler.submit()
+        assert gate.called.wait(20)
+        with torch.inference_mode():
+            one = sampler.submit(x_init=x, seed=1)
+        x.zero_()
+        gate.open.set()
+        assert_same(one.result(20), fastsde.sample(model, x_init=torch.ones(1, 2), seed=1, nfe=5))
+
+
+def test_a_sampler_of_another_process_takes_no_requests():
+    with Sampler(MIXTURE, nfe=3) as sampler:
+        sampler.submit().result(20)
+        child = os.fork()
+        if not child:
+            try:
+                sampler.submit()
+            except RuntimeError:
+                os._exit(7)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_solvers_that_read_the_batch_are_refused():
+    solver = PredictorCorrector(corrector=fastsde.Langevin(batch_mean=True))
+    with Sampler(MIXTURE) as sampler, pytest.raises(ValueError, match="means over its batch"):
+        sampler.submit(solver=solver, nfe=20)
 
 
 def test_a_seed_is_drawn_and_said():

@@ -24,6 +24,7 @@ from tiny_pipelines import PIPELINES
 import fastsde
 from fastsde import ScoreModel
 from fastsde.serve import Limits, ModelService, PipelineService, create_app
+from fastsde.serve.service import picture_of
 
 uvicorn = pytest.importorskip("uvicorn")
 VP = fastsde.VPSDE()
@@ -190,11 +191,61 @@ def test_a_picture_is_edited_inside_its_mask_only(client):
     close = pixels(client.post("/v1/images/generations", json=asked).json()["data"][0]["b64_json"])
     assert 0 < np.abs(close.astype(int) - known).mean() < 25
     asked = {"image": sent(known), "mask": sent(np.full((4, 6), 255, np.uint8))}
-    assert "mask must leave something" in client.post("/v1/images/generations", json=asked).json()["error"]["message"]
+    assert "mask must have white parts" in client.post("/v1/images/generations", json=asked).json()["error"]["message"]
+
+
+def test_pictures_are_read_as_they_are_seen():
+    def seen(picture, **options):
+        file = io.BytesIO()
+        picture.save(file, options.pop("format", "PNG"), **options)
+        return np.asarray(picture_of("image", base64.b64encode(file.getvalue()).decode()).convert("L"))
+
+    deep = Image.fromarray(np.linspace(0, 65535, 6, dtype=np.uint16).reshape(1, 6))
+    assert np.abs(seen(deep)[0].astype(int) - np.linspace(0, 255, 6)).max() <= 1
+    turned = Image.Exif()
+    turned[0x0112] = 6  # the camera was held upright
+    half = Image.fromarray(np.repeat([[0, 255]], 8, 0).astype(np.uint8).repeat(4, 1))
+    assert seen(half, format="JPEG", exif=turned)[0].mean() < 10
+    assert (seen(Image.new("RGBA", (2, 2), (0, 0, 0, 0))) == 255).all()
+    mask = Image.new("RGBA", (2, 1), (255, 255, 255, 255))
+    mask.putpixel((0, 0), (0, 0, 0, 0))
+    file = io.BytesIO()
+    mask.save(file, "PNG")
+    drawn = picture_of("mask", base64.b64encode(file.getvalue()).decode(), mask=True)
+    assert np.asarray(drawn.convert("L")).tolist() == [[255, 0]]
+
+
+def test_what_is_not_used_is_not_sent_back(client):
+    for value in ("x" * 1000, ["a"], {"b": 1}):
+        assert client.post("/v1/images/generations", json={"quality": value}).status_code == 400
+    made = client.post("/v1/images/generations", json={"quality": "hd", "user": "me"}).json()
+    assert not {"quality", "user"} & made["fastsde"]["record"].keys()
+    many = {f"{k:x}": 0 for k in range(10_000)}
+    assert "fields of the description" in client.post("/v1/images/generations", json=many).text
+    text = {"content": "{}", "headers": {"Content-Type": "text/plain"}}
+    assert "Content-Type" in client.post("/v1/images/generations", **text).text
+
+
+def test_adaptive_solvers_end_at_the_most_calls():
+    with TestClient(create_app(service(limits=Limits(nfe=40)))) as client:
+        made = client.post("/v1/images/generations", json={"solver": "ExtrapolatedEM", "rtol": 0.005}).json()
+    assert made["fastsde"]["status"] == ["MAX_NFE"]
+    assert made["fastsde"]["nfe"][0] <= 40
+
+
+def test_a_decoder_that_fails_is_told():
+    def broken(x):
+        raise ArithmeticError("no picture today")
+
+    model = ScoreModel(slowly, VP, event_shape=EVENT)
+    app = create_app(ModelService("broken", model, broken, Limits(), {}, nfe=3, decoded=True))
+    with TestClient(app) as client, client.stream("POST", "/v1/samples", json={}) as answer:
+        assert list(events(answer.iter_lines()))[-1] == ("failed", {"message": "no picture today"})
 
 
 def test_a_token_is_asked_for():
-    with TestClient(create_app(service(nfe=4), token="secret")) as client:
+    served = service(nfe=4)
+    with TestClient(create_app(served, token="secret")) as client:
         for path in ("/v1/images/generations", "/v1/samples"):
             for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic secret"}):
                 answer = client.post(path, json={}, headers=headers)
@@ -204,6 +255,9 @@ def test_a_token_is_asked_for():
         assert client.get("/healthz").status_code == client.get("/").status_code == 200
         right = {"Authorization": "Bearer secret"}
         assert client.post("/v1/images/generations", json={}, headers=right).status_code == 200
+    for token in ("", "  ", "geheim\u00e4"):
+        with pytest.raises(ValueError, match="token must be"):
+            create_app(served, token=token)
 
 
 def test_other_hosts_and_long_bodies_are_refused():

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from fastsde.serve import Limits, Service
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_NAMES = ("127.0.0.1", "localhost", "[")
+"""By which clients may call a server there; the check of hosts cuts "[::1]:8000" at the first colon."""
 
 
 @click.command()
@@ -85,6 +87,8 @@ def serve(
         raise ImportError(
             f"fastsde serve needs FastAPI and uvicorn: pip install 'fastsde[serve]' ({error})."
         ) from error
+    if token is not None and not token.strip():
+        raise ValueError("--token is empty; leave it out for no token.")
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
@@ -94,8 +98,10 @@ def serve(
     service = _service(model, pipeline, limits, dtype, device, {**options, "batch_size": batch_size})
     if host not in _LOOPBACK and token is None:
         click.echo(f"Warning: anybody who reaches {host}:{port} may draw; --token asks for a token.", err=True)
-    app = create_app(service, token=token, hosts=_LOOPBACK if host in _LOOPBACK else ("*",))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5))
+    app = create_app(service, token=token, hosts=_NAMES if host in _LOOPBACK else ("*",))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, limit_concurrency=512)
+    )
     name = f"[{host}]" if ":" in host else "localhost" if host == "0.0.0.0" else host
     click.echo(f"{service.name} at http://{name}:{listener.getsockname()[1]}/ (Ctrl-C ends it)", err=True)
     with contextlib.suppress(KeyboardInterrupt):

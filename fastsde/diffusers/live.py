@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_count
 from fastsde.control import Controller
 from fastsde.diffusers.joining import Call
 from fastsde.diffusers.loop import Loop
@@ -39,6 +40,7 @@ class PipelineSampler(RequestQueue):
         pipe: the pipeline. Nobody else may run it meanwhile.
         batch_size: number of slots: the most samples that run at a time.
         max_waiting: the most samples that wait for a slot.
+        max_nfe: as for `sample_pipeline`, for all requests.
         rtol, atol, nfe, solver: what requests take if they say none of rtol, atol, nfe, solver and controller.
         allow_distilled: as for `sample_pipeline`.
 
@@ -52,6 +54,7 @@ class PipelineSampler(RequestQueue):
         *,
         batch_size: int = 8,
         max_waiting: int = 256,
+        max_nfe: int | None = None,
         rtol: float | None = None,
         atol: float | None = None,
         nfe: int | None = None,
@@ -60,6 +63,7 @@ class PipelineSampler(RequestQueue):
     ) -> None:
         check_pipeline(pipe)
         self.pipe, self._allow = pipe, allow_distilled
+        self.max_nfe = None if max_nfe is None else check_count("max_nfe", max_nfe, 1)
         self._default: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver}
         self._forwards, self._models = _SeparateErrors(pipe), dict[int, PipelineModel]()
         super().__init__(batch_size, max_waiting)
@@ -105,7 +109,7 @@ class PipelineSampler(RequestQueue):
             index=index,
             batch_size=self.batch_size,
             per_sample=per_sample,
-            max_nfe=None,
+            max_nfe=self.max_nfe,
             dtype=None,
             progress=False,
             callback=None,
@@ -167,6 +171,8 @@ class _PipelineRequest(Request):
 
     def close(self, *, others: bool) -> None:
         self.models.pop(self.number, None)
+        if self.engine is None and self.run.model.loops == {}:
+            return  # it never began; it may be another thread that says so
         self.run.model.close(others=others)
 
 
@@ -176,21 +182,21 @@ class _SeparateErrors(Forwards):
     def resume(self, loop: Loop, answer: Any) -> None:
         try:
             loop.resume(answer)
-        except Exception as error:  # noqa: BLE001 - it goes to whoever waits for the sample
+        except BaseException as error:  # noqa: BLE001 - it goes to whoever waits for the sample
             loop.failed(error)
 
     def answers(self, calls: Sequence[Call]) -> list[Any]:
         apart = set(self.apart)
         try:
             return super().answers(calls)
-        except Exception:  # noqa: BLE001 - each call alone says whose it is
+        except BaseException:  # noqa: BLE001 - each call alone says whose it is
             self.apart.intersection_update(apart)  # whether calls can be joined, a wrong one does not say
             return [self._alone(call) for call in calls]
 
     def _alone(self, call: Call) -> Any:
         try:
             return super().answers([call])[0]
-        except Exception as error:  # noqa: BLE001 - likewise
+        except BaseException as error:  # noqa: BLE001 - likewise
             call.loop.failed(error)
             return None
 

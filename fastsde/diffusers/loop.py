@@ -70,7 +70,7 @@ class Loop:
         own = {str(place): torch.Generator(place).manual_seed(seed) for place in {torch.device("cpu"), device}}
         self._random = {name: generator.get_state() for name, generator in own.items()}
         self.call: Call | None = None
-        self.failed: Callable[[Exception], None] = _raise
+        self.failed: Callable[[BaseException], None] = _raise
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
         self.output: Any = None
@@ -361,7 +361,7 @@ class Loop:
         return self._place if self._walking or self._in_turn else None
 
 
-def _raise(error: Exception) -> None:
+def _raise(error: BaseException) -> None:
     raise error
 
 

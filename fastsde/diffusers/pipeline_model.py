@@ -323,7 +323,7 @@ class PipelineModel(ScoreModel):
             loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
         return x_0
 
-    def _failed(self, i: int, error: Exception) -> None:
+    def _failed(self, i: int, error: BaseException) -> None:
         """Ends a sample that cannot go on."""
         if self.event_shape is None:  # nothing runs yet
             raise error

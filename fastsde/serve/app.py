@@ -9,6 +9,7 @@ import hmac
 import io
 import json
 import re
+import reprlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -19,14 +20,14 @@ from typing import Annotated, Any, Literal
 
 import anyio.to_thread
 import fastapi
-from fastapi import Body, Depends, FastAPI
+from fastapi import Depends, FastAPI
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -52,12 +53,16 @@ class Generation(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     prompt: Annotated[str, Field(max_length=4000, description="A text; or the name or number of a class.")] = ""
-    n: Annotated[int, Field(ge=1, le=1 << 16, description="Number of images.")] = 1
+    n: Annotated[int, Field(strict=True, ge=1, le=1 << 16, description="Number of images.")] = 1
     size: Annotated[str | None, Field(max_length=12, description="WIDTHxHEIGHT, or auto.")] = None
-    seed: Annotated[int | None, Field(ge=0, lt=1 << 63, description="Of the noise; by default a random one.")] = None
+    seed: Annotated[
+        int | None, Field(strict=True, ge=0, lt=1 << 63, description="Of the noise; by default a random one.")
+    ] = None
     response_format: Literal["b64_json"] | None = None
     rtol: Annotated[float | None, Field(gt=0, le=10, description="Relative tolerance.")] = None
-    nfe: Annotated[int | None, Field(ge=1, le=1 << 20, description="Network calls that no sample exceeds.")] = None
+    nfe: Annotated[
+        int | None, Field(strict=True, ge=1, le=1 << 20, description="Network calls that no sample exceeds.")
+    ] = None
     solver: Annotated[str | None, Field(max_length=80, description="The name of a solver.")] = None
     eta: Annotated[float | None, Field(ge=0, le=10, description="Share of noise, of solvers that have it.")] = None
     guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
@@ -66,16 +71,40 @@ class Generation(BaseModel):
     mask: Annotated[str | None, Field(description="White where the picture is drawn anew, in base64.")] = None
     strength: Annotated[float | None, Field(gt=0, le=1, description="How much of the picture goes.")] = None
     model: Annotated[str | None, Field(max_length=400)] = None
-    user: Annotated[Any, Field(description="Not used, like the fields below.")] = None
-    quality: Any = None
-    style: Any = None
-    background: Any = None
-    moderation: Any = None
+    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below.")] = None
+    quality: Annotated[str | None, Field(max_length=40)] = None
+    style: Annotated[str | None, Field(max_length=40)] = None
+    background: Annotated[str | None, Field(max_length=40)] = None
+    moderation: Annotated[str | None, Field(max_length=40)] = None
     output_format: Literal["png"] | None = None
 
     def asked(self) -> Asked:
         """The same without what is not used."""
         return Asked(**{name: getattr(self, name) for name in Asked.__dataclass_fields__})
+
+
+_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": Generation.model_json_schema()}}}}
+
+
+async def _read(http: fastapi.Request) -> Generation:
+    """The body of a request, read in a thread: a long one would keep all other clients waiting."""
+    if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise HTTPException(400, "the body must be JSON, with Content-Type: application/json.")
+    body = await http.body()
+    return await anyio.to_thread.run_sync(partial(_parsed, body))
+
+
+def _parsed(body: bytes) -> Generation:
+    try:
+        given = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise HTTPException(400, "the body is not JSON.") from error
+    if not isinstance(given, dict) or len(given) > 2 * len(Generation.model_fields):
+        raise HTTPException(400, "the body must be a JSON object with the fields of the description at /docs.")
+    try:
+        return Generation.model_validate(given)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors(include_url=False)) from error
 
 
 class Picture(BaseModel):
@@ -131,6 +160,8 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         hosts: names by which clients may call this server. A server on the loopback should name these alone, so that
             no page of another site reaches it by a name that leads here.
     """
+    if token is not None and not (token.strip() and token.isascii()):
+        raise ValueError("token must be a text of ASCII characters, and not empty.")
     seconds = service.limits.seconds
 
     @contextlib.asynccontextmanager
@@ -166,7 +197,7 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             raise HTTPException(503, str(error)) from error
 
     def record(asked: Generation, made: Made) -> dict[str, Any]:
-        given = asked.model_dump(exclude_none=True, exclude={"image", "mask", "model", "user", "response_format"})
+        given = {k: v for k, v in vars(asked.asked()).items() if v is not None and k not in ("image", "mask")}
         edited = {name: True for name in ("image", "mask") if getattr(asked, name) is not None}
         return {"fastsde": fastsde.__version__, "model": service.name, **service.record, **given, **edited}
 
@@ -189,8 +220,8 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             for image, index, nfe in each
         ]
 
-    @app.post("/v1/images/generations", dependencies=guarded, tags=["images"])
-    async def generate(http: fastapi.Request, asked: Annotated[Generation, Body()]) -> Generated:
+    @app.post("/v1/images/generations", dependencies=guarded, tags=["images"], openapi_extra=_BODY)
+    async def generate(http: fastapi.Request, asked: Annotated[Generation, Depends(_read)]) -> Generated:
         """Draws images; the answer comes when all are there. A client that goes away cancels its request."""
         since = time.perf_counter()
         request = await submitted(asked, None)
@@ -204,6 +235,8 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
                 raise HTTPException(504, f"the images were not there after {seconds:g} seconds.")
             made = await anyio.to_thread.run_sync(lambda: service.made(_result(future)))
             drawn = await anyio.to_thread.run_sync(lambda: pictures(asked, made))
+        except CancelledError as error:
+            raise HTTPException(503, "the server is closing.") from error
         finally:
             away.cancel()
             request.cancel()
@@ -214,8 +247,10 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         data = [Picture(b64_json=picture) for picture in there]
         return Generated(created=int(time.time()), data=data, fastsde=Cost(**cost(asked, made)))
 
-    @app.post("/v1/samples", dependencies=guarded, tags=["samples"], response_class=StreamingResponse)
-    async def draw(asked: Annotated[Generation, Body()]) -> StreamingResponse:
+    @app.post(
+        "/v1/samples", dependencies=guarded, tags=["samples"], response_class=StreamingResponse, openapi_extra=_BODY
+    )
+    async def draw(asked: Annotated[Generation, Depends(_read)]) -> StreamingResponse:
         """Draws images and tells the progress, as server-sent events.
 
         `queued` has the id, the seed and n. `progress` has index, t, nfe and, where the model allows it, images on
@@ -251,9 +286,9 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             drawn = await anyio.to_thread.run_sync(lambda: pictures(asked, made))
             outcome = "finished"
             yield _event("done", {"images": drawn, **cost(asked, made)})
-        except (CancelledError, fastsde.SamplingError, HTTPException, TimeoutError) as error:
+        except Exception as error:  # noqa: BLE001 - also of a decoder; the client is told
             outcome = "cancelled" if isinstance(error, CancelledError) else "failed"
-            message = "cancelled." if outcome == "cancelled" else str(getattr(error, "detail", error))
+            message = "cancelled." if outcome == "cancelled" else str(getattr(error, "detail", error))[:1000]
             yield _event("failed", {"message": message})
         finally:
             request.cancel()
@@ -324,7 +359,8 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
     app.add_exception_handler(HTTPException, _told)
     app.add_exception_handler(RequestValidationError, _refused)
     app.add_exception_handler(Exception, _broken)
-    app.add_middleware(_LimitedBody, most=service.limits.body)
+    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
+    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
     return app
 
@@ -347,11 +383,14 @@ class _News:
         return state
 
 
-class _LimitedBody:
-    """Refuses requests whose body is longer than allowed, before it is read."""
+class _Bounded:
+    """Refuses requests whose body is longer than allowed, before it is read, and ends those that take too long.
 
-    def __init__(self, app: Any, most: int) -> None:
-        self.app, self.most = app, most
+    The latter are of clients that do not read their answers.
+    """
+
+    def __init__(self, app: Any, most: int, seconds: float) -> None:
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
@@ -371,7 +410,8 @@ class _LimitedBody:
                 raise HTTPException(413, f"the body must be at most {self.most} bytes.")
             return message
 
-        await self.app(scope, counted, send)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self.app(scope, counted, send), self.seconds)
 
 
 def _bearer() -> dict[str, str]:
@@ -399,14 +439,14 @@ async def _away(http: fastapi.Request) -> None:
 
 
 def _event(name: str, data: dict[str, Any]) -> str:
-    return f"event: {name}\ndata: {json.dumps(data)}\n\n"
+    return f"event: {name}\ndata: {json.dumps(data, allow_nan=False)}\n\n"
 
 
 def _png(image: Image.Image, record: dict[str, Any] | None = None) -> str:
     """A picture as PNG in base64, with its record in it."""
     info = PngInfo()
     if record is not None:
-        info.add_text("fastsde", json.dumps(record))
+        info.add_text("fastsde", json.dumps(record, allow_nan=False))
     file = io.BytesIO()
     image.save(file, "PNG", pnginfo=info)
     return base64.b64encode(file.getvalue()).decode()
@@ -434,8 +474,8 @@ async def _told(http: fastapi.Request, error: Exception) -> Response:
 async def _refused(http: fastapi.Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
-    came = re.sub(r"\s+", " ", repr(first.get("input")))[:80]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")[:80]
+    came = re.sub(r"\s+", " ", reprlib.repr(first.get("input")))
     return _problem(400, f"{where or 'the body'}: {first['msg']}; got {came}.", where or None)
 
 

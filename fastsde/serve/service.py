@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 import fastsde
@@ -213,7 +213,7 @@ class ModelService(Service):
     ) -> None:
         if model.event_shape is None or len(model.event_shape) != 3:
             raise ValueError(f"served are models of images, with shape (C, H, W); {name} has {model.event_shape}.")
-        super().__init__(name, Sampler(model, **options), limits, record, classes)
+        super().__init__(name, Sampler(model, max_nfe=limits.nfe, **options), limits, record, classes)
         self.model, self.images, self.decoded = model, images, decoded
         self.edits = not decoded
         if not decoded:
@@ -237,8 +237,8 @@ class ModelService(Service):
             else:
                 self.refuse(asked, "strength")
                 drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
-                if drawn.all():
-                    raise ValueError("mask must leave something: its white parts are drawn anew, the black ones stay.")
+                if drawn.all() or not drawn.any():
+                    raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
                 more = {"model": Projection(self.model, Mask(~drawn), x)}
         how = within(asked, self.limits)
         return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond or None, callback=callback, **how, **more)
@@ -247,7 +247,7 @@ class ModelService(Service):
         """An uploaded picture as a sample, in the model's size and range."""
         assert self.model.event_shape is not None
         channels, height, width = self.model.event_shape
-        picture = picture_of(name, text).convert("L" if channels == 1 else "RGB")
+        picture = picture_of(name, text, mask=name == "mask").convert("L" if channels == 1 else "RGB")
         levels = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS), np.float32) / 255
         low, high = self.model.data_range
         pixels = torch.from_numpy(levels).reshape(height, width, -1).permute(2, 0, 1)
@@ -285,7 +285,7 @@ class TokenService(Service):
         classes: Sequence[str] = (),
         **options: Any,
     ) -> None:
-        super().__init__(name, Sampler(model, **options), limits, record, classes)
+        super().__init__(name, Sampler(model, max_nfe=limits.nfe, **options), limits, record, classes)
         self.images, self.solvers = images, ()
 
     def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
@@ -317,7 +317,7 @@ class PipelineService(Service):
     def __init__(
         self, name: str, pipe: Any, limits: Limits, record: dict[str, Any], *, pixels: int = 1 << 21, **options: Any
     ) -> None:
-        super().__init__(name, fastsde.PipelineSampler(pipe, **options), limits, record)
+        super().__init__(name, fastsde.PipelineSampler(pipe, max_nfe=limits.nfe, **options), limits, record)
         self.pixels = pixels
         self.takes = inspect.signature(type(pipe).__call__).parameters
         self.prompts, self.edits = "prompt" in self.takes, "image" in self.takes
@@ -328,8 +328,11 @@ class PipelineService(Service):
             if math.prod(size) > self.pixels:
                 raise ValueError(f"size must be at most {self.pixels} pixels here; got {asked.size}.")
             arguments |= {"width": size[0], "height": size[1]}
-        pictures = {"image": asked.image, "mask_image": asked.mask}
-        arguments |= {key: picture_of(key, v).convert("RGB") for key, v in pictures.items() if v is not None}
+        for key, text in {"image": asked.image, "mask_image": asked.mask}.items():
+            if text is not None:
+                arguments[key] = picture_of(key, text, mask=key == "mask_image")
+                if math.prod(arguments[key].size) > self.pixels:
+                    raise ValueError(f"{key} must have at most {self.pixels} pixels here.")
         given = {name: getattr(asked, name) for name in ("guidance_scale", "negative_prompt", "strength")}
         arguments |= {name: value for name, value in given.items() if value is not None}
         if asked.prompt or self.prompts:
@@ -344,21 +347,34 @@ class PipelineService(Service):
         return Made(pictures, result.result)
 
 
-def picture_of(name: str, text: str) -> Image.Image:
-    """The picture in a field of a request: base64, also as a data URL.
+def picture_of(name: str, text: str, *, mask: bool = False) -> Image.Image:
+    """The picture in a field of a request: base64, also as a data URL. It is turned as its camera was held.
+
+    What is transparent is white. Of a mask with transparency only that counts: what is transparent is drawn anew, as in
+    OpenAI's interface.
 
     Raises:
         ValueError: if it is none, or too large.
     """
     try:
         data = base64.b64decode(text.rpartition("base64,")[2], validate=True)
-        picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if math.prod(picture.size) > _PIXELS:
-            raise ValueError(f"{name} has {picture.width} x {picture.height} pixels; at most {_PIXELS} are allowed.")
-        picture.load()
-    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{name} must be a PNG, JPEG or WebP picture in base64.") from error
-    return picture
+        picture: Image.Image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+    except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+        raise ValueError(f"{name} must be a PNG, JPEG or WebP picture in base64.") from None
+    if math.prod(picture.size) > _PIXELS:
+        raise ValueError(f"{name} has {picture.width} x {picture.height} pixels; at most {_PIXELS} are allowed.")
+    try:
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I"):  # 16 bits
+            picture = Image.fromarray((np.asarray(picture, np.float64) / 257).clip(0, 255).astype(np.uint8))
+        if not picture.has_transparency_data:
+            return picture.convert("RGB")
+        cover = picture.convert("RGBA")
+        if mask:
+            return ImageOps.invert(cover.getchannel("A")).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", cover.size, "white"), cover).convert("RGB")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{name} is a damaged picture.") from error
 
 
 def _pictures(x: Tensor, images: Callable[[Tensor], Tensor]) -> list[Image.Image | None]:

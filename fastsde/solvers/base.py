@@ -94,6 +94,11 @@ class Solver(ABC):
     times: tuple[float, ...] | None = None
     reports: tuple[str, ...] = ()
 
+    @property
+    def across_rows(self) -> bool:
+        """Whether a step reads other rows of the batch, as some published corrector does."""
+        return False
+
     def __init_subclass__(cls) -> None:
         if "step" in vars(cls) and "plan" not in vars(cls):
             cls.plan = Solver.plan  # type: ignore[method-assign] # an inherited one is for other steps

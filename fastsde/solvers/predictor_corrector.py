@@ -68,6 +68,10 @@ class PredictorCorrector(WrappedSolver):
     def calls_per_step(self) -> int:
         return self.predictor.calls_per_step + self.n_corrector * self.corrector.calls
 
+    @property
+    def across_rows(self) -> bool:
+        return getattr(self.corrector, "batch_mean", False)
+
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         shrink = (sde.alpha(t) / sde.alpha(s)) ** 2
         if self.corrector_first:
