@@ -30,6 +30,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram,
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 import fastsde
 from fastsde.job import EngineState
@@ -90,7 +91,10 @@ async def _read(http: fastapi.Request) -> Generation:
     """The body of a request, read in a thread: a long one would keep all other clients waiting."""
     if http.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(400, "the body must be JSON, with Content-Type: application/json.")
-    body = await http.body()
+    try:
+        body = await http.body()
+    except ClientDisconnect as error:
+        raise HTTPException(400, "the body did not come.") from error
     return await anyio.to_thread.run_sync(partial(_parsed, body))
 
 
