@@ -3,7 +3,7 @@ r"""A server under good and bad clients for some minutes: what they were answere
 `fastsde serve` with the packaged network runs in a process of its own. Eight clients do, at random: draw images; stream
 samples to the end, or go away in the midst; send half of a body and go; send what is no JSON, unknown fields, numbers
 out of range, pictures that are none, bodies that are too long; ask for more than fits into the queue. Memory and open
-files of the server are read after a tenth of the time and at the end. Needs Linux, and `pip install -e '.[bench,dev]'`.
+files of the server are read on the way. Needs Linux, and `pip install -e '.[bench,dev]'`.
 """
 
 from __future__ import annotations
@@ -129,12 +129,15 @@ def main(minutes: float) -> list[Row]:
             threads = [threading.Thread(target=clients.run, args=(seed, end)) for seed in range(8)]
             for thread in threads:
                 thread.start()
-            time.sleep(6 * minutes)
-            early = held(server.pid)
+            tenths = []
+            for _ in range(9):
+                time.sleep(6 * minutes)
+                tenths.append(held(server.pid))
             for thread in threads:
                 thread.join()
             time.sleep(2)
-            late, about = held(server.pid), http.get("/v1/about").json()
+            tenths.append(held(server.pid))
+            about = http.get("/v1/about").json()
     finally:
         server.terminate()
         server.wait(30)
@@ -143,9 +146,10 @@ def main(minutes: float) -> list[Row]:
     ]
     times = sorted(clients.seconds)
     rows.append({"client": "all", "answer": "median seconds of images", "times": times[len(times) // 2]})
-    for name, values in {"after a tenth": early, "at the end": late}.items():
-        rows.append({"client": "server", "answer": f"MB {name}", "times": values[0]})
-        rows.append({"client": "server", "answer": f"open files {name}", "times": values[1]})
+    for tenth in (1, 2, 4, 6, 8, 10):
+        memory, files = tenths[tenth - 1]
+        rows.append({"client": "server", "answer": f"MB after {tenth} tenths", "times": memory})
+        rows.append({"client": "server", "answer": f"open files after {tenth} tenths", "times": files})
     rows.append({"client": "server", "answer": "samples left", "times": about["running"] + about["waiting"]})
     table(rows)
     return rows
