@@ -23,8 +23,9 @@ from tiny_pipelines import PIPELINES
 
 import fastsde
 from fastsde import ScoreModel
-from fastsde.serve import Limits, ModelService, PipelineService, create_app
+from fastsde.serve import Limits, ModelService, PipelineService, TokenService, create_app
 from fastsde.serve.service import picture_of
+from fastsde.tokens import ExactTokens
 
 uvicorn = pytest.importorskip("uvicorn")
 VP = fastsde.VPSDE()
@@ -370,6 +371,21 @@ def test_pipelines_take_prompts():
         assert answer.status_code == 200
         assert np.abs(pixels(answer.json()["data"][0]["b64_json"]).astype(int) - np.asarray(alone.images[0])).max() <= 1
         assert "at most" in client.post("/v1/images/generations", json={**asked, "size": "9000x9000"}).text
+
+
+def test_tokens_are_drawn_as_images():
+    joint = torch.rand(3, 3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    model = ExactTokens(joint / joint.sum())
+
+    def decoded(tokens):
+        return tokens.double().reshape(-1, 1, 2, 2) / 2
+
+    with TestClient(create_app(TokenService("joint", model, decoded, Limits(), {}))) as client:
+        answer = client.post("/v1/images/generations", json={"n": 3, "seed": 4, "nfe": 2}).json()
+        drawn = fastsde.sample(model, n=3, seed=4, nfe=2).samples
+        for picture, tokens in zip(answer["data"], drawn, strict=True):
+            assert (pixels(picture["b64_json"]) == (tokens.reshape(2, 2) * 127.5).round().numpy()).all()
+        assert "takes no solver" in client.post("/v1/images/generations", json={"solver": "DDIM"}).text
 
 
 def test_models_without_images_are_refused():

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from fastsde.serve import Limits, Service
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-_NAMES = ("127.0.0.1", "localhost", "[")
-"""By which clients may call a server there; the check of hosts cuts "[::1]:8000" at the first colon."""
+_NAMES = (*_LOOPBACK, "[::1]", "[")
+"""By which clients may call a server there; older checks of hosts cut "[::1]:8000" at the first colon."""
 
 
 @click.command()
