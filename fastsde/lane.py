@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Container, Generator, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -207,11 +207,11 @@ class Lane(Engine):
         free = free[:count]
         if free:
             part = torch.arange(len(free), device=self.device)
-            self._write(torch.tensor(free, device=self.device), {g: select_rows(part, v) for g, v in fresh.items()})
+            self._write(torch.tensor(free, device=self.device), _selected(part, fresh))
             self.empty.difference_update(free)
         if len(free) < count:
             part = torch.arange(len(free), count, device=self.device)
-            rest = {group: select_rows(part, values) for group, values in fresh.items()}
+            rest = _selected(part, fresh)
             self.rows = _joined([self.rows, rest]) if self.rows else rest
 
     def _from_prior(self, drawn: list[tuple[Request, Tensor, Tensor]]) -> dict[str, Carry]:
@@ -228,6 +228,7 @@ class Lane(Engine):
 
     def advance(self) -> None:
         """One turn. What fails is tried again for each request alone, and a request that fails alone is told so."""
+        self.width = 0
         if self.waiting:
             self._join()
         if not self.rows:
@@ -239,27 +240,36 @@ class Lane(Engine):
         except BaseException as error:  # noqa: BLE001 - it goes to the requests that it is of
             self._turn_apart(error)
             ended = True
-        for request in self.requests():
-            if request.callback is not None:
-                self._tell(request, request.callback)
+        if self.rows and any(request.callback for request in self.requests()):
+            self._tell()
         if ended and self.rows:
             self._retire()
         if self.pool:
             self._flush()
 
+    def _by_request(self, slots: Tensor, skip: Container[int] = ()) -> dict[Request, Tensor]:
+        """Which rows are of which request.
+
+        Args:
+            slots: the place of each row, with shape (B,).
+            skip: rows that are of none.
+        """
+        found: dict[Request, list[int]] = {}
+        for k, place in enumerate(slots.tolist()):
+            owner = self.owners[place]
+            if owner is not None and k not in skip:
+                found.setdefault(owner[0], []).append(k)
+        return {request: torch.tensor(rows, device=self.device) for request, rows in found.items()}
+
     def _turn_apart(self, error: BaseException) -> None:
         """A turn of each request's rows alone, after one of all together has failed."""
         self.flags.clear()
-        rows, parts, owners = self.rows, [], self.requests()
-        slots = [-1 if k in self.empty else slot for k, slot in enumerate(rows["row"]["slot"].tolist())]
-        for request in owners:
-            mine = [k for k, slot in enumerate(slots) if slot >= 0 and self._is_of(slot, request)]
-            if not mine:
-                continue
-            ids = torch.tensor(mine, device=self.device)
-            self.rows = {group: select_rows(ids, values) for group, values in rows.items()}
+        rows, parts = self.rows, []
+        mine = self._by_request(rows["row"]["slot"], self.empty)
+        for request, ids in mine.items():
+            self.rows = _selected(ids, rows)
             try:
-                if len(owners) == 1:
+                if len(mine) == 1:
                     raise error
                 with self.job.model.sampling():
                     self._turn()
@@ -271,31 +281,25 @@ class Lane(Engine):
         self.rows, self.empty = _joined(parts) if parts else {}, set()
         self.live = len(self.rows["row"]["slot"]) if parts else 0
 
-    def _is_of(self, place: int, request: Request) -> bool:
-        """Whether the sample at a place is one of a request."""
-        owner = self.owners[place]
-        return owner is not None and owner[0] is request
-
-    def _tell(self, request: Request, callback: Callable[[EngineState], None]) -> None:
-        """Calls back with the rows of a request."""
-        row = self.rows["row"]
-        mine = [
-            k for k, place in enumerate(row["slot"].tolist()) if k not in self.empty and self._is_of(place, request)
-        ]
-        if not mine:
-            return
-        ids = torch.tensor(mine, device=self.device)
-        index = self.numbers.take(row["slot"].index_select(0, ids))
-        x, t, nfe = (row[key].index_select(0, ids) for key in ("x", "t", "nfe"))
-        x_0 = self.rows["solver"]["x_0"].index_select(0, ids) if self.job.solver.keeps_x_0 else None
-        try:
-            callback(EngineState(self.turn, request.n - request.left, index, x, t, nfe, x_0))
-        except BaseException as error:  # noqa: BLE001 - of this request alone
-            self.failed(request, error)
+    def _tell(self) -> None:
+        """Calls back, each with the rows of its request."""
+        row, failed = self.rows["row"], []
+        for request, ids in self._by_request(row["slot"], self.empty).items():
+            if request.callback is None:
+                continue
+            index = self.numbers.take(row["slot"].index_select(0, ids))
+            x, t, nfe = (row[key].index_select(0, ids) for key in ("x", "t", "nfe"))
+            x_0 = self.rows["solver"]["x_0"].index_select(0, ids) if self.job.solver.keeps_x_0 else None
+            try:
+                request.callback(EngineState(self.turn, request.n - request.left, index, x, t, nfe, x_0))
+            except BaseException as error:  # noqa: BLE001 - of this request alone
+                failed.append((request, error))
+        for request, own in failed:  # only now, as rows move
+            self.failed(request, own)
 
     def drop(self, request: Request) -> None:
         """Takes the samples of a request out of the batch."""
-        places = {place for place in range(len(self.owners)) if self._is_of(place, request)}
+        places = {place for place, owner in enumerate(self.owners) if owner is not None and owner[0] is request}
         if not places:
             return
         if self.rows:
@@ -334,23 +338,17 @@ class Lane(Engine):
         try:
             super()._flush(denoise=denoise)
         except BaseException as error:  # noqa: BLE001 - as in a turn
-            pool, self.pool = self.pool, []
-            rows = _joined(pool)
-            places = rows["row"]["slot"].tolist()
-            owners = self.requests()
-            for request in owners:
-                mine = [k for k, place in enumerate(places) if self._is_of(place, request)]
-                if not mine:
-                    continue
-                ids = torch.tensor(mine, device=self.device)
-                self.pool = [{group: select_rows(ids, values) for group, values in rows.items()}]
+            rows = _joined(self.pool)
+            mine = self._by_request(rows["row"]["slot"])
+            for request, ids in mine.items():
+                self.pool = [_selected(ids, rows)]
                 try:
-                    if len(mine) == len(places):
+                    if len(mine) == 1:
                         raise error
                     super()._flush(denoise=denoise)
                 except BaseException as own:  # noqa: BLE001 - likewise
-                    self.pool = []
                     self.failed(request, own)
+            self.pool = []
 
 
 def _engine(request: Request) -> Engine:
@@ -370,6 +368,11 @@ def _signature(job: Job) -> tuple[Any, ...]:
     shape = (noise.event_shape, noise.dtype, job.index.device)
     fixed = () if job.controller.all_grids() else (job.t_start, job.t_end)
     return type(noise), shape, ends, cond, job.denoise, fixed
+
+
+def _selected(ids: Tensor, rows: dict[str, Carry]) -> dict[str, Carry]:
+    """The given rows of a batch."""
+    return {group: select_rows(ids, values) for group, values in rows.items()}
 
 
 def _joined(parts: Sequence[dict[str, Carry]]) -> dict[str, Carry]:

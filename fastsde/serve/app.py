@@ -37,7 +37,7 @@ from fastsde.job import EngineState
 from fastsde.lane import Request
 from fastsde.result import Status
 from fastsde.serve.metrics import SamplerCollector
-from fastsde.serve.service import Asked, Made, Service
+from fastsde.serve.service import Asked, Service
 
 _BEARER = HTTPBearer(auto_error=False)
 _PAGE = Path(__file__).parent / "page"
@@ -182,8 +182,9 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
 
     async def authorized(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         sent = "" if given is None else given.credentials
-        if not hmac.compare_digest(sent.encode(), (token or "").encode()):
-            raise HTTPException(401, "this server wants its token: Authorization: Bearer TOKEN.", _bearer())
+        if not hmac.compare_digest(sent.encode(), str(token).encode()):
+            wants = {"WWW-Authenticate": "Bearer"}
+            raise HTTPException(401, "this server wants its token: Authorization: Bearer TOKEN.", wants)
 
     guarded = [] if token is None else [Depends(authorized)]
 
@@ -200,30 +201,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         except RuntimeError as error:
             raise HTTPException(503, str(error)) from error
 
-    def record(asked: Generation, made: Made) -> dict[str, Any]:
-        given = {k: v for k, v in vars(asked.asked()).items() if v is not None and k not in ("image", "mask")}
-        edited = {name: True for name in ("image", "mask") if getattr(asked, name) is not None}
-        return {"fastsde": fastsde.__version__, "model": service.name, **service.record, **given, **edited}
-
-    def cost(asked: Generation, made: Made) -> dict[str, Any]:
-        result = made.result
-        status = [Status(k).name for k in result.status.tolist()]
-        return {
-            "seed": result.seed,
-            "nfe": result.nfe.tolist(),
-            "status": status,
-            "seconds": round(result.seconds, 3),
-            "record": record(asked, made),
-        }
-
-    def pictures(asked: Generation, made: Made) -> list[str | None]:
-        told, result = record(asked, made), made.result
-        each = zip(made.images, result.index.tolist(), result.nfe.tolist(), strict=True)
-        return [
-            None if image is None else _png(image, {**told, "seed": result.seed, "index": index, "nfe": nfe})
-            for image, index, nfe in each
-        ]
-
     @app.post("/v1/images/generations", dependencies=guarded, tags=["images"], openapi_extra=_BODY)
     async def generate(http: fastapi.Request, asked: Annotated[Generation, Depends(_read)]) -> Generated:
         """Draws images; the answer comes when all are there. A client that goes away cancels its request."""
@@ -237,8 +214,7 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
                 outcome = "cancelled" if away.done() else "late"
                 took.labels(outcome).observe(time.perf_counter() - since)
                 raise HTTPException(504, f"the images were not there after {seconds:g} seconds.")
-            made = await anyio.to_thread.run_sync(lambda: service.made(_result(future)))
-            drawn = await anyio.to_thread.run_sync(lambda: pictures(asked, made))
+            drawn, cost = await anyio.to_thread.run_sync(partial(_answer, service, asked, future))
         except CancelledError as error:
             raise HTTPException(503, "the server is closing.") from error
         finally:
@@ -247,9 +223,9 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         took.labels("finished").observe(time.perf_counter() - since)
         there = [picture for picture in drawn if picture is not None]
         if len(there) < len(drawn):
-            raise HTTPException(500, f"{len(drawn) - len(there)} of {len(drawn)} samples failed: {made.result!r}.")
+            raise HTTPException(500, f"{len(drawn) - len(there)} of {len(drawn)} samples failed: {cost['status']}.")
         data = [Picture(b64_json=picture) for picture in there]
-        return Generated(created=int(time.time()), data=data, fastsde=Cost(**cost(asked, made)))
+        return Generated(created=int(time.time()), data=data, fastsde=Cost(**cost))
 
     @app.post(
         "/v1/samples", dependencies=guarded, tags=["samples"], response_class=StreamingResponse, openapi_extra=_BODY
@@ -282,14 +258,13 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
                     await asyncio.wait_for(news.wake.wait(), min(_ALIVE, left))
                 state = news.take()
                 if state is not None and not future.done():
-                    yield await anyio.to_thread.run_sync(partial(told, state))
+                    yield await anyio.to_thread.run_sync(partial(_progress, service, state))
                     await asyncio.wait({future}, timeout=_SHOWN)
                 elif not future.done():
                     yield ": waiting\n\n"
-            made = await anyio.to_thread.run_sync(lambda: service.made(_result(future)))
-            drawn = await anyio.to_thread.run_sync(lambda: pictures(asked, made))
+            drawn, cost = await anyio.to_thread.run_sync(partial(_answer, service, asked, future))
             outcome = "finished"
-            yield _event("done", {"images": drawn, **cost(asked, made)})
+            yield _event("done", {"images": drawn, **cost})
         except Exception as error:  # noqa: BLE001 - also of a decoder; the client is told
             outcome = "cancelled" if isinstance(error, CancelledError) else "failed"
             message = "cancelled." if outcome == "cancelled" else str(getattr(error, "detail", error))[:1000]
@@ -298,17 +273,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             request.cancel()
             running.pop(name, None)
             took.labels(outcome).observe(time.perf_counter() - since)
-
-    def told(state: EngineState) -> str:
-        images = service.previews(state)
-        progress = {
-            "index": state.index.tolist(),
-            "t": [round(t, 6) for t in state.t.tolist()],
-            "nfe": state.nfe.tolist(),
-            "finished": state.finished,
-            "images": None if images is None else [_png(image) for image in images],
-        }
-        return _event("progress", progress)
 
     @app.delete("/v1/samples/{name}", dependencies=guarded, tags=["samples"], status_code=204)
     async def cancel(name: Annotated[str, fastapi.Path(max_length=40)]) -> Response:
@@ -369,6 +333,42 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
     return app
 
 
+def _answer(
+    service: Service, asked: Generation, future: asyncio.Future[Any]
+) -> tuple[list[str | None], dict[str, Any]]:
+    """The pictures of a request that has ended, each with its record in it, and what they cost."""
+    made = service.made(_result(future))
+    result = made.result
+    given = {name: value for name, value in vars(asked.asked()).items() if value is not None}
+    given |= {name: True for name in ("image", "mask") if name in given}
+    record = {"fastsde": fastsde.__version__, "model": service.name, **service.record, **given}
+    each = zip(made.images, result.index.tolist(), result.nfe.tolist(), strict=True)
+    pictures = [
+        None if image is None else _png(image, {**record, "seed": result.seed, "index": index, "nfe": nfe})
+        for image, index, nfe in each
+    ]
+    return pictures, {
+        "seed": result.seed,
+        "nfe": result.nfe.tolist(),
+        "status": [Status(k).name for k in result.status.tolist()],
+        "seconds": round(result.seconds, 3),
+        "record": record,
+    }
+
+
+def _progress(service: Service, state: EngineState) -> str:
+    """The event of a state on the way."""
+    images = service.previews(state)
+    progress = {
+        "index": state.index.tolist(),
+        "t": [round(t, 6) for t in state.t.tolist()],
+        "nfe": state.nfe.tolist(),
+        "finished": state.finished,
+        "images": None if images is None else [_png(image) for image in images],
+    }
+    return _event("progress", progress)
+
+
 class _News:
     """The last state of a request, from the sampler's thread to the event loop."""
 
@@ -416,10 +416,6 @@ class _Bounded:
 
         with contextlib.suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self.app(scope, counted, send), self.seconds)
-
-
-def _bearer() -> dict[str, str]:
-    return {"WWW-Authenticate": "Bearer"}
 
 
 def _result(future: asyncio.Future[Any]) -> Any:
