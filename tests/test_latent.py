@@ -209,6 +209,28 @@ def test_networks_run_in_evaluation_mode():
     assert generator.training
 
 
+def test_the_decoder_of_diffusers_is_a_generator():
+    """One step along log p(y | x) alone is that of the gradient through the decoder."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    small = {"block_out_channels": (8,), "norm_num_groups": 4, "latent_channels": 2}
+    vae = diffusers.AutoencoderKL(**small, in_channels=1, out_channels=1)
+    vae = vae.double().eval().requires_grad_(False)
+
+    def decoder(z):
+        return vae.decode(z / vae.config.scaling_factor).sample
+
+    def likelihood(x):
+        return -x.square().flatten(1).sum(1)
+
+    given = {"log_likelihood": likelihood, "weights": (0.0, 1.0, 0.0), "step_size": 0.01, "steps": 1}
+    r = LatentFlow(decoder, normals(8, 1, 4, 4), (2, 4, 4), **given).sample(3)
+    z = r.start.clone().requires_grad_()
+    expected = r.start + 0.01 * torch.autograd.grad(likelihood(decoder(z)).sum(), z)[0]
+    torch.testing.assert_close(r.latents, expected, rtol=1e-9, atol=1e-12)  # float64
+    torch.testing.assert_close(r.samples, decoder(r.latents), rtol=1e-9, atol=1e-12)
+
+
 def test_a_sample_that_is_not_finite_is_its_own():
     def broken(z):
         return z * torch.where(z.detach()[:, :1] > 1.5, torch.nan, 1.0)
