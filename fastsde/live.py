@@ -85,6 +85,7 @@ class RequestQueue(ABC):
         self._requests: Counter[str] = Counter()
         self._nfe: Counter[int] = Counter()
         self._turns = self._rows = self._needed = self._running = 0
+        self._finished: list[Request] = []
         self._thread = threading.Thread(target=self._work, name=f"fastsde.{type(self).__name__}", daemon=True)
         self._thread.start()
         atexit.register(self.close, cancel=True)  # a thread that still runs the network would crash the end of Python
@@ -232,20 +233,28 @@ class RequestQueue(ABC):
         return self._lanes[-1]
 
     def _turn(self, lane: Lane) -> None:
-        live = lane.live
-        lane.advance()
-        self._turns += 1
-        self._rows, self._needed = self._rows + lane.width, self._needed + live
+        needed = lane.live
+        try:
+            lane.advance()
+        finally:
+            with self._changed:
+                self._turns += 1
+                self._rows, self._needed = self._rows + lane.width, self._needed + needed
+                self._running = sum(other.live for other in self._lanes)
+            # Only now, so that whoever waits for a request finds its turns counted.
+            finished, self._finished = self._finished, []
+            for request in finished:
+                self._over(request, "finished")
 
     def _ended(self, request: Request, row: Carry) -> None:
-        """Writes ended samples of a request, and tells whoever waits for it when they are all there."""
+        """Writes ended samples of a request."""
         assert request.engine is not None
         request.engine._put(row)
         request.left -= len(row["slot"])
         with self._changed:
             self._nfe.update(row["nfe"].tolist())
         if not request.left:
-            self._over(request, "finished")
+            self._finished.append(request)
 
     def _fail(self, request: Request, error: BaseException) -> None:
         """Ends a request with an error."""
