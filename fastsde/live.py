@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsde.api import job_of, with_range
 from fastsde.arguments import as_model
-from fastsde.checks import check_count
+from fastsde.checks import check_count, check_number
 from fastsde.control.base import Controller
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job, Options
@@ -106,6 +106,7 @@ class RequestQueue(ABC):
         """
         if request.n > self.max_waiting:
             raise ValueError(f"n must be at most max_waiting = {self.max_waiting}; got {request.n}.")
+        timeout = None if timeout is None else check_number("timeout", timeout, 0.0, threading.TIMEOUT_MAX)
         if threading.current_thread() is self._thread:
             timeout = 0.0  # a callback that waited would wait for itself
         with self._changed:

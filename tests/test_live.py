@@ -3,6 +3,7 @@
 import asyncio
 import concurrent.futures
 import itertools
+import math
 import os
 import threading
 
@@ -376,8 +377,9 @@ def test_large_requests_take_turns_with_small_ones():
         ({"seed": -1}, ValueError, "seed must be"),
         ({"cond": {"x": torch.zeros(2)}}, ValueError, "leading axis"),
         ({"callback": 3}, TypeError, "callback"),
+        ({"timeout": math.nan}, ValueError, "timeout must be"),
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_bad_requests_are_refused_before_they_join(asked, error, message):
     gate = Gate()
