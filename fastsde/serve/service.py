@@ -11,11 +11,12 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import fastsde
@@ -33,38 +34,41 @@ from fastsde.types import Cond
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _PIXELS = 1 << 24
 """Of an uploaded picture, at most; a small file may hold a huge one."""
+_UNUSED = Field(exclude=True)
+"""Of what clients of OpenAI's interface may send, and no record says."""
+Made = tuple[list[Image.Image | None], SampleResult]
 
 
-@dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a request asks for, checked for its types and ranges; fields as in the HTTP interface."""
+class Generation(BaseModel):
+    """What to draw. `rtol` or `nfe` says how many network calls a sample makes; neither: as the server was told."""
 
-    prompt: str = ""
-    n: int = 1
-    size: str | None = None
-    seed: int | None = None
-    rtol: float | None = None
-    nfe: int | None = None
-    solver: str | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    image: str | None = None
-    mask: str | None = None
-    strength: float | None = None
+    model_config = ConfigDict(extra="forbid")
 
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What came of a request.
-
-    Attributes:
-        images: a picture for each sample; None where there is none.
-        result: calls, steps and status of each sample.
-    """
-
-    images: list[Image.Image | None]
-    result: SampleResult
+    prompt: Annotated[str, Field(max_length=4000, description="A text; or the name or number of a class.")] = ""
+    n: Annotated[int, Field(strict=True, ge=1, le=1 << 16, description="Number of images.")] = 1
+    size: Annotated[str | None, Field(max_length=12, description="WIDTHxHEIGHT, or auto.")] = None
+    seed: Annotated[
+        int | None, Field(strict=True, ge=0, lt=1 << 63, description="Of the noise; by default a random one.")
+    ] = None
+    rtol: Annotated[float | None, Field(gt=0, le=10, description="Relative tolerance.")] = None
+    nfe: Annotated[
+        int | None, Field(strict=True, ge=1, le=1 << 20, description="Network calls that no sample exceeds.")
+    ] = None
+    solver: Annotated[str | None, Field(max_length=80, description="The name of a solver.")] = None
+    eta: Annotated[float | None, Field(ge=0, le=10, description="Share of noise, of solvers that have it.")] = None
+    guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
+    negative_prompt: Annotated[str | None, Field(max_length=4000)] = None
+    image: Annotated[str | None, Field(description="A picture to edit, in base64.")] = None
+    mask: Annotated[str | None, Field(description="White where the picture is drawn anew, in base64.")] = None
+    strength: Annotated[float | None, Field(gt=0, le=1, description="How much of the picture goes.")] = None
+    response_format: Annotated[Literal["b64_json"] | None, _UNUSED] = None
+    model: Annotated[str | None, Field(max_length=400), _UNUSED] = None
+    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below."), _UNUSED] = None
+    quality: Annotated[str | None, Field(max_length=40), _UNUSED] = None
+    style: Annotated[str | None, Field(max_length=40), _UNUSED] = None
+    background: Annotated[str | None, Field(max_length=40), _UNUSED] = None
+    moderation: Annotated[str | None, Field(max_length=40), _UNUSED] = None
+    output_format: Annotated[Literal["png"] | None, _UNUSED] = None
 
 
 class Service(ABC):
@@ -99,7 +103,7 @@ class Service(ABC):
         self.name, self.sampler, self.limits, self.record, self.classes = name, sampler, limits, record, tuple(classes)
 
     @abstractmethod
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         """Asks the sampler.
 
         Raises:
@@ -109,13 +113,13 @@ class Service(ABC):
 
     @abstractmethod
     def made(self, result: Any) -> Made:
-        """Pictures of what a request has returned."""
+        """Pictures of what a request has returned, None where a sample has none; and the result of its samples."""
 
     def previews(self, state: EngineState) -> list[Image.Image] | None:
         """Pictures of samples on their way; None where they would cost a decoder's run."""
         return None
 
-    def refuse(self, asked: Asked, *names: str) -> None:
+    def refuse(self, asked: Generation, *names: str) -> None:
         """Refuses fields that this model has no use for.
 
         Raises:
@@ -124,7 +128,7 @@ class Service(ABC):
         if said := [name for name in names if getattr(asked, name) is not None]:
             raise ValueError(f"{self.name} takes no {', '.join(said)}.")
 
-    def check_size(self, asked: Asked) -> tuple[int, int] | None:
+    def check_size(self, asked: Generation) -> tuple[int, int] | None:
         """Width and height that are asked for, or those that the model has.
 
         Raises:
@@ -140,26 +144,29 @@ class Service(ABC):
             raise ValueError(f"size must be {self.size[0]}x{self.size[1]}, that of {self.name}; got {asked.size}.")
         return size
 
-    def label(self, prompt: str) -> int | None:
-        """The class that a prompt names, by its name or number; None for an empty prompt.
+    def cond(self, asked: Generation) -> Cond | None:
+        """Conditioning on the class that the prompt names, by its name or number; None for an empty prompt.
 
         Raises:
             ValueError: if there is none.
         """
-        words = prompt.strip().lower()
+        words = asked.prompt.strip().lower()
         if not words:
             return None
         names = [name.lower() for name in self.classes]
-        if words in names:
-            return names.index(words)
-        if words.isascii() and words.isdecimal() and len(words) < 9 and int(words) < len(names):
-            return int(words)
         if not names:
             raise ValueError(f"{self.name} takes no prompt; leave it empty.")
-        raise ValueError(f"prompt must be a class of {self.name}: {', '.join(self.classes)}; got {prompt[:80]!r}.")
+        if words in names:
+            label = names.index(words)
+        elif words.isascii() and words.isdecimal() and len(words) < 9 and int(words) < len(names):
+            label = int(words)
+        else:
+            classes = ", ".join(self.classes)
+            raise ValueError(f"prompt must be a class of {self.name}: {classes}; got {asked.prompt[:80]!r}.")
+        return {"class_labels": torch.full((asked.n,), label)}
 
 
-def within(asked: Asked, limits: Limits) -> dict[str, Any]:
+def within(asked: Generation, limits: Limits) -> dict[str, Any]:
     """Solver and steps that are asked for, as keyword arguments of `submit`.
 
     Raises:
@@ -219,12 +226,10 @@ class ModelService(Service):
         if not decoded:
             self.size = model.event_shape[2], model.event_shape[1]
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         self.refuse(asked, "guidance_scale", "negative_prompt")
         self.check_size(asked)
-        cond: Cond = {}
-        if (label := self.label(asked.prompt)) is not None:
-            cond = {"class_labels": torch.full((asked.n,), label)}
+        cond = self.cond(asked)
         more: dict[str, Any] = {}
         if asked.image is None:
             self.refuse(asked, "mask", "strength")
@@ -241,7 +246,7 @@ class ModelService(Service):
                     raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
                 more = {"model": Projection(self.model, Mask(~drawn), x)}
         how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond or None, callback=callback, **how, **more)
+        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond, callback=callback, **how, **more)
 
     def _read(self, name: str, text: str) -> Tensor:
         """An uploaded picture as a sample, in the model's size and range."""
@@ -254,7 +259,7 @@ class ModelService(Service):
         return low + (high - low) * pixels
 
     def made(self, result: SampleResult) -> Made:
-        return Made(_pictures(result.samples, self.images), result)
+        return _pictures(result.samples, self.images), result
 
     def previews(self, state: EngineState) -> list[Image.Image] | None:
         if self.decoded:
@@ -288,18 +293,16 @@ class TokenService(Service):
         super().__init__(name, Sampler(model, max_nfe=limits.nfe, **options), limits, record, classes)
         self.images, self.solvers = images, ()
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         others = ("guidance_scale", "negative_prompt", "image", "mask", "strength", "solver", "eta", "size")
         self.refuse(asked, *others)
-        label = self.label(asked.prompt)
-        cond = None if label is None else {"class_labels": torch.full((asked.n,), label)}
         how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond, callback=callback, **how)
+        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=self.cond(asked), callback=callback, **how)
 
     def made(self, result: SampleResult) -> Made:
         lost = (result.samples < 0).flatten(1).any(1)
         pictures = iter(_pictures(result.samples[~lost], self.images))
-        return Made([None if gone else next(pictures) for gone in lost.tolist()], result)
+        return [None if gone else next(pictures) for gone in lost.tolist()], result
 
 
 class PipelineService(Service):
@@ -322,7 +325,7 @@ class PipelineService(Service):
         self.takes = inspect.signature(type(pipe).__call__).parameters
         self.prompts, self.edits = "prompt" in self.takes, "image" in self.takes
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         arguments: dict[str, Any] = {}
         if (size := self.check_size(asked)) is not None:
             if math.prod(size) > self.pixels:
@@ -343,8 +346,7 @@ class PipelineService(Service):
         return request
 
     def made(self, result: Any) -> Made:
-        pictures = [picture if isinstance(picture, Image.Image) else None for picture in result.images]
-        return Made(pictures, result.result)
+        return [picture if isinstance(picture, Image.Image) else None for picture in result.images], result.result
 
 
 def picture_of(name: str, text: str, *, mask: bool = False) -> Image.Image:
