@@ -123,8 +123,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a JSON file gives them back: tuples are lists."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    """Settings as a JSON file gives them back: lists for tuples, Python's numbers for numpy's."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings), default=lambda value: np.asarray(value).tolist()))
     return found
 
 

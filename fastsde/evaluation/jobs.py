@@ -112,6 +112,9 @@ class ShardedJob:
     def _manifest(self) -> dict[str, Any]:
         return {"n": self.n, "shard_size": self.shard_size, **self.settings}
 
+    def _hash(self) -> str:
+        return json_hash(self._manifest())
+
     @property
     def shards(self) -> int:
         """How many shards there are in all."""
@@ -146,8 +149,7 @@ class ShardedJob:
 
     def whole(self, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All that is in the file of shard k: what was drawn, sample numbers, and the hash of the manifest."""
-        digest = np.array(json_hash(self._manifest()))
-        return {**arrays, "index": np.array(self.indices(k)), HASH: digest}
+        return {**arrays, "index": np.array(self.indices(k)), HASH: np.array(self._hash())}
 
     def run(
         self,
@@ -181,7 +183,7 @@ class ShardedJob:
         Raises:
             ValueError: naming the first file that is not this job's, and what is wrong with it.
         """
-        digest, event = json_hash(self._manifest()), self.settings.get("image_shape")
+        digest, event = self._hash(), self.settings.get("image_shape")
         for k in sorted(self.there()):
             with self._opened(k) as file:
                 event = self._check(k, file, digest, event)
@@ -201,19 +203,12 @@ class ShardedJob:
 
     def _check(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> list[int] | None:
         """The image shape (H, W, C) of shard k, None of tokens alone; a ValueError if it is not shard k of this job."""
-        wrong = self._fault(k, file, digest)
-        if wrong is None and "arr_0" not in file.headers:
-            return None
-        shape, kind = file.headers.get("arr_0", ((), None))
-        if wrong is None and (kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:]))):
-            wanted = f"{tuple(event)}" if event else "(H, W, C)"
-            wrong = f"its images are {kind} with shape {shape[1:]}, not uint8 with shape {wanted}"
-        if wrong is not None:
+        if wrong := self._fault(k, file, digest, event):
             raise ValueError(f"{file.path} is not shard {k} of this job: {wrong}.")
-        return list(shape[1:])
+        return list(file.headers["arr_0"][0][1:]) if "arr_0" in file.headers else None
 
-    def _fault(self, k: int, file: ArrayFile, digest: str) -> str | None:
-        """What is wrong with a file as shard k, or None; its images are looked at by nobody but `_check`."""
+    def _fault(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> str | None:
+        """What is wrong with a file as shard k, or None."""
         numbers = self.indices(k)
         if not numbers:
             return f"the job has {self.shards} shards, 0 to {self.shards - 1}"
@@ -234,6 +229,11 @@ class ShardedJob:
         for name in rows.keys() - whole.keys():
             if rows[name] != len(numbers) - lost:
                 return f"its {name} has {rows[name]} rows, not one for each of {len(numbers) - lost} finite samples"
+        if "arr_0" in rows:
+            shape, kind = file.headers["arr_0"]
+            if kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:])):
+                wanted = f"{tuple(event)}" if event else "(H, W, C)"
+                return f"its images are {kind} with shape {shape[1:]}, not uint8 with shape {wanted}"
         return None
 
     def read(self, k: int, *names: str) -> dict[str, np.ndarray]:
@@ -243,7 +243,7 @@ class ShardedJob:
             ValueError: if the file is damaged or not this job's; deleting it makes the job draw it again.
         """
         with self._opened(k) as file:
-            self._check(k, file, json_hash(self._manifest()), self.settings.get("image_shape"))
+            self._check(k, file, self._hash(), self.settings.get("image_shape"))
             return {name: file.read(name) for name in names or file.headers}
 
     def has_images(self) -> bool:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastsde.evaluation.features import PACKAGED, Features
 from fastsde.evaluation.images import Images
 from fastsde.evaluation.statistics import NEIGHBOUR, Moments
-from fastsde.files import ArrayFile, sha256, write_whole
+from fastsde.files import ArrayFile, differences, sha256, write_whole
 
 REFERENCE = "reference.npz"
 
@@ -143,11 +143,9 @@ class Reference:
             )
         if not self.record:
             return
-        here, there = features.describe(), self.record["features"]
-        changed = [key for key in here if key != "name" and here[key] != there.get(key)]
-        if changed:
-            pairs = "; ".join(f"{key}: {there.get(key)!r} there, {here[key]!r} here" for key in changed)
-            raise ValueError(f"the reference is of other features ({pairs}).")
+        here = {key: value for key, value in features.describe().items() if key != "name"}
+        if changed := differences({key: self.record["features"].get(key) for key in here}, here):
+            raise ValueError(f"the reference is of other features ({changed}).")
         if list(shape) != self.record["image_shape"]:
             raise ValueError(
                 f"the reference is of images {tuple(self.record['image_shape'])}, these are {tuple(shape)}: "

@@ -242,12 +242,8 @@ class Sweep:
             return self._figures(cell, copy)
 
     def _cell_settings(self, cell: Cell) -> dict[str, Any]:
-        return {
-            "solver": repr(cell.solver),
-            "setting": cell.setting,
-            **controller_record(cell.controller),
-            "seed": cell.seed,
-        }
+        solver, rule = repr(cell.solver), controller_record(cell.controller)
+        return {"solver": solver, "setting": cell.setting, **rule, "seed": cell.seed}
 
     def _job(self, cell: Cell) -> ShardedJob:
         """The job of a cell, begun or checked."""
@@ -255,9 +251,8 @@ class Sweep:
         return ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings)
 
     def _plan(self, cell: Cell) -> ShardedJob:
-        channels, height, width = self.problem.image_shape
-        shape = {"image_shape": [height, width, channels]}
-        settings = {**self.settings, **self._cell_settings(cell), **shape}
+        channels, *size = self.problem.image_shape
+        settings = {**self.settings, **self._cell_settings(cell), "image_shape": [*size, channels]}
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
         return ShardedJob(self.folder / "cells" / cell.name, self.n, self.shard_size, as_json(settings))
 
@@ -309,7 +304,7 @@ class Sweep:
         Raises:
             ValueError: if the file is damaged or of other settings, naming it.
         """
-        path = self.folder / "cells" / cell.name / RESULT
+        path = self._jobs[cell.name].folder / RESULT
         found = read_json(path)
         if found.pop(HASH, None) != self._hash(cell):
             raise ValueError(f"{path} is of other settings than this sweep. Delete it and run the command again.")
@@ -317,8 +312,7 @@ class Sweep:
 
     def rows(self) -> list[dict[str, Any]]:
         """The figures of every cell that has them, in order."""
-        there = [cell for cell in self.cells if (self.folder / "cells" / cell.name / RESULT).is_file()]
-        return [self.row(cell) for cell in there]
+        return [self.row(cell) for cell in self.cells if (self._jobs[cell.name].folder / RESULT).is_file()]
 
     def images(self, cell: Cell, count: int) -> np.ndarray:
         """The first images of a cell, uint8 with shape (count, H, W, C)."""
@@ -394,10 +388,5 @@ def pareto(summary: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def result_of(row: Mapping[str, Any]) -> str:
     """One line of the live table."""
-    calls = f"{row['mean_nfe']:7.1f} calls"
-    if row["fid"] is None:
-        return f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  {row['note']}"
-    return (
-        f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  "
-        f"FID {row['fid']:8.3f} +- {row['fid_error']:.3f}"
-    )
+    found = row["note"] if row["fid"] is None else f"FID {row['fid']:8.3f} +- {row['fid_error']:.3f}"
+    return f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {row['mean_nfe']:7.1f} calls  {found}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_number
 from fastsde.score.network import tensor_of
+from fastsde.training.adversarial import frozen
 from fastsde.training.batches import Rows, in_unit_range
 from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
@@ -227,19 +228,6 @@ def _sampled(mean: Latent, logvar: Latent, eps: Latent) -> Latent:
     return mean + (0.5 * logvar).exp() * eps
 
 
-@contextlib.contextmanager
-def frozen(part: nn.Module) -> Iterator[None]:
-    """Keeps gradients from a part's weights, but not from what goes through it."""
-    moving = [p for p in part.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
-
-
 def train_autoencoder(
     network: nn.Module,
     images: Tensor,
@@ -278,12 +266,11 @@ def train_autoencoder(
     settings = {**dataclasses.asdict(config), **rows.describe(), "plain": plain}
     settings |= {"objective": type(objective).__name__, **dataclasses.asdict(objective)}
     together = isinstance(objective, IntroVAE) and objective.alpha == 0
-    noted: tuple[str, ...]
+    noted = ("kl",) if together else ("kl", "kl_reconstructed", "kl_generated")
     if together:
-        rules, noted = {"loss": Rule.of("autoencoder", network, config)}, ("kl",)
+        rules = {"loss": Rule.of("autoencoder", network, config)}
     else:
         rules = {"encoder": Rule.of("encoder", encoder, config), "loss": Rule.of("decoder", decoder, config)}
-        noted = ("kl", "kl_reconstructed", "kl_generated")
 
     def losses(step: int) -> Losses:
         number, generator = rows.rows(step)

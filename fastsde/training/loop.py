@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsde.checks import check_count
+from fastsde.files import as_json
 from fastsde.score.base import ScoreModel
 from fastsde.training.adversarial import Adam, Adversary
 from fastsde.training.batches import Batch, Batches, on_device, rank_and_size
-from fastsde.training.checkpoint import History, load_checkpoint, plain_json, save_checkpoint
+from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.config import TrainConfig
 from fastsde.training.ema import ema_model
 from fastsde.training.losses import dsm_loss, noisy_score_loss, stratified_times
@@ -96,19 +97,9 @@ def train(
                 loss = adversary.score_loss(model, *batch, generator)
         yield "loss", loss
 
-    return run(
-        network,
-        rules,
-        losses,
-        config,
-        settings,
-        checkpoint,
-        resume,
-        save_every,
-        callback,
-        noted=("gini",) if looks else (),
-        simultaneous=adversary is not None and adversary.updates == "simultaneous",
-    )
+    noted, simultaneous = ("gini",) if looks else (), adversary is not None and adversary.updates == "simultaneous"
+    common = (config, settings, checkpoint, resume, save_every, callback)
+    return run(network, rules, losses, *common, noted, simultaneous=simultaneous)
 
 
 Losses = Iterator[tuple[str, Tensor]]
@@ -181,7 +172,7 @@ def run(
     modules |= {name: rule.network for name, rule in rules.items() if not rule.scheduled}
     optimizers = {"adam" if name == "loss" else f"{name}_adam": rule.optimizer for name, rule in rules.items()}
     history: History = {name: [] for name in (*rules, *noted)}
-    settings = plain_json(settings)
+    settings = as_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
     first, leads = len(history["loss"]), rank_and_size()[0] == 0

@@ -53,13 +53,7 @@ def masked_loss(
 
 
 def critic_loss(
-    critic: Critic,
-    model: TokenModel,
-    x_0: Tokens,
-    t: Time,
-    uniform: Tensor,
-    fill: Tensor,
-    cond: Cond | None = None,
+    critic: Critic, model: TokenModel, x_0: Tokens, t: Time, uniform: Tensor, fill: Tensor, cond: Cond | None = None
 ) -> Coef:
     r"""Binary cross-entropy of a critic for which tokens are original, one value per row.
 
@@ -106,12 +100,9 @@ def train_tokens(
         tokens: int64 with shape (N, *event).
         labels: int64 classes with shape (N,), passed as `class_labels`; the largest is followed by "no label".
         config: the settings; `levels` and `objective` are not used.
-        checkpoint: a .safetensors file, as for `train`.
         critic: what to train in place of the model.
         weighted: as for `masked_loss`.
-        resume: continue from `checkpoint`.
-        save_every: steps between checkpoints.
-        callback: as for `train`.
+        checkpoint, resume, save_every, callback: as for `train`.
 
     Raises:
         ValueError: if the tokens are out of the model's range, or the checkpoint was made with other settings.
