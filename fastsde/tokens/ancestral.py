@@ -41,7 +41,7 @@ class Ancestral(TokenSolver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
 
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
@@ -49,8 +49,7 @@ class Ancestral(TokenSolver):
         u = noise.fixed_uniform(ORDER).flatten(1)
         now = (x == MASK).flatten(1) & carry["free"] & (u >= s[:, None])
         used, failed, at = predicted(model, x, carry, now)
-        heat = check_temperature("temperature", self.temperature)
-        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), heat, 1 - process.time(s))
+        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), self.temperature, 1 - process.time(s))
         return Step(written(x, at, values), carry, s=s.masked_fill(failed, torch.nan))
 
 
@@ -77,7 +76,7 @@ class FirstHitting(TokenSolver):
     temperature: float | tuple[float, float] = 1.0
 
     def __post_init__(self) -> None:
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
 
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
@@ -87,6 +86,6 @@ class FirstHitting(TokenSolver):
         last, place = u.max(1)
         now = masked & (torch.arange(u.shape[1], device=u.device) == place[:, None])
         used, failed, at = predicted(model, x, carry, now)
-        heat = check_temperature("temperature", self.temperature)
-        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), heat, 1 - process.time(last.clamp(min=0)))
-        return Step(written(x, at, values), carry, s=last.clamp(min=0).masked_fill(failed, torch.nan))
+        reached = last.clamp(min=0)
+        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), self.temperature, 1 - process.time(reached))
+        return Step(written(x, at, values), carry, s=reached.masked_fill(failed, torch.nan))

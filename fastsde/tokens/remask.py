@@ -154,7 +154,7 @@ class ReMDM(TokenSolver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
         if not isinstance(self.rule, Remasking):
             raise TypeError(f"rule must be Cap, Rescale, ByConfidence or Loop; got {self.rule!r}.")
 
@@ -179,8 +179,7 @@ class ReMDM(TokenSolver):
         drawn_now = masked & ((coin < chance) | (s <= 0)[:, None])
         taken_back = known & (coin < sigma) & (s > 0)[:, None]
         used, failed, at = predicted(model, x, carry, drawn_now)
-        heat = check_temperature("temperature", self.temperature)
-        values, log_p = drawn(used, at, noise.uniform(VALUES), heat, 1 - process.time(s))
+        values, log_p = drawn(used, at, noise.uniform(VALUES), self.temperature, 1 - process.time(s))
         psi = carry["psi"].masked_scatter(at, log_p.exp()).masked_fill(taken_back, 0.0)
         x = written(x, at, values).flatten(1).masked_fill(taken_back, MASK).reshape(x.shape)
         return Step(x, {**carry, "psi": psi}, s=s.masked_fill(failed, torch.nan))
@@ -223,7 +222,7 @@ class TokenCritic(TokenSolver):
             raise TypeError(f"critic must be a fastsde.tokens.Critic; got {type(self.critic).__name__}.")
         check_steps(self.steps)
         check_number("scale", self.scale, 0.0, ends="[)")
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)
@@ -240,8 +239,8 @@ class TokenCritic(TokenSolver):
     ) -> Step:
         masked, free = (x == MASK).flatten(1) & carry["free"], carry["free"].sum(1)
         used, failed, at = predicted(model, x, carry, masked)
-        heat, progress = check_temperature("temperature", self.temperature), 1 - process.time(s)
-        values, _ = drawn(used, at, noise.uniform(VALUES), heat, progress)
+        progress = 1 - process.time(s)
+        values, _ = drawn(used, at, noise.uniform(VALUES), self.temperature, progress)
         completed = written(x, at, values)
         back = torch.where(s > 0, torch.floor(free * s + 1e-9).long().clamp(min=1), 0)
         back = torch.minimum(back, (free - 1).clamp(min=0))

@@ -136,26 +136,28 @@ def written(x: Tokens, at: Tensor, values: Tensor) -> Tokens:
     return x.flatten(1).masked_scatter(at, values).reshape(x.shape)
 
 
-def check_temperature(name: str, value: object) -> tuple[float, float]:
-    """A temperature, or a pair (first, last) between which it falls linearly over the run.
-
-    Raises:
-        ValueError: if one is negative or not finite.
-    """
-    ends = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-    first, last = (check_number(name, end, 0.0, ends="[)") for end in ends)
-    return first, last
+def check_temperature(value: object) -> None:
+    """Refuses, with a ValueError, what is no number from 0, and no pair of them, between which it falls linearly."""
+    for end in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+        check_number("temperature", end, 0.0, ends="[)")
 
 
-def drawn(used: Tensor, at: Tensor, u: Tensor, heat: tuple[float, float], progress: Tensor) -> tuple[Tensor, Tensor]:
+def heat(temperature: float | tuple[float, float], progress: Tensor, at: Tensor) -> Tensor:
+    """The temperature at positions (B, L), with shape (W,), from the progress of each row, with shape (B,)."""
+    first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+    return (float(first) + float(last - first) * progress)[:, None].expand(at.shape)[at]
+
+
+def drawn(
+    used: Tensor, at: Tensor, u: Tensor, temperature: float | tuple[float, float], progress: Tensor
+) -> tuple[Tensor, Tensor]:
     """Values at positions, and the logarithms of their probabilities, each with shape (W,).
 
     Args:
         used: logits, with shape (W, K).
         at: positions, with shape (B, L).
         u: uniforms, with shape (B, *event).
-        heat: temperatures at progress 0 and 1.
+        temperature: as the solver has it.
         progress: of each row, with shape (B,).
     """
-    temperature = heat[0] + (heat[1] - heat[0]) * progress
-    return draw(used, u.flatten(1)[at], temperature[:, None].expand(at.shape)[at])
+    return draw(used, u.flatten(1)[at], heat(temperature, progress, at))

@@ -15,7 +15,7 @@ from fastsde.solvers.base import Step
 from fastsde.tokens.drawing import entropies, first, two_largest
 from fastsde.tokens.model import BoundTokens
 from fastsde.tokens.process import MASK, Masking
-from fastsde.tokens.solver import ORDER, SCORES, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.solver import ORDER, SCORES, VALUES, TokenSolver, check_temperature, drawn, heat, predicted, written
 from fastsde.types import Carry, Index, Time, Tokens
 
 ORDERS = ("random", "probability", "entropy", "margin", "halton", "confidence")
@@ -137,7 +137,7 @@ class Unmask(TokenSolver):
     def __post_init__(self) -> None:
         check_steps(self.steps)
         check_order_name(self.order, ORDERS)
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
         check_number("choice_temperature", self.choice_temperature, 0.0, ends="[)")
         check_flags(annealed=self.annealed)
         if self.choice_temperature and self.order != "confidence":
@@ -158,13 +158,13 @@ class Unmask(TokenSolver):
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
-        masked, heat = (x == MASK).flatten(1) & carry["free"], check_temperature("temperature", self.temperature)
+        masked = (x == MASK).flatten(1) & carry["free"]
         used, failed, at = predicted(model, x, carry, masked)
         count = masked.sum(1)
         taken = count - left_masked(count, carry["free"].sum(1), s)
         progress = 1 - process.time(s)
         if self.order == "confidence":
-            values, log_p = drawn(used, at, noise.uniform(VALUES), heat, progress)
+            values, log_p = drawn(used, at, noise.uniform(VALUES), self.temperature, progress)
             key = torch.zeros(at.shape, dtype=torch.float64, device=x.device)
             key[at] = -log_p.nan_to_num(0.0)
             if self.choice_temperature:
@@ -176,7 +176,7 @@ class Unmask(TokenSolver):
             u = noise.fixed_uniform(ORDER).flatten(1)
             key = state_key(self.order, used, at, tuple(x.shape[1:]), u)
             now = first(key, at, taken)
-            values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), heat, progress)
+            values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), self.temperature, progress)
         return Step(written(x, now, values), carry, s=s.masked_fill(failed, torch.nan))
 
 
@@ -224,7 +224,7 @@ class EntropyBudget(TokenSolver):
     def __post_init__(self) -> None:
         check_number("rtol", self.rtol, 0.0, 1.0)
         check_order_name(self.order, STATE_ORDERS)
-        check_temperature("temperature", self.temperature)
+        check_temperature(self.temperature)
 
     def within(self, rtol: float) -> TokenSolver:
         return dataclasses.replace(self, rtol=rtol)
@@ -237,11 +237,11 @@ class EntropyBudget(TokenSolver):
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
         free = carry["free"].sum(1)
-        masked, heat = (x == MASK).flatten(1) & carry["free"], check_temperature("temperature", self.temperature)
+        masked = (x == MASK).flatten(1) & carry["free"]
         used, failed, at = predicted(model, x, carry, masked)
         count = masked.sum(1)
         progress = 1 - process.time(count.double() / free.clamp(min=1))
-        warmth = (heat[0] + (heat[1] - heat[0]) * progress)[:, None].expand(at.shape)[at]
+        warmth = heat(self.temperature, progress, at)
         each = torch.zeros(at.shape, dtype=torch.float64, device=x.device)
         each[at] = entropies(used / warmth.masked_fill(warmth == 0, 1.0)[:, None].to(used.dtype)).nan_to_num(0.0)
 
@@ -260,7 +260,7 @@ class EntropyBudget(TokenSolver):
         fits = (bound <= budget * (1 + 1e-9) + 1e-12) & (k <= count[:, None])
         taken = (fits * k).amax(1).clamp(min=1)
         now = first(key, at, taken)
-        values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), heat, progress)
+        values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), self.temperature, progress)
         spent = bound.gather(1, taken[:, None] - 1).squeeze(1)
         moved = at.any(1)
         after = {
