@@ -215,7 +215,7 @@ def test_pictures_without_labels(tmp_path):
     assert model.prediction == "v_prediction"
     other = run(*options, "--steps", 4, "--resume")
     assert other.exit_code == 1
-    assert "prediction: v_prediction there, epsilon here" in other.output
+    assert 'prediction: "v_prediction" there, "epsilon" here' in other.output
     assert model.event_shape == (3, 8, 8)
     assert model.default_cond is None
 

@@ -48,12 +48,8 @@ def build_cells(
 ) -> list[Cell]:
     """The cells of a sweep, every combination that a solver takes.
 
-    Args:
-        model: the score model, whose process the grids are of.
-        solvers: such as "ExponentialPC", "DPMSolverPP:order=3,grid=karras".
-        nfe: budgets, for solvers that walk a grid.
-        rtol: tolerances, for solvers that adapt their steps.
-        seeds: seeds.
+    Solvers are such as "DPMSolverPP:order=3,grid=karras". Budgets are for those that walk a grid, and tolerances for
+    those that adapt their steps.
 
     Raises:
         ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.

@@ -106,12 +106,7 @@ def run_job(
 ) -> None:
     """Draws the shards of a job that are not there; whoever finds all of them writes picture and totals.
 
-    Args:
-        job: the job.
-        source: what it draws from.
-        shares: rank and number of processes.
-        remote: workers that draw in place of this process, and what they open.
-        as_json: print the totals as JSON.
+    Workers, if there are any, draw in place of this process, each from what it opens.
 
     Raises:
         click.ClickException: if interrupted.
@@ -135,9 +130,8 @@ def run_job(
         except KeyboardInterrupt as error:
             raise click.ClickException(f"interrupted; the same command goes on in {job.folder}.") from error
         except SamplingError as error:
-            raise click.ClickException(
-                f"{error.__cause__ or error}; the same command goes on in {job.folder}."
-            ) from error
+            cause = error.__cause__ or error
+            raise click.ClickException(f"{cause}; the same command goes on in {job.folder}.") from error
     left = len(job.pending())
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")

@@ -18,7 +18,7 @@ import torch
 
 import fastsde
 from fastsde.files import Content, write_together
-from fastsde.result import Interrupted, SampleResult, SamplingError, Status
+from fastsde.result import SampleResult, SamplingError, Status
 
 
 def prepare_folder(folder: Path, needed: int) -> None:
@@ -87,6 +87,12 @@ def versions(*more: str) -> dict[str, str]:
     return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
 
 
+def data_and_licence(title: str) -> dict[str, str]:
+    """What a card says of the data, from "NAME; LICENCE"."""
+    source, _, licence = title.partition(";")
+    return {"data": source.strip() or "not stated", "licence": licence.strip() or "not stated"}
+
+
 def result_record(result: SampleResult) -> dict[str, Any]:
     """What a record says of samples: totals, then lists with an entry for each."""
     nfe = result.nfe[result.status != Status.PENDING].double()
@@ -106,37 +112,45 @@ def result_record(result: SampleResult) -> dict[str, Any]:
     }
 
 
-def finished(draw: Callable[[], SampleResult]) -> tuple[SampleResult, bool]:
-    """What a call has drawn, and whether it failed; what is finished stays, after a failure and after Ctrl-C.
+def finished(draw: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a call has drawn, and whether it ended early; what is finished stays, after a failure and after Ctrl-C.
 
     Raises:
-        click.ClickException: if it was interrupted before anything was finished.
+        click.ClickException: if nothing was finished.
     """
-    failed = False
+    failure = None
     try:
-        result = draw()
+        drawn = draw()
     except SamplingError as error:
-        click.echo(f"Error: {error}", err=True)
-        result, failed = error.result, True
-    except Interrupted as interruption:
-        result = interruption.result
-    if not (result.status != Status.PENDING).any():
-        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
-    return result, failed
+        failure, drawn = str(error), error.result
+    except KeyboardInterrupt as interruption:
+        failure, drawn = "interrupted", getattr(interruption, "result", None)
+    result = getattr(drawn, "result", drawn)  # of a pipeline it has more than that
+    if result is None or not (result.status != Status.PENDING).any():
+        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
+    if failure is not None:
+        click.echo(f"Error: {failure}", err=True)
+    return drawn, failure is not None
 
 
-def tell(result: SampleResult, record: dict[str, Any], files: Sequence[Path], *, as_json: bool, failed: bool) -> None:
+def tell(
+    result: SampleResult,
+    record: dict[str, Any],
+    files: Sequence[Path | str],
+    more: Sequence[str] = (),
+    *,
+    as_json: bool,
+    failed: bool,
+) -> None:
     """Prints the record or its summary, and ends the program with 1 if not all samples are there."""
-    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
+    if as_json:
+        click.echo(dump_json(record), nl=False)
+    else:
+        nfe, steps = result.nfe[result.status != Status.PENDING], int((result.accepted + result.rejected).sum())
+        share = int(result.rejected.sum()) / max(steps, 1)
+        click.echo(report(result.counts(), nfe.numpy(), share, f"in {result.seconds:.1f} s", more, files))
     if failed or not result.success.all():
         raise SystemExit(1)
-
-
-def summary(result: SampleResult, more: Sequence[str], files: Sequence[Path | str]) -> str:
-    """The lines that a command ends with, for samples drawn at once."""
-    nfe, steps = result.nfe[result.status != Status.PENDING], int((result.accepted + result.rejected).sum())
-    share = int(result.rejected.sum()) / max(steps, 1)
-    return report(result.counts(), nfe.numpy(), share, f"in {result.seconds:.1f} s", more, files)
 
 
 def report(

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
 from fastsde.cli.media import MADE, Media, are_images, read_value
-from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
 from fastsde.cli.solver_options import Steps
 from fastsde.diffusers import PipelineResult, load, sample_pipeline
 from fastsde.evaluation.jobs import MANIFEST
 from fastsde.files import read_json
-from fastsde.result import SamplingError, Status
 from fastsde.score.network import weights_hash
 from fastsde.steps import DEFAULT_RTOL
 
@@ -48,12 +47,7 @@ class Call:
 
     @classmethod
     def read(cls, options: Mapping[str, Any], settings: Sequence[str], n: int | None) -> Call:
-        """Reads the files too.
-
-        Args:
-            options: values of the options in `_OPTIONS`, None where they were not given; of prompts a list.
-            settings: texts KEY=VALUE.
-            n: number of samples, if it was said.
+        """Reads the files too; of the options in `_OPTIONS` those not given are None, and `settings` are KEY=VALUE.
 
         Raises:
             ValueError: naming the option.
@@ -148,16 +142,21 @@ def run_pipeline(
     pipe = _opened(source, known if kind else None, dtype)
     call.check(type(pipe))
     pipe.to(device)
-    chosen = {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}
-    drawn, failure = _drawn(pipe, call, dtype, device, solver=solver, **chosen)
-    if failure is not None:
-        click.echo(f"Error: {failure}", err=True)
+    said: dict[str, Any] = {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe, **call.placed(device, dtype)}
+    said |= {"per_sample": call.per_sample, "n": call.n, "seed": seed, "batch_size": batch_size}
+    draw = partial(sample_pipeline, pipe, solver=solver, **said)
+    drawn, failed = finished(draw)
     media = Media(_rate(pipe), fps, call.raw)
     for output in drawn.outputs:
         media.add(output)
     adaptive = solver.adaptive and steps.nfe is None and not counted
     record = {
-        **_record(drawn, media),
+        **result_record(drawn.result),
+        "files": media.files,
+        "outputs": media.more,
+        "errors": {str(place): f"{type(e).__name__}: {e}" for place, e in drawn.errors.items()},
+        "forwards": drawn.forwards,
+        "separate": drawn.separate,
         "pipeline": source,
         "class": type(pipe).__name__,
         **_weights(pipe),
@@ -173,36 +172,10 @@ def run_pipeline(
         "versions": versions("diffusers", "transformers"),
     }
     files = _write(out, drawn, media, record)
-    if as_json:
-        click.echo(dump_json(record), nl=False)
-    else:
-        more = [f"forwards of the networks: {drawn.forwards}"]
-        if drawn.separate and len(drawn.outputs) > 1:
-            more.append(f"calls were not joined: {drawn.separate}")
-        click.echo(summary(drawn.result, more, _shown(files)))
-    if failure is not None or not drawn.result.success.all():
-        raise SystemExit(1)
-
-
-def _drawn(
-    pipe: Any, call: Call, dtype: torch.dtype, device: torch.device, **chosen: Any
-) -> tuple[PipelineResult, str | None]:
-    """What was finished, and why not all of it was.
-
-    Raises:
-        click.ClickException: if nothing was finished.
-    """
-    drawn: PipelineResult | None = None
-    failure = None
-    try:
-        drawn = sample_pipeline(pipe, **call.placed(device, dtype), per_sample=call.per_sample, n=call.n, **chosen)
-    except SamplingError as error:
-        failure, drawn = str(error), error.result
-    except KeyboardInterrupt as interruption:
-        failure, drawn = "interrupted", getattr(interruption, "result", None)
-    if drawn is None or not (drawn.result.status != Status.PENDING).any():
-        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
-    return drawn, failure
+    more = [f"forwards of the networks: {drawn.forwards}"]
+    if drawn.separate and len(drawn.outputs) > 1:
+        more.append(f"calls were not joined: {drawn.separate}")
+    tell(drawn.result, record, _shown(files), more, as_json=as_json, failed=failed)
 
 
 def _class(source: str, name: str | None) -> type | None:
@@ -272,21 +245,9 @@ def _rate(pipe: Any) -> int | None:
     for part in ("vocoder", "vae"):
         config = getattr(getattr(pipe, part, None), "config", None)
         for name in ("output_sampling_rate", "sampling_rate"):
-            rate = getattr(config, name, None)
-            if rate:
+            if rate := getattr(config, name, None):
                 return int(rate)
     return None
-
-
-def _record(drawn: PipelineResult, media: Media) -> dict[str, Any]:
-    return {
-        **result_record(drawn.result),
-        "files": media.files,
-        "outputs": media.more,
-        "errors": {str(place): f"{type(e).__name__}: {e}" for place, e in drawn.errors.items()},
-        "forwards": drawn.forwards,
-        "separate": drawn.separate,
-    }
 
 
 def _write(out: Path, drawn: PipelineResult, media: Media, record: dict[str, Any]) -> list[Path]:
@@ -300,10 +261,8 @@ def _write(out: Path, drawn: PipelineResult, media: Media, record: dict[str, Any
     whole = torch.isfinite(result.samples.flatten(1)).all(1)
     bare = [k for k, output in enumerate(drawn.outputs) if output is None and whole[k]]
     if bare:
-        writers["latents.npz"] = {
-            "arr_0": result.samples[bare].float().cpu().numpy(),
-            "index": result.index[bare].cpu().numpy(),
-        }
+        latents, index = result.samples[bare].float().cpu().numpy(), result.index[bare].cpu().numpy()
+        writers["latents.npz"] = {"arr_0": latents, "index": index}
     writers[_RECORD] = dump_json(record).encode()
     files = write_atomic(out, writers)
     for name in before - writers.keys():

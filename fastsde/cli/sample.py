@@ -150,21 +150,17 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
         )
         source = open_source(request)
         source.labels_of(torch.arange(1))  # refuses a label before the folder is made
+        files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
         with option.ray_workers(ctx) as workers:
             if workers is not None:
                 request = dataclasses.replace(request, device=option.device_of(ctx, workers))
                 source.record["device"] = request.device
-            files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
             _draw(request, source, asked["n"] or 64, shares, workers, **files)
         return
     if processes(None, None, os.environ)[1] > 1:
         raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
-    guidance = {
-        "prompt": asked["prompts"] or None,
-        "negative_prompt": asked["negative_prompt"],
-        "guidance_scale": asked["guidance_scale"],
-    }
-    call = Call.read(guidance, asked["settings"], asked["n"])
+    guidance = {name: asked[name] for name in ("negative_prompt", "guidance_scale")}
+    call = Call.read({"prompt": asked["prompts"] or None, **guidance}, asked["settings"], asked["n"])
     own = ("kind", "seed", "dtype", "device", "fps", "out", "as_json")
     run_pipeline(pipeline, call, steps, batch_size=asked["batch_size"] or 8, **{name: asked[name] for name in own})
 
@@ -217,7 +213,9 @@ def open_source(request: Request) -> Source:
     record |= {"sde": repr(opened.model.sde), "solver": repr(solver), "nfe_budget": steps.nfe, "steps": steps.steps}
     record |= controller_record(controller)
     if solver.adaptive and steps.nfe is None and controller is None:
-        record |= _tolerances(steps.rtol, steps.atol, opened.model.data_range)
+        low, high = opened.model.data_range
+        record["rtol"] = DEFAULT_RTOL if steps.rtol is None else steps.rtol
+        record["atol"] = (high - low) / 256 if steps.atol is None else steps.atol
     record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
     shape = None
     if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
@@ -238,18 +236,9 @@ def _check_options(ctx: click.Context, pipeline: str | None) -> None:
     if "--model" in said:
         raise ValueError("give either --model or --pipeline.")
     if said:
-        jobs = (
-            " Jobs of shards are for --model."
-            if {"--shard-size", "--rank", "--world-size", "--ray", "--workers"} & {*said}
-            else ""
-        )
+        of_jobs = {"--shard-size", "--rank", "--world-size", "--ray", "--workers"}
+        jobs = " Jobs of shards are for --model." if of_jobs & {*said} else ""
         raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
-
-
-def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
-    """The tolerances as used, defaults included."""
-    low, high = data_range
-    return {"rtol": DEFAULT_RTOL if rtol is None else rtol, "atol": (high - low) / 256 if atol is None else atol}
 
 
 def _labels(label: str, classes: int, index: Tensor) -> Tensor | None:

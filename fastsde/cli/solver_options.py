@@ -35,18 +35,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What the command line says of the solver and its steps; None for what it does not say.
-
-    Attributes:
-        solver: of `--solver`, a name.
-        fitted: of `--fitted`, a file.
-        options: of `-o`.
-        rtol: of `--rtol`.
-        atol: of `--atol`.
-        nfe: of `--nfe`.
-        steps: of `--steps`.
-        grid: of `--grid`.
-    """
+    """The options of the solver and its steps, by their names; None for what the command line does not say."""
 
     solver: str = "ExponentialPC"
     fitted: Path | None = None
@@ -93,16 +82,16 @@ class Steps:
 
 
 def build_solver(name: str, options: Sequence[str]) -> Solver:
-    """The solver of that name, with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
-
-    Raises:
-        ValueError: naming the option, what came and what is allowed.
-    """
+    """The solver of that name, `configured`."""
     return configured(SOLVER_NAMES[name](), options)
 
 
 def configured(solver: Solver, options: Sequence[str]) -> Solver:
-    """The solver with options changed; errors as for `build_solver`."""
+    """The solver with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
+
+    Raises:
+        ValueError: naming the option, what came and what is allowed.
+    """
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
@@ -145,20 +134,19 @@ def _value(text: str) -> Any:
 def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
     """The dataclass instance with the field at the end of the path changed."""
     fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}
-    if path[0] not in fields:
-        raise ValueError(f"{type(obj).__name__} has no option {path[0]!r}; it has {', '.join(fields) or 'none'}.")
-    if len(path) > 1:
-        if not isinstance(fields[path[0]], (Solver, Langevin)):
-            raise ValueError(f"{type(obj).__name__}.{path[0]} has no options of its own.")
-        value = _replaced(fields[path[0]], path[1:], value)
-    now = fields[path[0]]
+    kind, (name, *rest) = type(obj).__name__, path
+    if name not in fields:
+        raise ValueError(f"{kind} has no option {name!r}; it has {', '.join(fields) or 'none'}.")
+    now = fields[name]
+    if rest:
+        if not isinstance(now, (Solver, Langevin)):
+            raise ValueError(f"{kind}.{name} has no options of its own.")
+        value = _replaced(now, rest, value)
     if isinstance(now, float) and type(value) is int:
         value = float(value) if abs(value) < 1 << 1023 else math.inf
     if not _fits(now, value):
-        raise ValueError(
-            f"--option {path[0]} of {type(obj).__name__} is {now!r} by default; {str(value)[:80]!r} is of another kind."
-        )
-    return dataclasses.replace(obj, **{path[0]: value})
+        raise ValueError(f"--option {name} of {kind} is {now!r} by default; {str(value)[:80]!r} is of another kind.")
+    return dataclasses.replace(obj, **{name: value})
 
 
 def _fits(now: Any, value: Any) -> bool:

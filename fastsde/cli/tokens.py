@@ -34,12 +34,7 @@ def token_cells(
 ) -> list[Cell]:
     """The cells of a sweep over token solvers, every combination that a solver takes.
 
-    Args:
-        opened: the folder, with the model and perhaps a critic.
-        solvers: such as "EntropyBudget", "Unmask:order=confidence,choice_temperature=4.5".
-        nfe: budgets, for solvers that take a number of steps.
-        rtol: tolerances, for solvers that take one.
-        seeds: seeds.
+    Solvers are such as "Unmask:order=confidence,choice_temperature=4.5".
 
     Raises:
         ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
@@ -65,12 +60,7 @@ def token_cells(
 
 
 def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> tokens.TokenSolver | None:
-    """The solver that the options mean; None where nothing is said, so that a tolerance or a budget chooses.
-
-    Args:
-        steps: what the command line says.
-        default: the name that stands for nothing said.
-        critic: that of the folder.
+    """The solver that the options mean; None where `default` stands for nothing said: rtol or nfe then chooses.
 
     Raises:
         ValueError: if options are for score models, the name is none of tokens, or the critic is missing.
@@ -96,12 +86,7 @@ def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> to
 
 
 def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], Tensor | None]) -> Source:
-    """A token model as `fastsde sample` draws from it.
-
-    Args:
-        request: what the command line asks for.
-        default: the solver's name that stands for nothing said.
-        labels: from the number of classes and sample numbers to classes.
+    """A token model as `fastsde sample` draws from it; `labels` says the classes of samples, from how many there are.
 
     Raises:
         ValueError: if solver, steps or label do not fit the model.

@@ -13,18 +13,7 @@ from typing import Any
 
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
-from fastsde.training.gan_losses import (
-    all_pairs,
-    average,
-    centred,
-    hinge,
-    lsgan,
-    one_way,
-    paired,
-    plain,
-    sgan,
-    wgan,
-)
+from fastsde.training.gan_losses import all_pairs, average, centred, hinge, lsgan, one_way, paired, plain, sgan, wgan
 from fastsde.training.introvae import IntroVAE, SoftIntroVAE
 from fastsde.training.masking import Masking
 from fastsde.training.networks import Discriminator
@@ -95,19 +84,10 @@ class AdversarySettings:
             first, *second = (
                 Discriminator(channels, self.width, self.halvings) for _ in range(1 + self.two_discriminators)
             )
-            return Adversary(
-                first,
-                LOSSES[self.loss](COMPARISONS[self.compare]),
-                self.weight,
-                self.steps,
-                self.learning_rate,
-                self.betas,
-                self.penalty,
-                self.masking,
-                self.score_masking,
-                self.updates,
-                *second,
-            )
+            own = ("loss", "compare", "width", "halvings", "two_discriminators")
+            shared = {name: value for name, value in vars(self).items() if name not in own}
+            loss = LOSSES[self.loss](COMPARISONS[self.compare])
+            return Adversary(first, loss, **shared, spectral_discriminator=second[0] if second else None)
         except ValueError as error:
             raise ValueError(f"adversary: {error}") from error
 

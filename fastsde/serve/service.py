@@ -93,12 +93,7 @@ class Service(ABC):
     size: tuple[int, int] | None = None
 
     def __init__(
-        self,
-        name: str,
-        sampler: RequestQueue,
-        limits: Limits,
-        record: dict[str, Any],
-        classes: Sequence[str] = (),
+        self, name: str, sampler: RequestQueue, limits: Limits, record: dict[str, Any], classes: Sequence[str] = ()
     ) -> None:
         self.name, self.sampler, self.limits, self.record, self.classes = name, sampler, limits, record, tuple(classes)
 
