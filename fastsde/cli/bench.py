@@ -50,13 +50,7 @@ def build_cells(
 
     Solvers are such as "DPMSolverPP:order=3,grid=karras". Budgets are for those that walk a grid, and tolerances for
     those that adapt their steps.
-
-    Raises:
-        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
-        TypeError: from the solver's own checks.
     """
-    if not nfe and not rtol:
-        raise ValueError("give --nfe, --rtol or both.")
     cells = []
     for label in solvers:
         name, _, text = label.partition(":")
@@ -129,10 +123,8 @@ def bench(ctx: click.Context, **asked: Any) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shares = option.shares(ctx)
-    place = "cpu" if asked.pop("ray") is not None else str(asked["device"])  # this process then only gives out work
-    for name in ("workers", "rank", "world_size"):
-        del asked[name]
-    out = asked.pop("out")
+    place = "cpu" if asked["ray"] is not None else str(asked["device"])  # this process then only gives out work
+    out = asked["out"]
     problem, cells = open_cells(asked | {"device": place})
     prepare_folder(out, needed=len(cells) * asked["n"] * math.prod(problem.image_shape) + (1 << 20))
     sweep = _sweep(out, problem, cells, asked)
@@ -148,17 +140,12 @@ def bench(ctx: click.Context, **asked: Any) -> None:
 
 
 def open_cells(asked: dict[str, Any]) -> tuple[Problem, list[Cell]]:
-    """Opens model, features and reference, and combines solvers, budgets, tolerances and seeds.
-
-    Args:
-        asked: values of the options.
-
-    Raises:
-        ValueError, TypeError, OSError: if they do not go together.
-    """
+    """Opens model, features and reference that the options say, and combines solvers, budgets, tolerances, seeds."""
     model, solvers, features = asked["model"], asked["solvers"], asked["features"]
     device = torch.device(asked["device"])
     budgets, tolerances = _numbers(int, asked["nfe"], "--nfe"), _numbers(float, asked["rtol"], "--rtol")
+    if not budgets and not tolerances:
+        raise ValueError("give --nfe, --rtol or both.")
     seeds = range(asked["seeds"])
     judge = open_features(features, asked["weights"], device=str(device)), reference_of(asked["reference"], features)
     record = {"model": model, "versions": versions()}

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -17,9 +15,9 @@ from tqdm import tqdm
 
 from fastsde.cli.output import dump_json, report, write_atomic
 from fastsde.cli.solver_options import Steps
-from fastsde.evaluation.cluster import Make, RayWorkers
+from fastsde.evaluation.cluster import Make
 from fastsde.evaluation.images import image_grid
-from fastsde.evaluation.jobs import ShardedJob, shard_arrays
+from fastsde.evaluation.jobs import MakeAll, ShardedJob, shard_arrays
 from fastsde.files import Content, npz_bytes
 from fastsde.result import SampleResult, SamplingError, Status
 
@@ -67,13 +65,6 @@ class Source:
         return shard_arrays(self.draw(index, labels, progress=False), self.images, labels)
 
 
-def begin_job(folder: Path, n: int, shard_size: int, request: Request, source: Source) -> ShardedJob:
-    """The job of a request, begun or gone on with."""
-    shape = {} if source.image_shape is None else {"image_shape": list(source.image_shape)}
-    settings = source.record | {"seed": request.seed, "label": request.label} | shape
-    return ShardedJob.begin(folder, n, shard_size, settings)
-
-
 def shard_maker(
     open_source: Callable[[Request], Source], request: Request, job: ShardedJob
 ) -> tuple[Make, dict[str, Any]]:
@@ -101,22 +92,16 @@ def run_job(
     source: Source,
     shares: tuple[int, int],
     *,
-    remote: tuple[RayWorkers, Callable[[], tuple[Make, dict[str, Any]]]] | None,
+    make_all: MakeAll | None,
     as_json: bool,
 ) -> None:
-    """Draws the shards of a job that are not there; whoever finds all of them writes picture and totals.
-
-    Workers, if there are any, draw in place of this process, each from what it opens.
+    """Draws the shards of a job that are not there, or has others do so; who finds all of them writes the totals.
 
     Raises:
         click.ClickException: if interrupted.
         SystemExit: with status 1 if a sample failed.
     """
     rank, world_size = shares
-    make_all = None
-    if remote is not None:
-        workers, open_maker = remote
-        make_all = partial(workers.make_all, open_maker=open_maker, record=source.record)
     with tqdm(total=job.n, initial=job.drawn(), desc="samples", unit="", disable=None) as bar:
         calls, count, look = 0, 0, time.monotonic()
         try:

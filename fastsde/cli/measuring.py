@@ -20,12 +20,7 @@ from fastsde.files import write_whole
 
 
 def reference_of(reference: str | None, features: str) -> Reference:
-    """The file of that name, or the packaged statistics of packaged features.
-
-    Raises:
-        ValueError: if none is given and none is packaged.
-        FileNotFoundError: if it is not there.
-    """
+    """The file of that name, or the packaged statistics of packaged features."""
     if reference is not None:
         return packaged_reference(reference) if reference in packaged_features() else Reference.load(Path(reference))
     if features not in packaged_features():

@@ -212,13 +212,7 @@ def write_video(path: Path, frames: Sequence[Image.Image], fps: float) -> None:
 
 
 def write_wave(path: Path, sound: np.ndarray, rate: int) -> None:
-    """A WAV file of 16 bits.
-
-    Args:
-        path: the file.
-        sound: floats in [-1, 1] with shape (T,) or (channels, T); what is beyond is cut.
-        rate: samples in a second.
-    """
+    """A WAV file of 16 bits, from floats in [-1, 1] with shape (T,) or (channels, T); what is beyond is cut."""
     levels = np.round(np.clip(np.atleast_2d(sound), -1, 1) * _WAVE).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(levels))

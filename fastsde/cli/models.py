@@ -59,11 +59,7 @@ class Opened:
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_scale: float | None = None) -> Opened:
-    """Loads what `--model` names; `guidance_scale` is for diffusers' models with classes.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `pretrained` and `fastsde.diffusers.load`.
-    """
+    """Loads what `--model` names; `guidance_scale` is for diffusers' models with classes."""
     folder = Path(name)
     ours = name in packaged() or (folder / CARD).is_file()
     looks_like_a_hub_name = name.count("/") == 1 and not folder.exists() and not name.startswith((".", "/"))

@@ -21,7 +21,7 @@ from fastsde.files import Content, write_together
 from fastsde.result import SampleResult, SamplingError, Status
 
 
-def prepare_folder(folder: Path, needed: int) -> None:
+def prepare_folder(folder: Path, needed: int, option: str = "--out") -> None:
     """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes.
 
     If the folders above it have to be made too, standard error says so: the path may be mistyped, or a disk missing.
@@ -34,14 +34,14 @@ def prepare_folder(folder: Path, needed: int) -> None:
         missing = [part for part in (folder, *folder.parents) if not part.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         if len(missing) > 1:
-            click.echo(f"--out {folder}: {missing[-1]} was not there and is made, with what is below it.", err=True)
+            click.echo(f"{option} {folder}: {missing[-1]} was not there and is made, with what is below it.", err=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise click.ClickException(f"--out {folder} cannot be written to: {error.strerror}.") from error
+        raise click.ClickException(f"{option} {folder} cannot be written to: {error.strerror}.") from error
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise click.ClickException(f"--out {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
+        raise click.ClickException(f"{option} {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
 
 
 def check_writable(path: Path, option: str = "--out") -> None:
@@ -53,7 +53,7 @@ def check_writable(path: Path, option: str = "--out") -> None:
     """
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file.")
-    prepare_folder(path.parent, needed=1 << 20)
+    prepare_folder(path.parent, needed=1 << 20, option=option)
 
 
 def write_atomic(folder: Path, contents: Mapping[str, Content]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
@@ -47,11 +48,7 @@ class Call:
 
     @classmethod
     def read(cls, options: Mapping[str, Any], settings: Sequence[str], n: int | None) -> Call:
-        """Reads the files too; of the options in `_OPTIONS` those not given are None, and `settings` are KEY=VALUE.
-
-        Raises:
-            ValueError: naming the option.
-        """
+        """Reads the files too; of the options in `_OPTIONS` those not given are None, and `settings` are KEY=VALUE."""
         given = {key: value for key, value in options.items() if value is not None}
         record = dict(given)
         for text in settings:
@@ -83,11 +80,7 @@ class Call:
         return cls(values, per_sample, n, record)
 
     def check(self, kind: type) -> None:
-        """Refuses what the call of a class does not take.
-
-        Raises:
-            ValueError: naming it, and what is allowed.
-        """
+        """Refuses what the call of a class does not take."""
         takes = {k: p for k, p in inspect.signature(kind.__call__).parameters.items() if p.kind is not p.VAR_KEYWORD}
         if unknown := [key for key in self.record if key not in takes]:
             known = ", ".join(key for key in takes if key not in ("self", *_OURS))
@@ -179,11 +172,7 @@ def run_pipeline(
 
 
 def _class(source: str, name: str | None) -> type | None:
-    """The class that will be called, read off the index alone; None if that does not tell it.
-
-    Raises:
-        ValueError: if there is no such class, or the folder holds no pipeline.
-    """
+    """The class that will be called, read off the index alone; None if that does not tell it."""
     try:
         import diffusers
     except ImportError as error:
@@ -191,31 +180,20 @@ def _class(source: str, name: str | None) -> type | None:
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--pipeline {source} holds no model_index.json, so no pipeline; a network is for --model.")
-    if name is None:
-        try:
-            name = str(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
-        except (OSError, ValueError, KeyError, TypeError):  # loading says what is wrong
-            return None
-        return _known(name)
-    kind = _known(name)
-    if kind is None:
+    stated = name
+    if stated is None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # loading says what is wrong
+            stated = str(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+    kind = getattr(diffusers, stated or "", None)
+    if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
+        return kind
+    if name is not None:
         raise ValueError(f"--class {name}: diffusers {diffusers.__version__} has no such pipeline.")
-    return kind
-
-
-def _known(name: str) -> type | None:
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) else None
+    return None
 
 
 def _opened(source: str, kind: type | None, dtype: torch.dtype) -> Any:
-    """The pipeline; of another class, its parts put together anew.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `fastsde.diffusers.load`; if the class needs other parts.
-    """
+    """The pipeline; of another class, its parts put together anew."""
     pipe, _ = load(source, dtype=dtype)
     if not hasattr(pipe, "components"):
         raise ValueError(f"--pipeline {source} is a network, no pipeline; a network is for --model.")

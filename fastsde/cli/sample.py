@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from fastsde.cli import options as option
-from fastsde.cli.job import Request, Source, begin_job, run_job, shard_maker
+from fastsde.cli.job import Request, Source, run_job, shard_maker
 from fastsde.cli.models import Opened, open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
@@ -27,7 +27,7 @@ from fastsde.cli.tokens import NAMES as TOKEN_SOLVERS
 from fastsde.cli.tokens import is_token_model, open_tokens
 from fastsde.evaluation.cluster import RayWorkers
 from fastsde.evaluation.images import image_grid, to_uint8
-from fastsde.evaluation.jobs import MANIFEST, controller_record, processes, whole_arrays, whole_samples
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes, whole_arrays, whole_samples
 from fastsde.files import Content
 from fastsde.result import SampleResult
 from fastsde.steps import DEFAULT_RTOL
@@ -179,10 +179,14 @@ def _draw(
     """Draws from a model, at once or as a job, and writes the files."""
     prepare_folder(out, needed=3 * n * math.prod(source.image_shape or (1 << 10,)) + (1 << 20))
     if n > shard_size or shares[1] > 1 or workers is not None or (out / MANIFEST).is_file():
-        job = begin_job(out, n, shard_size, request, source)
-        open_maker = partial(shard_maker, open_source, request, job)
-        remote = None if workers is None else (workers, open_maker)
-        run_job(job, source, shares, remote=remote, as_json=as_json)
+        shape = {} if source.image_shape is None else {"image_shape": list(source.image_shape)}
+        settings = source.record | {"seed": request.seed, "label": request.label} | shape
+        job = ShardedJob.begin(out, n, shard_size, settings)
+        make_all = None
+        if workers is not None:
+            open_maker = partial(shard_maker, open_source, request, job)
+            make_all = partial(workers.make_all, open_maker=open_maker, record=source.record)
+        run_job(job, source, shares, make_all=make_all, as_json=as_json)
         return
     labels = source.labels_of(torch.arange(n))
     result, failed = finished(partial(source.draw, torch.arange(n), labels, progress=True))
@@ -196,11 +200,7 @@ def _draw(
 
 
 def open_source(request: Request) -> Source:
-    """Opens what `--model` names.
-
-    Raises:
-        ValueError, TypeError, OSError: if the options do not fit it.
-    """
+    """Opens what `--model` names."""
     if is_token_model(request.model):
         return open_tokens(request, Steps.solver, partial(_labels, request.label))
     steps = request.steps

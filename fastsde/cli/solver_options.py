@@ -52,9 +52,6 @@ class Steps:
         Args:
             sde: the process that the grid is of; None for a pipeline, whose steps are the solver's own number.
             counted: whether something else says how many steps there are.
-
-        Raises:
-            ValueError, OSError: if the options do not go together, or the file holds no solver.
         """
         if self.fitted is not None:
             if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
@@ -87,11 +84,7 @@ def build_solver(name: str, options: Sequence[str]) -> Solver:
 
 
 def configured(solver: Solver, options: Sequence[str]) -> Solver:
-    """The solver with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
-
-    Raises:
-        ValueError: naming the option, what came and what is allowed.
-    """
+    """The solver with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1"."""
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
@@ -108,11 +101,7 @@ def check_request(
     atol: float | None,
     nfe: int | None,
 ) -> None:
-    """Refuses what `sample` would refuse of a solver and its steps, before a folder is claimed for it.
-
-    Raises:
-        ValueError, TypeError: as `sample`.
-    """
+    """Refuses what `sample` would refuse of a solver and its steps, before a folder is claimed for it."""
     steps = resolve_controller(model, model.sde, solver, controller, rtol, atol, nfe)
     steps.span(model.sde.t_min, model.sde.t_max)
     solver.check(model.sde, grids[0].times if (grids := steps.all_grids()) else None)

@@ -35,12 +35,7 @@ def token_cells(
     """The cells of a sweep over token solvers, every combination that a solver takes.
 
     Solvers are such as "Unmask:order=confidence,choice_temperature=4.5".
-
-    Raises:
-        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
     """
-    if not nfe and not rtol:
-        raise ValueError("give --nfe, --rtol or both.")
     cells, event = [], opened.model.event_shape or ()
     for label in solvers:
         name, _, text = label.partition(":")
@@ -60,11 +55,7 @@ def token_cells(
 
 
 def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> tokens.TokenSolver | None:
-    """The solver that the options mean; None where `default` stands for nothing said: rtol or nfe then chooses.
-
-    Raises:
-        ValueError: if options are for score models, the name is none of tokens, or the critic is missing.
-    """
+    """The solver that the options mean; None where `default` stands for nothing said: rtol or nfe then chooses."""
     if others := [f"--{name}" for name in ("atol", "grid", "fitted") if getattr(steps, name) is not None]:
         raise ValueError(f"{', '.join(others)} is for score models; this one has tokens.")
     name = "Unmask" if steps.solver == default and steps.steps is not None else steps.solver
@@ -86,11 +77,7 @@ def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> to
 
 
 def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], Tensor | None]) -> Source:
-    """A token model as `fastsde sample` draws from it; `labels` says the classes of samples, from how many there are.
-
-    Raises:
-        ValueError: if solver, steps or label do not fit the model.
-    """
+    """A token model as `fastsde sample` draws from it; `labels` says the classes of samples, of how many there are."""
     opened, steps = tokens.load_tokens(Path(request.model), request.device), request.steps
     solver = token_solver(steps, default, opened.critic)
     asked: dict[str, Any] = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe}

@@ -160,7 +160,10 @@ def _train_score(settings: Settings, data: _Data, vae: Any, device: torch.device
         check_data(data.images, data.labels)
         images, seen = _latents(vae, data.images, data.test_images, out / "latents.safetensors")
         data = dataclasses.replace(data, images=images, test_images=seen)
-        card["autoencoder"] = _card_of(Path(settings.autoencoder))
+        source = Path(settings.autoencoder) / CARD
+        stated = read_json(source) if source.is_file() else {}
+        keys = ("data", "licence", "command", "metrics", "parameters")
+        card["autoencoder"] = {key: stated[key] for key in keys if key in stated}
         card["latents"] = {key: vae.config[key] for key in SCALE}
     _, channels, _, side = data.images.shape
     torch.manual_seed(settings.training.seed)
@@ -318,9 +321,3 @@ def _card(shape: torch.Size, settings: Settings) -> dict[str, Any]:
         "image_shape": list(shape[1:]),
         "versions": versions(),
     }
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    """Where an autoencoder is from: what its card says, if it has one."""
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    return {key: card[key] for key in ("data", "licence", "command", "metrics", "parameters") if key in card}

@@ -73,11 +73,7 @@ class AdversarySettings:
                 raise ValueError(f"adversary.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
 
     def build(self, channels: int, image_size: int) -> Adversary:
-        """The discriminator, with fresh weights, and its training.
-
-        Raises:
-            ValueError: naming the setting out of range.
-        """
+        """The discriminator, with fresh weights, and its training."""
         try:
             if image_size >> max(self.halvings, 0) < 1:
                 raise ValueError(f"halvings must leave a pixel of {image_size}; got {self.halvings}.")
@@ -111,11 +107,7 @@ class VAESettings:
     beta_neg: float = 256.0
 
     def objective(self, model: str) -> IntroVAE | SoftIntroVAE:
-        """The losses of one of `AUTOENCODERS`.
-
-        Raises:
-            ValueError: naming the setting out of range.
-        """
+        """The losses of one of `AUTOENCODERS`."""
         try:
             if model == "soft-introvae":
                 return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg)
@@ -175,10 +167,6 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
         config: a TOML file, or None.
         assignments: such as "training.steps=100"; values as in TOML, or else words.
         options: by the same keys; None for those not given.
-
-    Raises:
-        ValueError: naming the key that is unknown or has a value of the wrong kind.
-        FileNotFoundError: if there is no such file.
     """
     found: dict[str, Any] = {}
     if config is not None:

@@ -183,7 +183,8 @@ class Sweep:
             progress: called with numbers of samples as they are drawn.
             make_all: has others make the files, from what `request` says of them.
         """
-        jobs = [self._job(cell) for cell in self.cells]  # all are checked before the first call
+        # All are checked before the first call.
+        jobs = [ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings) for job in self._jobs.values()]
         progress(sum(job.drawn() for job in jobs))
         for cell, job in zip(self.cells, jobs, strict=True):
             if (job.folder / RESULT).is_file():
@@ -244,11 +245,6 @@ class Sweep:
     def _cell_settings(self, cell: Cell) -> dict[str, Any]:
         solver, rule = repr(cell.solver), controller_record(cell.controller)
         return {"solver": solver, "setting": cell.setting, **rule, "seed": cell.seed}
-
-    def _job(self, cell: Cell) -> ShardedJob:
-        """The job of a cell, begun or checked."""
-        job = self._jobs[cell.name]
-        return ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings)
 
     def _plan(self, cell: Cell) -> ShardedJob:
         channels, *size = self.problem.image_shape
@@ -316,7 +312,7 @@ class Sweep:
 
     def images(self, cell: Cell, count: int) -> np.ndarray:
         """The first images of a cell, uint8 with shape (count, H, W, C)."""
-        return self._job(cell).first(count)
+        return self._jobs[cell.name].first(count)
 
     def write_tables(self) -> list[dict[str, Any]]:
         """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""

@@ -20,13 +20,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import fastsde
+from fastsde.checks import check_count, check_positive
 from fastsde.job import EngineState
 from fastsde.lane import Request
 from fastsde.live import RequestQueue, Sampler
 from fastsde.result import SampleResult
 from fastsde.score import Mask, Projection
 from fastsde.score.base import ScoreModel
-from fastsde.serve.limits import Limits
 from fastsde.solvers import SOLVERS, ExponentialPC
 from fastsde.tokens import TokenModel
 from fastsde.types import Cond
@@ -34,9 +34,37 @@ from fastsde.types import Cond
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _PIXELS = 1 << 24
 """Of an uploaded picture, at most; a small file may hold a huge one."""
-_UNUSED = Field(exclude=True)
-"""Of what clients of OpenAI's interface may send, and no record says."""
+_UNSAID = Field(exclude=True)
+"""Of fields that are not in the record of a picture: they change nothing."""
 Made = tuple[list[Image.Image | None], SampleResult]
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a server grants a request; more is refused.
+
+    Args:
+        n: samples.
+        nfe: network calls of a sample.
+        rtol: the smallest tolerance.
+        body: bytes of the request's body.
+        seconds: how long a request may take, waiting included.
+
+    Raises:
+        ValueError: naming the argument that is out of range.
+    """
+
+    n: int = 16
+    nfe: int = 250
+    rtol: float = 0.005
+    body: int = 8 << 20
+    seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("n", "nfe", "body"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("rtol", "seconds"):
+            check_positive(name, getattr(self, name))
 
 
 class Generation(BaseModel):
@@ -61,14 +89,14 @@ class Generation(BaseModel):
     image: Annotated[str | None, Field(description="A picture to edit, in base64.")] = None
     mask: Annotated[str | None, Field(description="White where the picture is drawn anew, in base64.")] = None
     strength: Annotated[float | None, Field(gt=0, le=1, description="How much of the picture goes.")] = None
-    response_format: Annotated[Literal["b64_json"] | None, _UNUSED] = None
-    model: Annotated[str | None, Field(max_length=400), _UNUSED] = None
-    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below."), _UNUSED] = None
-    quality: Annotated[str | None, Field(max_length=40), _UNUSED] = None
-    style: Annotated[str | None, Field(max_length=40), _UNUSED] = None
-    background: Annotated[str | None, Field(max_length=40), _UNUSED] = None
-    moderation: Annotated[str | None, Field(max_length=40), _UNUSED] = None
-    output_format: Annotated[Literal["png"] | None, _UNUSED] = None
+    response_format: Annotated[Literal["b64_json"] | None, _UNSAID] = None
+    model: Annotated[str | None, Field(max_length=400), _UNSAID] = None
+    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below."), _UNSAID] = None
+    quality: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    style: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    background: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    moderation: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    output_format: Annotated[Literal["png"] | None, _UNSAID] = None
 
 
 class Service(ABC):

@@ -17,6 +17,7 @@ from fastsde.tokens.drawing import first
 from fastsde.tokens.model import BoundTokens, Critic, TokenModel
 from fastsde.tokens.process import MASK, Masking
 from fastsde.tokens.solver import COINS, SCORES, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.unmask import left_masked
 from fastsde.types import Carry, Time, Tokens
 
 
@@ -242,8 +243,7 @@ class TokenCritic(TokenSolver):
         progress = 1 - process.time(s)
         values, _ = drawn(used, at, noise.uniform(VALUES), self.temperature, progress)
         completed = written(x, at, values)
-        back = torch.where(s > 0, torch.floor(free * s + 1e-9).long().clamp(min=1), 0)
-        back = torch.minimum(back, (free - 1).clamp(min=0))
+        back = left_masked(free, free, s)
         ids, said = model.ask(self.critic, completed, (back > 0) & ~failed)  # type: ignore[arg-type]
         score = torch.zeros(masked.shape, dtype=torch.float64, device=x.device)
         score[ids] = said.double()

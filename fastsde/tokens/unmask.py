@@ -90,8 +90,7 @@ def left_masked(masked: Index, free: Index, s: Time) -> Index:
     Source: Chang et al., https://arxiv.org/abs/2202.04200, alg. of their published code. All have shape (B,).
     """
     # 0.7 of 10 is 7, however it was rounded.
-    kept = torch.floor(free * s + 1e-9).long().clamp(min=0)
-    kept = torch.where(s > 0, kept.clamp(min=1), kept)
+    kept = torch.where(s > 0, torch.floor(free * s + 1e-9).long().clamp(min=1), 0)
     return torch.minimum(kept, masked - 1).clamp(min=0)
 
 

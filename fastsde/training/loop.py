@@ -102,6 +102,7 @@ def train(
     return run(network, rules, losses, *common, noted, simultaneous=simultaneous)
 
 
+_ADVICE = "A smaller learning_rate may help; what was saved before is as it was."
 Losses = Iterator[tuple[str, Tensor]]
 """Losses of one step in turn, by name; each is made after the one before has been descended, unless updates are
 simultaneous. A name without a rule is a number to be noted."""
@@ -237,10 +238,8 @@ def _slope(rule: Rule, loss: Tensor, step: int) -> float:
     averaged([value, *(p.grad for p in rule.network.parameters() if p.grad is not None)])
     norm = nn.utils.clip_grad_norm_(rule.network.parameters(), rule.grad_clip)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"{rule.what} at step {step}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller "
-            "learning_rate may help; what was saved before is as it was."
-        )
+        what = f"the loss is {float(value)} and its gradient's norm {float(norm)}"
+        raise FloatingPointError(f"{rule.what} at step {step}: {what}. {_ADVICE}")
     return float(value)
 
 
@@ -248,10 +247,7 @@ def _check_weights(modules: dict[str, nn.Module], step: int) -> None:
     for name, module in modules.items():
         for key, weight in module.state_dict().items():
             if not torch.isfinite(weight).all():
-                raise FloatingPointError(
-                    f"{name} at step {step}: {key} is not finite and was not saved. A smaller learning_rate may help; "
-                    "what was saved before is as it was."
-                )
+                raise FloatingPointError(f"{name} at step {step}: {key} is not finite and was not saved. {_ADVICE}")
 
 
 @torch.no_grad()
