@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastsde.control import Controller, Grid
 from fastsde.score.base import ScoreModel
@@ -68,9 +68,15 @@ class Steps:
             raise ValueError(f"give either --steps, which fixes the grid, or {others}.")
         if sde is not None:
             return solver, (GRIDS[self.grid](sde, self.steps) if self.grid else own_grid(sde, solver, self.steps))
-        if "steps" not in {field.name for field in dataclasses.fields(cast(Any, solver))}:
+        return self.counted(solver), None
+
+    def counted(self, solver: Any) -> Any:
+        """The solver with as many steps as `--steps` says, if it does."""
+        if self.steps is None:
+            return solver
+        if "steps" not in {field.name for field in dataclasses.fields(solver)}:
             raise ValueError(f"--solver {self.solver} takes no number of steps; give --rtol or --nfe.")
-        return dataclasses.replace(cast(Any, solver), steps=self.steps), None
+        return dataclasses.replace(solver, steps=self.steps)
 
     def _said(self, *names: str) -> str:
         """Those of the options that were given."""

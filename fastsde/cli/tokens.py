@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -68,12 +67,7 @@ def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> to
     if name == "TokenCritic" and critic is None:
         raise ValueError("--solver TokenCritic needs a folder with a critic.")
     solver = tokens.TokenCritic(critic) if name == "TokenCritic" else NAMES[name]()
-    solver = cast(tokens.TokenSolver, configured(solver, steps.options))
-    if steps.steps is None:
-        return solver
-    if "steps" not in {field.name for field in dataclasses.fields(cast(Any, solver))}:
-        raise ValueError(f"--solver {name} takes no number of steps; give --rtol or --nfe.")
-    return dataclasses.replace(cast(Any, solver), steps=steps.steps)
+    return cast(tokens.TokenSolver, steps.counted(configured(solver, steps.options)))
 
 
 def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], Tensor | None]) -> Source:

@@ -181,7 +181,7 @@ def _train_score(settings: Settings, data: _Data, vae: Any, device: torch.device
     model = score_model(network.to(device), sde, card, vae)
     adversary = None if settings.adversary is None else settings.adversary.build(channels, side)
     if adversary is not None:
-        adversary.discriminator.to(device)
+        adversary.network.to(device)
 
     def draw(averaged: nn.Module, path: Path) -> None:
         draw_samples(score_model(averaged, sde, card, vae), len(names), path)

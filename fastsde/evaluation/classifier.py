@@ -77,10 +77,8 @@ def train_classifier(
     Args:
         images: uint8 with shape (N, C, H, W), H and W divisible by 4.
         labels: int64 with shape (N,), from 0 on.
-        epochs: passes over the data.
-        batch_size: images a step.
-        learning_rate: at the start.
-        weight_decay: of all weights.
+        epochs, batch_size: passes over the data, and images a step.
+        learning_rate, weight_decay: at the start, and of all weights.
         smoothing: share of the target spread over all classes.
         seed: determines weights, order and augmentation.
         bf16: bfloat16 under autocast.

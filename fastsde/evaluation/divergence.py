@@ -164,8 +164,7 @@ def fit_critic(
     """Fits a critic to one half of each sample, and measures the divergence on the other half.
 
     Args:
-        features_p: with shape (n, d), n at least 20.
-        features_q: with shape (m, d), m at least 20.
+        features_p, features_q: with shape (n, d) and (m, d), n and m at least 20.
         f: as for `relativistic`, like kind.
         width: of the critic's two hidden layers.
         steps: of AdamW.

@@ -36,8 +36,7 @@ class Features:
         network: from (B, C, H, W) to features (B, d), or to a pair of features and logits (B, classes).
         name: what to call it.
         channels: 1 or 3.
-        mean: of the normalisation, of images in [0, 1].
-        std: of the normalisation.
+        mean, std: of the normalisation, of images in [0, 1].
         size: side in pixels that the network wants; None takes any.
         shape: the only image shape (C, H, W) that it was made for; None takes any.
         resize_inside: what the network itself does to the size of images, for the record.

@@ -30,8 +30,7 @@ class Reference:
     clean-fid and ADM's suite write them, is read too, but does not say which network it is of.
 
     Attributes:
-        mean: with shape (d,).
-        covariance: with shape (d, d).
+        mean, covariance: with shape (d,) and (d, d).
         feats: features of some of the images, with shape (k, d), for kernel distance, precision and recall; or None.
         record: what the file says of itself: features, image shape, n, source; empty if it says nothing.
     """

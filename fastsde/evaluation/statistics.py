@@ -173,8 +173,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, block: int = 1000, seed: int = 0) -
     https://arxiv.org/abs/1801.01401, sec. 4.
 
     Args:
-        x: features, with shape (n, d).
-        y: features, with shape (m, d).
+        x, y: features, with shape (n, d) and (m, d).
         block: rows in a block, or all if there are fewer.
         seed: of the order of the rows.
 
@@ -262,8 +261,7 @@ def manifold(x: Tensor, reference: Tensor, *, k: int = NEIGHBOUR) -> Manifold:
     https://arxiv.org/abs/2002.09797, eq. 4 and 5.
 
     Args:
-        x: features of samples, with shape (n, d).
-        reference: features of data, with shape (m, d).
+        x, reference: features of samples and of data, with shape (n, d) and (m, d).
         k: the neighbour that gives a ball its radius; the point itself is not one.
 
     Raises:
@@ -304,8 +302,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, seed: in
     https://doi.org/10.1007/s10851-014-0506-3. Samples of one law have a distance too, of order n^(-1/2).
 
     Args:
-        x: with shape (n, d).
-        y: with shape (m, d).
+        x, y: with shape (n, d) and (m, d).
         projections: directions.
         seed: of the directions.
 

@@ -29,8 +29,7 @@ class Adam(torch.optim.Adam):
     the argument. For negative momentum in games see Gidel et al., https://arxiv.org/abs/1807.04740.
 
     Args:
-        params: parameters or groups.
-        lr: learning rate.
+        params, lr: parameters or groups, and the learning rate.
         betas: beta_1 in (-1, 1), beta_2 in [0, 1).
 
     Raises:

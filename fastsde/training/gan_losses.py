@@ -61,8 +61,7 @@ class GANLoss:
     """The four functions and the comparison.
 
     Attributes:
-        f_1: of the discriminator, for real data; elementwise.
-        f_2: of the discriminator, for fake data.
+        f_1, f_2: of the discriminator, for real and for fake data; elementwise.
         g_1: of the generator, for real data: without gradient for `plain`, with one for relativistic comparisons.
         g_2: of the generator, for fake data.
         compare: `plain`, `paired`, `average`, `centred`, `one_way` or `all_pairs`.

@@ -94,8 +94,7 @@ class Draw:
     Attributes:
         x: data with shape (B, *event).
         z_p: draws from the prior, with the shape of latents.
-        eps: noise of the posteriors of x.
-        eps_s: noise of the posteriors of what the decoder made.
+        eps, eps_s: noise of the posteriors of x, and of what the decoder made.
     """
 
     x: State
@@ -172,8 +171,7 @@ class SoftIntroVAE:
     with the x_s stopped in the encoder's loss and, as targets of R, in the decoder's.
 
     Attributes:
-        beta_rec: weight of reconstructions.
-        beta_kl: weight of KL.
+        beta_rec, beta_kl: weights of reconstructions and of KL.
         beta_neg: weight of the KL of what the decoder made; if the loss is not finite, take a larger one.
         gamma: weight of the reconstruction of what the decoder made.
 

@@ -44,8 +44,7 @@ def number_of_levels(sigma_1: float, sigma_L: float, d: int, *, overlap: float =
     overlap by more than that: the rule then says 2. Source: Song and Ermon, https://arxiv.org/abs/2006.09011, sec. 3.2.
 
     Args:
-        sigma_1: the largest level.
-        sigma_L: the smallest.
+        sigma_1, sigma_L: the largest level and the smallest.
         d: number of elements of a sample.
         overlap: in (0, 0.99).
 
@@ -91,8 +90,7 @@ def level_times(sde: SDE, sigmas: Tensor, batch: int, generator: torch.Generator
     Args:
         sde: any process.
         sigmas: levels, with shape (L,).
-        batch: rows.
-        generator: for the draw.
+        batch, generator: rows, and what draws them.
 
     Returns:
         Float64 times with shape (batch,).

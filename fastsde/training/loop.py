@@ -255,9 +255,7 @@ def held_out_loss(model: ScoreModel, images: Tensor, labels: Tensor | None, batc
     """Mean denoising loss over images not trained on, with fixed times and noise, so that networks can be compared.
 
     Args:
-        model: the score model.
-        images: uint8 with shape (N, C, H, W).
-        labels: int64 with shape (N,), or None.
+        model, images, labels: as for `train`.
         batch_size: images evaluated at a time; the result depends on it through the draws.
     """
     generator = torch.Generator().manual_seed(0)

@@ -59,8 +59,7 @@ def small_autoencoder(
     """A small autoencoder of diffusers with group norm: latents of 4 x 7 x 7 for images of 28 x 28.
 
     Args:
-        image_size: height and width in pixels, divisible by 2 for each resolution but the first.
-        channels: image channels.
+        image_size, channels: as for `small_unet`.
         widths: channels at each resolution, divisible by 8.
         latent_channels: channels of the latents.
 
@@ -148,8 +147,7 @@ class MLP(nn.Module):
 
     Args:
         dim: dimensions of a point.
-        width: of the hidden layers.
-        depth: number of hidden layers.
+        width, depth: of the hidden layers, and how many they are.
         frequencies: of t in [0, 1], in octaves from 1/2.
         octaves: of each coordinate of x, from 1/4; 0 for none. Fine structure is slow to learn without.
 

@@ -62,8 +62,7 @@ def critic_loss(
     The model is not trained. Source: Lezama et al., https://arxiv.org/abs/2209.04439, eq. 6 of the supplement.
 
     Args:
-        critic: the critic being trained.
-        model: the token model.
+        critic, model: the critic being trained, and the token model.
         x_0, t, uniform, cond: as for `masked_loss`.
         fill: uniforms in (0, 1), float64 with shape (B, *event), for the model's draws.
 
