@@ -132,7 +132,7 @@ def bench(ctx: click.Context, **asked: Any) -> None:
         with option.ray_workers(ctx) as workers:
             make_all = None
             if workers is not None:
-                open_maker = partial(sweep_maker, asked | {"device": option.device_of(ctx, workers)})
+                open_maker = partial(sweep_maker, asked | {"device": workers.device})
                 make_all = partial(workers.make_all, open_maker=open_maker, record=sweep.settings)
             _run(sweep, *shares, make_all)
     except KeyboardInterrupt as error:

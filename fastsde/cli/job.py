@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsde import api
 from fastsde.cli.output import dump_json, report, write_atomic
 from fastsde.cli.solver_options import Steps
 from fastsde.evaluation.cluster import Make
@@ -65,6 +66,12 @@ class Source:
         return shard_arrays(self.draw(index, labels, progress=False), self.images, labels)
 
 
+def draw(model: Any, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
+    """Draws the samples of these numbers, which for latent models are latents."""
+    cond = None if labels is None else {"class_labels": labels}
+    return api.sample(model, index=index, cond=cond, **options)
+
+
 def shard_maker(
     open_source: Callable[[Request], Source], request: Request, job: ShardedJob
 ) -> tuple[Make, dict[str, Any]]:
@@ -88,12 +95,7 @@ def single_threaded(device: str) -> None:
 
 
 def run_job(
-    job: ShardedJob,
-    source: Source,
-    shares: tuple[int, int],
-    *,
-    make_all: MakeAll | None,
-    as_json: bool,
+    job: ShardedJob, source: Source, shares: tuple[int, int], *, make_all: MakeAll | None, as_json: bool
 ) -> None:
     """Draws the shards of a job that are not there, or has others do so; who finds all of them writes the totals.
 

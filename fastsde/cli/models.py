@@ -9,13 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastsde import api
 from fastsde.checkpoints import CARD, PackagedModel, packaged, pretrained, read_card, weight_hash
 from fastsde.diffusers import decode_latents, from_diffusers, load
 from fastsde.diffusers.adapter import network_of
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import CONFIG
-from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
 from fastsde.score.network import weights_hash
 
@@ -37,11 +35,6 @@ class Opened:
     source: dict[str, Any]
     pipe: Any = None
     names: tuple[str, ...] = ()
-
-    def sample(self, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
-        """Draws the samples of these numbers, which for latent models are latents."""
-        cond = None if labels is None else {"class_labels": labels}
-        return api.sample(self.model, index=index, cond=cond, **options)
 
     @property
     def autoencoder(self) -> Any:

@@ -105,7 +105,7 @@ def shares(ctx: click.Context) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
-    """The workers that --ray asks for, or None."""
+    """The workers that --ray asks for, where --device says or else on GPUs if the cluster has any; or None."""
     address, count = ctx.params["ray"], ctx.params["workers"]
     if address is None:
         if count is not None:
@@ -113,14 +113,9 @@ def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
         yield None
         return
     with RayWorkers.connected(address, count) as found:
+        asked = ctx.params["device"]
+        if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+            if asked.index is not None or asked.type not in ("cpu", found.device):
+                raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
+            found.device = asked.type
         yield found
-
-
-def device_of(ctx: click.Context, found: RayWorkers) -> str:
-    """Where workers draw: as --device says, else on GPUs if the cluster has any."""
-    asked = ctx.params["device"]
-    if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        if asked.index is not None or asked.type not in ("cpu", found.device):
-            raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
-        found.device = asked.type
-    return found.device

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from fastsde.cli import options as option
-from fastsde.cli.job import Request, Source, run_job, shard_maker
+from fastsde.cli.job import Request, Source, draw, run_job, shard_maker
 from fastsde.cli.models import Opened, open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
@@ -153,8 +153,8 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
         files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
         with option.ray_workers(ctx) as workers:
             if workers is not None:
-                request = dataclasses.replace(request, device=option.device_of(ctx, workers))
-                source.record["device"] = request.device
+                request = dataclasses.replace(request, device=workers.device)
+                source.record["device"] = workers.device
             _draw(request, source, asked["n"] or 64, shares, workers, **files)
         return
     if processes(None, None, os.environ)[1] > 1:
@@ -221,8 +221,8 @@ def open_source(request: Request) -> Source:
     if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
         channels, *size = opened.model.event_shape
         shape = (*size, channels)
-    draw = partial(opened.sample, seed=request.seed, batch_size=request.batch_size, **chosen)
-    return Source(draw, partial(_labels, request.label, opened.classes), partial(_decoded, opened), record, shape)
+    drawn = partial(draw, opened.model, seed=request.seed, batch_size=request.batch_size, **chosen)
+    return Source(drawn, partial(_labels, request.label, opened.classes), partial(_decoded, opened), record, shape)
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:

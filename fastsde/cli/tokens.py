@@ -10,13 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastsde import api, tokens
-from fastsde.cli.job import Request, Source
+from fastsde import tokens
+from fastsde.cli.job import Request, Source, draw
 from fastsde.cli.output import versions
 from fastsde.cli.solver_options import Steps, configured
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.sweep import Cell
-from fastsde.result import SampleResult
 
 NAMES = {solver.__name__: solver for solver in tokens.SOLVERS}
 SWEPT = "EntropyBudget Unmask Unmask:order=confidence,choice_temperature=4.5"
@@ -80,10 +79,6 @@ def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], 
     record |= {"solver": repr(solver), "rtol": steps.rtol, "nfe_budget": steps.nfe}
     record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
 
-    def draw(index: Tensor, labels: Tensor | None, *, progress: bool) -> SampleResult:
-        cond = None if labels is None else {"class_labels": labels}
-        said: dict[str, Any] = {"seed": request.seed, "batch_size": request.batch_size, "progress": progress}
-        return api.sample(opened.model, index=index, cond=cond, **said, **asked)
-
+    drawn = partial(draw, opened.model, seed=request.seed, batch_size=request.batch_size, **asked)
     images = None if opened.book is None else lambda kept: to_uint8(opened.images(kept), (-1.0, 1.0))
-    return Source(draw, partial(labels, opened.classes), images, record)
+    return Source(drawn, partial(labels, opened.classes), images, record)

@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import click
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -32,7 +31,7 @@ from fastsde.files import as_json, csv_text, read_json, sha256, write_whole
 from fastsde.score.network import weights_hash
 from fastsde.sde.vp import VPSDE
 from fastsde.training.batches import check_data, data_hash, rank_and_size
-from fastsde.training.checkpoint import History
+from fastsde.training.checkpoint import History, read_tensors
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import holds_idx, load_images, load_test_images, to_unit_range
 from fastsde.training.introvae import decoded, divergence, posterior, reconstruction, train_autoencoder
@@ -205,9 +204,7 @@ def _latents(vae: Any, images: Tensor, test: Tensor | None, cache: Path) -> tupl
     """
     of = sha256(f"{weights_hash(vae)} {data_hash(images, None)} {None if test is None else len(test)}".encode())
     if cache.is_file():
-        with safe_open(cache, "pt") as file:
-            kept = file.metadata() or {}
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        found, kept = read_tensors(cache)
         if kept.get("of") != of:
             raise ValueError(f"{cache} is of other data or another autoencoder. Choose another --out, or delete it.")
         scale = json.loads(kept["scale"])

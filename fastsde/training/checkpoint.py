@@ -17,6 +17,20 @@ History = dict[str, list[float]]
 """The losses of every step so far, by name."""
 
 
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, by name, and its metadata.
+
+    Raises:
+        ValueError: if it is damaged, naming it.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
 def save_checkpoint(
     path: Path,
     modules: dict[str, nn.Module],
@@ -51,12 +65,7 @@ def load_checkpoint(
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start without --resume.")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    tensors, meta = read_tensors(path)
     if not {"step", "config"} <= meta.keys():
         raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
     wanted = as_json(settings)
