@@ -57,12 +57,9 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Writes a file that appears under its name only when it is whole and on the disk.
+    """Writes a file that appears under its name only when it is whole and on the disk; an OSError names the file.
 
     Processes that write the same file have temporary names of their own.
-
-    Raises:
-        OSError: naming the file.
     """
     write_together({path: content})
 
@@ -205,11 +202,7 @@ class ArrayFile:
                 self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """The array of that name, which is one of `headers`.
-
-        Raises:
-            ValueError: if the file is damaged, naming it.
-        """
+        """The array of that name, which is one of `headers`; a ValueError names a file that is damaged."""
         with self._blamed(), self._zip.open(f"{name}.npy") as file:
             array: np.ndarray = npy.read_array(file, allow_pickle=False)
         return array

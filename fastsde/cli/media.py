@@ -27,17 +27,10 @@ _WAVE = 32767
 
 
 def read_value(text: str) -> tuple[Any, Any]:
-    """An argument as written on a command line.
+    """An argument as written on a command line, and what a record says of it: the value, or names and SHA-256 of files.
 
-    Args:
-        text: JSON; else the text itself. With @ in front, a file: an image, a video (.gif, a .webp that moves) or a
-            folder of images as a list of images, an array as a tensor, a text.
-
-    Returns:
-        The value, and what a record says of it: the value, or names and SHA-256 of files.
-
-    Raises:
-        ValueError: if a file is not there or cannot be read, naming it.
+    It is JSON, or else the text itself. With @ in front it is a file: an image, a video (.gif, a .webp that moves) or a
+    folder of images as a list of images, an array as a tensor, a text. A file that cannot be read is named.
     """
     if not text.startswith("@"):
         try:
@@ -101,11 +94,7 @@ def _still(path: Path) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA if it is transparent somewhere, turned as its EXIF data say.
-
-    Raises:
-        ValueError: if it has more than 8 bits a channel.
-    """
+    """RGB, or RGBA if it is transparent somewhere, turned as its EXIF data say; more bits than 8 are refused."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"it is not 8 bits a channel (mode {image.mode})")
     image = ImageOps.exif_transpose(image)

@@ -22,12 +22,9 @@ from fastsde.result import SampleResult, SamplingError, Status
 
 
 def prepare_folder(folder: Path, needed: int, option: str = "--out") -> None:
-    """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes.
+    """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes, or says what is in the way.
 
     If the folders above it have to be made too, standard error says so: the path may be mistyped, or a disk missing.
-
-    Raises:
-        click.ClickException: saying what stands in the way.
     """
     probe = folder / f".fastsde.{os.getpid()}.tmp"
     try:
@@ -45,29 +42,16 @@ def prepare_folder(folder: Path, needed: int, option: str = "--out") -> None:
 
 
 def check_writable(path: Path, option: str = "--out") -> None:
-    """Refuses a file that could not be written after all the work.
-
-    Raises:
-        ValueError: if it is a folder.
-        click.ClickException: if its folder cannot be written to.
-    """
+    """Refuses a file that could not be written after all the work."""
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file.")
     prepare_folder(path.parent, needed=1 << 20, option=option)
 
 
 def write_atomic(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
-    """Writes files that belong together, all or none.
+    """Writes files that belong together, by their names, and returns their paths.
 
-    Args:
-        folder: where they go.
-        contents: of each file, by name.
-
-    Returns:
-        The files' paths.
-
-    Raises:
-        click.ClickException: if one cannot be written, a full disk included; then none of them is.
+    If one cannot be written, a full disk included, none of them is, and an error names it.
     """
     files = {folder / name: content for name, content in contents.items()}
     try:
@@ -115,8 +99,7 @@ def result_record(result: SampleResult) -> dict[str, Any]:
 def finished(draw: Callable[[], Any]) -> tuple[Any, bool]:
     """What a call has drawn, and whether it ended early; what is finished stays, after a failure and after Ctrl-C.
 
-    Raises:
-        click.ClickException: if nothing was finished.
+    That nothing was finished is an error.
     """
     failure = None
     try:

@@ -94,13 +94,11 @@ class _Crew:
                     yield path, None
                 continue
             self._deaths[path] = 0
-            if path is not None:
-                self.idle.append(worker)
-                yield path, found
-            elif other := differences(as_json(found), self._record):
+            if path is None and (other := differences(as_json(found), self._record)):
                 raise ValueError(f"a worker has another model or other versions than this process ({other}).")
-            else:
-                self.idle.append(worker)
+            self.idle.append(worker)
+            if path is not None:
+                yield path, found
 
     def _lost(self, worker: Any, path: Path | None, error: Exception) -> None:
         import ray

@@ -382,11 +382,7 @@ class _Bounded:
 
 
 def _result(future: asyncio.Future[Any]) -> Any:
-    """What a request has returned.
-
-    Raises:
-        HTTPException: if it has failed.
-    """
+    """What a request has returned; an HTTPException says why it has failed."""
     if future.cancelled():
         raise CancelledError
     error = future.exception()

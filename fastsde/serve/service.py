@@ -143,11 +143,7 @@ class Service(ABC):
         return None
 
     def refuse(self, asked: Generation, *names: str) -> None:
-        """Refuses fields that this model has no use for.
-
-        Raises:
-            ValueError: naming them.
-        """
+        """Refuses, with a ValueError that names them, fields that this model has no use for."""
         if said := [name for name in names if getattr(asked, name) is not None]:
             raise ValueError(f"{self.name} takes no {', '.join(said)}.")
 
@@ -190,11 +186,7 @@ class Service(ABC):
 
 
 def within(asked: Generation, limits: Limits) -> dict[str, Any]:
-    """Solver and steps that are asked for, as keyword arguments of `submit`.
-
-    Raises:
-        ValueError: naming what is out of the limits.
-    """
+    """Solver and steps that are asked for, as keyword arguments of `submit`; a ValueError names what is not granted."""
     if asked.n > limits.n:
         raise ValueError(f"n must be at most {limits.n} here; got {asked.n}.")
     if asked.nfe is not None and asked.nfe > limits.nfe:

@@ -86,10 +86,7 @@ class Batches(Rows):
 
     Args:
         model: the score model, on whose device batches are put.
-        images, labels, config, share: as for `Rows`.
-
-    Raises:
-        ValueError: as `Rows`.
+        images, labels, config, share: as for `Rows`, errors too.
     """
 
     def __init__(
@@ -151,11 +148,7 @@ def data_hash(images: Tensor, labels: Tensor | None) -> str:
 
 
 def check_data(images: Tensor, labels: Tensor | None, *, tokens: bool = False) -> None:
-    """Refuses data that nothing can be learned from; `tokens` says that the data are integers.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
+    """Refuses, with a ValueError, data that nothing can be learned from; `tokens` says that the data are integers."""
     if len(images) < 2:
         raise ValueError(f"images must be at least two; got shape {tuple(images.shape)}.")
     if not tokens and images.dtype != torch.uint8 and not images.is_floating_point():

@@ -148,7 +148,7 @@ def run(
     *,
     simultaneous: bool = False,
 ) -> nn.Module:
-    """The loop: any losses, each a function of the step. Returns the averaged copy of the network.
+    """The loop: any losses, each a function of the step. Returns the averaged copy of the network; errors as `train`.
 
     Args:
         network: what is averaged.
@@ -158,9 +158,6 @@ def run(
         settings: what a checkpoint must agree on.
         noted: names of the numbers among the losses that have no rule.
         simultaneous: whether weights move after all losses of a step, rather than after each.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError, FloatingPointError: as `train`.
     """
     checkpoint = Path(checkpoint)
     check_count("save_every", save_every, 1)
@@ -227,11 +224,7 @@ def averaged(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _slope(rule: Rule, loss: Tensor, step: int) -> float:
-    """Puts the gradient, averaged over processes, on the parameters; the loss, averaged too.
-
-    Raises:
-        FloatingPointError: if loss or gradient is not finite.
-    """
+    """Puts the gradient, averaged over processes, on the parameters; the loss, averaged too. Both must be finite."""
     rule.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     value = loss.detach().clone()

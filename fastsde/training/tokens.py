@@ -104,10 +104,7 @@ def train_tokens(
         checkpoint, resume, save_every, callback: as for `train`.
 
     Raises:
-        ValueError: if the tokens are out of the model's range, or the checkpoint was made with other settings.
-        TypeError: if what is trained is not around a torch module.
-        FloatingPointError: if a loss or gradient is no longer finite.
-        FileExistsError, FileNotFoundError: as for `train`.
+        ValueError: if the tokens are out of the model's range; also as `train`, like other errors.
     """
     trained = model if critic is None else critic
     network = trained.network
