@@ -126,6 +126,9 @@ class Service(ABC):
         self.name, self.sampler, self.limits, self.record, self.classes = name, sampler, limits, record, tuple(classes)
 
     @abstractmethod
+    def arguments(self, asked: Generation) -> dict[str, Any]:
+        """What a request asks of the sampler beside n, seed, solver and steps; errors as `submit`."""
+
     def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         """Asks the sampler.
 
@@ -133,6 +136,10 @@ class Service(ABC):
             ValueError, TypeError: saying what of the request is not allowed.
             SamplerFullError: if the queue is full.
         """
+        sampler: Any = self.sampler
+        arguments = self.arguments(asked) | within(asked, self.limits)
+        request: Request = sampler.submit(n=asked.n, seed=asked.seed, callback=callback, **arguments)
+        return request
 
     @abstractmethod
     def made(self, result: Any) -> Made:
@@ -219,8 +226,6 @@ class ModelService(Service):
         options: of the `Sampler`.
     """
 
-    sampler: Sampler
-
     def __init__(
         self,
         name: str,
@@ -241,27 +246,23 @@ class ModelService(Service):
         if not decoded:
             self.size = model.event_shape[2], model.event_shape[1]
 
-    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         self.refuse(asked, "guidance_scale", "negative_prompt")
         self.check_size(asked)
-        cond = self.cond(asked)
-        more: dict[str, Any] = {}
+        cond = {"cond": self.cond(asked)}
         if asked.image is None:
             self.refuse(asked, "mask", "strength")
-        elif not self.edits:
+            return cond
+        if not self.edits:
             raise ValueError(f"{self.name} takes no image.")
-        else:
-            x = self._read("image", asked.image)
-            if asked.mask is None:
-                more = {"x_data": x.expand(asked.n, *x.shape), "strength": asked.strength or 0.6}
-            else:
-                self.refuse(asked, "strength")
-                drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
-                if drawn.all() or not drawn.any():
-                    raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
-                more = {"model": Projection(self.model, Mask(~drawn), x)}
-        how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond, callback=callback, **how, **more)
+        x = self._read("image", asked.image)
+        if asked.mask is None:
+            return cond | {"x_data": x.expand(asked.n, *x.shape), "strength": asked.strength or 0.6}
+        self.refuse(asked, "strength")
+        drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
+        if drawn.all() or not drawn.any():
+            raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
+        return cond | {"model": Projection(self.model, Mask(~drawn), x)}
 
     def _read(self, name: str, text: str) -> Tensor:
         """An uploaded picture as a sample, in the model's size and range."""
@@ -293,8 +294,6 @@ class TokenService(Service):
         options: of the `Sampler`.
     """
 
-    sampler: Sampler
-
     def __init__(
         self,
         name: str,
@@ -308,11 +307,10 @@ class TokenService(Service):
         super().__init__(name, Sampler(model, max_nfe=limits.nfe, **options), limits, record, classes)
         self.images, self.solvers = images, ()
 
-    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         others = ("guidance_scale", "negative_prompt", "image", "mask", "strength", "solver", "eta", "size")
         self.refuse(asked, *others)
-        how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=self.cond(asked), callback=callback, **how)
+        return {"cond": self.cond(asked)}
 
     def made(self, result: SampleResult) -> Made:
         lost = (result.samples < 0).flatten(1).any(1)
@@ -340,7 +338,7 @@ class PipelineService(Service):
         self.takes = inspect.signature(type(pipe).__call__).parameters
         self.prompts, self.edits = "prompt" in self.takes, "image" in self.takes
 
-    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         if (size := self.check_size(asked)) is not None:
             if math.prod(size) > self.pixels:
@@ -355,10 +353,7 @@ class PipelineService(Service):
         arguments |= {name: value for name, value in given.items() if value is not None}
         if asked.prompt or self.prompts:
             arguments["prompt"] = asked.prompt
-        how = within(asked, self.limits)
-        sampler: Any = self.sampler
-        request: Request = sampler.submit(n=asked.n, seed=asked.seed, callback=callback, **how, **arguments)
-        return request
+        return arguments
 
     def made(self, result: Any) -> Made:
         return [picture if isinstance(picture, Image.Image) else None for picture in result.images], result.result

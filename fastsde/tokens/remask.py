@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_number, check_steps
+from fastsde.checks import check_number
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
 from fastsde.tokens.drawing import first
 from fastsde.tokens.model import BoundTokens, Critic, TokenModel
 from fastsde.tokens.process import MASK, Masking
-from fastsde.tokens.solver import COINS, SCORES, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.solver import COINS, SCORES, VALUES, TokenSolver, predicted, written
 from fastsde.tokens.unmask import left_masked
 from fastsde.types import Carry, Time, Tokens
 
@@ -38,7 +38,7 @@ class Remasking(ABC):
         Args:
             most: sigma_max, with shape (B,).
             t: the engine's clock, with shape (B,).
-            psi: probability of each known token when it was drawn, with shape (B, L).
+            psi: probability of each known token when it was with shape (B, L).
             known: which positions hold a token and are free, with shape (B, L).
         """
 
@@ -154,8 +154,7 @@ class ReMDM(TokenSolver):
     temperature: float | tuple[float, float] = 1.0
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_temperature(self.temperature)
+        super().__post_init__()
         if not isinstance(self.rule, Remasking):
             raise TypeError(f"rule must be Cap, Rescale, ByConfidence or Loop; got {self.rule!r}.")
 
@@ -180,7 +179,7 @@ class ReMDM(TokenSolver):
         drawn_now = masked & ((coin < chance) | (s <= 0)[:, None])
         taken_back = known & (coin < sigma) & (s > 0)[:, None]
         used, failed, at = predicted(model, x, carry, drawn_now)
-        values, log_p = drawn(used, at, noise.uniform(VALUES), self.temperature, 1 - process.time(s))
+        values, log_p = self.drawn(used, at, noise.uniform(VALUES), 1 - process.time(s))
         psi = carry["psi"].masked_scatter(at, log_p.exp()).masked_fill(taken_back, 0.0)
         x = written(x, at, values).flatten(1).masked_fill(taken_back, MASK).reshape(x.shape)
         return Step(x, {**carry, "psi": psi}, s=s.masked_fill(failed, torch.nan))
@@ -221,9 +220,8 @@ class TokenCritic(TokenSolver):
     def __post_init__(self) -> None:
         if not isinstance(self.critic, Critic):
             raise TypeError(f"critic must be a fastsde.tokens.Critic; got {type(self.critic).__name__}.")
-        check_steps(self.steps)
+        super().__post_init__()
         check_number("scale", self.scale, 0.0, ends="[)")
-        check_temperature(self.temperature)
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)
@@ -241,7 +239,7 @@ class TokenCritic(TokenSolver):
         masked, free = (x == MASK).flatten(1) & carry["free"], carry["free"].sum(1)
         used, failed, at = predicted(model, x, carry, masked)
         progress = 1 - process.time(s)
-        values, _ = drawn(used, at, noise.uniform(VALUES), self.temperature, progress)
+        values, _ = self.drawn(used, at, noise.uniform(VALUES), progress)
         completed = written(x, at, values)
         back = left_masked(free, free, s)
         ids, said = model.ask(self.critic, completed, (back > 0) & ~failed)  # type: ignore[arg-type]

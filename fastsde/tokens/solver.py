@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_number
+from fastsde.checks import check_number, check_steps
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Solver, Step
@@ -31,6 +31,7 @@ class TokenSolver(Solver):
         decides: whether it says itself how far a step goes, so that it takes neither a grid nor `nfe`.
         exact: its law with exact conditionals, in words.
         remasks: whether tokens may become masks again, so that a row without masks is not at its end before 0.
+        temperature: of the values; a pair falls linearly from the first to the last over the run.
     """
 
     sdes = "masking"
@@ -39,6 +40,13 @@ class TokenSolver(Solver):
     decides: bool = False
     exact: str = ""
     remasks: bool = False
+    temperature: float | tuple[float, float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        value: Any = self.temperature
+        for end in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+            check_number("temperature", end, 0.0, ends="[)")
 
     def check(self, sde: Any, times: Tensor | None) -> None:
         if not isinstance(sde, Masking):
@@ -72,6 +80,22 @@ class TokenSolver(Solver):
 
     def init(self, x_t: Tokens) -> Carry:
         return {"free": (x_t == MASK).flatten(1)}
+
+    def heat(self, progress: Tensor, at: Tensor) -> Tensor:
+        """The temperature at positions (B, L), with shape (W,), from the progress of each row, with shape (B,)."""
+        first, last = self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)
+        return (float(first) + float(last - first) * progress)[:, None].expand(at.shape)[at]
+
+    def drawn(self, used: Tensor, at: Tensor, u: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """Values at positions, and the logarithms of their probabilities, each with shape (W,).
+
+        Args:
+            used: logits, with shape (W, K).
+            at: positions, with shape (B, L).
+            u: uniforms, with shape (B, *event).
+            progress: of each row, with shape (B,).
+        """
+        return draw(used, u.flatten(1)[at], self.heat(progress, at))
 
     @abstractmethod
     def move(
@@ -134,30 +158,3 @@ def predicted(model: BoundTokens, x: Tokens, carry: Carry, wanted: Tensor) -> tu
 def written(x: Tokens, at: Tensor, values: Tensor) -> Tokens:
     """Tokens with values at the flagged positions (B, L), in their order."""
     return x.flatten(1).masked_scatter(at, values).reshape(x.shape)
-
-
-def check_temperature(value: object) -> None:
-    """Refuses, with a ValueError, what is no number from 0, and no pair of them, between which it falls linearly."""
-    for end in value if isinstance(value, tuple) and len(value) == 2 else (value,):
-        check_number("temperature", end, 0.0, ends="[)")
-
-
-def heat(temperature: float | tuple[float, float], progress: Tensor, at: Tensor) -> Tensor:
-    """The temperature at positions (B, L), with shape (W,), from the progress of each row, with shape (B,)."""
-    first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-    return (float(first) + float(last - first) * progress)[:, None].expand(at.shape)[at]
-
-
-def drawn(
-    used: Tensor, at: Tensor, u: Tensor, temperature: float | tuple[float, float], progress: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Values at positions, and the logarithms of their probabilities, each with shape (W,).
-
-    Args:
-        used: logits, with shape (W, K).
-        at: positions, with shape (B, L).
-        u: uniforms, with shape (B, *event).
-        temperature: as the solver has it.
-        progress: of each row, with shape (B,).
-    """
-    return draw(used, u.flatten(1)[at], heat(temperature, progress, at))
