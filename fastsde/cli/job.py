@@ -108,7 +108,7 @@ def run_job(
         calls, count, look = 0, 0, time.monotonic()
         try:
             for k in job.run(source.shard, rank=rank, world_size=world_size, make_all=make_all):
-                nfe = job.read(k, "nfe")["nfe"]
+                nfe = job.read(k, "nfe")
                 calls, count = calls + int(nfe.sum()), count + len(nfe)
                 bar.set_postfix_str(f"mean NFE {calls / count:.1f}", refresh=False)
                 bar.update(len(nfe))

@@ -91,8 +91,7 @@ def evaluate(
       fastsde evaluate samples
       fastsde evaluate pictures --features inception --weights inception.pth --reference reference.npz
     """
-    if out is not None:
-        check_writable(out)
+    check_writable(out)
     network = open_features(features, weights, device=str(device))
     images = open_images(samples)
     wanted = reference_of(reference, features)

@@ -41,8 +41,10 @@ def prepare_folder(folder: Path, needed: int, option: str = "--out") -> None:
         raise click.ClickException(f"{option} {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
 
 
-def check_writable(path: Path, option: str = "--out") -> None:
-    """Refuses a file that could not be written after all the work."""
+def check_writable(path: Path | None, option: str = "--out") -> None:
+    """Refuses a file that could not be written after all the work; None is none."""
+    if path is None:
+        return
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file.")
     prepare_folder(path.parent, needed=1 << 20, option=option)

@@ -96,11 +96,6 @@ class Call:
             for key, value in self.values.items()
         }
 
-    @property
-    def raw(self) -> bool:
-        """Whether the outputs were asked for as arrays."""
-        return self.values.get("output_type", "pil") != "pil"
-
 
 def run_pipeline(
     source: str,
@@ -139,7 +134,7 @@ def run_pipeline(
     said |= {"per_sample": call.per_sample, "n": call.n, "seed": seed, "batch_size": batch_size}
     draw = partial(sample_pipeline, pipe, solver=solver, **said)
     drawn, failed = finished(draw)
-    media = Media(_rate(pipe), fps, call.raw)
+    media = Media(_rate(pipe), fps, raw=call.values.get("output_type", "pil") != "pil")
     for output in drawn.outputs:
         media.add(output)
     adaptive = solver.adaptive and steps.nfe is None and not counted

@@ -91,7 +91,10 @@ def relativistic(
         )
     u_r, u_f = (all_pairs if estimator == "mvue" else COMPARED[kind])(real, fake)
     found = FUNCTIONS[f](u_r).mean() + FUNCTIONS[f](-u_f).mean()
-    return found + _correction(real, fake, kind) if estimator == "unbiased" else found
+    if estimator == "unbiased":
+        x, y = real.var() / len(real), fake.var() / len(fake)
+        found = found + {"average": x + y, "one way": 2 * y, "centred": -(x + y) / 2}[kind]
+    return found
 
 
 def _check_floats(name: str, x: object, shape: str, least: int) -> None:
@@ -102,12 +105,6 @@ def _check_floats(name: str, x: object, shape: str, least: int) -> None:
         raise ValueError(f"{name} must be floats with shape {shape}, n at least {least}; got {tuple(x.shape)}.")
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinity.")
-
-
-def _correction(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """What least squares lacks in the mean."""
-    x, y = real.var() / len(real), fake.var() / len(fake)
-    return x + y if kind == "average" else 2 * y if kind == "one way" else -(x + y) / 2
 
 
 @dataclasses.dataclass(frozen=True)

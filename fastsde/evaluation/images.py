@@ -166,11 +166,11 @@ def _from_job(folder: Path) -> Images:
     lost = int((status == Status.NON_FINITE).sum())
     if lost:
         raise ValueError(f"{folder}: {lost} of {job.n} samples are not finite, and so not there.")
-    shape = job.read(0, "arr_0")["arr_0"].shape[1:]
+    shape = job.read(0, "arr_0").shape[1:]
 
     def read(start: int, stop: int) -> Tensor:
         size, shards = job.shard_size, range(start // job.shard_size, (stop - 1) // job.shard_size + 1)
-        parts = [job.read(k, "arr_0")["arr_0"][max(start - k * size, 0) : stop - k * size] for k in shards]
+        parts = [job.read(k, "arr_0")[max(start - k * size, 0) : stop - k * size] for k in shards]
         return _channels_first(np.concatenate(parts))
 
     return Images(

@@ -55,15 +55,14 @@ class Reference:
         """
         features.check(images.shape)
         chosen = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))[:keep].sort().values
-        moments, kept, seen, digest = None, [], 0, hashlib.sha256()
+        moments, kept, digest = None, [], hashlib.sha256()
         for part in tqdm(images.batches(), "stats", -(-images.n // 500), disable=None if progress else True):
             digest.update(part.numpy().tobytes())
             found, _ = features(part)
-            moments = Moments(found.shape[1]) if moments is None else moments
+            moments = moments or Moments(found.shape[1])
+            own = chosen - moments.n
+            kept.append(found[own[(own >= 0) & (own < len(found))]])
             moments.update(found)
-            own = chosen[(chosen >= seen) & (chosen < seen + len(found))] - seen
-            kept.append(found[own])
-            seen += len(found)
         assert moments is not None
         d = len(moments.mean)
         if moments.n <= d:

@@ -28,9 +28,8 @@ from fastsde.evaluation.statistics import fewest
 from fastsde.files import Content, as_json, clear, csv_text, json_hash, json_text, npz_bytes, read_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
-from fastsde.sde.base import SDE
 from fastsde.solvers import Solver
-from fastsde.tokens import Masking, TokenModel
+from fastsde.tokens import TokenModel
 
 RESULT = "result.json"
 
@@ -85,11 +84,6 @@ class Problem:
     record: Mapping[str, Any]
     classes: int = 0
     decode: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def process(self) -> SDE | Masking:
-        """The forward process."""
-        return self.model.process if isinstance(self.model, TokenModel) else self.model.sde
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -147,9 +141,10 @@ class Sweep:
         problem.reference.check(problem.features, event)
         if n < fewest(width):
             raise ValueError(f"n = {n} samples are too few for {width} features: at least {fewest(width)} are needed.")
+        model = problem.model
         self.settings = {
             **problem.record,
-            "sde": repr(problem.process),
+            "sde": repr(model.process if isinstance(model, TokenModel) else model.sde),
             "n": n,
             "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
             "features": problem.features.describe(),
