@@ -278,12 +278,8 @@ def save_checkpoint_folder(
 ) -> None:
     """Writes a checkpoint in half precision, each file atomically, with the weights' hash in the card.
 
-    Args:
-        folder: created if needed.
-        network: a diffusers network.
-        card: what `read_card` will return; must hold what `score_model` reads. It gets `weights_sha256`, and
-            `autoencoder_sha256` of a latent model.
-        vae: the autoencoder of a latent model, which goes into a folder of its own.
+    The card is what `read_card` will return, and must hold what `score_model` reads. It gets `weights_sha256`, and
+    `autoencoder_sha256` of a latent model, whose autoencoder goes into a folder of its own.
 
     Raises:
         ValueError: if the weights are not finite in half precision.

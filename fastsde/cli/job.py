@@ -25,11 +25,7 @@ from fastsde.result import SampleResult, SamplingError, Status
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for, in values that can go to another machine.
-
-    Attributes:
-        model, steps, label, guidance_scale, dtype, device, seed, batch_size: as the options.
-    """
+    """What the options of the same names ask for, in values that can go to another machine."""
 
     model: str
     steps: Steps

@@ -111,12 +111,9 @@ class TokenSolver(Solver):
 
 
 def finished(step: Step, s: Time, end_id: int | None) -> Step:
-    """The step with rows at their end sent to 0, and others kept above it.
+    """The step with rows at their end sent to 0, and others kept above it; behind `end_id` nothing is read.
 
-    Args:
-        step: of which `s` may say the shares reached.
-        s: the target, with shape (B,).
-        end_id: the token after which nothing is read.
+    The target s has shape (B,); `step.s` may say the shares reached in its place.
     """
     x, s = step.x, s if step.s is None else step.s
     flat = x.flatten(1)
@@ -133,13 +130,9 @@ def finished(step: Step, s: Time, end_id: int | None) -> Step:
 
 
 def predicted(model: BoundTokens, x: Tokens, carry: Carry, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One call on the rows where any position is wanted.
+    """One call on the rows where any position is wanted, with shape (B, L).
 
-    Args:
-        model: bound to the rows.
-        x: with shape (B, *event).
-        carry: with "free", and with "all" where that is a part of what is free.
-        wanted: positions whose logits are used, with shape (B, L).
+    `carry` has "free", and "all" where that is a part of what is free.
 
     Returns:
         Logits of the wanted positions, in their order, with shape (W, K); flags of rows whose logits hold NaN, with

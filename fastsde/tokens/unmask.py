@@ -62,14 +62,10 @@ def halton_rank(shape: tuple[int, ...]) -> Tensor:
 
 
 def state_key(order: str, used: Tensor, at: Tensor, shape: tuple[int, ...], u: Tensor) -> Tensor:
-    """What positions are ranked by, the smallest first, with shape (B, L).
+    """What positions `at`, with shape (B, L), are ranked by in an order of `STATE_ORDERS`, the smallest first.
 
-    Args:
-        order: of `STATE_ORDERS`.
-        used: logits of the positions, with shape (W, K).
-        at: the positions, with shape (B, L).
-        shape: of an event.
-        u: a uniform for each position, the same in all turns, with shape (B, L).
+    `used` are their logits, with shape (W, K), `shape` is that of an event, and u has a uniform for each position, the
+    same in all turns, with shape (B, L).
     """
     if order == "random":
         return -u  # the largest first, as in `FirstHitting`
