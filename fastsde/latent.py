@@ -282,8 +282,8 @@ class LatentFlow:
     ) -> State:
         """The gradient of w_1 log p + w_2 log p(y | .) - w_3 log q at each z, with shape (B, *latent).
 
-        `noise(j)` is the j-th draw of the mollifier's normals, with shape (B, *event). `bank` is q, and `own`, with shape
-        (B,), the particle of it that a row is.
+        `noise(j)` is the j-th draw of the mollifier's normals, with shape (B, *event). `bank` is q, and `own` says
+        which particle of it a row is, with shape (B,).
         """
         of_data, of_likelihood, of_bank = self.weights
         with torch.enable_grad():
