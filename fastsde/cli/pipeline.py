@@ -32,13 +32,9 @@ _RECORD = "samples.json"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of a pipeline's call, as the command line says them.
+    """The arguments of a pipeline's call, as the command line says them: `values` for all samples, and `per_sample`.
 
-    Attributes:
-        values: for all samples.
-        per_sample: with one value for each.
-        n: number of samples, or None where the arguments say it.
-        record: what a record says of the arguments: values, or names and SHA-256 of files.
+    The number of samples n is None where the arguments say it. The record has values, or names and SHA-256 of files.
     """
 
     values: dict[str, Any]

@@ -49,9 +49,8 @@ class Steps:
     def build(self, sde: SDE | None = None, *, counted: bool = False) -> tuple[Solver, Controller | None]:
         """The solver, and the grid asked for, or None where the solver's own choice stands.
 
-        Args:
-            sde: the process that the grid is of; None for a pipeline, whose steps are the solver's own number.
-            counted: whether something else says how many steps there are.
+        `sde` is the process that the grid is of; None for a pipeline, whose steps are the solver's own number. Whether
+        something else says how many there are is `counted`.
         """
         if self.fitted is not None:
             if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
