@@ -35,7 +35,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda z: z.clamp(max=1),
 }
 """f by name."""
-COMPARED: dict[str, Comparison] = {
+KINDS: dict[str, Comparison] = {
     "symmetric": plain,
     "paired": paired,
     "average": average,
@@ -75,7 +75,7 @@ def relativistic(
     """
     for name, values in (("real", real), ("fake", fake)):
         _check_floats(name, values, "(n,)", least=2)
-    for name, value, allowed in (("f", f, FUNCTIONS), ("kind", kind, COMPARED), ("estimator", estimator, ESTIMATORS)):
+    for name, value, allowed in (("f", f, FUNCTIONS), ("kind", kind, KINDS), ("estimator", estimator, ESTIMATORS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     if estimator == "mvue" and kind != "paired":
@@ -89,7 +89,7 @@ def relativistic(
         raise ValueError(
             f"real and fake must be as many, to be paired; got {len(real)} and {len(fake)}. 'mvue' takes any."
         )
-    u_r, u_f = (all_pairs if estimator == "mvue" else COMPARED[kind])(real, fake)
+    u_r, u_f = (all_pairs if estimator == "mvue" else KINDS[kind])(real, fake)
     found = FUNCTIONS[f](u_r).mean() + FUNCTIONS[f](-u_f).mean()
     if estimator == "unbiased":
         x, y = real.var() / len(real), fake.var() / len(fake)
