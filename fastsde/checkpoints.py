@@ -202,11 +202,7 @@ class PackagedModel(ScoreModel):
         Raises:
             ValueError: if the latents have another shape or are not finite.
         """
-        if tuple(latents.shape[1:]) != self.event_shape:
-            raise ValueError(
-                f"latents must have shape (n, {', '.join(map(str, self.event_shape or ()))}); got "
-                f"{tuple(latents.shape)}."
-            )
+        _check_rows("latents", latents, self.event_shape)
         if self.autoencoder is None:
             return latents.float().cpu()
         return decode_latents(self.autoencoder, latents, batch_size=batch_size)
@@ -224,10 +220,7 @@ class PackagedModel(ScoreModel):
         Raises:
             ValueError: if the images have another shape.
         """
-        if tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(
-                f"images must have shape (n, {', '.join(map(str, self.image_shape))}); got {tuple(images.shape)}."
-            )
+        _check_rows("images", images, self.image_shape)
         if self.autoencoder is None:
             return images if images.is_floating_point() else images.float() / 127.5 - 1
         return encode_images(self.autoencoder, images, batch_size=batch_size)
@@ -251,6 +244,11 @@ class PackagedModel(ScoreModel):
         super().check_cond(cond)
         if self.labels is not None and "class_labels" in cond:
             check_labels(cond["class_labels"], self.labels)
+
+
+def _check_rows(name: str, x: Tensor, shape: tuple[int, ...] | None) -> None:
+    if tuple(x.shape[1:]) != shape:
+        raise ValueError(f"{name} must have shape (n, {', '.join(map(str, shape or ()))}); got {tuple(x.shape)}.")
 
 
 def score_model(network: nn.Module, sde: VPSDE, card: dict[str, Any], vae: nn.Module | None = None) -> PackagedModel:
@@ -280,12 +278,8 @@ def save_checkpoint_folder(
 ) -> None:
     """Writes a checkpoint in half precision, each file atomically, with the weights' hash in the card.
 
-    Args:
-        folder: created if needed.
-        network: a diffusers network.
-        card: what `read_card` will return; must hold what `score_model` reads. It gets `weights_sha256`, and
-            `autoencoder_sha256` of a latent model.
-        vae: the autoencoder of a latent model, which goes into a folder of its own.
+    The card is what `read_card` will return, and must hold what `score_model` reads. It gets `weights_sha256`, and
+    `autoencoder_sha256` of a latent model, whose autoencoder goes into a folder of its own.
 
     Raises:
         ValueError: if the weights are not finite in half precision.
@@ -300,9 +294,7 @@ def _write_network(folder: Path, network: nn.Module) -> str:
     """Writes configuration and weights, and returns the hash of the latter."""
     weights: dict[str, Tensor] = {k: v.detach().half().contiguous().cpu() for k, v in network.state_dict().items()}
     if not all(torch.isfinite(weight).all() for weight in weights.values()):
-        raise ValueError(
-            "the weights are not finite in half precision: training diverged, with too high a learning_rate."
-        )
+        raise ValueError("the weights are not finite in half precision: training diverged at too high a learning_rate.")
     content = save(weights, {"format": "pt"})
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / CONFIG, network.to_json_string().encode())  # type: ignore[operator]

@@ -12,7 +12,6 @@ import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -58,12 +57,9 @@ def npz_bytes(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def write_whole(path: Path, content: Content) -> None:
-    """Writes a file that appears under its name only when it is whole and on the disk.
+    """Writes a file that appears under its name only when it is whole and on the disk; an OSError names the file.
 
     Processes that write the same file have temporary names of their own.
-
-    Raises:
-        OSError: naming the file.
     """
     write_together({path: content})
 
@@ -123,8 +119,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings as a JSON file gives them back: tuples are lists."""
-    found: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    """Settings as a JSON file gives them back: lists for tuples, Python's numbers for numpy's."""
+    found: dict[str, Any] = json.loads(json.dumps(dict(settings), default=lambda value: np.asarray(value).tolist()))
     return found
 
 
@@ -206,11 +202,7 @@ class ArrayFile:
                 self.headers[member.filename.removesuffix(".npy")] = (shape, dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """The array of that name, which is one of `headers`.
-
-        Raises:
-            ValueError: if the file is damaged, naming it.
-        """
+        """The array of that name, which is one of `headers`; a ValueError names a file that is damaged."""
         with self._blamed(), self._zip.open(f"{name}.npy") as file:
             array: np.ndarray = npy.read_array(file, allow_pickle=False)
         return array
@@ -228,5 +220,5 @@ class ArrayFile:
     def __enter__(self) -> ArrayFile:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self._zip.close()

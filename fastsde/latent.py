@@ -278,19 +278,12 @@ class LatentFlow:
         )
 
     def _gradient(
-        self,
-        z: State,
-        noise: Callable[[int], Tensor],
-        bank: KernelDensity | None,
-        own: Index | None = None,
+        self, z: State, noise: Callable[[int], Tensor], bank: KernelDensity | None, own: Index | None = None
     ) -> State:
         """The gradient of w_1 log p + w_2 log p(y | .) - w_3 log q at each z, with shape (B, *latent).
 
-        Args:
-            z: latents, with shape (B, *latent).
-            noise: the j-th draw of the mollifier's normals, with shape (B, *event).
-            bank: q.
-            own: the particle of the bank that a row is, with shape (B,).
+        `noise(j)` is the j-th draw of the mollifier's normals, with shape (B, *event). `bank` is q, and `own` says
+        which particle of it a row is, with shape (B,).
         """
         of_data, of_likelihood, of_bank = self.weights
         with torch.enable_grad():
@@ -345,10 +338,6 @@ class LatentFlow:
             z = z + self.step_size * torch.cat(parts)
         self._bank = seed, densities
         return 2 * self.bank * self.steps, self.bank * self.steps
-
-    def _bank_density(self, seed: int, step: int) -> KernelDensity | None:
-        """q before the given step, of the bank that was moved for the seed; None without its term."""
-        return None if self._bank is None or self._bank[0] != seed else self._bank[1][step]
 
     def _generate(self, z: Tensor) -> Tensor:
         x = self.generator(z)
@@ -417,13 +406,15 @@ class _Velocity(ScoreModel):
     def __init__(self, flow: LatentFlow, seed: int) -> None:
         noise = FreshNoise(seed, flow.event_shape, flow.dtype)
 
+        densities = [None] * flow.steps if flow._bank is None else flow._bank[1]
+
         def velocity(z: Tensor, t: Tensor, number: Tensor) -> Tensor:
             # A row whose sample has left stays at the end until the batch shrinks.
             v, made = torch.empty_like(z), (-t).round().long().clamp(max=flow.steps - 1)
             for step in made.unique().tolist():  # one, unless a sample failed and the next took its slot
                 rows = (made == step).nonzero().flatten()
                 draws = flow._draws(noise, number[rows], step)
-                v[rows] = flow._gradient(z[rows], draws, flow._bank_density(seed, step))
+                v[rows] = flow._gradient(z[rows], draws, densities[step])
             return v
 
         super().__init__(velocity, _PROCESS, event_shape=flow.latent_shape)
@@ -446,11 +437,7 @@ class _Euler(Solver):
 
 
 def sampler_map(
-    score_fn: ScoreModel | ScoreFn,
-    sde: SDE | None = None,
-    *,
-    solver: Solver | None = None,
-    nfe: int | None = None,
+    score_fn: ScoreModel | ScoreFn, sde: SDE | None = None, *, solver: Solver | None = None, nfe: int | None = None
 ) -> Callable[[Tensor], Tensor]:
     """A diffusion model as a differentiable generator: from z ~ N(0, I) to the sample of a few-step solver.
 

@@ -135,6 +135,13 @@ def test_unwritable_out_is_found_before_sampling(network, tmp_path):
     assert "out of memory" not in result.output
 
 
+def test_an_unwritable_plot_is_told_by_its_own_option(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = run("diagnose", "--plot", tmp_path / "file" / "below" / "plot.png")
+    assert result.exit_code == 1
+    assert f"--plot {tmp_path / 'file' / 'below'} cannot be written to" in result.output
+
+
 def test_too_little_room_is_found_before_sampling(network, tmp_path, monkeypatch):
     network.fail_after = 0
     monkeypatch.setattr(output.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1 << 20})())

@@ -122,6 +122,9 @@ def test_a_run_that_resumes_does_not_encode_again(tmp_path, folders, data):
     )
     assert found.exit_code == 1
     assert "is of other data or another autoencoder" in " ".join(found.output.split())
+    cache = tmp_path / "half" / "latents.safetensors"
+    cache.write_bytes(cache.read_bytes()[:100])
+    assert f"{cache} is truncated" in run("train", *own, "--out", tmp_path / "half", "--steps", 4, "--resume").output
 
 
 def test_batches_of_the_decoder_do_not_matter(model):

@@ -163,6 +163,14 @@ def test_data_that_cannot_be_learned_from_are_refused(tmp_path, data):
     assert not (tmp_path / "out" / "checkpoint.safetensors").exists()
 
 
+def test_both_discriminators_train_where_the_network_is(tmp_path, data, device):
+    options = ["--data", data, "--out", tmp_path / "run", *TINY, "--steps", 1, "--device", device]
+    options += ["--set", "samples_every=0", "--set", "adversary.width=4", "--set", "adversary.halvings=1"]
+    options += ["--set", "adversary.two_discriminators=true", "--set", "adversary.masking.patch=4"]
+    result = run(*options)
+    assert result.exit_code == 0, result.output
+
+
 def test_an_adversarial_run_and_what_it_leaves(tmp_path, data):
     out = tmp_path / "run"
     options = ["--data", data, "--out", out, *TINY, "--set", "save_every=2", "--set", "samples_every=2"]
@@ -215,7 +223,7 @@ def test_pictures_without_labels(tmp_path):
     assert model.prediction == "v_prediction"
     other = run(*options, "--steps", 4, "--resume")
     assert other.exit_code == 1
-    assert "prediction: v_prediction there, epsilon here" in other.output
+    assert 'prediction: "v_prediction" there, "epsilon" here' in other.output
     assert model.event_shape == (3, 8, 8)
     assert model.default_cond is None
 

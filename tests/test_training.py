@@ -235,7 +235,7 @@ def test_times_are_those_of_the_levels(data):
     ("change", "words"),
     [
         (lambda x, y: (torch.full((9, 1, 8, 8), 7, dtype=torch.uint8), y[:9]), "all 9 images are the same"),
-        (lambda x, y: (x.float().index_fill(0, torch.tensor([3]), math.nan), y), "not finite, first 3"),
+        (lambda x, y: (x.float().index_fill(0, torch.tensor([3]), math.nan), y), "not finite, the first at 3"),
         (lambda x, y: (x, y[:5]), "labels must be"),
         (lambda x, y: (x, y - 1), "labels must be"),
         (lambda x, y: (x[:1], y[:1]), "at least two"),

@@ -48,19 +48,9 @@ def build_cells(
 ) -> list[Cell]:
     """The cells of a sweep, every combination that a solver takes.
 
-    Args:
-        model: the score model, whose process the grids are of.
-        solvers: such as "ExponentialPC", "DPMSolverPP:order=3,grid=karras".
-        nfe: budgets, for solvers that walk a grid.
-        rtol: tolerances, for solvers that adapt their steps.
-        seeds: seeds.
-
-    Raises:
-        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
-        TypeError: from the solver's own checks.
+    Solvers are such as "DPMSolverPP:order=3,grid=karras". Budgets are for those that walk a grid, and tolerances for
+    those that adapt their steps.
     """
-    if not nfe and not rtol:
-        raise ValueError("give --nfe, --rtol or both.")
     cells = []
     for label in solvers:
         name, _, text = label.partition(":")
@@ -133,10 +123,8 @@ def bench(ctx: click.Context, **asked: Any) -> None:
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     shares = option.shares(ctx)
-    place = "cpu" if asked.pop("ray") is not None else str(asked["device"])  # this process then only gives out work
-    for name in ("workers", "rank", "world_size"):
-        del asked[name]
-    out = asked.pop("out")
+    place = "cpu" if asked["ray"] is not None else str(asked["device"])  # this process then only gives out work
+    out = asked["out"]
     problem, cells = open_cells(asked | {"device": place})
     prepare_folder(out, needed=len(cells) * asked["n"] * math.prod(problem.image_shape) + (1 << 20))
     sweep = _sweep(out, problem, cells, asked)
@@ -144,7 +132,7 @@ def bench(ctx: click.Context, **asked: Any) -> None:
         with option.ray_workers(ctx) as workers:
             make_all = None
             if workers is not None:
-                open_maker = partial(sweep_maker, asked | {"device": option.device_of(ctx, workers)})
+                open_maker = partial(sweep_maker, asked | {"device": workers.device})
                 make_all = partial(workers.make_all, open_maker=open_maker, record=sweep.settings)
             _run(sweep, *shares, make_all)
     except KeyboardInterrupt as error:
@@ -152,17 +140,12 @@ def bench(ctx: click.Context, **asked: Any) -> None:
 
 
 def open_cells(asked: dict[str, Any]) -> tuple[Problem, list[Cell]]:
-    """Opens model, features and reference, and combines solvers, budgets, tolerances and seeds.
-
-    Args:
-        asked: values of the options.
-
-    Raises:
-        ValueError, TypeError, OSError: if they do not go together.
-    """
+    """Opens model, features and reference that the options say, and combines solvers, budgets, tolerances, seeds."""
     model, solvers, features = asked["model"], asked["solvers"], asked["features"]
     device = torch.device(asked["device"])
     budgets, tolerances = _numbers(int, asked["nfe"], "--nfe"), _numbers(float, asked["rtol"], "--rtol")
+    if not budgets and not tolerances:
+        raise ValueError("give --nfe, --rtol or both.")
     seeds = range(asked["seeds"])
     judge = open_features(features, asked["weights"], device=str(device)), reference_of(asked["reference"], features)
     record = {"model": model, "versions": versions()}

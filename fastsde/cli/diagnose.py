@@ -44,8 +44,7 @@ def diagnose(model: str, data: Path | None, seed: int, device: torch.device, plo
       fastsde diagnose
       fastsde diagnose --model google/ddpm-cifar10-32 --data pictures --plot diagnosis.png
     """
-    if plot is not None:
-        check_writable(plot, "--plot")
+    check_writable(plot, "--plot")
     opened = open_model(model, device, torch.float32)
     if opened.pipe is not None and data is not None and autoencoder(opened.pipe) is not None:
         raise click.UsageError("--data is for models of pixels; this one has latents.")

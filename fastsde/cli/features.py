@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from fastsde.cli.options import PATH
-from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.output import data_and_licence, prepare_folder, versions
 from fastsde.evaluation.classifier import WEIGHTS, accuracy, load_classifier, save_classifier, train_classifier
 from fastsde.files import sha256
 from fastsde.training.batches import check_data
@@ -48,10 +48,8 @@ def train_features(data: Path, out: Path, epochs: int, seed: int, classes: str, 
         network = train_classifier(images, labels, epochs=epochs, seed=seed, checkpoint=checkpoint, resume=resume)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
-    source, _, licence = title.partition(";")
     card = {
-        "data": source.strip() or "not stated",
-        "licence": licence.strip() or "not stated",
+        **data_and_licence(title),
         "command": f"fastsde train-features --data FOLDER --out OUT --epochs {epochs} --seed {seed}",
         "parameters": sum(p.numel() for p in network.parameters()),
         "image_shape": list(images.shape[1:]),

@@ -63,8 +63,7 @@ def fit(
       fastsde fit --rtol 0.1 --plot fitted.png
     """
     check_writable(out)
-    if plot is not None:
-        check_writable(plot, "--plot")
+    check_writable(plot, "--plot")
     opened = open_model(model, device, torch.float32)
     cond = None
     if opened.classes:

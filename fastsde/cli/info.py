@@ -37,8 +37,13 @@ def info(topic: str | None, as_json: bool, markdown: bool) -> None:
     click.echo("  ".join(f"{name} {version}" for name, version in versions().items()))
     if topic != "solvers":
         _print_models(models)
-    if topic != "models":
-        _print_solvers()
+    if topic == "models":
+        return
+    click.echo("\nsolvers")
+    for name, order, calls, steps, noise, sdes, use in _solver_rows():
+        click.echo(
+            f"  {name}: {use}\n      order {order}; calls a step: {calls}; steps: {steps}; noise: {noise}; SDEs: {sdes}"
+        )
 
 
 def _print_models(models: dict[str, Any]) -> None:
@@ -48,14 +53,6 @@ def _print_models(models: dict[str, Any]) -> None:
         click.echo(f"  {name}: {shape}, {card['parameters']:,} parameters, {card['data']} ({card['licence']})")
         if card["classes"]:
             click.echo("      class_labels: " + ", ".join(f"{k} {label}" for k, label in enumerate(card["classes"])))
-
-
-def _print_solvers() -> None:
-    click.echo("\nsolvers")
-    for name, order, calls, steps, noise, sdes, use in _solver_rows():
-        click.echo(
-            f"  {name}: {use}\n      order {order}; calls a step: {calls}; steps: {steps}; noise: {noise}; SDEs: {sdes}"
-        )
 
 
 _COLUMNS = ("solver", "order", "calls per step", "step size", "noise", "SDEs", "use")

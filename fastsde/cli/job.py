@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -15,22 +13,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsde import api
 from fastsde.cli.output import dump_json, report, write_atomic
 from fastsde.cli.solver_options import Steps
-from fastsde.evaluation.cluster import Make, RayWorkers
+from fastsde.evaluation.cluster import Make
 from fastsde.evaluation.images import image_grid
-from fastsde.evaluation.jobs import ShardedJob, shard_arrays
+from fastsde.evaluation.jobs import MakeAll, ShardedJob, shard_arrays
 from fastsde.files import Content, npz_bytes
 from fastsde.result import SampleResult, SamplingError, Status
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command line asks for, in values that can go to another machine.
-
-    Attributes:
-        model, steps, label, guidance_scale, dtype, device, seed, batch_size: as the options.
-    """
+    """What the options of the same names ask for, in values that can go to another machine."""
 
     model: str
     steps: Steps
@@ -67,11 +62,10 @@ class Source:
         return shard_arrays(self.draw(index, labels, progress=False), self.images, labels)
 
 
-def begin_job(folder: Path, n: int, shard_size: int, request: Request, source: Source) -> ShardedJob:
-    """The job of a request, begun or gone on with."""
-    shape = {} if source.image_shape is None else {"image_shape": list(source.image_shape)}
-    settings = source.record | {"seed": request.seed, "label": request.label} | shape
-    return ShardedJob.begin(folder, n, shard_size, settings)
+def draw(model: Any, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
+    """Draws the samples of these numbers, which for latent models are latents."""
+    cond = None if labels is None else {"class_labels": labels}
+    return api.sample(model, index=index, cond=cond, **options)
 
 
 def shard_maker(
@@ -97,36 +91,20 @@ def single_threaded(device: str) -> None:
 
 
 def run_job(
-    job: ShardedJob,
-    source: Source,
-    shares: tuple[int, int],
-    *,
-    remote: tuple[RayWorkers, Callable[[], tuple[Make, dict[str, Any]]]] | None,
-    as_json: bool,
+    job: ShardedJob, source: Source, shares: tuple[int, int], *, make_all: MakeAll | None, as_json: bool
 ) -> None:
-    """Draws the shards of a job that are not there; whoever finds all of them writes picture and totals.
-
-    Args:
-        job: the job.
-        source: what it draws from.
-        shares: rank and number of processes.
-        remote: workers that draw in place of this process, and what they open.
-        as_json: print the totals as JSON.
+    """Draws the shards of a job that are not there, or has others do so; who finds all of them writes the totals.
 
     Raises:
         click.ClickException: if interrupted.
         SystemExit: with status 1 if a sample failed.
     """
     rank, world_size = shares
-    make_all = None
-    if remote is not None:
-        workers, open_maker = remote
-        make_all = partial(workers.make_all, open_maker=open_maker, record=source.record)
     with tqdm(total=job.n, initial=job.drawn(), desc="samples", unit="", disable=None) as bar:
         calls, count, look = 0, 0, time.monotonic()
         try:
             for k in job.run(source.shard, rank=rank, world_size=world_size, make_all=make_all):
-                nfe = job.read(k, "nfe")["nfe"]
+                nfe = job.read(k, "nfe")
                 calls, count = calls + int(nfe.sum()), count + len(nfe)
                 bar.set_postfix_str(f"mean NFE {calls / count:.1f}", refresh=False)
                 bar.update(len(nfe))
@@ -135,9 +113,8 @@ def run_job(
         except KeyboardInterrupt as error:
             raise click.ClickException(f"interrupted; the same command goes on in {job.folder}.") from error
         except SamplingError as error:
-            raise click.ClickException(
-                f"{error.__cause__ or error}; the same command goes on in {job.folder}."
-            ) from error
+            cause = error.__cause__ or error
+            raise click.ClickException(f"{cause}; the same command goes on in {job.folder}.") from error
     left = len(job.pending())
     if left:
         click.echo(f"process {rank} of {world_size} is done; other processes draw {left} more of {job.shards} shards.")

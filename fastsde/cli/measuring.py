@@ -20,12 +20,7 @@ from fastsde.files import write_whole
 
 
 def reference_of(reference: str | None, features: str) -> Reference:
-    """The file of that name, or the packaged statistics of packaged features.
-
-    Raises:
-        ValueError: if none is given and none is packaged.
-        FileNotFoundError: if it is not there.
-    """
+    """The file of that name, or the packaged statistics of packaged features."""
     if reference is not None:
         return packaged_reference(reference) if reference in packaged_features() else Reference.load(Path(reference))
     if features not in packaged_features():
@@ -96,8 +91,7 @@ def evaluate(
       fastsde evaluate samples
       fastsde evaluate pictures --features inception --weights inception.pth --reference reference.npz
     """
-    if out is not None:
-        check_writable(out)
+    check_writable(out)
     network = open_features(features, weights, device=str(device))
     images = open_images(samples)
     wanted = reference_of(reference, features)

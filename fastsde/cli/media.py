@@ -22,24 +22,15 @@ from fastsde.files import ArrayFile, Content, sha256
 
 MADE = re.compile(r"\d{5,}(-\d+)?\.(png|webp|wav)|samples\.npz|latents\.npz|grid\.png")
 """Names of files that this module writes."""
-_ARRAYS = {".npy", ".npz", ".safetensors"}
-_MOVING = {".gif", ".webp"}
 _THUMBNAIL = 256
 _WAVE = 32767
 
 
 def read_value(text: str) -> tuple[Any, Any]:
-    """An argument as written on a command line.
+    """An argument as written on a command line, and what a record says of it: the value, or names and SHA-256 of files.
 
-    Args:
-        text: JSON; else the text itself. With @ in front, a file: an image, a video (.gif, a .webp that moves) or a
-            folder of images as a list of images, an array as a tensor, a text.
-
-    Returns:
-        The value, and what a record says of it: the value, or names and SHA-256 of files.
-
-    Raises:
-        ValueError: if a file is not there or cannot be read, naming it.
+    It is JSON, or else the text itself. With @ in front it is a file: an image, a video (.gif, a .webp that moves) or a
+    folder of images as a list of images, an array as a tensor, a text. A file that cannot be read is named.
     """
     if not text.startswith("@"):
         try:
@@ -55,17 +46,10 @@ def read_value(text: str) -> tuple[Any, Any]:
         return [_read(file, _still) for file in files], [_named(file) for file in files]
     if not path.is_file():
         raise ValueError(f"no file {path}. A text that begins with @ is written in quotes of its own: '\"@..\"'.")
-    suffix = path.suffix.lower()
-    if suffix in SUFFIXES | {".gif"}:
-        reader: Callable[[Path], Any] = _picture
-    elif suffix in _ARRAYS:
-        reader = _array
-    elif suffix == ".txt":
-        reader = _text
-    else:
-        allowed = ", ".join(sorted(SUFFIXES | _ARRAYS | {".gif", ".txt"}))
+    if path.suffix.lower() not in _READERS:
+        allowed = ", ".join(sorted(_READERS))
         raise ValueError(f"{path} is none of the files that are read here: {allowed}, or a folder of images.")
-    return _read(path, reader), _named(path)
+    return _read(path, _READERS[path.suffix.lower()]), _named(path)
 
 
 def _no_number(text: str) -> Any:
@@ -83,10 +67,6 @@ def _read(path: Path, reader: Callable[[Path], Any]) -> Any:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8").rstrip("\n")
-
-
 def _array(path: Path) -> Tensor:
     if path.suffix.lower() == ".npy":
         return torch.from_numpy(np.load(path, allow_pickle=False))
@@ -100,26 +80,21 @@ def _array(path: Path) -> Tensor:
     return next(iter(found.values()))
 
 
-def _picture(path: Path) -> Any:
-    """An image, or the frames of a video."""
+def _moving(path: Path) -> Any:
+    """The frames of a video, or an image."""
     with Image.open(path) as image:
-        if path.suffix.lower() not in _MOVING:  # a photo may hold a second, smaller picture
-            return _upright(image)
         frames = [_upright(frame) for frame in ImageSequence.Iterator(image)]
     return frames if len(frames) > 1 or path.suffix.lower() == ".gif" else frames[0]
 
 
 def _still(path: Path) -> Image.Image:
+    """The first image of a file; a photo may hold a second, smaller one."""
     with Image.open(path) as image:
         return _upright(image)
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA if it is transparent somewhere, turned as its EXIF data say.
-
-    Raises:
-        ValueError: if it has more than 8 bits a channel.
-    """
+    """RGB, or RGBA if it is transparent somewhere, turned as its EXIF data say; more bits than 8 are refused."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         raise ValueError(f"it is not 8 bits a channel (mode {image.mode})")
     image = ImageOps.exif_transpose(image)
@@ -128,6 +103,14 @@ def _upright(image: Image.Image) -> Image.Image:
         if whole.getchannel("A").getextrema() != (255, 255):
             return whole
     return image.convert("RGB")
+
+
+_READERS: dict[str, Callable[[Path], Any]] = {
+    **dict.fromkeys(SUFFIXES, _still),
+    **dict.fromkeys((".gif", ".webp"), _moving),
+    **dict.fromkeys((".npy", ".npz", ".safetensors"), _array),
+    ".txt": lambda path: path.read_text(encoding="utf-8").rstrip("\n"),
+}
 
 
 class Media:
@@ -156,8 +139,7 @@ class Media:
         """Takes what a pipeline's call returned for the next sample; None if it returned nothing."""
         self.files.append([])
         self.more.append({})
-        fields = {} if output is None else _fields(output)
-        for name, value in fields.items():
+        for name, value in _fields(output).items():
             if value is not None:
                 self._take(name, _alone(value))
 
@@ -174,10 +156,11 @@ class Media:
             for k, image in enumerate(value):
                 self._add(f"{stem}-{k}.png", image.save, image)
         elif (array := _as_array(value)) is not None:
-            if name == "frames" and not self.raw and _is_video(array):
+            known = not self.raw and array.dtype.kind == "f" and bool(np.isfinite(array).all())
+            if known and name == "frames" and array.ndim == 4 and array.shape[-1] == 3:
                 frames = to_uint8(torch.from_numpy(array).movedim(-1, 1), (0.0, 1.0))
                 self._take(name, _alone([Image.fromarray(frame) for frame in frames]))
-            elif name in ("audios", "audio", "sound") and not self.raw and self.rate and _is_sound(array):
+            elif known and name in ("audios", "audio", "sound") and array.ndim in (1, 2) and self.rate:
                 self._add(f"{stem}.wav", partial(write_wave, sound=array, rate=self.rate))
             else:
                 self._arrays.setdefault(name, {})[place] = array
@@ -218,13 +201,7 @@ def write_video(path: Path, frames: Sequence[Image.Image], fps: float) -> None:
 
 
 def write_wave(path: Path, sound: np.ndarray, rate: int) -> None:
-    """A WAV file of 16 bits.
-
-    Args:
-        path: the file.
-        sound: floats in [-1, 1] with shape (T,) or (channels, T); what is beyond is cut.
-        rate: samples in a second.
-    """
+    """A WAV file of 16 bits, from floats in [-1, 1] with shape (T,) or (channels, T); what is beyond is cut."""
     levels = np.round(np.clip(np.atleast_2d(sound), -1, 1) * _WAVE).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setnchannels(len(levels))
@@ -263,15 +240,6 @@ def _as_array(value: Any) -> np.ndarray | None:
     if not isinstance(value, np.ndarray) or value.dtype.hasobject:
         return None
     return value[0] if value.ndim > 1 and len(value) == 1 else value
-
-
-def _is_video(array: np.ndarray) -> bool:
-    """Whether it is frames in [0, 1] with shape (frames, H, W, 3)."""
-    return array.ndim == 4 and array.shape[-1] == 3 and array.dtype.kind == "f" and bool(np.isfinite(array).all())
-
-
-def _is_sound(array: np.ndarray) -> bool:
-    return array.ndim in (1, 2) and array.dtype.kind == "f" and bool(np.isfinite(array).all())
 
 
 def _is_json(value: Any) -> bool:

@@ -9,13 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fastsde import api
 from fastsde.checkpoints import CARD, PackagedModel, packaged, pretrained, read_card, weight_hash
 from fastsde.diffusers import decode_latents, from_diffusers, load
 from fastsde.diffusers.adapter import network_of
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import CONFIG
-from fastsde.result import SampleResult
 from fastsde.score.base import ScoreModel, innermost
 from fastsde.score.network import weights_hash
 
@@ -38,11 +36,6 @@ class Opened:
     pipe: Any = None
     names: tuple[str, ...] = ()
 
-    def sample(self, index: Tensor, labels: Tensor | None, **options: Any) -> SampleResult:
-        """Draws the samples of these numbers, which for latent models are latents."""
-        cond = None if labels is None else {"class_labels": labels}
-        return api.sample(self.model, index=index, cond=cond, **options)
-
     @property
     def autoencoder(self) -> Any:
         """That of a latent model; None of models of pixels."""
@@ -59,11 +52,7 @@ class Opened:
 
 
 def open_model(name: str, device: torch.device, dtype: torch.dtype, guidance_scale: float | None = None) -> Opened:
-    """Loads what `--model` names; `guidance_scale` is for diffusers' models with classes.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `pretrained` and `fastsde.diffusers.load`.
-    """
+    """Loads what `--model` names; `guidance_scale` is for diffusers' models with classes."""
     folder = Path(name)
     ours = name in packaged() or (folder / CARD).is_file()
     looks_like_a_hub_name = name.count("/") == 1 and not folder.exists() and not name.startswith((".", "/"))

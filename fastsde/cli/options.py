@@ -96,11 +96,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def shares(ctx: click.Context) -> tuple[int, int]:
-    """Rank and number of processes that the options or the launcher say.
-
-    Raises:
-        ValueError: if they make no sense, or go with --ray, which shares the work itself.
-    """
+    """Rank and number of processes that the options or the launcher say."""
     found = processes(ctx.params["rank"], ctx.params["world_size"], os.environ)
     if ctx.params["ray"] is not None and (ctx.params["rank"] is not None or found[1] > 1):
         raise ValueError("--ray shares the work itself; it goes without --rank, --world-size, RANK and WORLD_SIZE.")
@@ -109,12 +105,7 @@ def shares(ctx: click.Context) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
-    """The workers that --ray asks for, or None.
-
-    Raises:
-        ValueError: if --workers stands alone.
-        ImportError, ConnectionError: as `RayWorkers.connected`.
-    """
+    """The workers that --ray asks for, where --device says or else on GPUs if the cluster has any; or None."""
     address, count = ctx.params["ray"], ctx.params["workers"]
     if address is None:
         if count is not None:
@@ -122,18 +113,9 @@ def ray_workers(ctx: click.Context) -> Iterator[RayWorkers | None]:
         yield None
         return
     with RayWorkers.connected(address, count) as found:
+        asked = ctx.params["device"]
+        if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
+            if asked.index is not None or asked.type not in ("cpu", found.device):
+                raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
+            found.device = asked.type
         yield found
-
-
-def device_of(ctx: click.Context, found: RayWorkers) -> str:
-    """Where workers draw: as --device says, else on GPUs if the cluster has any.
-
-    Raises:
-        ValueError: if --device names one of several, or GPUs that the cluster has not.
-    """
-    asked = ctx.params["device"]
-    if ctx.get_parameter_source("device") is not ParameterSource.DEFAULT:
-        if asked.index is not None or asked.type not in ("cpu", found.device):
-            raise ValueError(f"--device of --ray must be cpu or, if the cluster has GPUs, cuda; got {asked}.")
-        found.device = asked.type
-    return found.device

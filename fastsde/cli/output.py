@@ -18,56 +18,42 @@ import torch
 
 import fastsde
 from fastsde.files import Content, write_together
-from fastsde.result import Interrupted, SampleResult, SamplingError, Status
+from fastsde.result import SampleResult, SamplingError, Status
 
 
-def prepare_folder(folder: Path, needed: int) -> None:
-    """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes.
+def prepare_folder(folder: Path, needed: int, option: str = "--out") -> None:
+    """Makes sure that `folder` exists, can be written to, and has room for `needed` bytes, or says what is in the way.
 
     If the folders above it have to be made too, standard error says so: the path may be mistyped, or a disk missing.
-
-    Raises:
-        click.ClickException: saying what stands in the way.
     """
     probe = folder / f".fastsde.{os.getpid()}.tmp"
     try:
         missing = [part for part in (folder, *folder.parents) if not part.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         if len(missing) > 1:
-            click.echo(f"--out {folder}: {missing[-1]} was not there and is made, with what is below it.", err=True)
+            click.echo(f"{option} {folder}: {missing[-1]} was not there and is made, with what is below it.", err=True)
         probe.write_bytes(b"")
         probe.unlink()
     except OSError as error:
-        raise click.ClickException(f"--out {folder} cannot be written to: {error.strerror}.") from error
+        raise click.ClickException(f"{option} {folder} cannot be written to: {error.strerror}.") from error
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise click.ClickException(f"--out {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
+        raise click.ClickException(f"{option} {folder} has {free >> 20} MiB free; about {needed >> 20} MiB are needed.")
 
 
-def check_writable(path: Path, option: str = "--out") -> None:
-    """Refuses a file that could not be written after all the work.
-
-    Raises:
-        ValueError: if it is a folder.
-        click.ClickException: if its folder cannot be written to.
-    """
+def check_writable(path: Path | None, option: str = "--out") -> None:
+    """Refuses a file that could not be written after all the work; None is none."""
+    if path is None:
+        return
     if path.is_dir():
         raise ValueError(f"{option} {path} is a folder; name a file.")
-    prepare_folder(path.parent, needed=1 << 20)
+    prepare_folder(path.parent, needed=1 << 20, option=option)
 
 
 def write_atomic(folder: Path, contents: Mapping[str, Content]) -> list[Path]:
-    """Writes files that belong together, all or none.
+    """Writes files that belong together, by their names, and returns their paths.
 
-    Args:
-        folder: where they go.
-        contents: of each file, by name.
-
-    Returns:
-        The files' paths.
-
-    Raises:
-        click.ClickException: if one cannot be written, a full disk included; then none of them is.
+    If one cannot be written, a full disk included, none of them is, and an error names it.
     """
     files = {folder / name: content for name, content in contents.items()}
     try:
@@ -85,6 +71,12 @@ def versions(*more: str) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found | {"python": platform.python_version(), "platform": f"{platform.system()} {platform.machine()}"}
+
+
+def data_and_licence(title: str) -> dict[str, str]:
+    """What a card says of the data, from "NAME; LICENCE"."""
+    source, _, licence = title.partition(";")
+    return {"data": source.strip() or "not stated", "licence": licence.strip() or "not stated"}
 
 
 def result_record(result: SampleResult) -> dict[str, Any]:
@@ -106,37 +98,44 @@ def result_record(result: SampleResult) -> dict[str, Any]:
     }
 
 
-def finished(draw: Callable[[], SampleResult]) -> tuple[SampleResult, bool]:
-    """What a call has drawn, and whether it failed; what is finished stays, after a failure and after Ctrl-C.
+def finished(draw: Callable[[], Any]) -> tuple[Any, bool]:
+    """What a call has drawn, and whether it ended early; what is finished stays, after a failure and after Ctrl-C.
 
-    Raises:
-        click.ClickException: if it was interrupted before anything was finished.
+    That nothing was finished is an error.
     """
-    failed = False
+    failure = None
     try:
-        result = draw()
+        drawn = draw()
     except SamplingError as error:
-        click.echo(f"Error: {error}", err=True)
-        result, failed = error.result, True
-    except Interrupted as interruption:
-        result = interruption.result
-    if not (result.status != Status.PENDING).any():
-        raise click.ClickException("interrupted before the first sample was finished; nothing was written.")
-    return result, failed
+        failure, drawn = str(error), error.result
+    except KeyboardInterrupt as interruption:
+        failure, drawn = "interrupted", getattr(interruption, "result", None)
+    result = getattr(drawn, "result", drawn)  # of a pipeline it has more than that
+    if result is None or not (result.status != Status.PENDING).any():
+        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
+    if failure is not None:
+        click.echo(f"Error: {failure}", err=True)
+    return drawn, failure is not None
 
 
-def tell(result: SampleResult, record: dict[str, Any], files: Sequence[Path], *, as_json: bool, failed: bool) -> None:
+def tell(
+    result: SampleResult,
+    record: dict[str, Any],
+    files: Sequence[Path | str],
+    more: Sequence[str] = (),
+    *,
+    as_json: bool,
+    failed: bool,
+) -> None:
     """Prints the record or its summary, and ends the program with 1 if not all samples are there."""
-    click.echo(dump_json(record) if as_json else summary(result, [], files), nl=not as_json)
+    if as_json:
+        click.echo(dump_json(record), nl=False)
+    else:
+        nfe, steps = result.nfe[result.status != Status.PENDING], int((result.accepted + result.rejected).sum())
+        share = int(result.rejected.sum()) / max(steps, 1)
+        click.echo(report(result.counts(), nfe.numpy(), share, f"in {result.seconds:.1f} s", more, files))
     if failed or not result.success.all():
         raise SystemExit(1)
-
-
-def summary(result: SampleResult, more: Sequence[str], files: Sequence[Path | str]) -> str:
-    """The lines that a command ends with, for samples drawn at once."""
-    nfe, steps = result.nfe[result.status != Status.PENDING], int((result.accepted + result.rejected).sum())
-    share = int(result.rejected.sum()) / max(steps, 1)
-    return report(result.counts(), nfe.numpy(), share, f"in {result.seconds:.1f} s", more, files)
 
 
 def report(

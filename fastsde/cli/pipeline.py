@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
 import torch
 from torch import Tensor, nn
 
 from fastsde.cli.media import MADE, Media, are_images, read_value
-from fastsde.cli.output import dump_json, prepare_folder, result_record, summary, versions, write_atomic
+from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
 from fastsde.cli.solver_options import Steps
 from fastsde.diffusers import PipelineResult, load, sample_pipeline
 from fastsde.evaluation.jobs import MANIFEST
 from fastsde.files import read_json
-from fastsde.result import SamplingError, Status
 from fastsde.score.network import weights_hash
 from fastsde.steps import DEFAULT_RTOL
 
@@ -32,13 +32,9 @@ _RECORD = "samples.json"
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of a pipeline's call, as the command line says them.
+    """The arguments of a pipeline's call, as the command line says them: `values` for all samples, and `per_sample`.
 
-    Attributes:
-        values: for all samples.
-        per_sample: with one value for each.
-        n: number of samples, or None where the arguments say it.
-        record: what a record says of the arguments: values, or names and SHA-256 of files.
+    The number of samples n is None where the arguments say it. The record has values, or names and SHA-256 of files.
     """
 
     values: dict[str, Any]
@@ -48,16 +44,7 @@ class Call:
 
     @classmethod
     def read(cls, options: Mapping[str, Any], settings: Sequence[str], n: int | None) -> Call:
-        """Reads the files too.
-
-        Args:
-            options: values of the options in `_OPTIONS`, None where they were not given; of prompts a list.
-            settings: texts KEY=VALUE.
-            n: number of samples, if it was said.
-
-        Raises:
-            ValueError: naming the option.
-        """
+        """Reads the files too; of the options in `_OPTIONS` those not given are None, and `settings` are KEY=VALUE."""
         given = {key: value for key, value in options.items() if value is not None}
         record = dict(given)
         for text in settings:
@@ -89,11 +76,7 @@ class Call:
         return cls(values, per_sample, n, record)
 
     def check(self, kind: type) -> None:
-        """Refuses what the call of a class does not take.
-
-        Raises:
-            ValueError: naming it, and what is allowed.
-        """
+        """Refuses what the call of a class does not take."""
         takes = {k: p for k, p in inspect.signature(kind.__call__).parameters.items() if p.kind is not p.VAR_KEYWORD}
         if unknown := [key for key in self.record if key not in takes]:
             known = ", ".join(key for key in takes if key not in ("self", *_OURS))
@@ -108,11 +91,6 @@ class Call:
             key: value.to(device, dtype if value.is_floating_point() else None) if isinstance(value, Tensor) else value
             for key, value in self.values.items()
         }
-
-    @property
-    def raw(self) -> bool:
-        """Whether the outputs were asked for as arrays."""
-        return self.values.get("output_type", "pil") != "pil"
 
 
 def run_pipeline(
@@ -148,16 +126,21 @@ def run_pipeline(
     pipe = _opened(source, known if kind else None, dtype)
     call.check(type(pipe))
     pipe.to(device)
-    chosen = {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe, "seed": seed, "batch_size": batch_size}
-    drawn, failure = _drawn(pipe, call, dtype, device, solver=solver, **chosen)
-    if failure is not None:
-        click.echo(f"Error: {failure}", err=True)
-    media = Media(_rate(pipe), fps, call.raw)
+    said: dict[str, Any] = {"rtol": steps.rtol, "atol": steps.atol, "nfe": steps.nfe, **call.placed(device, dtype)}
+    said |= {"per_sample": call.per_sample, "n": call.n, "seed": seed, "batch_size": batch_size}
+    draw = partial(sample_pipeline, pipe, solver=solver, **said)
+    drawn, failed = finished(draw)
+    media = Media(_rate(pipe), fps, raw=call.values.get("output_type", "pil") != "pil")
     for output in drawn.outputs:
         media.add(output)
     adaptive = solver.adaptive and steps.nfe is None and not counted
     record = {
-        **_record(drawn, media),
+        **result_record(drawn.result),
+        "files": media.files,
+        "outputs": media.more,
+        "errors": {str(place): f"{type(e).__name__}: {e}" for place, e in drawn.errors.items()},
+        "forwards": drawn.forwards,
+        "separate": drawn.separate,
         "pipeline": source,
         "class": type(pipe).__name__,
         **_weights(pipe),
@@ -173,44 +156,14 @@ def run_pipeline(
         "versions": versions("diffusers", "transformers"),
     }
     files = _write(out, drawn, media, record)
-    if as_json:
-        click.echo(dump_json(record), nl=False)
-    else:
-        more = [f"forwards of the networks: {drawn.forwards}"]
-        if drawn.separate and len(drawn.outputs) > 1:
-            more.append(f"calls were not joined: {drawn.separate}")
-        click.echo(summary(drawn.result, more, _shown(files)))
-    if failure is not None or not drawn.result.success.all():
-        raise SystemExit(1)
-
-
-def _drawn(
-    pipe: Any, call: Call, dtype: torch.dtype, device: torch.device, **chosen: Any
-) -> tuple[PipelineResult, str | None]:
-    """What was finished, and why not all of it was.
-
-    Raises:
-        click.ClickException: if nothing was finished.
-    """
-    drawn: PipelineResult | None = None
-    failure = None
-    try:
-        drawn = sample_pipeline(pipe, **call.placed(device, dtype), per_sample=call.per_sample, n=call.n, **chosen)
-    except SamplingError as error:
-        failure, drawn = str(error), error.result
-    except KeyboardInterrupt as interruption:
-        failure, drawn = "interrupted", getattr(interruption, "result", None)
-    if drawn is None or not (drawn.result.status != Status.PENDING).any():
-        raise click.ClickException(f"{failure}; no sample was finished, and nothing was written.")
-    return drawn, failure
+    more = [f"forwards of the networks: {drawn.forwards}"]
+    if drawn.separate and len(drawn.outputs) > 1:
+        more.append(f"calls were not joined: {drawn.separate}")
+    tell(drawn.result, record, _shown(files), more, as_json=as_json, failed=failed)
 
 
 def _class(source: str, name: str | None) -> type | None:
-    """The class that will be called, read off the index alone; None if that does not tell it.
-
-    Raises:
-        ValueError: if there is no such class, or the folder holds no pipeline.
-    """
+    """The class that will be called, read off the index alone; None if that does not tell it."""
     try:
         import diffusers
     except ImportError as error:
@@ -218,31 +171,20 @@ def _class(source: str, name: str | None) -> type | None:
     folder = Path(source)
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--pipeline {source} holds no model_index.json, so no pipeline; a network is for --model.")
-    if name is None:
-        try:
-            name = str(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
-        except (OSError, ValueError, KeyError, TypeError):  # loading says what is wrong
-            return None
-        return _known(name)
-    kind = _known(name)
-    if kind is None:
+    stated = name
+    if stated is None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # loading says what is wrong
+            stated = str(diffusers.DiffusionPipeline.load_config(source)["_class_name"])
+    kind = getattr(diffusers, stated or "", None)
+    if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline):
+        return kind
+    if name is not None:
         raise ValueError(f"--class {name}: diffusers {diffusers.__version__} has no such pipeline.")
-    return kind
-
-
-def _known(name: str) -> type | None:
-    import diffusers
-
-    kind = getattr(diffusers, name, None)
-    return kind if isinstance(kind, type) and issubclass(kind, diffusers.DiffusionPipeline) else None
+    return None
 
 
 def _opened(source: str, kind: type | None, dtype: torch.dtype) -> Any:
-    """The pipeline; of another class, its parts put together anew.
-
-    Raises:
-        FileNotFoundError, ValueError, ImportError: as `fastsde.diffusers.load`; if the class needs other parts.
-    """
+    """The pipeline; of another class, its parts put together anew."""
     pipe, _ = load(source, dtype=dtype)
     if not hasattr(pipe, "components"):
         raise ValueError(f"--pipeline {source} is a network, no pipeline; a network is for --model.")
@@ -272,21 +214,9 @@ def _rate(pipe: Any) -> int | None:
     for part in ("vocoder", "vae"):
         config = getattr(getattr(pipe, part, None), "config", None)
         for name in ("output_sampling_rate", "sampling_rate"):
-            rate = getattr(config, name, None)
-            if rate:
+            if rate := getattr(config, name, None):
                 return int(rate)
     return None
-
-
-def _record(drawn: PipelineResult, media: Media) -> dict[str, Any]:
-    return {
-        **result_record(drawn.result),
-        "files": media.files,
-        "outputs": media.more,
-        "errors": {str(place): f"{type(e).__name__}: {e}" for place, e in drawn.errors.items()},
-        "forwards": drawn.forwards,
-        "separate": drawn.separate,
-    }
 
 
 def _write(out: Path, drawn: PipelineResult, media: Media, record: dict[str, Any]) -> list[Path]:
@@ -300,10 +230,8 @@ def _write(out: Path, drawn: PipelineResult, media: Media, record: dict[str, Any
     whole = torch.isfinite(result.samples.flatten(1)).all(1)
     bare = [k for k, output in enumerate(drawn.outputs) if output is None and whole[k]]
     if bare:
-        writers["latents.npz"] = {
-            "arr_0": result.samples[bare].float().cpu().numpy(),
-            "index": result.index[bare].cpu().numpy(),
-        }
+        latents, index = result.samples[bare].float().cpu().numpy(), result.index[bare].cpu().numpy()
+        writers["latents.npz"] = {"arr_0": latents, "index": index}
     writers[_RECORD] = dump_json(record).encode()
     files = write_atomic(out, writers)
     for name in before - writers.keys():

@@ -17,7 +17,7 @@ from click.core import ParameterSource
 from torch import Tensor
 
 from fastsde.cli import options as option
-from fastsde.cli.job import Request, Source, begin_job, run_job, shard_maker
+from fastsde.cli.job import Request, Source, draw, run_job, shard_maker
 from fastsde.cli.models import Opened, open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import dump_json, finished, prepare_folder, result_record, tell, versions, write_atomic
@@ -27,7 +27,7 @@ from fastsde.cli.tokens import NAMES as TOKEN_SOLVERS
 from fastsde.cli.tokens import is_token_model, open_tokens
 from fastsde.evaluation.cluster import RayWorkers
 from fastsde.evaluation.images import image_grid, to_uint8
-from fastsde.evaluation.jobs import MANIFEST, controller_record, processes, whole_arrays, whole_samples
+from fastsde.evaluation.jobs import MANIFEST, ShardedJob, controller_record, processes, whole_arrays, whole_samples
 from fastsde.files import Content
 from fastsde.result import SampleResult
 from fastsde.steps import DEFAULT_RTOL
@@ -150,21 +150,17 @@ def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
         )
         source = open_source(request)
         source.labels_of(torch.arange(1))  # refuses a label before the folder is made
+        files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
         with option.ray_workers(ctx) as workers:
             if workers is not None:
-                request = dataclasses.replace(request, device=option.device_of(ctx, workers))
-                source.record["device"] = request.device
-            files = {name: asked[name] for name in ("out", "shard_size", "as_json")}
+                request = dataclasses.replace(request, device=workers.device)
+                source.record["device"] = workers.device
             _draw(request, source, asked["n"] or 64, shares, workers, **files)
         return
     if processes(None, None, os.environ)[1] > 1:
         raise ValueError("several processes (WORLD_SIZE) share jobs of --model; start --pipeline once.")
-    guidance = {
-        "prompt": asked["prompts"] or None,
-        "negative_prompt": asked["negative_prompt"],
-        "guidance_scale": asked["guidance_scale"],
-    }
-    call = Call.read(guidance, asked["settings"], asked["n"])
+    guidance = {name: asked[name] for name in ("negative_prompt", "guidance_scale")}
+    call = Call.read({"prompt": asked["prompts"] or None, **guidance}, asked["settings"], asked["n"])
     own = ("kind", "seed", "dtype", "device", "fps", "out", "as_json")
     run_pipeline(pipeline, call, steps, batch_size=asked["batch_size"] or 8, **{name: asked[name] for name in own})
 
@@ -183,10 +179,14 @@ def _draw(
     """Draws from a model, at once or as a job, and writes the files."""
     prepare_folder(out, needed=3 * n * math.prod(source.image_shape or (1 << 10,)) + (1 << 20))
     if n > shard_size or shares[1] > 1 or workers is not None or (out / MANIFEST).is_file():
-        job = begin_job(out, n, shard_size, request, source)
-        open_maker = partial(shard_maker, open_source, request, job)
-        remote = None if workers is None else (workers, open_maker)
-        run_job(job, source, shares, remote=remote, as_json=as_json)
+        shape = {} if source.image_shape is None else {"image_shape": list(source.image_shape)}
+        settings = source.record | {"seed": request.seed, "label": request.label} | shape
+        job = ShardedJob.begin(out, n, shard_size, settings)
+        make_all = None
+        if workers is not None:
+            open_maker = partial(shard_maker, open_source, request, job)
+            make_all = partial(workers.make_all, open_maker=open_maker, record=source.record)
+        run_job(job, source, shares, make_all=make_all, as_json=as_json)
         return
     labels = source.labels_of(torch.arange(n))
     result, failed = finished(partial(source.draw, torch.arange(n), labels, progress=True))
@@ -200,11 +200,7 @@ def _draw(
 
 
 def open_source(request: Request) -> Source:
-    """Opens what `--model` names.
-
-    Raises:
-        ValueError, TypeError, OSError: if the options do not fit it.
-    """
+    """Opens what `--model` names."""
     if is_token_model(request.model):
         return open_tokens(request, Steps.solver, partial(_labels, request.label))
     steps = request.steps
@@ -217,14 +213,16 @@ def open_source(request: Request) -> Source:
     record |= {"sde": repr(opened.model.sde), "solver": repr(solver), "nfe_budget": steps.nfe, "steps": steps.steps}
     record |= controller_record(controller)
     if solver.adaptive and steps.nfe is None and controller is None:
-        record |= _tolerances(steps.rtol, steps.atol, opened.model.data_range)
+        low, high = opened.model.data_range
+        record["rtol"] = DEFAULT_RTOL if steps.rtol is None else steps.rtol
+        record["atol"] = (high - low) / 256 if steps.atol is None else steps.atol
     record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
     shape = None
     if opened.autoencoder is None and opened.model.event_shape:  # of latents the decoder decides
         channels, *size = opened.model.event_shape
         shape = (*size, channels)
-    draw = partial(opened.sample, seed=request.seed, batch_size=request.batch_size, **chosen)
-    return Source(draw, partial(_labels, request.label, opened.classes), partial(_decoded, opened), record, shape)
+    drawn = partial(draw, opened.model, seed=request.seed, batch_size=request.batch_size, **chosen)
+    return Source(drawn, partial(_labels, request.label, opened.classes), partial(_decoded, opened), record, shape)
 
 
 def _check_options(ctx: click.Context, pipeline: str | None) -> None:
@@ -238,18 +236,9 @@ def _check_options(ctx: click.Context, pipeline: str | None) -> None:
     if "--model" in said:
         raise ValueError("give either --model or --pipeline.")
     if said:
-        jobs = (
-            " Jobs of shards are for --model."
-            if {"--shard-size", "--rank", "--world-size", "--ray", "--workers"} & {*said}
-            else ""
-        )
+        of_jobs = {"--shard-size", "--rank", "--world-size", "--ray", "--workers"}
+        jobs = " Jobs of shards are for --model." if of_jobs & {*said} else ""
         raise ValueError(f"{mode} goes without {', '.join(said)}.{jobs}")
-
-
-def _tolerances(rtol: float | None, atol: float | None, data_range: tuple[float, float]) -> dict[str, float]:
-    """The tolerances as used, defaults included."""
-    low, high = data_range
-    return {"rtol": DEFAULT_RTOL if rtol is None else rtol, "atol": (high - low) / 256 if atol is None else atol}
 
 
 def _labels(label: str, classes: int, index: Tensor) -> Tensor | None:

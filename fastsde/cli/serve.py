@@ -41,23 +41,7 @@ _NAMES = (*_LOOPBACK, "[::1]", "[")
 @click.option("--timeout", default=300.0, type=click.FloatRange(0, min_open=True), help="Seconds of a request.")
 @option.dtype
 @option.device
-def serve(
-    model: str,
-    pipeline: bool,
-    host: str,
-    port: int,
-    token: str | None,
-    rtol: float | None,
-    nfe: int | None,
-    batch_size: int | None,
-    max_waiting: int,
-    max_n: int,
-    max_nfe: int,
-    min_rtol: float,
-    timeout: float,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> None:
+def serve(host: str, port: int, token: str | None, **asked: Any) -> None:
     """Serve MODEL over HTTP: an interface like OpenAI's for images, samples with progress, metrics, and a page.
 
     MODEL is a packaged model, a folder of `fastsde train`, or a model or pipeline of diffusers. All requests share one
@@ -93,9 +77,10 @@ def serve(
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except OSError as error:
         raise click.ClickException(f"cannot listen at {host}:{port}: {error.strerror or error}.") from error
-    limits = Limits(max_n, max_nfe, min_rtol, seconds=timeout)
-    options = {"rtol": rtol, "nfe": nfe, "max_waiting": max_waiting}
-    service = _service(model, pipeline, limits, dtype, device, {**options, "batch_size": batch_size})
+    limits = Limits(asked["max_n"], asked["max_nfe"], asked["min_rtol"], seconds=asked["timeout"])
+    options = {name: asked[name] for name in ("rtol", "nfe", "max_waiting")}
+    options["batch_size"] = asked["batch_size"] or (8 if asked["pipeline"] else 64)
+    service = _service(asked["model"], asked["pipeline"], limits, asked["dtype"], asked["device"], options)
     if host not in _LOOPBACK and token is None:
         click.echo(f"Warning: anybody who reaches {host}:{port} may draw; --token asks for a token.", err=True)
     app = create_app(service, token=token, hosts=_NAMES if host in _LOOPBACK else ("*",))
@@ -123,8 +108,7 @@ def _service(
         if not hasattr(pipe, "components"):
             raise ValueError(f"{name} is a network, not a pipeline; leave --pipeline out.")
         pipe.to(device)
-        return PipelineService(shown, pipe, limits, record, **{**options, "batch_size": options["batch_size"] or 8})
-    options = {**options, "batch_size": options["batch_size"] or 64}
+        return PipelineService(shown, pipe, limits, record, **options)
     if is_token_model(name):
         folder = load_tokens(Path(name), device)
         classes = [str(k) for k in range(folder.classes)]

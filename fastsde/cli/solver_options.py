@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from fastsde.control import Controller, Grid
 from fastsde.score.base import ScoreModel
@@ -35,18 +35,7 @@ _WORDS = {"true": True, "false": False, "none": None}
 
 @dataclasses.dataclass(frozen=True)
 class Steps:
-    """What the command line says of the solver and its steps; None for what it does not say.
-
-    Attributes:
-        solver: of `--solver`, a name.
-        fitted: of `--fitted`, a file.
-        options: of `-o`.
-        rtol: of `--rtol`.
-        atol: of `--atol`.
-        nfe: of `--nfe`.
-        steps: of `--steps`.
-        grid: of `--grid`.
-    """
+    """The options of the solver and its steps, by their names; None for what the command line does not say."""
 
     solver: str = "ExponentialPC"
     fitted: Path | None = None
@@ -60,12 +49,8 @@ class Steps:
     def build(self, sde: SDE | None = None, *, counted: bool = False) -> tuple[Solver, Controller | None]:
         """The solver, and the grid asked for, or None where the solver's own choice stands.
 
-        Args:
-            sde: the process that the grid is of; None for a pipeline, whose steps are the solver's own number.
-            counted: whether something else says how many steps there are.
-
-        Raises:
-            ValueError, OSError: if the options do not go together, or the file holds no solver.
+        `sde` is the process that the grid is of; None for a pipeline, whose steps are the solver's own number. Whether
+        something else says how many there are is `counted`.
         """
         if self.fitted is not None:
             if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
@@ -82,9 +67,15 @@ class Steps:
             raise ValueError(f"give either --steps, which fixes the grid, or {others}.")
         if sde is not None:
             return solver, (GRIDS[self.grid](sde, self.steps) if self.grid else own_grid(sde, solver, self.steps))
-        if "steps" not in {field.name for field in dataclasses.fields(cast(Any, solver))}:
+        return self.counted(solver), None
+
+    def counted(self, solver: Any) -> Any:
+        """The solver with as many steps as `--steps` says, if it does."""
+        if self.steps is None:
+            return solver
+        if "steps" not in {field.name for field in dataclasses.fields(solver)}:
             raise ValueError(f"--solver {self.solver} takes no number of steps; give --rtol or --nfe.")
-        return dataclasses.replace(cast(Any, solver), steps=self.steps), None
+        return dataclasses.replace(solver, steps=self.steps)
 
     def _said(self, *names: str) -> str:
         """Those of the options that were given."""
@@ -93,16 +84,12 @@ class Steps:
 
 
 def build_solver(name: str, options: Sequence[str]) -> Solver:
-    """The solver of that name, with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1".
-
-    Raises:
-        ValueError: naming the option, what came and what is allowed.
-    """
+    """The solver of that name, `configured`."""
     return configured(SOLVER_NAMES[name](), options)
 
 
 def configured(solver: Solver, options: Sequence[str]) -> Solver:
-    """The solver with options changed; errors as for `build_solver`."""
+    """The solver with options such as "eta=1", "tableau=HEUN" or "corrector.snr=0.1"."""
     for option in options:
         key, equals, text = option.partition("=")
         if not equals:
@@ -119,11 +106,7 @@ def check_request(
     atol: float | None,
     nfe: int | None,
 ) -> None:
-    """Refuses what `sample` would refuse of a solver and its steps, before a folder is claimed for it.
-
-    Raises:
-        ValueError, TypeError: as `sample`.
-    """
+    """Refuses what `sample` would refuse of a solver and its steps, before a folder is claimed for it."""
     steps = resolve_controller(model, model.sde, solver, controller, rtol, atol, nfe)
     steps.span(model.sde.t_min, model.sde.t_max)
     solver.check(model.sde, grids[0].times if (grids := steps.all_grids()) else None)
@@ -145,20 +128,19 @@ def _value(text: str) -> Any:
 def _replaced(obj: Any, path: Sequence[str], value: Any) -> Any:
     """The dataclass instance with the field at the end of the path changed."""
     fields = {f.name: getattr(obj, f.name) for f in dataclasses.fields(obj) if f.init}
-    if path[0] not in fields:
-        raise ValueError(f"{type(obj).__name__} has no option {path[0]!r}; it has {', '.join(fields) or 'none'}.")
-    if len(path) > 1:
-        if not isinstance(fields[path[0]], (Solver, Langevin)):
-            raise ValueError(f"{type(obj).__name__}.{path[0]} has no options of its own.")
-        value = _replaced(fields[path[0]], path[1:], value)
-    now = fields[path[0]]
+    kind, (name, *rest) = type(obj).__name__, path
+    if name not in fields:
+        raise ValueError(f"{kind} has no option {name!r}; it has {', '.join(fields) or 'none'}.")
+    now = fields[name]
+    if rest:
+        if not isinstance(now, (Solver, Langevin)):
+            raise ValueError(f"{kind}.{name} has no options of its own.")
+        value = _replaced(now, rest, value)
     if isinstance(now, float) and type(value) is int:
         value = float(value) if abs(value) < 1 << 1023 else math.inf
     if not _fits(now, value):
-        raise ValueError(
-            f"--option {path[0]} of {type(obj).__name__} is {now!r} by default; {str(value)[:80]!r} is of another kind."
-        )
-    return dataclasses.replace(obj, **{path[0]: value})
+        raise ValueError(f"--option {name} of {kind} is {now!r} by default; {str(value)[:80]!r} is of another kind.")
+    return dataclasses.replace(obj, **{name: value})
 
 
 def _fits(now: Any, value: Any) -> bool:

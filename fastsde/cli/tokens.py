@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -11,13 +10,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastsde import api, tokens
-from fastsde.cli.job import Request, Source
+from fastsde import tokens
+from fastsde.cli.job import Request, Source, draw
 from fastsde.cli.output import versions
 from fastsde.cli.solver_options import Steps, configured
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.sweep import Cell
-from fastsde.result import SampleResult
 
 NAMES = {solver.__name__: solver for solver in tokens.SOLVERS}
 SWEPT = "EntropyBudget Unmask Unmask:order=confidence,choice_temperature=4.5"
@@ -34,18 +32,8 @@ def token_cells(
 ) -> list[Cell]:
     """The cells of a sweep over token solvers, every combination that a solver takes.
 
-    Args:
-        opened: the folder, with the model and perhaps a critic.
-        solvers: such as "EntropyBudget", "Unmask:order=confidence,choice_temperature=4.5".
-        nfe: budgets, for solvers that take a number of steps.
-        rtol: tolerances, for solvers that take one.
-        seeds: seeds.
-
-    Raises:
-        ValueError: if a solver or an option is unknown, or a solver takes none of budgets and tolerances.
+    Solvers are such as "Unmask:order=confidence,choice_temperature=4.5".
     """
-    if not nfe and not rtol:
-        raise ValueError("give --nfe, --rtol or both.")
     cells, event = [], opened.model.event_shape or ()
     for label in solvers:
         name, _, text = label.partition(":")
@@ -65,16 +53,7 @@ def token_cells(
 
 
 def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> tokens.TokenSolver | None:
-    """The solver that the options mean; None where nothing is said, so that a tolerance or a budget chooses.
-
-    Args:
-        steps: what the command line says.
-        default: the name that stands for nothing said.
-        critic: that of the folder.
-
-    Raises:
-        ValueError: if options are for score models, the name is none of tokens, or the critic is missing.
-    """
+    """The solver that the options mean; None where `default` stands for nothing said: rtol or nfe then chooses."""
     if others := [f"--{name}" for name in ("atol", "grid", "fitted") if getattr(steps, name) is not None]:
         raise ValueError(f"{', '.join(others)} is for score models; this one has tokens.")
     name = "Unmask" if steps.solver == default and steps.steps is not None else steps.solver
@@ -87,25 +66,11 @@ def token_solver(steps: Steps, default: str, critic: tokens.Critic | None) -> to
     if name == "TokenCritic" and critic is None:
         raise ValueError("--solver TokenCritic needs a folder with a critic.")
     solver = tokens.TokenCritic(critic) if name == "TokenCritic" else NAMES[name]()
-    solver = cast(tokens.TokenSolver, configured(solver, steps.options))
-    if steps.steps is None:
-        return solver
-    if "steps" not in {field.name for field in dataclasses.fields(cast(Any, solver))}:
-        raise ValueError(f"--solver {name} takes no number of steps; give --rtol or --nfe.")
-    return dataclasses.replace(cast(Any, solver), steps=steps.steps)
+    return cast(tokens.TokenSolver, steps.counted(configured(solver, steps.options)))
 
 
 def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], Tensor | None]) -> Source:
-    """A token model as `fastsde sample` draws from it.
-
-    Args:
-        request: what the command line asks for.
-        default: the solver's name that stands for nothing said.
-        labels: from the number of classes and sample numbers to classes.
-
-    Raises:
-        ValueError: if solver, steps or label do not fit the model.
-    """
+    """A token model as `fastsde sample` draws from it; `labels` says the classes of samples, of how many there are."""
     opened, steps = tokens.load_tokens(Path(request.model), request.device), request.steps
     solver = token_solver(steps, default, opened.critic)
     asked: dict[str, Any] = {"solver": solver, "rtol": steps.rtol, "nfe": steps.nfe}
@@ -114,10 +79,6 @@ def open_tokens(request: Request, default: str, labels: Callable[[int, Tensor], 
     record |= {"solver": repr(solver), "rtol": steps.rtol, "nfe_budget": steps.nfe}
     record |= {"batch_size": request.batch_size, "device": torch.device(request.device).type, "versions": versions()}
 
-    def draw(index: Tensor, labels: Tensor | None, *, progress: bool) -> SampleResult:
-        cond = None if labels is None else {"class_labels": labels}
-        said: dict[str, Any] = {"seed": request.seed, "batch_size": request.batch_size, "progress": progress}
-        return api.sample(opened.model, index=index, cond=cond, **said, **asked)
-
+    drawn = partial(draw, opened.model, seed=request.seed, batch_size=request.batch_size, **asked)
     images = None if opened.book is None else lambda kept: to_uint8(opened.images(kept), (-1.0, 1.0))
-    return Source(draw, partial(labels, opened.classes), images, record)
+    return Source(drawn, partial(labels, opened.classes), images, record)

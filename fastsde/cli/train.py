@@ -14,7 +14,6 @@ from typing import Any, cast
 
 import click
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -22,19 +21,19 @@ from fastsde import api
 from fastsde.checkpoints import CARD, PackagedModel, load_autoencoder, save_checkpoint_folder, score_model
 from fastsde.cli import options as option
 from fastsde.cli.options import PATH
-from fastsde.cli.output import prepare_folder, versions
+from fastsde.cli.output import data_and_licence, prepare_folder, versions
 from fastsde.cli.train_settings import AUTOENCODERS, Settings, as_toml, read_settings
 from fastsde.diffusers.latents import SCALE, encode_images, measure_scale
 from fastsde.diffusers.networks import LATENT_RANGE
 from fastsde.evaluation.images import image_grid, open_images, to_uint8
 from fastsde.evaluation.jobs import processes
-from fastsde.files import csv_text, read_json, sha256, write_whole
+from fastsde.files import as_json, csv_text, read_json, sha256, write_whole
 from fastsde.score.network import weights_hash
 from fastsde.sde.vp import VPSDE
-from fastsde.training.batches import check_data, data_hash
-from fastsde.training.checkpoint import History
+from fastsde.training.batches import check_data, data_hash, rank_and_size
+from fastsde.training.checkpoint import History, read_tensors
 from fastsde.training.config import TrainConfig
-from fastsde.training.data import load_images, load_test_images, to_unit_range
+from fastsde.training.data import holds_idx, load_images, load_test_images, to_unit_range
 from fastsde.training.introvae import decoded, divergence, posterior, reconstruction, train_autoencoder
 from fastsde.training.loop import held_out_loss
 from fastsde.training.loop import train as run_training
@@ -67,19 +66,7 @@ def _flag(name: str, kind: Any, default: object, text: str) -> Any:
 @option.device
 @click.option("--resume", is_flag=True, help="Continue from the checkpoint in --out.")
 def train(
-    config: Path | None,
-    assignments: tuple[str, ...],
-    data: str | None,
-    out: Path,
-    steps: int | None,
-    batch_size: int | None,
-    learning_rate: float | None,
-    seed: int | None,
-    bf16: bool | None,
-    classes: str | None,
-    title: str | None,
-    device: torch.device,
-    resume: bool,
+    config: Path | None, assignments: tuple[str, ...], out: Path, device: torch.device, resume: bool, **asked: Any
 ) -> None:
     """Train a UNet by denoising score matching under the VP SDE; 2.2 M parameters that predict the noise, by default.
 
@@ -99,36 +86,29 @@ def train(
       fastsde train --data data/FashionMNIST --out runs/vae --set model=vae --set vae.beta=30
       fastsde train --data data/FashionMNIST --out runs/latent --set model=latent --set autoencoder=runs/vae/model
     """
-    options = {
-        "data": data,
-        "title": title,
-        "classes": classes.split(",") if classes else None,
-        "training.steps": steps,
-        "training.batch_size": batch_size,
-        "training.learning_rate": learning_rate,
-        "training.seed": seed,
-        "training.bf16": bf16,
-    }
+    options = {f"training.{name}": asked[name] for name in ("steps", "batch_size", "learning_rate", "seed", "bf16")}
+    options |= {"data": asked["data"], "title": asked["title"]}
+    options["classes"] = asked["classes"].split(",") if asked["classes"] else None
     checkpoint = out / "checkpoint.safetensors"
     if checkpoint.exists() and not resume:
         raise ValueError(f"{checkpoint} exists; pass --resume to continue it, or another --out.")
     settings = read_settings(config, assignments, options)
     rank, size = processes(None, None, os.environ)
-    images, labels, test = _read_data(settings, out)
+    data = _read_data(settings, out)
     vae = load_autoencoder(settings.autoencoder, device=device) if settings.model == "latent" else None
-    if vae is not None and vae.config["in_channels"] != images.shape[1]:
+    if vae is not None and vae.config["in_channels"] != data.images.shape[1]:
         raise ValueError(
             f"autoencoder={settings.autoencoder} takes images of {vae.config['in_channels']} channels; the data have "
-            f"{images.shape[1]}."
+            f"{data.images.shape[1]}."
         )
     prepare_folder(out, needed=100 << 20)
     try:
         if size > 1:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         if settings.model in AUTOENCODERS:
-            _train_autoencoder(settings, images, test, device, out, resume, leads=rank == 0)
+            _train_autoencoder(settings, data, device, out, resume)
         else:
-            _train_score(settings, images, labels, test, vae, device, out, resume, leads=rank == 0)
+            _train_score(settings, data, vae, device, out, resume)
     except KeyboardInterrupt as error:
         raise click.ClickException(f"interrupted; --resume goes on from {checkpoint}, if it is there.") from error
     finally:
@@ -139,93 +119,84 @@ def train(
         click.echo(f"{out / 'model'} is ready: fastsde {todo}{out / 'model'}")
 
 
-_Labelled = tuple[Tensor, Tensor | None]
-
-
-def _read_data(settings: Settings, out: Path) -> tuple[Tensor, Tensor | None, _Labelled | None]:
+@dataclasses.dataclass(frozen=True)
+class _Data:
     """Images and labels to train on, and those of the test split if there is one."""
+
+    images: Tensor
+    labels: Tensor | None = None
+    test_images: Tensor | None = None
+    test_labels: Tensor | None = None
+
+
+def _read_data(settings: Settings, out: Path) -> _Data:
     if not settings.data:
         raise ValueError("--data is needed, or data = ... in --config.")
     source = Path(settings.data)
-    labels: Tensor | None = None
-    test: _Labelled | None = None
-    if source.is_dir() and any(list(source.glob(f"{sub}*-ubyte*")) for sub in ("", "raw/", "*/raw/")):
+    if source.is_dir() and holds_idx(source):
         images, labels = load_images(source)
+        data = _Data(images, labels)
         with contextlib.suppress(FileNotFoundError):
-            test = load_test_images(source, images, labels)
+            data = _Data(images, labels, *load_test_images(source, images, labels))
     elif source.is_dir() and out.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"--out {out} lies in --data {source}: its pictures would become data.")
     else:
-        images = torch.cat(list(open_images(source).batches()))
-    if images.shape[-1] != images.shape[-2]:
-        raise ValueError(f"{source}: images must be square; they are {tuple(images.shape[-2:])}.")
+        data = _Data(torch.cat(list(open_images(source).batches())))
+    if data.images.shape[-1] != data.images.shape[-2]:
+        raise ValueError(f"{source}: images must be square; they are {tuple(data.images.shape[-2:])}.")
     if not settings.labels:
-        labels, test = None, test and (test[0], None)
-    count = 0 if labels is None else int(labels.max()) + 1
+        data = dataclasses.replace(data, labels=None, test_labels=None)
+    count = 0 if data.labels is None else int(data.labels.max()) + 1
     if settings.classes and len(settings.classes) != count:
         raise ValueError(f"--classes names {len(settings.classes)} classes; the data have {count}.")
-    return images, labels, test
+    return data
 
 
-def _train_score(
-    settings: Settings,
-    images: Tensor,
-    labels: Tensor | None,
-    test: _Labelled | None,
-    vae: Any,
-    device: torch.device,
-    out: Path,
-    resume: bool,
-    *,
-    leads: bool,
-) -> None:
-    config = settings.training
-    names = settings.classes or tuple(str(k) for k in range(0 if labels is None else int(labels.max()) + 1))
-    sde, card = VPSDE(), _card(images.shape, settings)
+def _train_score(settings: Settings, data: _Data, vae: Any, device: torch.device, out: Path, resume: bool) -> None:
+    names = settings.classes or tuple(str(k) for k in range(0 if data.labels is None else int(data.labels.max()) + 1))
+    sde, card = VPSDE(), _card(data.images.shape, settings)
     if vae is not None:
-        check_data(images, labels)
-        images, seen = _latents(
-            vae, images, None if test is None else test[0], out / "latents.safetensors", leads=leads
-        )
-        test = None if test is None or seen is None else (seen, test[1])
-        card["autoencoder"] = _card_of(Path(settings.autoencoder))
+        check_data(data.images, data.labels)
+        images, seen = _latents(vae, data.images, data.test_images, out / "latents.safetensors")
+        data = dataclasses.replace(data, images=images, test_images=seen)
+        source = Path(settings.autoencoder) / CARD
+        stated = read_json(source) if source.is_file() else {}
+        keys = ("data", "licence", "command", "metrics", "parameters")
+        card["autoencoder"] = {key: stated[key] for key in keys if key in stated}
         card["latents"] = {key: vae.config[key] for key in SCALE}
-    torch.manual_seed(config.seed)
-    unet = small_unet(images.shape[-1], images.shape[1], len(names) or None, widths=settings.network.widths)
+    _, channels, _, side = data.images.shape
+    torch.manual_seed(settings.training.seed)
+    unet = small_unet(side, channels, len(names) or None, widths=settings.network.widths)
     network = cast(nn.Module, unet)
-    card |= _reading(images.shape, list(names), settings, latent=vae is not None)
-    card["parameters"] = sum(p.numel() for p in network.parameters())
+    card |= {
+        "event_shape": list(data.images.shape[1:]),
+        "data_range": [-1.0, 1.0] if vae is None else list(LATENT_RANGE),
+        "classes": list(names),
+        "prediction": settings.network.prediction,
+        "timestep_levels": 1000,
+        "sde": {"beta_min": 0.1, "beta_max": 20.0},
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
     model = score_model(network.to(device), sde, card, vae)
-    adversary = None if settings.adversary is None else settings.adversary.build(images.shape[1], images.shape[-1])
+    adversary = None if settings.adversary is None else settings.adversary.build(channels, side)
     if adversary is not None:
-        adversary.discriminator.to(device)
+        adversary.network.to(device)
 
     def draw(averaged: nn.Module, path: Path) -> None:
         draw_samples(score_model(averaged, sde, card, vae), len(names), path)
 
-    model.network = run_training(
-        model,
-        images,
-        labels,
-        config,
-        out / "checkpoint.safetensors",
-        adversary=adversary,
-        resume=resume,
-        save_every=settings.save_every,
-        callback=_noting(settings, out, draw),
-    )
-    if not leads:
+    loop = _loop(settings, out, resume, draw)
+    model.network = run_training(model, data.images, data.labels, settings.training, adversary=adversary, **loop)
+    if rank_and_size()[0] > 0:
         return
     save_checkpoint_folder(out / "model", model.network, card, vae)
-    if test is not None:
-        loss = _finite(held_out_loss(model, *test), "the loss on test images")
-        card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(test[0])}
+    if data.test_images is not None:
+        loss = _finite(held_out_loss(model, data.test_images, data.test_labels), "the loss on test images")
+        card["metrics"] = {"test_denoising_loss": round(loss, 5), "test_images": len(data.test_images)}
         save_checkpoint_folder(out / "model", model.network, card, vae)
 
 
-def _latents(
-    vae: Any, images: Tensor, test: Tensor | None, cache: Path, *, leads: bool
-) -> tuple[Tensor, Tensor | None]:
+def _latents(vae: Any, images: Tensor, test: Tensor | None, cache: Path) -> tuple[Tensor, Tensor | None]:
     """Latents of both splits, and their scale in the autoencoder's configuration.
 
     They are encoded once and kept in a file: encoded again, on another number of threads or on a GPU, they would differ
@@ -233,9 +204,7 @@ def _latents(
     """
     of = sha256(f"{weights_hash(vae)} {data_hash(images, None)} {None if test is None else len(test)}".encode())
     if cache.is_file():
-        with safe_open(cache, "pt") as file:
-            kept = file.metadata() or {}
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+        found, kept = read_tensors(cache)
         if kept.get("of") != of:
             raise ValueError(f"{cache} is of other data or another autoencoder. Choose another --out, or delete it.")
         scale = json.loads(kept["scale"])
@@ -244,66 +213,45 @@ def _latents(
         found = {"train": measure_scale(vae, images).contiguous()}
         found |= {} if test is None else {"test": encode_images(vae, test, batch_size=250).contiguous()}
         scale = {key: vae.config[key] for key in SCALE}
-        if leads:
+        if rank_and_size()[0] == 0:
             write_whole(cache, save(found, {"of": of, "scale": json.dumps(scale)}))
     return found["train"], found.get("test")
 
 
-def _train_autoencoder(
-    settings: Settings,
-    images: Tensor,
-    test: _Labelled | None,
-    device: torch.device,
-    out: Path,
-    resume: bool,
-    *,
-    leads: bool,
-) -> None:
-    config, vae = settings.training, settings.vae
-    torch.manual_seed(config.seed)
-    built = small_autoencoder(images.shape[-1], images.shape[1], widths=vae.widths, latent_channels=vae.channels)
-    network, card = cast(nn.Module, built).to(device), _card(images.shape, settings)
-    side = images.shape[-1] >> len(vae.widths) - 1
-    card |= {"latent_shape": [vae.channels, side, side], "parameters": sum(p.numel() for p in network.parameters())}
-    shown = to_unit_range(images[:20])
+def _train_autoencoder(settings: Settings, data: _Data, device: torch.device, out: Path, resume: bool) -> None:
+    vae, (_, channels, _, side) = settings.vae, data.images.shape
+    torch.manual_seed(settings.training.seed)
+    built = small_autoencoder(side, channels, widths=vae.widths, latent_channels=vae.channels)
+    network, card = cast(nn.Module, built).to(device), _card(data.images.shape, settings)
+    small = side >> len(vae.widths) - 1
+    card |= {"latent_shape": [vae.channels, small, small], "parameters": sum(p.numel() for p in network.parameters())}
+    shown = to_unit_range(data.images[:20])
 
     def draw(averaged: nn.Module, path: Path) -> None:
         draw_reconstructions(averaged, shown, path)
 
-    averaged = train_autoencoder(
-        network,
-        images,
-        config,
-        out / "checkpoint.safetensors",
-        vae.objective(settings.model),
-        plain=vae.plain,
-        resume=resume,
-        save_every=settings.save_every,
-        callback=_noting(settings, out, draw),
-    )
-    if not leads:
+    objective, loop = vae.objective(settings.model), _loop(settings, out, resume, draw)
+    averaged = train_autoencoder(network, data.images, settings.training, objective=objective, plain=vae.plain, **loop)
+    if rank_and_size()[0] > 0:
         return
-    if test is not None:
-        card["metrics"] = {**reconstruction_error(averaged, test[0]), "test_images": len(test[0])}
+    if data.test_images is not None:
+        card["metrics"] = reconstruction_error(averaged, data.test_images) | {"test_images": len(data.test_images)}
     save_checkpoint_folder(out / "model", averaged, card)
 
 
-def _noting(
-    settings: Settings, out: Path, draw: Callable[[nn.Module, Path], None]
-) -> Callable[[int, History, nn.Module], None]:
-    """What writes losses and pictures after every checkpoint."""
+def _loop(settings: Settings, out: Path, resume: bool, draw: Callable[[nn.Module, Path], None]) -> dict[str, Any]:
+    """What any training is told: its checkpoint, and what writes losses and pictures after each of them."""
 
     def note(step: int, history: History, averaged: nn.Module) -> None:
-        names_of_losses = ("step", *history)
-        rows = [
-            dict(zip(names_of_losses, row, strict=True)) for row in zip(range(step), *history.values(), strict=True)
-        ]
+        columns = {"step": range(step), **history}
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         write_whole(out / "losses.csv", csv_text(rows))
         if settings.samples_every and step % settings.samples_every == 0:
             (out / "samples").mkdir(exist_ok=True)
             draw(averaged, out / "samples" / f"{step:06d}.png")
 
-    return note
+    checkpoint = out / "checkpoint.safetensors"
+    return {"checkpoint": checkpoint, "resume": resume, "save_every": settings.save_every, "callback": note}
 
 
 def draw_samples(model: PackagedModel, classes: int, path: Path, n: int = 40) -> None:
@@ -351,43 +299,22 @@ def _finite(value: float, what: str) -> float:
 
 def _card(shape: torch.Size, settings: Settings) -> dict[str, Any]:
     """What a network says of itself: data, command and settings."""
-    source, _, licence = settings.title.partition(";")
-    config = settings.training
-    named = {"training.steps": "--steps", "training.batch_size": "--batch-size", "training.seed": "--seed"}
+    config, named = settings.training, ("training.steps", "training.batch_size", "training.seed")
     command = f"--steps {config.steps} --batch-size {config.batch_size} --seed {config.seed}"
     others = [f"{key}={as_toml(v)}" for key, v in settings.differences() if key not in named]
     command += "".join(f" --set {shlex.quote(text)}" for text in others)
     command += " --set autoencoder=FOLDER" if settings.autoencoder else ""
-    own = dataclasses.asdict(settings)
+    own = as_json(dataclasses.asdict(settings))
     own_table = "vae" if settings.model in AUTOENCODERS else "network"
     return {
         "model": settings.model,
-        "data": source.strip() or "not stated",
-        "licence": licence.strip() or "not stated",
+        **data_and_licence(settings.title),
         "command": f"fastsde train --data FOLDER --out OUT {command}",
-        "settings": json.loads(json.dumps(own["training"])),
-        own_table: json.loads(json.dumps(own[own_table])),
-        "adversary": json.loads(json.dumps(own["adversary"])),
+        "settings": own["training"],
+        own_table: own[own_table],
+        "adversary": own["adversary"],
         "images_seen": config.steps * config.batch_size,
         "metrics": {},
         "image_shape": list(shape[1:]),
         "versions": versions(),
-    }
-
-
-def _card_of(folder: Path) -> dict[str, Any]:
-    """Where an autoencoder is from: what its card says, if it has one."""
-    card = read_json(folder / CARD) if (folder / CARD).is_file() else {}
-    return {key: card[key] for key in ("data", "licence", "command", "metrics", "parameters") if key in card}
-
-
-def _reading(shape: torch.Size, names: list[str], settings: Settings, *, latent: bool) -> dict[str, Any]:
-    """How to read a score network, on a card."""
-    return {
-        "event_shape": list(shape[1:]),
-        "data_range": list(LATENT_RANGE) if latent else [-1.0, 1.0],
-        "classes": names,
-        "prediction": settings.network.prediction,
-        "timestep_levels": 1000,
-        "sde": {"beta_min": 0.1, "beta_max": 20.0},
     }

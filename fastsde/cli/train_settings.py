@@ -13,18 +13,7 @@ from typing import Any
 
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
-from fastsde.training.gan_losses import (
-    all_pairs,
-    average,
-    centred,
-    hinge,
-    lsgan,
-    one_way,
-    paired,
-    plain,
-    sgan,
-    wgan,
-)
+from fastsde.training.gan_losses import all_pairs, average, centred, hinge, lsgan, one_way, paired, plain, sgan, wgan
 from fastsde.training.introvae import IntroVAE, SoftIntroVAE
 from fastsde.training.masking import Masking
 from fastsde.training.networks import Discriminator
@@ -84,30 +73,17 @@ class AdversarySettings:
                 raise ValueError(f"adversary.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
 
     def build(self, channels: int, image_size: int) -> Adversary:
-        """The discriminator, with fresh weights, and its training.
-
-        Raises:
-            ValueError: naming the setting out of range.
-        """
+        """The discriminator, with fresh weights, and its training."""
         try:
             if image_size >> max(self.halvings, 0) < 1:
                 raise ValueError(f"halvings must leave a pixel of {image_size}; got {self.halvings}.")
             first, *second = (
                 Discriminator(channels, self.width, self.halvings) for _ in range(1 + self.two_discriminators)
             )
-            return Adversary(
-                first,
-                LOSSES[self.loss](COMPARISONS[self.compare]),
-                self.weight,
-                self.steps,
-                self.learning_rate,
-                self.betas,
-                self.penalty,
-                self.masking,
-                self.score_masking,
-                self.updates,
-                *second,
-            )
+            own = ("loss", "compare", "width", "halvings", "two_discriminators")
+            shared = {name: value for name, value in vars(self).items() if name not in own}
+            loss = LOSSES[self.loss](COMPARISONS[self.compare])
+            return Adversary(first, loss, **shared, spectral_discriminator=second[0] if second else None)
         except ValueError as error:
             raise ValueError(f"adversary: {error}") from error
 
@@ -131,11 +107,7 @@ class VAESettings:
     beta_neg: float = 256.0
 
     def objective(self, model: str) -> IntroVAE | SoftIntroVAE:
-        """The losses of one of `AUTOENCODERS`.
-
-        Raises:
-            ValueError: naming the setting out of range.
-        """
+        """The losses of one of `AUTOENCODERS`."""
         try:
             if model == "soft-introvae":
                 return SoftIntroVAE(self.beta_rec, self.beta_kl, self.beta_neg)
@@ -195,10 +167,6 @@ def read_settings(config: Path | None, assignments: Sequence[str], options: Mapp
         config: a TOML file, or None.
         assignments: such as "training.steps=100"; values as in TOML, or else words.
         options: by the same keys; None for those not given.
-
-    Raises:
-        ValueError: naming the key that is unknown or has a value of the wrong kind.
-        FileNotFoundError: if there is no such file.
     """
     found: dict[str, Any] = {}
     if config is not None:

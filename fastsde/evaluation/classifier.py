@@ -77,10 +77,8 @@ def train_classifier(
     Args:
         images: uint8 with shape (N, C, H, W), H and W divisible by 4.
         labels: int64 with shape (N,), from 0 on.
-        epochs: passes over the data.
-        batch_size: images a step.
-        learning_rate: at the start.
-        weight_decay: of all weights.
+        epochs, batch_size: passes over the data, and images a step.
+        learning_rate, weight_decay: at the start, and of all weights.
         smoothing: share of the target spread over all classes.
         seed: determines weights, order and augmentation.
         bf16: bfloat16 under autocast.
@@ -106,14 +104,8 @@ def train_classifier(
     steps = epochs * per_epoch
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    settings |= {
-        "seed": seed,
-        "bf16": bf16,
-        "weight_decay": weight_decay,
-        "smoothing": smoothing,
-        "data": data_hash(images, labels),
-        "steps": steps,
-    }
+    settings |= {"weight_decay": weight_decay, "smoothing": smoothing, "seed": seed, "bf16": bf16}
+    settings |= {"data": data_hash(images, labels), "steps": steps}
     modules: dict[str, nn.Module] = {"network": network}
     optimizers: dict[str, torch.optim.Optimizer] = {"sgd": optimizer}
     history: History = {"loss": []}
@@ -125,10 +117,11 @@ def train_classifier(
         order = torch.randperm(len(images), generator=generator)
         # What is left over is no batch; another order leaves others out in the next pass.
         for step, rows in enumerate(order.split(batch_size)[:per_epoch], epoch * per_epoch):
-            moves = _moves(batch_size, generator)
+            flip = torch.rand(batch_size, generator=generator, dtype=torch.float32) < 0.5
+            start = torch.randint(0, 5, (2, batch_size), generator=generator)
             optimizer.zero_grad(set_to_none=True)
             if step >= first:
-                x = _augment(to_unit_range(images[rows]), *moves)
+                x = _augment(to_unit_range(images[rows]), flip, start)
                 with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
                     _, logits = network(x)
                     loss = functional.cross_entropy(logits.float(), labels[rows], label_smoothing=smoothing)
@@ -144,14 +137,11 @@ def train_classifier(
     return network.eval()
 
 
-def _moves(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Which images are mirrored, with shape (n,), and where they start, with shape (2, n)."""
-    flip = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
-    return flip, torch.randint(0, 5, (2, n), generator=generator)
-
-
 def _augment(x: Tensor, flip: Tensor, start: Tensor) -> Tensor:
-    """Each image mirrored or not, and moved by -2 .. 2 pixels along both axes, black moving in."""
+    """Each image mirrored or not, and moved by -2 .. 2 pixels along both axes, black moving in.
+
+    `flip` has shape (n,), and `start`, 2 more than the move up and to the left, has shape (2, n).
+    """
     n, _, height, width = x.shape
     x = torch.where(flip[:, None, None, None], x.flip(3), x)
     x = functional.pad(x, (2, 2, 2, 2), value=-1.0)
@@ -164,11 +154,8 @@ def _augment(x: Tensor, flip: Tensor, start: Tensor) -> Tensor:
 @torch.no_grad()
 def accuracy(network: Classifier, images: Tensor, labels: Tensor) -> float:
     """Share of uint8 images with shape (N, C, H, W) whose label has the largest logit."""
-    right = [
-        (network(to_unit_range(part))[1].argmax(1) == own).sum()
-        for part, own in zip(images.split(500), labels.split(500), strict=True)
-    ]
-    return int(torch.stack(right).sum()) / len(images)
+    found = torch.cat([network(to_unit_range(part))[1].argmax(1) for part in images.split(500)])
+    return int((found == labels).sum()) / len(images)
 
 
 def save_classifier(folder: Path, network: Classifier, card: dict[str, Any]) -> None:

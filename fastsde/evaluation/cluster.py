@@ -52,9 +52,8 @@ class _Worker:
 class _Crew:
     """The workers that there are now: which are idle, and what the others are busy with."""
 
-    def __init__(self, open_maker: OpenMaker, record: Mapping[str, Any], needs: Mapping[str, int]) -> None:
-        import ray
-
+    def __init__(self, ray: Any, open_maker: OpenMaker, record: Mapping[str, Any], needs: Mapping[str, int]) -> None:
+        self._ray = ray  # which is imported late
         self._start = ray.remote(_Worker).options(**needs).remote
         self._open, self._record = open_maker, as_json(record)
         self.idle: list[Any] = []
@@ -69,43 +68,34 @@ class _Crew:
 
     def give(self, path: Path, what: Any, files: Iterable[Path]) -> None:
         """Has an idle worker make a file."""
-        import ray
-
         worker = self.idle.pop()
-        self._busy[worker.make.remote(what, [ray.put(file.read_bytes()) for file in files])] = worker, path
+        self._busy[worker.make.remote(what, [self._ray.put(file.read_bytes()) for file in files])] = worker, path
 
     def collect(self, seconds: float) -> Iterator[tuple[Path, bytes | None]]:
         """Files that were made, within so many seconds; without content if the worker died."""
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
         if not self._busy:
             time.sleep(seconds)
             return
-        for ref in ray.wait(list(self._busy), timeout=seconds)[0]:
+        for ref in self._ray.wait(list(self._busy), timeout=seconds)[0]:
             worker, path = self._busy.pop(ref)
             try:
-                found = ray.get(ref)
-            except RayTaskError as error:
+                found = self._ray.get(ref)
+            except self._ray.exceptions.RayTaskError as error:
                 raise error.cause if isinstance(error.cause, Exception) else error from None
-            except RayError as error:  # its process or its machine is gone
+            except self._ray.exceptions.RayError as error:  # its process or its machine is gone
                 self._lost(worker, path, error)
                 if path is not None:
                     yield path, None
                 continue
             self._deaths[path] = 0
-            if path is not None:
-                self.idle.append(worker)
-                yield path, found
-            elif other := differences(as_json(found), self._record):
+            if path is None and (other := differences(as_json(found), self._record)):
                 raise ValueError(f"a worker has another model or other versions than this process ({other}).")
-            else:
-                self.idle.append(worker)
+            self.idle.append(worker)
+            if path is not None:
+                yield path, found
 
     def _lost(self, worker: Any, path: Path | None, error: Exception) -> None:
-        import ray
-
-        ray.kill(worker)
+        self._ray.kill(worker)
         self._deaths[path] += 1
         if self._deaths[path] == _TRIES:
             where = "opening the model" if path is None else f"making {path.name}"
@@ -113,10 +103,8 @@ class _Crew:
 
     def close(self) -> None:
         """Ends all workers."""
-        import ray
-
         for worker in (*self.idle, *(worker for worker, _ in self._busy.values())):
-            ray.kill(worker)
+            self._ray.kill(worker)
 
 
 class RayWorkers:
@@ -198,9 +186,11 @@ class RayWorkers:
             RuntimeError: if five workers died over one file.
             Exception: what making a file raised.
         """
+        import ray
+
         needs: dict[str, int] = {"num_cpus": 1, "num_gpus": 1} if self.device == "cuda" else {"num_cpus": 1}
         most = max(1, sum(1 for _ in pending()))
-        crew = _Crew(open_maker, record, needs)
+        crew = _Crew(ray, open_maker, record, needs)
         try:
             with claims or Claims() as held:
                 turns: Iterator[Path | None] = held.turns(pending)

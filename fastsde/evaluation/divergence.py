@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from fastsde.checks import check_count, check_tensor
+from fastsde.training.gan_losses import Comparison, all_pairs, average, centred, one_way, paired, plain
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "least squares": lambda z: 1 - (z - 1).square(),
@@ -34,8 +35,14 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "hinge": lambda z: z.clamp(max=1),
 }
 """f by name."""
-KINDS = ("symmetric", "paired", "average", "one way", "centred")
-"""Which values of the critic are compared."""
+KINDS: dict[str, Comparison] = {
+    "symmetric": plain,
+    "paired": paired,
+    "average": average,
+    "one way": one_way,
+    "centred": centred,
+}
+"""What f is taken of, by the name of a divergence: as in relativistic GANs, whose discriminator has the loss -D."""
 ESTIMATORS = ("batch", "mvue", "unbiased")
 """Ways to estimate a divergence from samples."""
 
@@ -68,11 +75,7 @@ def relativistic(
     """
     for name, values in (("real", real), ("fake", fake)):
         _check_floats(name, values, "(n,)", least=2)
-    for name, value, allowed in (
-        ("f", f, tuple(FUNCTIONS)),
-        ("kind", kind, KINDS),
-        ("estimator", estimator, ESTIMATORS),
-    ):
+    for name, value, allowed in (("f", f, FUNCTIONS), ("kind", kind, KINDS), ("estimator", estimator, ESTIMATORS)):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
     if estimator == "mvue" and kind != "paired":
@@ -86,8 +89,12 @@ def relativistic(
         raise ValueError(
             f"real and fake must be as many, to be paired; got {len(real)} and {len(fake)}. 'mvue' takes any."
         )
-    found = _value(real, fake, FUNCTIONS[f], kind, everyone=estimator == "mvue")
-    return found + _correction(real, fake, kind) if estimator == "unbiased" else found
+    u_r, u_f = (all_pairs if estimator == "mvue" else KINDS[kind])(real, fake)
+    found = FUNCTIONS[f](u_r).mean() + FUNCTIONS[f](-u_f).mean()
+    if estimator == "unbiased":
+        x, y = real.var() / len(real), fake.var() / len(fake)
+        found = found + {"average": x + y, "one way": 2 * y, "centred": -(x + y) / 2}[kind]
+    return found
 
 
 def _check_floats(name: str, x: object, shape: str, least: int) -> None:
@@ -98,25 +105,6 @@ def _check_floats(name: str, x: object, shape: str, least: int) -> None:
         raise ValueError(f"{name} must be floats with shape {shape}, n at least {least}; got {tuple(x.shape)}.")
     if not torch.isfinite(x).all():
         raise ValueError(f"{name} holds NaN or infinity.")
-
-
-def _value(real: Tensor, fake: Tensor, f: Callable[[Tensor], Tensor], kind: str, *, everyone: bool) -> Tensor:
-    if kind == "symmetric":
-        return f(real).mean() + f(-fake).mean()
-    if kind == "paired":
-        return 2 * f(real[:, None] - fake if everyone else real - fake).mean()
-    if kind == "average":
-        return f(real - fake.mean()).mean() + f(real.mean() - fake).mean()
-    if kind == "one way":
-        return 2 * f(real - fake.mean()).mean()
-    middle = (real.mean() + fake.mean()) / 2
-    return f(real - middle).mean() + f(middle - fake).mean()
-
-
-def _correction(real: Tensor, fake: Tensor, kind: str) -> Tensor:
-    """What least squares lacks in the mean."""
-    x, y = real.var() / len(real), fake.var() / len(fake)
-    return x + y if kind == "average" else 2 * y if kind == "one way" else -(x + y) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +161,7 @@ def fit_critic(
     """Fits a critic to one half of each sample, and measures the divergence on the other half.
 
     Args:
-        features_p: with shape (n, d), n at least 20.
-        features_q: with shape (m, d), m at least 20.
+        features_p, features_q: with shape (n, d) and (m, d), n and m at least 20.
         f: as for `relativistic`, like kind.
         width: of the critic's two hidden layers.
         steps: of AdamW.

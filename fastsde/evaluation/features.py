@@ -36,8 +36,7 @@ class Features:
         network: from (B, C, H, W) to features (B, d), or to a pair of features and logits (B, classes).
         name: what to call it.
         channels: 1 or 3.
-        mean: of the normalisation, of images in [0, 1].
-        std: of the normalisation.
+        mean, std: of the normalisation, of images in [0, 1].
         size: side in pixels that the network wants; None takes any.
         shape: the only image shape (C, H, W) that it was made for; None takes any.
         resize_inside: what the network itself does to the size of images, for the record.
@@ -71,8 +70,8 @@ class Features:
         if self.size is not None and x.shape[-2:] != (self.size, self.size):
             x = functional.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True).clamp(0, 1)
         mean, std = (torch.tensor(v, dtype=torch.float32).view(-1, 1, 1) for v in (self.mean, self.std))
-        device = _device(self.network)
-        out = self.network(((x - mean) / std).to(device))
+        parameter = next(self.network.parameters(), None) if isinstance(self.network, nn.Module) else None
+        out = self.network(((x - mean) / std).to("cpu" if parameter is None else parameter.device))
         features, logits = out if isinstance(out, tuple) else (out, None)
         return features.float().flatten(1).cpu(), None if logits is None else logits.float().cpu()
 
@@ -108,11 +107,6 @@ class Features:
         parts = [self(part) for part in tqdm(images, "features", total, disable=None if progress else True)]
         logits = [part for _, part in parts if part is not None]
         return torch.cat([part for part, _ in parts]), torch.cat(logits) if logits else None
-
-
-def _device(network: object) -> torch.device:
-    parameter = next(network.parameters(), None) if isinstance(network, nn.Module) else None
-    return torch.device("cpu") if parameter is None else parameter.device
 
 
 def _hash(network: object) -> str:
@@ -178,8 +172,8 @@ class _Inception(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        features, logits = self.network((x * 255).round().to(torch.uint8))
-        return features, logits
+        out: tuple[Tensor, Tensor] = self.network((x * 255).round().to(torch.uint8))
+        return out
 
 
 def inception_features(weights: Path | None = None, *, device: str = "cpu") -> Features:

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob
 from fastsde.files import ArrayFile, read_json
 from fastsde.result import Status
-from fastsde.training.data import load_images
+from fastsde.training.data import check_finite, holds_idx, load_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 
@@ -32,11 +32,7 @@ def to_uint8(samples: Tensor, data_range: tuple[float, float]) -> np.ndarray:
     Raises:
         ValueError: if a sample is not finite, which has no level.
     """
-    lost = ~torch.isfinite(samples).flatten(1).all(1)
-    if lost.any():
-        raise ValueError(
-            f"{int(lost.sum())} of {len(samples)} samples are not finite, the first at {int(lost.int().argmax())}."
-        )
+    check_finite(samples, "samples")
     low, high = data_range
     levels = ((samples.double() - low) * (255 / (high - low))).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
@@ -106,7 +102,7 @@ def open_images(source: str | Path, *, split: str = "train") -> Images:
         raise FileNotFoundError(f"{path} is neither a file nor a folder; no data set comes with fastsde.")
     if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _from_datasets(path, split)
-    if any(list(path.glob(f"{below}*-ubyte*")) for below in ("", "raw/", "*/raw/")):
+    if holds_idx(path):
         images, _ = load_images(path, train=split == "train")
         return _in_memory(str(path), f"idx {split}", images)
     if split != "train":
@@ -135,12 +131,10 @@ def _from_npz(path: Path) -> Images:
             raise ValueError(f"{path} has no arr_0; it has {', '.join(file.headers) or 'nothing'}.")
         images = file.read("arr_0")
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
-        extra = ""
-        if images.dtype.kind == "f" and not np.isfinite(images).all():
-            extra = " Some values are not finite."
+        lost = images.dtype.kind == "f" and not np.isfinite(images).all()
         raise ValueError(
-            f"{path}: arr_0 must hold 8-bit images (n, H, W, C), C being 1 or 3; "
-            f"it is {images.dtype} with shape {images.shape}.{extra}"
+            f"{path}: arr_0 must hold 8-bit images (n, H, W, C), C being 1 or 3; it is {images.dtype} with shape "
+            f"{images.shape}.{' Some values are not finite.' if lost else ''}"
         )
     return _in_memory(str(path), "npz", _channels_first(images))
 
@@ -172,13 +166,11 @@ def _from_job(folder: Path) -> Images:
     lost = int((status == Status.NON_FINITE).sum())
     if lost:
         raise ValueError(f"{folder}: {lost} of {job.n} samples are not finite, and so not there.")
-    shape = job.read(0, "arr_0")["arr_0"].shape[1:]
+    shape = job.read(0, "arr_0").shape[1:]
 
     def read(start: int, stop: int) -> Tensor:
-        size = job.shard_size
-        parts = []
-        for k in range(start // size, (stop - 1) // size + 1):
-            parts.append(job.read(k, "arr_0")["arr_0"][max(start - k * size, 0) : stop - k * size])
+        size, shards = job.shard_size, range(start // job.shard_size, (stop - 1) // job.shard_size + 1)
+        parts = [job.read(k, "arr_0")[max(start - k * size, 0) : stop - k * size] for k in shards]
         return _channels_first(np.concatenate(parts))
 
     return Images(
@@ -194,8 +186,8 @@ def _from_folder(folder: Path) -> Images:
         raise ValueError(f"{folder} holds {stray[0].relative_to(folder)}, which is no image ({len(stray)} such files).")
     if not files:
         raise FileNotFoundError(f"{folder} holds no images.")
-    name = [str(path) for path in files]
-    return _of_one_size(str(folder), "folder", name, lambda start, stop: map(_picture, files[start:stop]))
+    names = list(map(str, files))
+    return _of_one_size(str(folder), "folder", names, lambda start, stop: map(_picture, files[start:stop]))
 
 
 def _of_one_size(
@@ -215,7 +207,7 @@ def _of_one_size(
 
 
 def _picture(path: Path) -> np.ndarray:
-    """uint8 with shape (H, W, C): grey images have one channel, all others become RGB."""
+    """As `as_pixels`, of a file."""
     try:
         with Image.open(path) as image:
             return as_pixels(image)

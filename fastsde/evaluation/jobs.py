@@ -112,6 +112,9 @@ class ShardedJob:
     def _manifest(self) -> dict[str, Any]:
         return {"n": self.n, "shard_size": self.shard_size, **self.settings}
 
+    def _hash(self) -> str:
+        return json_hash(self._manifest())
+
     @property
     def shards(self) -> int:
         """How many shards there are in all."""
@@ -146,8 +149,7 @@ class ShardedJob:
 
     def whole(self, k: int, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """All that is in the file of shard k: what was drawn, sample numbers, and the hash of the manifest."""
-        digest = np.array(json_hash(self._manifest()))
-        return {**arrays, "index": np.array(self.indices(k)), HASH: digest}
+        return {**arrays, "index": np.array(self.indices(k)), HASH: np.array(self._hash())}
 
     def run(
         self,
@@ -181,10 +183,10 @@ class ShardedJob:
         Raises:
             ValueError: naming the first file that is not this job's, and what is wrong with it.
         """
-        digest, event = json_hash(self._manifest()), self.settings.get("image_shape")
+        event = self.settings.get("image_shape")
         for k in sorted(self.there()):
             with self._opened(k) as file:
-                event = self._check(k, file, digest, event)
+                event = self._check(k, file, event)
 
     def there(self) -> set[int]:
         """The numbers of the shards in the folder."""
@@ -199,27 +201,20 @@ class ShardedJob:
         except ValueError as error:
             raise ValueError(f"{error} Delete it and run the job again.") from error
 
-    def _check(self, k: int, file: ArrayFile, digest: str, event: list[int] | None) -> list[int] | None:
+    def _check(self, k: int, file: ArrayFile, event: list[int] | None) -> list[int] | None:
         """The image shape (H, W, C) of shard k, None of tokens alone; a ValueError if it is not shard k of this job."""
-        wrong = self._fault(k, file, digest)
-        if wrong is None and "arr_0" not in file.headers:
-            return None
-        shape, kind = file.headers.get("arr_0", ((), None))
-        if wrong is None and (kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:]))):
-            wanted = f"{tuple(event)}" if event else "(H, W, C)"
-            wrong = f"its images are {kind} with shape {shape[1:]}, not uint8 with shape {wanted}"
-        if wrong is not None:
+        if wrong := self._fault(k, file, event):
             raise ValueError(f"{file.path} is not shard {k} of this job: {wrong}.")
-        return list(shape[1:])
+        return list(file.headers["arr_0"][0][1:]) if "arr_0" in file.headers else None
 
-    def _fault(self, k: int, file: ArrayFile, digest: str) -> str | None:
-        """What is wrong with a file as shard k, or None; its images are looked at by nobody but `_check`."""
+    def _fault(self, k: int, file: ArrayFile, event: list[int] | None) -> str | None:
+        """What is wrong with a file as shard k, or None."""
         numbers = self.indices(k)
         if not numbers:
             return f"the job has {self.shards} shards, 0 to {self.shards - 1}"
         if HASH not in file.headers:
             return "it does not say of which job it is, so an earlier version wrote it, or something else"
-        if str(file.read(HASH)) != digest:
+        if str(file.read(HASH)) != self._hash():
             return f"it is of a job with other settings than {MANIFEST} has"
         rows = {name: shape[0] if shape else None for name, (shape, _) in file.headers.items() if name != HASH}
         if "index" not in rows or not {"arr_0", TOKENS} & rows.keys():
@@ -234,17 +229,22 @@ class ShardedJob:
         for name in rows.keys() - whole.keys():
             if rows[name] != len(numbers) - lost:
                 return f"its {name} has {rows[name]} rows, not one for each of {len(numbers) - lost} finite samples"
+        if "arr_0" in rows:
+            shape, kind = file.headers["arr_0"]
+            if kind != np.uint8 or len(shape) != 4 or list(shape[1:]) != (event or list(shape[1:])):
+                wanted = f"{tuple(event)}" if event else "(H, W, C)"
+                return f"its images are {kind} with shape {shape[1:]}, not uint8 with shape {wanted}"
         return None
 
-    def read(self, k: int, *names: str) -> dict[str, np.ndarray]:
-        """The arrays of shard k, or those of them that are named.
+    def read(self, k: int, name: str) -> np.ndarray:
+        """An array of shard k.
 
         Raises:
             ValueError: if the file is damaged or not this job's; deleting it makes the job draw it again.
         """
         with self._opened(k) as file:
-            self._check(k, file, json_hash(self._manifest()), self.settings.get("image_shape"))
-            return {name: file.read(name) for name in names or file.headers}
+            self._check(k, file, self.settings.get("image_shape"))
+            return file.read(name)
 
     def has_images(self) -> bool:
         """Whether shards hold images, as all do but those of tokens without a code book; the first must be there."""
@@ -255,14 +255,14 @@ class ShardedJob:
         """The first images, of as many shards as that takes, with shape (up to `count`, H, W, C)."""
         parts: list[np.ndarray] = []
         for k in range(self.shards):
-            parts.append(self.read(k, "arr_0")["arr_0"])
+            parts.append(self.read(k, "arr_0"))
             if sum(map(len, parts)) >= count:
                 break
         return np.concatenate(parts)[:count]
 
     def column(self, name: str) -> np.ndarray:
         """One number per sample, of all shards, with shape (n,)."""
-        return np.concatenate([self.read(k, name)[name] for k in range(self.shards)])
+        return np.concatenate([self.read(k, name) for k in range(self.shards)])
 
 
 def controller_record(controller: Controller | None) -> dict[str, Any]:

@@ -39,11 +39,7 @@ def measure(x: Tensor, logits: Tensor | None, reference: Reference, *, draws: in
     if x.shape[1:] != reference.mean.shape:
         raise ValueError(f"the reference has {len(reference.mean)} features, the samples have {x.shape[1]}.")
     distance = frechet(x, reference.mean, reference.covariance, draws=draws)
-    found: dict[str, Any] = {
-        "fid": distance.value,
-        "fid_error": distance.error,
-        "fid_infinite": distance.extrapolated,
-    }
+    found: dict[str, Any] = {"fid": distance.value, "fid_error": distance.error, "fid_infinite": distance.extrapolated}
     if reference.feats is not None:
         found["kid"], found["kid_error"] = kernel_distance(x, reference.feats)
         if min(len(x), len(reference.feats)) >= _LEAST:

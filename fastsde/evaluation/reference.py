@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fastsde.evaluation.features import PACKAGED, Features
 from fastsde.evaluation.images import Images
 from fastsde.evaluation.statistics import NEIGHBOUR, Moments
-from fastsde.files import ArrayFile, sha256, write_whole
+from fastsde.files import ArrayFile, differences, sha256, write_whole
 
 REFERENCE = "reference.npz"
 
@@ -30,8 +30,7 @@ class Reference:
     clean-fid and ADM's suite write them, is read too, but does not say which network it is of.
 
     Attributes:
-        mean: with shape (d,).
-        covariance: with shape (d, d).
+        mean, covariance: with shape (d,) and (d, d).
         feats: features of some of the images, with shape (k, d), for kernel distance, precision and recall; or None.
         record: what the file says of itself: features, image shape, n, source; empty if it says nothing.
     """
@@ -56,15 +55,14 @@ class Reference:
         """
         features.check(images.shape)
         chosen = torch.randperm(images.n, generator=torch.Generator().manual_seed(0))[:keep].sort().values
-        moments, kept, seen, digest = None, [], 0, hashlib.sha256()
+        moments, kept, digest = None, [], hashlib.sha256()
         for part in tqdm(images.batches(), "stats", -(-images.n // 500), disable=None if progress else True):
             digest.update(part.numpy().tobytes())
             found, _ = features(part)
-            moments = Moments(found.shape[1]) if moments is None else moments
+            moments = moments or Moments(found.shape[1])
+            own = chosen - moments.n
+            kept.append(found[own[(own >= 0) & (own < len(found))]])
             moments.update(found)
-            own = chosen[(chosen >= seen) & (chosen < seen + len(found))] - seen
-            kept.append(found[own])
-            seen += len(found)
         assert moments is not None
         d = len(moments.mean)
         if moments.n <= d:
@@ -143,11 +141,9 @@ class Reference:
             )
         if not self.record:
             return
-        here, there = features.describe(), self.record["features"]
-        changed = [key for key in here if key != "name" and here[key] != there.get(key)]
-        if changed:
-            pairs = "; ".join(f"{key}: {there.get(key)!r} there, {here[key]!r} here" for key in changed)
-            raise ValueError(f"the reference is of other features ({pairs}).")
+        here = {key: value for key, value in features.describe().items() if key != "name"}
+        if changed := differences({key: self.record["features"].get(key) for key in here}, here):
+            raise ValueError(f"the reference is of other features ({changed}).")
         if list(shape) != self.record["image_shape"]:
             raise ValueError(
                 f"the reference is of images {tuple(self.record['image_shape'])}, these are {tuple(shape)}: "

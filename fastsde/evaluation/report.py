@@ -20,11 +20,7 @@ if TYPE_CHECKING:
 
 
 def plot(summary: Sequence[Mapping[str, Any]]) -> bytes:
-    """The picture of `draw` as a PNG file.
-
-    Raises:
-        ImportError: if matplotlib is not installed.
-    """
+    """The picture of `draw` as a PNG file; errors are the same."""
     buffer = io.BytesIO()
     draw(summary).savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()

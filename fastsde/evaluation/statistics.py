@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+from fastsde.training.data import check_finite
+
 
 class Moments:
     """Mean and covariance of rows that arrive in parts, in float64.
@@ -60,10 +62,8 @@ def frechet_distance(mean_1: Tensor, covariance_1: Tensor, mean_2: Tensor, covar
     https://arxiv.org/abs/1706.08500, for features of images: FID.
 
     Args:
-        mean_1: with shape (d,).
-        covariance_1: symmetric and positive semi-definite, with shape (d, d).
-        mean_2: with shape (d,).
-        covariance_2: with shape (d, d).
+        mean_1, mean_2: with shape (d,).
+        covariance_1, covariance_2: symmetric and positive semi-definite, with shape (d, d).
 
     Raises:
         ValueError: if the dimensions differ or something is not finite.
@@ -119,8 +119,7 @@ def frechet(x: Tensor, mean: Tensor, covariance: Tensor, *, draws: int = 50, spl
 
     Args:
         x: features, with shape (n, d).
-        mean: of the reference, with shape (d,).
-        covariance: of the reference, with shape (d, d).
+        mean, covariance: of the reference, with shapes (d,) and (d, d).
         draws: bootstrap replicates; 0 for none, and an error of NaN.
         splits: random divisions.
         seed: of replicates and divisions.
@@ -162,11 +161,7 @@ def check_features(x: Tensor, name: str) -> None:
     """Refuses, with a ValueError, what is no matrix of finite numbers."""
     if x.ndim != 2 or not len(x):
         raise ValueError(f"{name} must have shape (n, d), n >= 1; got {tuple(x.shape)}.")
-    bad = ~torch.isfinite(x).all(1)
-    if bad.any():
-        raise ValueError(
-            f"{int(bad.sum())} of {len(x)} rows of {name} are not finite, the first at {int(bad.int().argmax())}."
-        )
+    check_finite(x, f"rows of {name}")
 
 
 def kernel_distance(x: Tensor, y: Tensor, *, block: int = 1000, seed: int = 0) -> tuple[float, float]:
@@ -178,8 +173,7 @@ def kernel_distance(x: Tensor, y: Tensor, *, block: int = 1000, seed: int = 0) -
     https://arxiv.org/abs/1801.01401, sec. 4.
 
     Args:
-        x: features, with shape (n, d).
-        y: features, with shape (m, d).
+        x, y: features, with shape (n, d) and (m, d).
         block: rows in a block, or all if there are fewer.
         seed: of the order of the rows.
 
@@ -267,8 +261,7 @@ def manifold(x: Tensor, reference: Tensor, *, k: int = NEIGHBOUR) -> Manifold:
     https://arxiv.org/abs/2002.09797, eq. 4 and 5.
 
     Args:
-        x: features of samples, with shape (n, d).
-        reference: features of data, with shape (m, d).
+        x, reference: features of samples and of data, with shape (n, d) and (m, d).
         k: the neighbour that gives a ball its radius; the point itself is not one.
 
     Raises:
@@ -309,8 +302,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, seed: in
     https://doi.org/10.1007/s10851-014-0506-3. Samples of one law have a distance too, of order n^(-1/2).
 
     Args:
-        x: with shape (n, d).
-        y: with shape (m, d).
+        x, y: with shape (n, d) and (m, d).
         projections: directions.
         seed: of the directions.
 

@@ -28,9 +28,8 @@ from fastsde.evaluation.statistics import fewest
 from fastsde.files import Content, as_json, clear, csv_text, json_hash, json_text, npz_bytes, read_json, write_whole
 from fastsde.result import Status
 from fastsde.score.base import ScoreModel
-from fastsde.sde.base import SDE
 from fastsde.solvers import Solver
-from fastsde.tokens import Masking, TokenModel
+from fastsde.tokens import TokenModel
 
 RESULT = "result.json"
 
@@ -85,11 +84,6 @@ class Problem:
     record: Mapping[str, Any]
     classes: int = 0
     decode: Callable[[Tensor], Tensor] | None = None
-
-    @property
-    def process(self) -> SDE | Masking:
-        """The forward process."""
-        return self.model.process if isinstance(self.model, TokenModel) else self.model.sde
 
     @property
     def image_shape(self) -> tuple[int, ...]:
@@ -147,9 +141,10 @@ class Sweep:
         problem.reference.check(problem.features, event)
         if n < fewest(width):
             raise ValueError(f"n = {n} samples are too few for {width} features: at least {fewest(width)} are needed.")
+        model = problem.model
         self.settings = {
             **problem.record,
-            "sde": repr(problem.process),
+            "sde": repr(model.process if isinstance(model, TokenModel) else model.sde),
             "n": n,
             "labels": f"{problem.classes} classes in turn" if problem.classes else "none",
             "features": problem.features.describe(),
@@ -183,7 +178,8 @@ class Sweep:
             progress: called with numbers of samples as they are drawn.
             make_all: has others make the files, from what `request` says of them.
         """
-        jobs = [self._job(cell) for cell in self.cells]  # all are checked before the first call
+        # All are checked before the first call.
+        jobs = [ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings) for job in self._jobs.values()]
         progress(sum(job.drawn() for job in jobs))
         for cell, job in zip(self.cells, jobs, strict=True):
             if (job.folder / RESULT).is_file():
@@ -242,22 +238,12 @@ class Sweep:
             return self._figures(cell, copy)
 
     def _cell_settings(self, cell: Cell) -> dict[str, Any]:
-        return {
-            "solver": repr(cell.solver),
-            "setting": cell.setting,
-            **controller_record(cell.controller),
-            "seed": cell.seed,
-        }
-
-    def _job(self, cell: Cell) -> ShardedJob:
-        """The job of a cell, begun or checked."""
-        job = self._jobs[cell.name]
-        return ShardedJob.begin(job.folder, job.n, job.shard_size, job.settings)
+        solver, rule = repr(cell.solver), controller_record(cell.controller)
+        return {"solver": solver, "setting": cell.setting, **rule, "seed": cell.seed}
 
     def _plan(self, cell: Cell) -> ShardedJob:
-        channels, height, width = self.problem.image_shape
-        shape = {"image_shape": [height, width, channels]}
-        settings = {**self.settings, **self._cell_settings(cell), **shape}
+        channels, *size = self.problem.image_shape
+        settings = {**self.settings, **self._cell_settings(cell), "image_shape": [*size, channels]}
         del settings["n"], settings["features"], settings["reference"], settings["bootstrap"]
         return ShardedJob(self.folder / "cells" / cell.name, self.n, self.shard_size, as_json(settings))
 
@@ -309,7 +295,7 @@ class Sweep:
         Raises:
             ValueError: if the file is damaged or of other settings, naming it.
         """
-        path = self.folder / "cells" / cell.name / RESULT
+        path = self._jobs[cell.name].folder / RESULT
         found = read_json(path)
         if found.pop(HASH, None) != self._hash(cell):
             raise ValueError(f"{path} is of other settings than this sweep. Delete it and run the command again.")
@@ -317,12 +303,11 @@ class Sweep:
 
     def rows(self) -> list[dict[str, Any]]:
         """The figures of every cell that has them, in order."""
-        there = [cell for cell in self.cells if (self.folder / "cells" / cell.name / RESULT).is_file()]
-        return [self.row(cell) for cell in there]
+        return [self.row(cell) for cell in self.cells if (self._jobs[cell.name].folder / RESULT).is_file()]
 
     def images(self, cell: Cell, count: int) -> np.ndarray:
         """The first images of a cell, uint8 with shape (count, H, W, C)."""
-        return self._job(cell).first(count)
+        return self._jobs[cell.name].first(count)
 
     def write_tables(self) -> list[dict[str, Any]]:
         """Writes results.jsonl and results.csv, a line for each cell, and summary.csv, over seeds; returns that."""
@@ -394,10 +379,5 @@ def pareto(summary: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def result_of(row: Mapping[str, Any]) -> str:
     """One line of the live table."""
-    calls = f"{row['mean_nfe']:7.1f} calls"
-    if row["fid"] is None:
-        return f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  {row['note']}"
-    return (
-        f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {calls}  "
-        f"FID {row['fid']:8.3f} +- {row['fid_error']:.3f}"
-    )
+    found = row["note"] if row["fid"] is None else f"FID {row['fid']:8.3f} +- {row['fid_error']:.3f}"
+    return f"{row['solver']:<34} {row['setting']:<10} seed {row['seed']}  {row['mean_nfe']:7.1f} calls  {found}"

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import anyio.to_thread
 import fastapi
@@ -27,7 +27,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, generate_latest
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
@@ -37,7 +37,7 @@ from fastsde.job import EngineState
 from fastsde.lane import Request
 from fastsde.result import Status
 from fastsde.serve.metrics import SamplerCollector
-from fastsde.serve.service import Asked, Service
+from fastsde.serve.service import Generation, Service
 
 _BEARER = HTTPBearer(auto_error=False)
 _PAGE = Path(__file__).parent / "page"
@@ -46,42 +46,6 @@ _ALIVE = 15.0
 _SHOWN = 0.1
 """Seconds between two events of progress of a request, at least."""
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 429: "rate_limit_error"}
-
-
-class Generation(BaseModel):
-    """What to draw. `rtol` or `nfe` says how many network calls a sample makes; neither: as the server was told."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    prompt: Annotated[str, Field(max_length=4000, description="A text; or the name or number of a class.")] = ""
-    n: Annotated[int, Field(strict=True, ge=1, le=1 << 16, description="Number of images.")] = 1
-    size: Annotated[str | None, Field(max_length=12, description="WIDTHxHEIGHT, or auto.")] = None
-    seed: Annotated[
-        int | None, Field(strict=True, ge=0, lt=1 << 63, description="Of the noise; by default a random one.")
-    ] = None
-    response_format: Literal["b64_json"] | None = None
-    rtol: Annotated[float | None, Field(gt=0, le=10, description="Relative tolerance.")] = None
-    nfe: Annotated[
-        int | None, Field(strict=True, ge=1, le=1 << 20, description="Network calls that no sample exceeds.")
-    ] = None
-    solver: Annotated[str | None, Field(max_length=80, description="The name of a solver.")] = None
-    eta: Annotated[float | None, Field(ge=0, le=10, description="Share of noise, of solvers that have it.")] = None
-    guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
-    negative_prompt: Annotated[str | None, Field(max_length=4000)] = None
-    image: Annotated[str | None, Field(description="A picture to edit, in base64.")] = None
-    mask: Annotated[str | None, Field(description="White where the picture is drawn anew, in base64.")] = None
-    strength: Annotated[float | None, Field(gt=0, le=1, description="How much of the picture goes.")] = None
-    model: Annotated[str | None, Field(max_length=400)] = None
-    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below.")] = None
-    quality: Annotated[str | None, Field(max_length=40)] = None
-    style: Annotated[str | None, Field(max_length=40)] = None
-    background: Annotated[str | None, Field(max_length=40)] = None
-    moderation: Annotated[str | None, Field(max_length=40)] = None
-    output_format: Literal["png"] | None = None
-
-    def asked(self) -> Asked:
-        """The same without what is not used."""
-        return Asked(**{name: getattr(self, name) for name in Asked.__dataclass_fields__})
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": Generation.model_json_schema()}}}}
@@ -193,7 +157,7 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         if asked.model not in (None, service.name):
             raise HTTPException(404, f"there is no model {asked.model!r} here; this is {service.name}.")
         try:
-            return await anyio.to_thread.run_sync(lambda: service.submit(asked.asked(), callback))
+            return await anyio.to_thread.run_sync(lambda: service.submit(asked, callback))
         except fastsde.SamplerFullError as error:
             raise HTTPException(429, f"{error} Try again later.", {"Retry-After": "1"}) from error
         except (ValueError, TypeError) as error:
@@ -337,12 +301,11 @@ def _answer(
     service: Service, asked: Generation, future: asyncio.Future[Any]
 ) -> tuple[list[str | None], dict[str, Any]]:
     """The pictures of a request that has ended, each with its record in it, and what they cost."""
-    made = service.made(_result(future))
-    result = made.result
-    given = {name: value for name, value in vars(asked.asked()).items() if value is not None}
+    images, result = service.made(_result(future))
+    given = asked.model_dump(exclude_none=True)
     given |= {name: True for name in ("image", "mask") if name in given}
     record = {"fastsde": fastsde.__version__, "model": service.name, **service.record, **given}
-    each = zip(made.images, result.index.tolist(), result.nfe.tolist(), strict=True)
+    each = zip(images, result.index.tolist(), result.nfe.tolist(), strict=True)
     pictures = [
         None if image is None else _png(image, {**record, "seed": result.seed, "index": index, "nfe": nfe})
         for image, index, nfe in each
@@ -419,11 +382,7 @@ class _Bounded:
 
 
 def _result(future: asyncio.Future[Any]) -> Any:
-    """What a request has returned.
-
-    Raises:
-        HTTPException: if it has failed.
-    """
+    """What a request has returned; an HTTPException says why it has failed."""
     if future.cancelled():
         raise CancelledError
     error = future.exception()

@@ -11,21 +11,22 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import fastsde
+from fastsde.checks import check_count, check_positive
 from fastsde.job import EngineState
 from fastsde.lane import Request
 from fastsde.live import RequestQueue, Sampler
 from fastsde.result import SampleResult
 from fastsde.score import Mask, Projection
 from fastsde.score.base import ScoreModel
-from fastsde.serve.limits import Limits
 from fastsde.solvers import SOLVERS, ExponentialPC
 from fastsde.tokens import TokenModel
 from fastsde.types import Cond
@@ -33,38 +34,69 @@ from fastsde.types import Cond
 _SIZE = re.compile(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 _PIXELS = 1 << 24
 """Of an uploaded picture, at most; a small file may hold a huge one."""
+_UNSAID = Field(exclude=True)
+"""Of fields that are not in the record of a picture: they change nothing."""
+Made = tuple[list[Image.Image | None], SampleResult]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
-    """What a request asks for, checked for its types and ranges; fields as in the HTTP interface."""
+class Limits:
+    """What a server grants a request; more is refused.
 
-    prompt: str = ""
-    n: int = 1
-    size: str | None = None
-    seed: int | None = None
-    rtol: float | None = None
-    nfe: int | None = None
-    solver: str | None = None
-    eta: float | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    image: str | None = None
-    mask: str | None = None
-    strength: float | None = None
+    Args:
+        n: samples.
+        nfe: network calls of a sample.
+        rtol: the smallest tolerance.
+        body: bytes of the request's body.
+        seconds: how long a request may take, waiting included.
 
-
-@dataclasses.dataclass(frozen=True)
-class Made:
-    """What came of a request.
-
-    Attributes:
-        images: a picture for each sample; None where there is none.
-        result: calls, steps and status of each sample.
+    Raises:
+        ValueError: naming the argument that is out of range.
     """
 
-    images: list[Image.Image | None]
-    result: SampleResult
+    n: int = 16
+    nfe: int = 250
+    rtol: float = 0.005
+    body: int = 8 << 20
+    seconds: float = 300.0
+
+    def __post_init__(self) -> None:
+        for name in ("n", "nfe", "body"):
+            check_count(name, getattr(self, name), 1)
+        for name in ("rtol", "seconds"):
+            check_positive(name, getattr(self, name))
+
+
+class Generation(BaseModel):
+    """What to draw. `rtol` or `nfe` says how many network calls a sample makes; neither: as the server was told."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prompt: Annotated[str, Field(max_length=4000, description="A text; or the name or number of a class.")] = ""
+    n: Annotated[int, Field(strict=True, ge=1, le=1 << 16, description="Number of images.")] = 1
+    size: Annotated[str | None, Field(max_length=12, description="WIDTHxHEIGHT, or auto.")] = None
+    seed: Annotated[
+        int | None, Field(strict=True, ge=0, lt=1 << 63, description="Of the noise; by default a random one.")
+    ] = None
+    rtol: Annotated[float | None, Field(gt=0, le=10, description="Relative tolerance.")] = None
+    nfe: Annotated[
+        int | None, Field(strict=True, ge=1, le=1 << 20, description="Network calls that no sample exceeds.")
+    ] = None
+    solver: Annotated[str | None, Field(max_length=80, description="The name of a solver.")] = None
+    eta: Annotated[float | None, Field(ge=0, le=10, description="Share of noise, of solvers that have it.")] = None
+    guidance_scale: Annotated[float | None, Field(ge=0, le=100)] = None
+    negative_prompt: Annotated[str | None, Field(max_length=4000)] = None
+    image: Annotated[str | None, Field(description="A picture to edit, in base64.")] = None
+    mask: Annotated[str | None, Field(description="White where the picture is drawn anew, in base64.")] = None
+    strength: Annotated[float | None, Field(gt=0, le=1, description="How much of the picture goes.")] = None
+    response_format: Annotated[Literal["b64_json"] | None, _UNSAID] = None
+    model: Annotated[str | None, Field(max_length=400), _UNSAID] = None
+    user: Annotated[str | None, Field(max_length=400, description="Not used, like the fields below."), _UNSAID] = None
+    quality: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    style: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    background: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    moderation: Annotated[str | None, Field(max_length=40), _UNSAID] = None
+    output_format: Annotated[Literal["png"] | None, _UNSAID] = None
 
 
 class Service(ABC):
@@ -89,42 +121,40 @@ class Service(ABC):
     size: tuple[int, int] | None = None
 
     def __init__(
-        self,
-        name: str,
-        sampler: RequestQueue,
-        limits: Limits,
-        record: dict[str, Any],
-        classes: Sequence[str] = (),
+        self, name: str, sampler: RequestQueue, limits: Limits, record: dict[str, Any], classes: Sequence[str] = ()
     ) -> None:
         self.name, self.sampler, self.limits, self.record, self.classes = name, sampler, limits, record, tuple(classes)
 
     @abstractmethod
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
+        """What a request asks of the sampler beside n, seed, solver and steps; errors as `submit`."""
+
+    def submit(self, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
         """Asks the sampler.
 
         Raises:
             ValueError, TypeError: saying what of the request is not allowed.
             SamplerFullError: if the queue is full.
         """
+        sampler: Any = self.sampler
+        arguments = self.arguments(asked) | within(asked, self.limits)
+        request: Request = sampler.submit(n=asked.n, seed=asked.seed, callback=callback, **arguments)
+        return request
 
     @abstractmethod
     def made(self, result: Any) -> Made:
-        """Pictures of what a request has returned."""
+        """Pictures of what a request has returned, None where a sample has none; and the result of its samples."""
 
     def previews(self, state: EngineState) -> list[Image.Image] | None:
         """Pictures of samples on their way; None where they would cost a decoder's run."""
         return None
 
-    def refuse(self, asked: Asked, *names: str) -> None:
-        """Refuses fields that this model has no use for.
-
-        Raises:
-            ValueError: naming them.
-        """
+    def refuse(self, asked: Generation, *names: str) -> None:
+        """Refuses, with a ValueError that names them, fields that this model has no use for."""
         if said := [name for name in names if getattr(asked, name) is not None]:
             raise ValueError(f"{self.name} takes no {', '.join(said)}.")
 
-    def check_size(self, asked: Asked) -> tuple[int, int] | None:
+    def check_size(self, asked: Generation) -> tuple[int, int] | None:
         """Width and height that are asked for, or those that the model has.
 
         Raises:
@@ -140,31 +170,30 @@ class Service(ABC):
             raise ValueError(f"size must be {self.size[0]}x{self.size[1]}, that of {self.name}; got {asked.size}.")
         return size
 
-    def label(self, prompt: str) -> int | None:
-        """The class that a prompt names, by its name or number; None for an empty prompt.
+    def cond(self, asked: Generation) -> Cond | None:
+        """Conditioning on the class that the prompt names, by its name or number; None for an empty prompt.
 
         Raises:
             ValueError: if there is none.
         """
-        words = prompt.strip().lower()
+        words = asked.prompt.strip().lower()
         if not words:
             return None
         names = [name.lower() for name in self.classes]
-        if words in names:
-            return names.index(words)
-        if words.isascii() and words.isdecimal() and len(words) < 9 and int(words) < len(names):
-            return int(words)
         if not names:
             raise ValueError(f"{self.name} takes no prompt; leave it empty.")
-        raise ValueError(f"prompt must be a class of {self.name}: {', '.join(self.classes)}; got {prompt[:80]!r}.")
+        if words in names:
+            label = names.index(words)
+        elif words.isascii() and words.isdecimal() and len(words) < 9 and int(words) < len(names):
+            label = int(words)
+        else:
+            classes = ", ".join(self.classes)
+            raise ValueError(f"prompt must be a class of {self.name}: {classes}; got {asked.prompt[:80]!r}.")
+        return {"class_labels": torch.full((asked.n,), label)}
 
 
-def within(asked: Asked, limits: Limits) -> dict[str, Any]:
-    """Solver and steps that are asked for, as keyword arguments of `submit`.
-
-    Raises:
-        ValueError: naming what is out of the limits.
-    """
+def within(asked: Generation, limits: Limits) -> dict[str, Any]:
+    """Solver and steps that are asked for, as keyword arguments of `submit`; a ValueError names what is not granted."""
     if asked.n > limits.n:
         raise ValueError(f"n must be at most {limits.n} here; got {asked.n}.")
     if asked.nfe is not None and asked.nfe > limits.nfe:
@@ -197,8 +226,6 @@ class ModelService(Service):
         options: of the `Sampler`.
     """
 
-    sampler: Sampler
-
     def __init__(
         self,
         name: str,
@@ -219,29 +246,23 @@ class ModelService(Service):
         if not decoded:
             self.size = model.event_shape[2], model.event_shape[1]
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         self.refuse(asked, "guidance_scale", "negative_prompt")
         self.check_size(asked)
-        cond: Cond = {}
-        if (label := self.label(asked.prompt)) is not None:
-            cond = {"class_labels": torch.full((asked.n,), label)}
-        more: dict[str, Any] = {}
+        cond = {"cond": self.cond(asked)}
         if asked.image is None:
             self.refuse(asked, "mask", "strength")
-        elif not self.edits:
+            return cond
+        if not self.edits:
             raise ValueError(f"{self.name} takes no image.")
-        else:
-            x = self._read("image", asked.image)
-            if asked.mask is None:
-                more = {"x_data": x.expand(asked.n, *x.shape), "strength": asked.strength or 0.6}
-            else:
-                self.refuse(asked, "strength")
-                drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
-                if drawn.all() or not drawn.any():
-                    raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
-                more = {"model": Projection(self.model, Mask(~drawn), x)}
-        how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond or None, callback=callback, **how, **more)
+        x = self._read("image", asked.image)
+        if asked.mask is None:
+            return cond | {"x_data": x.expand(asked.n, *x.shape), "strength": asked.strength or 0.6}
+        self.refuse(asked, "strength")
+        drawn = self._read("mask", asked.mask).mean(0) > sum(self.model.data_range) / 2
+        if drawn.all() or not drawn.any():
+            raise ValueError("mask must have white parts, which are drawn anew, and black ones, which stay.")
+        return cond | {"model": Projection(self.model, Mask(~drawn), x)}
 
     def _read(self, name: str, text: str) -> Tensor:
         """An uploaded picture as a sample, in the model's size and range."""
@@ -254,7 +275,7 @@ class ModelService(Service):
         return low + (high - low) * pixels
 
     def made(self, result: SampleResult) -> Made:
-        return Made(_pictures(result.samples, self.images), result)
+        return _pictures(result.samples, self.images), result
 
     def previews(self, state: EngineState) -> list[Image.Image] | None:
         if self.decoded:
@@ -273,8 +294,6 @@ class TokenService(Service):
         options: of the `Sampler`.
     """
 
-    sampler: Sampler
-
     def __init__(
         self,
         name: str,
@@ -288,18 +307,15 @@ class TokenService(Service):
         super().__init__(name, Sampler(model, max_nfe=limits.nfe, **options), limits, record, classes)
         self.images, self.solvers = images, ()
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         others = ("guidance_scale", "negative_prompt", "image", "mask", "strength", "solver", "eta", "size")
         self.refuse(asked, *others)
-        label = self.label(asked.prompt)
-        cond = None if label is None else {"class_labels": torch.full((asked.n,), label)}
-        how = within(asked, self.limits)
-        return self.sampler.submit(n=asked.n, seed=asked.seed, cond=cond, callback=callback, **how)
+        return {"cond": self.cond(asked)}
 
     def made(self, result: SampleResult) -> Made:
         lost = (result.samples < 0).flatten(1).any(1)
         pictures = iter(_pictures(result.samples[~lost], self.images))
-        return Made([None if gone else next(pictures) for gone in lost.tolist()], result)
+        return [None if gone else next(pictures) for gone in lost.tolist()], result
 
 
 class PipelineService(Service):
@@ -322,7 +338,7 @@ class PipelineService(Service):
         self.takes = inspect.signature(type(pipe).__call__).parameters
         self.prompts, self.edits = "prompt" in self.takes, "image" in self.takes
 
-    def submit(self, asked: Asked, callback: Callable[[EngineState], None] | None) -> Request:
+    def arguments(self, asked: Generation) -> dict[str, Any]:
         arguments: dict[str, Any] = {}
         if (size := self.check_size(asked)) is not None:
             if math.prod(size) > self.pixels:
@@ -337,14 +353,10 @@ class PipelineService(Service):
         arguments |= {name: value for name, value in given.items() if value is not None}
         if asked.prompt or self.prompts:
             arguments["prompt"] = asked.prompt
-        how = within(asked, self.limits)
-        sampler: Any = self.sampler
-        request: Request = sampler.submit(n=asked.n, seed=asked.seed, callback=callback, **how, **arguments)
-        return request
+        return arguments
 
     def made(self, result: Any) -> Made:
-        pictures = [picture if isinstance(picture, Image.Image) else None for picture in result.images]
-        return Made(pictures, result.result)
+        return [picture if isinstance(picture, Image.Image) else None for picture in result.images], result.result
 
 
 def picture_of(name: str, text: str, *, mask: bool = False) -> Image.Image:

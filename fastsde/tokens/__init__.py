@@ -23,15 +23,7 @@ from fastsde.tokens.request import resolve
 from fastsde.tokens.solver import TokenSolver
 from fastsde.tokens.unmask import EntropyBudget, Unmask
 
-SOLVERS: tuple[type[TokenSolver], ...] = (
-    EntropyBudget,
-    Unmask,
-    FirstHitting,
-    Ancestral,
-    ReMDM,
-    TokenCritic,
-    Blocks,
-)
+SOLVERS: tuple[type[TokenSolver], ...] = (EntropyBudget, Unmask, FirstHitting, Ancestral, ReMDM, TokenCritic, Blocks)
 """The list behind the table of solvers."""
 
 __all__ = [

@@ -6,12 +6,11 @@ import dataclasses
 
 import torch
 
-from fastsde.checks import check_steps
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
 from fastsde.tokens.model import BoundTokens
 from fastsde.tokens.process import MASK, Masking
-from fastsde.tokens.solver import ORDER, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.solver import ORDER, VALUES, TokenSolver, predicted, written
 from fastsde.types import Carry, Time, Tokens
 
 
@@ -39,18 +38,13 @@ class Ancestral(TokenSolver):
     steps: int | None = None
     temperature: float | tuple[float, float] = 1.0
 
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_temperature("temperature", self.temperature)
-
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
         u = noise.fixed_uniform(ORDER).flatten(1)
         now = (x == MASK).flatten(1) & carry["free"] & (u >= s[:, None])
         used, failed, at = predicted(model, x, carry, now)
-        heat = check_temperature("temperature", self.temperature)
-        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), heat, 1 - process.time(s))
+        values, _ = self.drawn(used, at, noise.fixed_uniform(VALUES), 1 - process.time(s))
         return Step(written(x, at, values), carry, s=s.masked_fill(failed, torch.nan))
 
 
@@ -76,9 +70,6 @@ class FirstHitting(TokenSolver):
 
     temperature: float | tuple[float, float] = 1.0
 
-    def __post_init__(self) -> None:
-        check_temperature("temperature", self.temperature)
-
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
@@ -87,6 +78,6 @@ class FirstHitting(TokenSolver):
         last, place = u.max(1)
         now = masked & (torch.arange(u.shape[1], device=u.device) == place[:, None])
         used, failed, at = predicted(model, x, carry, now)
-        heat = check_temperature("temperature", self.temperature)
-        values, _ = drawn(used, at, noise.fixed_uniform(VALUES), heat, 1 - process.time(last.clamp(min=0)))
-        return Step(written(x, at, values), carry, s=last.clamp(min=0).masked_fill(failed, torch.nan))
+        reached = last.clamp(min=0)
+        values, _ = self.drawn(used, at, noise.fixed_uniform(VALUES), 1 - process.time(reached))
+        return Step(written(x, at, values), carry, s=reached.masked_fill(failed, torch.nan))

@@ -25,7 +25,7 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | float = 1.0) -> tuple[
         stand-ins where logits hold one: value 0 and NaN.
     """
     temperature = torch.as_tensor(temperature, dtype=torch.float64, device=logits.device).expand(len(logits))
-    values, log_p = [torch.zeros(0, dtype=torch.int64, device=logits.device)], [u[:0]]
+    values, log_p = [], []
     step = max(1, _CHUNK // logits.shape[-1])
     for part, v, heat in zip(logits.split(step), u.split(step), temperature.split(step), strict=True):
         plain = torch.log_softmax(part.double(), -1)
@@ -42,19 +42,17 @@ def draw(logits: Tensor, u: Tensor, temperature: Tensor | float = 1.0) -> tuple[
 
 def entropies(logits: Tensor) -> Tensor:
     """Entropy in nats of softmax(logits), in float64 with shape (N,); logits have shape (N, K)."""
-    parts = [torch.special.entr(torch.softmax(part.double(), -1)).sum(-1) for part in _split(logits)]
-    return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64, device=logits.device)
+    return torch.cat([torch.special.entr(torch.softmax(part.double(), -1)).sum(-1) for part in _split(logits)])
 
 
 def two_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
     """The two largest probabilities, in float64 with shape (N,) each."""
-    parts = [torch.softmax(part.double(), -1).topk(2, -1).values for part in _split(logits)]
-    best = torch.cat(parts) if parts else torch.zeros(0, 2, dtype=torch.float64, device=logits.device)
+    best = torch.cat([torch.softmax(part.double(), -1).topk(2, -1).values for part in _split(logits)])
     return best[:, 0], best[:, 1]
 
 
 def _split(logits: Tensor) -> tuple[Tensor, ...]:
-    return logits.split(max(1, _CHUNK // logits.shape[-1])) if len(logits) else ()
+    return logits.split(max(1, _CHUNK // logits.shape[-1]))
 
 
 def first(key: Tensor, among: Tensor, count: Tensor) -> Tensor:

@@ -60,11 +60,8 @@ class ExactTokens(TokenModel):
     @property
     def total_correlation(self) -> float:
         """Sum of the entropies of the positions minus that of the law, in nats: what one turn for all would lose."""
-        total = 0.0
-        for axis in range(self.joint.ndim):
-            marginal = self.joint.movedim(axis, 0).flatten(1).sum(1) if self.joint.ndim > 1 else self.joint
-            total += float(torch.special.entr(marginal).sum())
-        return total - self.entropy
+        marginals = (self.joint.movedim(axis, 0).reshape(self.vocabulary, -1).sum(1) for axis in range(self.joint.ndim))
+        return sum(float(torch.special.entr(marginal).sum()) for marginal in marginals) - self.entropy
 
     def __repr__(self) -> str:
         return f"ExactTokens({self.vocabulary} symbols at {math.prod(self.event_shape or ())} positions)"

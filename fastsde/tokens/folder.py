@@ -19,6 +19,7 @@ from fastsde.tokens.process import LINEAR, SINE, Masking
 
 CARD, GENERATOR, CRITIC, BOOK = "tokens.json", "generator", "critic", "book"
 """The card, whose name tells the folder from one of a score model, and the stems of the files of weights."""
+_KINDS = {GENERATOR: TokenTransformer, CRITIC: TokenTransformer, BOOK: CodeBook}
 _SCHEDULES = {schedule.formula: schedule for schedule in (LINEAR, SINE)}
 
 
@@ -112,10 +113,7 @@ def load_tokens(folder: Path, device: torch.device | str = "cpu") -> TokenFolder
         configs, hashes = card["configs"], card["sha256"]
         shape, schedule = tuple(card["event_shape"]), _SCHEDULES[card["schedule"]]
         config = configs[GENERATOR]
-        parts: dict[str, Any] = {
-            name: TokenTransformer(**configs[name]) for name in (GENERATOR, CRITIC) if name in configs
-        }
-        parts |= {BOOK: CodeBook(**configs[BOOK])} if BOOK in configs else {}
+        parts: dict[str, Any] = {name: kind(**configs[name]) for name, kind in _KINDS.items() if name in configs}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CARD} does not describe a token model: {error!r}") from error
     for name, part in parts.items():

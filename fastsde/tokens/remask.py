@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_number, check_steps
+from fastsde.checks import check_number
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
 from fastsde.tokens.drawing import first
 from fastsde.tokens.model import BoundTokens, Critic, TokenModel
 from fastsde.tokens.process import MASK, Masking
-from fastsde.tokens.solver import COINS, SCORES, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.solver import COINS, SCORES, VALUES, TokenSolver, predicted, written
+from fastsde.tokens.unmask import left_masked
 from fastsde.types import Carry, Time, Tokens
 
 
@@ -37,7 +38,7 @@ class Remasking(ABC):
         Args:
             most: sigma_max, with shape (B,).
             t: the engine's clock, with shape (B,).
-            psi: probability of each known token when it was drawn, with shape (B, L).
+            psi: probability of each known token when it was with shape (B, L).
             known: which positions hold a token and are free, with shape (B, L).
         """
 
@@ -153,8 +154,7 @@ class ReMDM(TokenSolver):
     temperature: float | tuple[float, float] = 1.0
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_temperature("temperature", self.temperature)
+        super().__post_init__()
         if not isinstance(self.rule, Remasking):
             raise TypeError(f"rule must be Cap, Rescale, ByConfidence or Loop; got {self.rule!r}.")
 
@@ -179,8 +179,7 @@ class ReMDM(TokenSolver):
         drawn_now = masked & ((coin < chance) | (s <= 0)[:, None])
         taken_back = known & (coin < sigma) & (s > 0)[:, None]
         used, failed, at = predicted(model, x, carry, drawn_now)
-        heat = check_temperature("temperature", self.temperature)
-        values, log_p = drawn(used, at, noise.uniform(VALUES), heat, 1 - process.time(s))
+        values, log_p = self.drawn(used, at, noise.uniform(VALUES), 1 - process.time(s))
         psi = carry["psi"].masked_scatter(at, log_p.exp()).masked_fill(taken_back, 0.0)
         x = written(x, at, values).flatten(1).masked_fill(taken_back, MASK).reshape(x.shape)
         return Step(x, {**carry, "psi": psi}, s=s.masked_fill(failed, torch.nan))
@@ -221,9 +220,8 @@ class TokenCritic(TokenSolver):
     def __post_init__(self) -> None:
         if not isinstance(self.critic, Critic):
             raise TypeError(f"critic must be a fastsde.tokens.Critic; got {type(self.critic).__name__}.")
-        check_steps(self.steps)
+        super().__post_init__()
         check_number("scale", self.scale, 0.0, ends="[)")
-        check_temperature("temperature", self.temperature)
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)
@@ -240,11 +238,10 @@ class TokenCritic(TokenSolver):
     ) -> Step:
         masked, free = (x == MASK).flatten(1) & carry["free"], carry["free"].sum(1)
         used, failed, at = predicted(model, x, carry, masked)
-        heat, progress = check_temperature("temperature", self.temperature), 1 - process.time(s)
-        values, _ = drawn(used, at, noise.uniform(VALUES), heat, progress)
+        progress = 1 - process.time(s)
+        values, _ = self.drawn(used, at, noise.uniform(VALUES), progress)
         completed = written(x, at, values)
-        back = torch.where(s > 0, torch.floor(free * s + 1e-9).long().clamp(min=1), 0)
-        back = torch.minimum(back, (free - 1).clamp(min=0))
+        back = left_masked(free, free, s)
         ids, said = model.ask(self.critic, completed, (back > 0) & ~failed)  # type: ignore[arg-type]
         score = torch.zeros(masked.shape, dtype=torch.float64, device=x.device)
         score[ids] = said.double()

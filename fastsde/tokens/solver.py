@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_number
+from fastsde.checks import check_number, check_steps
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Solver, Step
@@ -31,6 +31,7 @@ class TokenSolver(Solver):
         decides: whether it says itself how far a step goes, so that it takes neither a grid nor `nfe`.
         exact: its law with exact conditionals, in words.
         remasks: whether tokens may become masks again, so that a row without masks is not at its end before 0.
+        temperature: of the values; a pair falls linearly from the first to the last over the run.
     """
 
     sdes = "masking"
@@ -39,6 +40,13 @@ class TokenSolver(Solver):
     decides: bool = False
     exact: str = ""
     remasks: bool = False
+    temperature: float | tuple[float, float] = 1.0
+
+    def __post_init__(self) -> None:
+        check_steps(self.steps)
+        value: Any = self.temperature
+        for end in value if isinstance(value, tuple) and len(value) == 2 else (value,):
+            check_number("temperature", end, 0.0, ends="[)")
 
     def check(self, sde: Any, times: Tensor | None) -> None:
         if not isinstance(sde, Masking):
@@ -73,6 +81,22 @@ class TokenSolver(Solver):
     def init(self, x_t: Tokens) -> Carry:
         return {"free": (x_t == MASK).flatten(1)}
 
+    def heat(self, progress: Tensor, at: Tensor) -> Tensor:
+        """The temperature at positions (B, L), with shape (W,), from the progress of each row, with shape (B,)."""
+        first, last = self.temperature if isinstance(self.temperature, tuple) else (self.temperature, self.temperature)
+        return (float(first) + float(last - first) * progress)[:, None].expand(at.shape)[at]
+
+    def drawn(self, used: Tensor, at: Tensor, u: Tensor, progress: Tensor) -> tuple[Tensor, Tensor]:
+        """Values at positions, and the logarithms of their probabilities, each with shape (W,).
+
+        Args:
+            used: logits, with shape (W, K).
+            at: positions, with shape (B, L).
+            u: uniforms, with shape (B, *event).
+            progress: of each row, with shape (B,).
+        """
+        return draw(used, u.flatten(1)[at], self.heat(progress, at))
+
     @abstractmethod
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
@@ -87,12 +111,9 @@ class TokenSolver(Solver):
 
 
 def finished(step: Step, s: Time, end_id: int | None) -> Step:
-    """The step with rows at their end sent to 0, and others kept above it.
+    """The step with rows at their end sent to 0, and others kept above it; behind `end_id` nothing is read.
 
-    Args:
-        step: of which `s` may say the shares reached.
-        s: the target, with shape (B,).
-        end_id: the token after which nothing is read.
+    The target s has shape (B,); `step.s` may say the shares reached in its place.
     """
     x, s = step.x, s if step.s is None else step.s
     flat = x.flatten(1)
@@ -109,13 +130,9 @@ def finished(step: Step, s: Time, end_id: int | None) -> Step:
 
 
 def predicted(model: BoundTokens, x: Tokens, carry: Carry, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One call on the rows where any position is wanted.
+    """One call on the rows where any position is wanted, with shape (B, L).
 
-    Args:
-        model: bound to the rows.
-        x: with shape (B, *event).
-        carry: with "free", and with "all" where that is a part of what is free.
-        wanted: positions whose logits are used, with shape (B, L).
+    `carry` has "free", and "all" where that is a part of what is free.
 
     Returns:
         Logits of the wanted positions, in their order, with shape (W, K); flags of rows whose logits hold NaN, with
@@ -134,28 +151,3 @@ def predicted(model: BoundTokens, x: Tokens, carry: Carry, wanted: Tensor) -> tu
 def written(x: Tokens, at: Tensor, values: Tensor) -> Tokens:
     """Tokens with values at the flagged positions (B, L), in their order."""
     return x.flatten(1).masked_scatter(at, values).reshape(x.shape)
-
-
-def check_temperature(name: str, value: object) -> tuple[float, float]:
-    """A temperature, or a pair (first, last) between which it falls linearly over the run.
-
-    Raises:
-        ValueError: if one is negative or not finite.
-    """
-    ends = value if isinstance(value, tuple) and len(value) == 2 else (value, value)
-    first, last = (check_number(name, end, 0.0, ends="[)") for end in ends)
-    return first, last
-
-
-def drawn(used: Tensor, at: Tensor, u: Tensor, heat: tuple[float, float], progress: Tensor) -> tuple[Tensor, Tensor]:
-    """Values at positions, and the logarithms of their probabilities, each with shape (W,).
-
-    Args:
-        used: logits, with shape (W, K).
-        at: positions, with shape (B, L).
-        u: uniforms, with shape (B, *event).
-        heat: temperatures at progress 0 and 1.
-        progress: of each row, with shape (B,).
-    """
-    temperature = heat[0] + (heat[1] - heat[0]) * progress
-    return draw(used, u.flatten(1)[at], temperature[:, None].expand(at.shape)[at])

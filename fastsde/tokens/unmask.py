@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_flags, check_number, check_steps
+from fastsde.checks import check_flags, check_number
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
 from fastsde.tokens.drawing import entropies, first, two_largest
 from fastsde.tokens.model import BoundTokens
 from fastsde.tokens.process import MASK, Masking
-from fastsde.tokens.solver import ORDER, SCORES, VALUES, TokenSolver, check_temperature, drawn, predicted, written
+from fastsde.tokens.solver import ORDER, SCORES, VALUES, TokenSolver, predicted, written
 from fastsde.types import Carry, Index, Time, Tokens
 
 ORDERS = ("random", "probability", "entropy", "margin", "halton", "confidence")
@@ -62,14 +62,10 @@ def halton_rank(shape: tuple[int, ...]) -> Tensor:
 
 
 def state_key(order: str, used: Tensor, at: Tensor, shape: tuple[int, ...], u: Tensor) -> Tensor:
-    """What positions are ranked by, the smallest first, with shape (B, L).
+    """What positions `at`, with shape (B, L), are ranked by in an order of `STATE_ORDERS`, the smallest first.
 
-    Args:
-        order: of `STATE_ORDERS`.
-        used: logits of the positions, with shape (W, K).
-        at: the positions, with shape (B, L).
-        shape: of an event.
-        u: a uniform for each position, the same in all turns, with shape (B, L).
+    `used` are their logits, with shape (W, K), `shape` is that of an event, and u has a uniform for each position, the
+    same in all turns, with shape (B, L).
     """
     if order == "random":
         return -u  # the largest first, as in `FirstHitting`
@@ -90,14 +86,13 @@ def left_masked(masked: Index, free: Index, s: Time) -> Index:
     Source: Chang et al., https://arxiv.org/abs/2202.04200, alg. of their published code. All have shape (B,).
     """
     # 0.7 of 10 is 7, however it was rounded.
-    kept = torch.floor(free * s + 1e-9).long().clamp(min=0)
-    kept = torch.where(s > 0, kept.clamp(min=1), kept)
+    kept = torch.where(s > 0, torch.floor(free * s + 1e-9).long().clamp(min=1), 0)
     return torch.minimum(kept, masked - 1).clamp(min=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unmask(TokenSolver):
-    r"""At each step the best positions are drawn, so many that floor(n s) of n free ones stay masked.
+    r"""At each step the best positions are so many that floor(n s) of n free ones stay masked.
 
     Orders, the first best:
 
@@ -135,9 +130,8 @@ class Unmask(TokenSolver):
     annealed: bool = True
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        super().__post_init__()
         check_order_name(self.order, ORDERS)
-        check_temperature("temperature", self.temperature)
         check_number("choice_temperature", self.choice_temperature, 0.0, ends="[)")
         check_flags(annealed=self.annealed)
         if self.choice_temperature and self.order != "confidence":
@@ -158,13 +152,13 @@ class Unmask(TokenSolver):
     def move(
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
-        masked, heat = (x == MASK).flatten(1) & carry["free"], check_temperature("temperature", self.temperature)
+        masked = (x == MASK).flatten(1) & carry["free"]
         used, failed, at = predicted(model, x, carry, masked)
         count = masked.sum(1)
         taken = count - left_masked(count, carry["free"].sum(1), s)
         progress = 1 - process.time(s)
         if self.order == "confidence":
-            values, log_p = drawn(used, at, noise.uniform(VALUES), heat, progress)
+            values, log_p = self.drawn(used, at, noise.uniform(VALUES), progress)
             key = torch.zeros(at.shape, dtype=torch.float64, device=x.device)
             key[at] = -log_p.nan_to_num(0.0)
             if self.choice_temperature:
@@ -176,7 +170,7 @@ class Unmask(TokenSolver):
             u = noise.fixed_uniform(ORDER).flatten(1)
             key = state_key(self.order, used, at, tuple(x.shape[1:]), u)
             now = first(key, at, taken)
-            values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), heat, progress)
+            values, _ = self.drawn(used[now[at]], now, noise.fixed_uniform(VALUES), progress)
         return Step(written(x, now, values), carry, s=s.masked_fill(failed, torch.nan))
 
 
@@ -222,9 +216,9 @@ class EntropyBudget(TokenSolver):
     temperature: float | tuple[float, float] = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("rtol", self.rtol, 0.0, 1.0)
         check_order_name(self.order, STATE_ORDERS)
-        check_temperature("temperature", self.temperature)
 
     def within(self, rtol: float) -> TokenSolver:
         return dataclasses.replace(self, rtol=rtol)
@@ -237,11 +231,11 @@ class EntropyBudget(TokenSolver):
         self, model: BoundTokens, process: Masking, x: Tokens, t: Time, s: Time, noise: StepNoise, carry: Carry
     ) -> Step:
         free = carry["free"].sum(1)
-        masked, heat = (x == MASK).flatten(1) & carry["free"], check_temperature("temperature", self.temperature)
+        masked = (x == MASK).flatten(1) & carry["free"]
         used, failed, at = predicted(model, x, carry, masked)
         count = masked.sum(1)
         progress = 1 - process.time(count.double() / free.clamp(min=1))
-        warmth = (heat[0] + (heat[1] - heat[0]) * progress)[:, None].expand(at.shape)[at]
+        warmth = self.heat(progress, at)
         each = torch.zeros(at.shape, dtype=torch.float64, device=x.device)
         each[at] = entropies(used / warmth.masked_fill(warmth == 0, 1.0)[:, None].to(used.dtype)).nan_to_num(0.0)
 
@@ -260,7 +254,7 @@ class EntropyBudget(TokenSolver):
         fits = (bound <= budget * (1 + 1e-9) + 1e-12) & (k <= count[:, None])
         taken = (fits * k).amax(1).clamp(min=1)
         now = first(key, at, taken)
-        values, _ = drawn(used[now[at]], now, noise.fixed_uniform(VALUES), heat, progress)
+        values, _ = self.drawn(used[now[at]], now, noise.fixed_uniform(VALUES), progress)
         spent = bound.gather(1, taken[:, None] - 1).squeeze(1)
         moved = at.any(1)
         after = {

@@ -2,6 +2,7 @@ r"""Adversarial score matching: a discriminator judges the expected denoised sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_number
 from fastsde.score.base import ScoreModel
+from fastsde.score.network import evaluation_mode
 from fastsde.training.config import check_betas
 from fastsde.training.gan_losses import GANLoss, gradient_penalty, lsgan, paired, plain
 from fastsde.training.masking import Masking, attention_gini
@@ -27,8 +29,7 @@ class Adam(torch.optim.Adam):
     the argument. For negative momentum in games see Gidel et al., https://arxiv.org/abs/1807.04740.
 
     Args:
-        params: parameters or groups.
-        lr: learning rate.
+        params, lr: parameters or groups, and the learning rate.
         betas: beta_1 in (-1, 1), beta_2 in [0, 1).
 
     Raises:
@@ -40,6 +41,19 @@ class Adam(torch.optim.Adam):
         super().__init__(params, lr=lr, betas=(max(betas[0], 0.0), betas[1]))
         for group in (*self.param_groups, self.defaults):
             group["betas"] = betas
+
+
+@contextlib.contextmanager
+def frozen(part: nn.Module) -> Iterator[None]:
+    """Keeps gradients from a part's weights, but not from what goes through it."""
+    moving = [p for p in part.parameters() if p.requires_grad]
+    for p in moving:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in moving:
+            p.requires_grad_(True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,16 +126,13 @@ class Adversary:
         """What a checkpoint must agree on: numbers, and the loss at a few points, as functions have no name."""
         u = torch.tensor([-0.7, 0.3, 1.9], dtype=torch.float64)
         loss = [round(float(part(u, u.flip(0) / 2)), 12) for part in (self.loss.discriminator, self.loss.generator)]
+        masks = {name: getattr(self, name) for name in ("masking", "score_masking")}
         return {
-            "weight": self.weight,
+            **{name: getattr(self, name) for name in ("weight", "learning_rate", "penalty", "updates")},
+            **{name: mask and dataclasses.asdict(mask) for name, mask in masks.items()},
             "n_D": self.steps,
-            "learning_rate": self.learning_rate,
             "betas": list(self.betas),
             "loss": loss,
-            "penalty": self.penalty,
-            "masking": None if self.masking is None else dataclasses.asdict(self.masking),
-            "score_masking": None if self.score_masking is None else dataclasses.asdict(self.score_masking),
-            "updates": self.updates,
         }
 
     def optimizer(self) -> Adam:
@@ -165,34 +176,23 @@ class Adversary:
         """The score network's loss, a scalar; the discriminator gets no gradient."""
         prediction = model(model.sde.marginal(x_0, t, noise), t, cond)
         matching = (prediction.epsilon - noise).square().flatten(1).sum(1).mean()
-        moving = [p for p in self.network.parameters() if p.requires_grad]
-        for p in moving:
-            p.requires_grad_(False)
-        try:
-            losses = []
+        losses = []
+        with frozen(self.network):
             for judge, masking in self._judges(self.score_masking or self.masking):
                 fake = _judged(judge, _seen(masking, self._of_others(prediction.x_0), x_0, generator))
                 if self.loss.compare is plain:
                     losses.append(self.loss.g_2(fake).mean())
                 else:
                     losses.append(self.loss.generator(_judged(judge, _seen(masking, x_0, x_0, generator)), fake))
-            return torch.stack(losses).mean() + 0.5 * self.weight * matching
-        finally:
-            for p in moving:
-                p.requires_grad_(True)
+        return torch.stack(losses).mean() + 0.5 * self.weight * matching
 
     def attention(self, images: State) -> Tensor:
         """Mean Gini coefficient of where D looks (`attention_gini`), a scalar, on whole images with shape (B, C, H, W).
 
         It leaves no trace: the vectors of spectral norm stay as they are.
         """
-        training = [(module, module.training) for module in self.network.modules()]
-        self.network.eval()
-        try:
+        with evaluation_mode(self.network):
             return torch.stack([attention_gini(judge, images).mean() for judge, _ in self._judges(None)]).mean()
-        finally:
-            for module, mode in training:
-                module.training = mode
 
     def _judges(self, masking: Masking | None) -> Iterator[tuple[nn.Module, Masking | None]]:
         """Each discriminator with its masks."""

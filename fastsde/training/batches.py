@@ -10,7 +10,7 @@ from torch import Tensor
 from fastsde.files import sha256
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import TrainConfig
-from fastsde.training.data import to_unit_range
+from fastsde.training.data import check_finite, to_unit_range
 from fastsde.training.levels import geometric_levels, level_times
 from fastsde.training.losses import stratified_times
 
@@ -86,10 +86,7 @@ class Batches(Rows):
 
     Args:
         model: the score model, on whose device batches are put.
-        images, labels, config, share: as for `Rows`.
-
-    Raises:
-        ValueError: as `Rows`.
+        images, labels, config, share: as for `Rows`, errors too.
     """
 
     def __init__(
@@ -133,8 +130,7 @@ class Batches(Rows):
 
 def on_device(model: ScoreModel, images: Tensor, labels: Tensor | None, t: Tensor, noise: Tensor) -> Batch:
     """The batch on the network's device, 8-bit images in [-1, 1]."""
-    parameter = model.parameter
-    device = torch.device("cpu") if parameter is None else parameter.device
+    device = model.device
     cond = {} if labels is None else {"class_labels": labels.to(device)}
     x_0 = in_unit_range(images)
     return x_0.to(device), t.to(device), noise.to(device, x_0.dtype), cond
@@ -152,21 +148,13 @@ def data_hash(images: Tensor, labels: Tensor | None) -> str:
 
 
 def check_data(images: Tensor, labels: Tensor | None, *, tokens: bool = False) -> None:
-    """Refuses data that nothing can be learned from; `tokens` says that the data are integers.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
+    """Refuses, with a ValueError, data that nothing can be learned from; `tokens` says that the data are integers."""
     if len(images) < 2:
         raise ValueError(f"images must be at least two; got shape {tuple(images.shape)}.")
     if not tokens and images.dtype != torch.uint8 and not images.is_floating_point():
         raise ValueError(f"images must be uint8 or floats; got {images.dtype}.")
     if images.is_floating_point():
-        lost = ~torch.isfinite(images).flatten(1).all(1)
-        if lost.any():
-            raise ValueError(
-                f"{int(lost.sum())} of {len(images)} images are not finite, first {int(lost.int().argmax())}."
-            )
+        check_finite(images, "images")
     if bool((images == images[:1]).all()):
         raise ValueError(f"all {len(images)} images are the same: there is nothing to learn.")
     if labels is not None and (labels.shape != images.shape[:1] or labels.dtype != torch.int64 or labels.min() < 0):

@@ -6,26 +6,29 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from fastsde.files import write_whole
+from fastsde.files import as_json, differences, write_whole
 
 History = dict[str, list[float]]
 """The losses of every step so far, by name."""
 
 
-def plain_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings as JSON gives them back: lists for tuples, Python's numbers for numpy's.
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, by name, and its metadata.
 
     Raises:
-        TypeError: if something in them is no JSON.
+        ValueError: if it is damaged, naming it.
     """
-    found: dict[str, Any] = json.loads(json.dumps(settings, default=lambda value: np.asarray(value).tolist()))
-    return found
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+            return tensors, file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
 
 
 def save_checkpoint(
@@ -62,19 +65,12 @@ def load_checkpoint(
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start without --resume.")
-    try:
-        with safe_open(path, "pt") as file:
-            meta = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    tensors, meta = read_tensors(path)
     if not {"step", "config"} <= meta.keys():
         raise ValueError(f"{path} is no checkpoint of `fastsde train`.")
-    stored, wanted = json.loads(meta["config"]), plain_json(settings)
-    changed = [k for k in sorted(stored.keys() | wanted.keys()) if k != "steps" and stored.get(k) != wanted.get(k)]
-    if changed:
-        pairs = ", ".join(f"{k}: {stored.get(k)} there, {wanted.get(k)} here" for k in changed)
-        raise ValueError(f"{path} was written with other settings ({pairs}).")
+    wanted = as_json(settings)
+    if changed := differences(json.loads(meta["config"]) | {"steps": wanted["steps"]}, wanted):
+        raise ValueError(f"{path} was written with other settings ({changed}).")
     history = {name: tensors.get(f"history.{name}", torch.zeros(0)).tolist() for name in losses}
     if any(str(len(values)) != meta["step"] for values in history.values()):
         raise ValueError(f"{path} does not hold the losses of its {meta['step']} steps: another version wrote it.")

@@ -61,8 +61,7 @@ class GANLoss:
     """The four functions and the comparison.
 
     Attributes:
-        f_1: of the discriminator, for real data; elementwise.
-        f_2: of the discriminator, for fake data.
+        f_1, f_2: of the discriminator, for real and for fake data; elementwise.
         g_1: of the generator, for real data: without gradient for `plain`, with one for relativistic comparisons.
         g_2: of the generator, for fake data.
         compare: `plain`, `paired`, `average`, `centred`, `one_way` or `all_pairs`.
@@ -116,16 +115,8 @@ def hinge(compare: Comparison = plain) -> GANLoss:
     At the best critic, the sign of p - q, L_D = 2 - 2 TV(p, q), TV the total variation. Source: Lim and Ye,
     https://arxiv.org/abs/1705.02894.
     """
-
-    def f_1(u: Tensor) -> Tensor:
-        return relu(1 - u)
-
-    def f_2(u: Tensor) -> Tensor:
-        return relu(1 + u)
-
-    if compare is plain:
-        return GANLoss(f_1, f_2, torch.zeros_like, torch.neg, compare)
-    return _adversarial(f_1, f_2, compare, saturating=False)
+    loss = _adversarial(lambda u: relu(1 - u), lambda u: relu(1 + u), compare, saturating=False)
+    return dataclasses.replace(loss, g_1=torch.zeros_like, g_2=torch.neg) if compare is plain else loss
 
 
 def wgan(compare: Comparison = plain) -> GANLoss:
@@ -144,8 +135,7 @@ def gradient_penalty(critic: Scalar, real: Tensor, fake: Tensor, mix: Tensor, *,
 
     Args:
         critic: from (B, *event) to (B,).
-        real: real data, with shape (B, *event).
-        fake: fake data, with shape (B, *event).
+        real, fake: data, with shape (B, *event).
         mix: uniform in [0, 1], with shape (B,).
         one_sided: whether only slopes above 1 are penalised.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_number
 from fastsde.score.network import tensor_of
+from fastsde.training.adversarial import frozen
 from fastsde.training.batches import Rows, in_unit_range
 from fastsde.training.checkpoint import History
 from fastsde.training.config import TrainConfig
@@ -93,8 +94,7 @@ class Draw:
     Attributes:
         x: data with shape (B, *event).
         z_p: draws from the prior, with the shape of latents.
-        eps: noise of the posteriors of x.
-        eps_s: noise of the posteriors of what the decoder made.
+        eps, eps_s: noise of the posteriors of x, and of what the decoder made.
     """
 
     x: State
@@ -171,8 +171,7 @@ class SoftIntroVAE:
     with the x_s stopped in the encoder's loss and, as targets of R, in the decoder's.
 
     Attributes:
-        beta_rec: weight of reconstructions.
-        beta_kl: weight of KL.
+        beta_rec, beta_kl: weights of reconstructions and of KL.
         beta_neg: weight of the KL of what the decoder made; if the loss is not finite, take a larger one.
         gamma: weight of the reconstruction of what the decoder made.
 
@@ -227,19 +226,6 @@ def _sampled(mean: Latent, logvar: Latent, eps: Latent) -> Latent:
     return mean + (0.5 * logvar).exp() * eps
 
 
-@contextlib.contextmanager
-def frozen(part: nn.Module) -> Iterator[None]:
-    """Keeps gradients from a part's weights, but not from what goes through it."""
-    moving = [p for p in part.parameters() if p.requires_grad]
-    for p in moving:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in moving:
-            p.requires_grad_(True)
-
-
 def train_autoencoder(
     network: nn.Module,
     images: Tensor,
@@ -278,12 +264,11 @@ def train_autoencoder(
     settings = {**dataclasses.asdict(config), **rows.describe(), "plain": plain}
     settings |= {"objective": type(objective).__name__, **dataclasses.asdict(objective)}
     together = isinstance(objective, IntroVAE) and objective.alpha == 0
-    noted: tuple[str, ...]
+    noted = ("kl",) if together else ("kl", "kl_reconstructed", "kl_generated")
     if together:
-        rules, noted = {"loss": Rule.of("autoencoder", network, config)}, ("kl",)
+        rules = {"loss": Rule.of("autoencoder", network, config)}
     else:
         rules = {"encoder": Rule.of("encoder", encoder, config), "loss": Rule.of("decoder", decoder, config)}
-        noted = ("kl", "kl_reconstructed", "kl_generated")
 
     def losses(step: int) -> Losses:
         number, generator = rows.rows(step)

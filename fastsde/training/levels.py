@@ -29,11 +29,9 @@ def largest_distance(data: Tensor, *, exact_up_to: int = 10_000) -> float:
     if bool((x == x[:1]).all()):
         raise ValueError("all rows of data are the same: there is nothing to learn, and no level of noise to choose.")
     x = x - x.mean(0)  # cdist takes differences of squares, which cancel far from 0
-    if len(x) <= exact_up_to:
-        distance = max(float(torch.cdist(part, x).amax()) for part in x.split(1000))
-    else:
-        distance = 2 * float(x.norm(dim=1).amax())
-    return distance
+    if len(x) > exact_up_to:
+        return 2 * float(x.norm(dim=1).amax())
+    return max(float(torch.cdist(part, x).amax()) for part in x.split(1000))
 
 
 def number_of_levels(sigma_1: float, sigma_L: float, d: int, *, overlap: float = 0.5) -> int:
@@ -46,8 +44,7 @@ def number_of_levels(sigma_1: float, sigma_L: float, d: int, *, overlap: float =
     overlap by more than that: the rule then says 2. Source: Song and Ermon, https://arxiv.org/abs/2006.09011, sec. 3.2.
 
     Args:
-        sigma_1: the largest level.
-        sigma_L: the smallest.
+        sigma_1, sigma_L: the largest level and the smallest.
         d: number of elements of a sample.
         overlap: in (0, 0.99).
 
@@ -93,8 +90,7 @@ def level_times(sde: SDE, sigmas: Tensor, batch: int, generator: torch.Generator
     Args:
         sde: any process.
         sigmas: levels, with shape (L,).
-        batch: rows.
-        generator: for the draw.
+        batch, generator: rows, and what draws them.
 
     Returns:
         Float64 times with shape (batch,).

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fastsde.checks import check_count
+from fastsde.files import as_json
 from fastsde.score.base import ScoreModel
 from fastsde.training.adversarial import Adam, Adversary
 from fastsde.training.batches import Batch, Batches, on_device, rank_and_size
-from fastsde.training.checkpoint import History, load_checkpoint, plain_json, save_checkpoint
+from fastsde.training.checkpoint import History, load_checkpoint, save_checkpoint
 from fastsde.training.config import TrainConfig
 from fastsde.training.ema import ema_model
 from fastsde.training.losses import dsm_loss, noisy_score_loss, stratified_times
@@ -96,21 +97,12 @@ def train(
                 loss = adversary.score_loss(model, *batch, generator)
         yield "loss", loss
 
-    return run(
-        network,
-        rules,
-        losses,
-        config,
-        settings,
-        checkpoint,
-        resume,
-        save_every,
-        callback,
-        noted=("gini",) if looks else (),
-        simultaneous=adversary is not None and adversary.updates == "simultaneous",
-    )
+    noted, simultaneous = ("gini",) if looks else (), adversary is not None and adversary.updates == "simultaneous"
+    common = (config, settings, checkpoint, resume, save_every, callback)
+    return run(network, rules, losses, *common, noted, simultaneous=simultaneous)
 
 
+_ADVICE = "A smaller learning_rate may help; what was saved before is as it was."
 Losses = Iterator[tuple[str, Tensor]]
 """Losses of one step in turn, by name; each is made after the one before has been descended, unless updates are
 simultaneous. A name without a rule is a number to be noted."""
@@ -156,7 +148,7 @@ def run(
     *,
     simultaneous: bool = False,
 ) -> nn.Module:
-    """The loop: any losses, each a function of the step. Returns the averaged copy of the network.
+    """The loop: any losses, each a function of the step. Returns the averaged copy of the network; errors as `train`.
 
     Args:
         network: what is averaged.
@@ -166,9 +158,6 @@ def run(
         settings: what a checkpoint must agree on.
         noted: names of the numbers among the losses that have no rule.
         simultaneous: whether weights move after all losses of a step, rather than after each.
-
-    Raises:
-        FileNotFoundError, FileExistsError, ValueError, FloatingPointError: as `train`.
     """
     checkpoint = Path(checkpoint)
     check_count("save_every", save_every, 1)
@@ -181,7 +170,7 @@ def run(
     modules |= {name: rule.network for name, rule in rules.items() if not rule.scheduled}
     optimizers = {"adam" if name == "loss" else f"{name}_adam": rule.optimizer for name, rule in rules.items()}
     history: History = {name: [] for name in (*rules, *noted)}
-    settings = plain_json(settings)
+    settings = as_json(settings)
     if resume:
         history = load_checkpoint(checkpoint, modules, optimizers, settings, list(history))
     first, leads = len(history["loss"]), rank_and_size()[0] == 0
@@ -235,21 +224,15 @@ def averaged(parts: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def _slope(rule: Rule, loss: Tensor, step: int) -> float:
-    """Puts the gradient, averaged over processes, on the parameters; the loss, averaged too.
-
-    Raises:
-        FloatingPointError: if loss or gradient is not finite.
-    """
+    """Puts the gradient, averaged over processes, on the parameters; the loss, averaged too. Both must be finite."""
     rule.optimizer.zero_grad(set_to_none=True)
     loss.backward()
     value = loss.detach().clone()
     averaged([value, *(p.grad for p in rule.network.parameters() if p.grad is not None)])
     norm = nn.utils.clip_grad_norm_(rule.network.parameters(), rule.grad_clip)
     if not (torch.isfinite(value) and torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"{rule.what} at step {step}: the loss is {float(value)} and its gradient's norm {float(norm)}. A smaller "
-            "learning_rate may help; what was saved before is as it was."
-        )
+        what = f"the loss is {float(value)} and its gradient's norm {float(norm)}"
+        raise FloatingPointError(f"{rule.what} at step {step}: {what}. {_ADVICE}")
     return float(value)
 
 
@@ -257,10 +240,7 @@ def _check_weights(modules: dict[str, nn.Module], step: int) -> None:
     for name, module in modules.items():
         for key, weight in module.state_dict().items():
             if not torch.isfinite(weight).all():
-                raise FloatingPointError(
-                    f"{name} at step {step}: {key} is not finite and was not saved. A smaller learning_rate may help; "
-                    "what was saved before is as it was."
-                )
+                raise FloatingPointError(f"{name} at step {step}: {key} is not finite and was not saved. {_ADVICE}")
 
 
 @torch.no_grad()
@@ -268,9 +248,7 @@ def held_out_loss(model: ScoreModel, images: Tensor, labels: Tensor | None, batc
     """Mean denoising loss over images not trained on, with fixed times and noise, so that networks can be compared.
 
     Args:
-        model: the score model.
-        images: uint8 with shape (N, C, H, W).
-        labels: int64 with shape (N,), or None.
+        model, images, labels: as for `train`.
         batch_size: images evaluated at a time; the result depends on it through the draws.
     """
     generator = torch.Generator().manual_seed(0)

@@ -31,9 +31,8 @@ def dsm_loss(
 
     Args:
         model: the score model being trained.
-        x_0: data, with shape (B, *event).
+        x_0, noise: data and standard normals, with shape (B, *event).
         t: times, with shape (B,).
-        noise: standard normal, with shape (B, *event).
         cond: keyword arguments of the network, each with leading axis B.
         weight: lambda(t), with shape (B,); sigma(t)^2 if None. `sde.g2` gives the likelihood weighting.
 

@@ -59,8 +59,7 @@ def small_autoencoder(
     """A small autoencoder of diffusers with group norm: latents of 4 x 7 x 7 for images of 28 x 28.
 
     Args:
-        image_size: height and width in pixels, divisible by 2 for each resolution but the first.
-        channels: image channels.
+        image_size, channels: as for `small_unet`.
         widths: channels at each resolution, divisible by 8.
         latent_channels: channels of the latents.
 
@@ -148,8 +147,7 @@ class MLP(nn.Module):
 
     Args:
         dim: dimensions of a point.
-        width: of the hidden layers.
-        depth: number of hidden layers.
+        width, depth: of the hidden layers, and how many they are.
         frequencies: of t in [0, 1], in octaves from 1/2.
         octaves: of each coordinate of x, from 1/4; 0 for none. Fine structure is slow to learn without.
 
@@ -212,22 +210,16 @@ class Discriminator(nn.Module):
 
     def __init__(self, channels: int, width: int = 32, halvings: int = 3) -> None:
         super().__init__()
-        for name, count, most in (
-            ("channels", channels, 1024.0),
-            ("halvings", halvings, 8.0),
-            ("width", width, 1024.0),
-        ):
-            check_number(name, check_count(name, count, 1), 1.0, most)
+        for name, count in (("channels", channels), ("halvings", halvings), ("width", width)):
+            check_number(name, check_count(name, count, 1), 1.0, 8.0 if name == "halvings" else 1024.0)
         sizes = [channels, *(width * 2 ** min(k, halvings - 1) for k in range(halvings + 1))]
-        pairs = list(itertools.pairwise(sizes))
-        self.blocks = nn.ModuleList(_Residual(a, b, halve=k < halvings) for k, (a, b) in enumerate(pairs))
+        pairs = itertools.pairwise(sizes)
+        self.blocks = nn.Sequential(*(_Residual(a, b, halve=k < halvings) for k, (a, b) in enumerate(pairs)))
         self.head = spectral_norm(nn.Linear(sizes[-1], 1))
 
     def forward(self, x: Tensor) -> Tensor:
         """From images with shape (B, C, H, W) to one number each, with shape (B,)."""
-        for block in self.blocks:
-            x = block(x)
-        return self.head(leaky_relu(x, 0.2).mean((2, 3))).squeeze(1)
+        return self.head(leaky_relu(self.blocks(x), 0.2).mean((2, 3))).squeeze(1)
 
 
 class _Residual(nn.Module):

@@ -53,13 +53,7 @@ def masked_loss(
 
 
 def critic_loss(
-    critic: Critic,
-    model: TokenModel,
-    x_0: Tokens,
-    t: Time,
-    uniform: Tensor,
-    fill: Tensor,
-    cond: Cond | None = None,
+    critic: Critic, model: TokenModel, x_0: Tokens, t: Time, uniform: Tensor, fill: Tensor, cond: Cond | None = None
 ) -> Coef:
     r"""Binary cross-entropy of a critic for which tokens are original, one value per row.
 
@@ -68,8 +62,7 @@ def critic_loss(
     The model is not trained. Source: Lezama et al., https://arxiv.org/abs/2209.04439, eq. 6 of the supplement.
 
     Args:
-        critic: the critic being trained.
-        model: the token model.
+        critic, model: the critic being trained, and the token model.
         x_0, t, uniform, cond: as for `masked_loss`.
         fill: uniforms in (0, 1), float64 with shape (B, *event), for the model's draws.
 
@@ -106,18 +99,12 @@ def train_tokens(
         tokens: int64 with shape (N, *event).
         labels: int64 classes with shape (N,), passed as `class_labels`; the largest is followed by "no label".
         config: the settings; `levels` and `objective` are not used.
-        checkpoint: a .safetensors file, as for `train`.
         critic: what to train in place of the model.
         weighted: as for `masked_loss`.
-        resume: continue from `checkpoint`.
-        save_every: steps between checkpoints.
-        callback: as for `train`.
+        checkpoint, resume, save_every, callback: as for `train`.
 
     Raises:
-        ValueError: if the tokens are out of the model's range, or the checkpoint was made with other settings.
-        TypeError: if what is trained is not around a torch module.
-        FloatingPointError: if a loss or gradient is no longer finite.
-        FileExistsError, FileNotFoundError: as for `train`.
+        ValueError: if the tokens are out of the model's range; also as `train`, like other errors.
     """
     trained = model if critic is None else critic
     network = trained.network
