@@ -106,12 +106,12 @@ def command(name: str | None, group: click.Group | None = None, **quick: object)
             found = work(**settings)
             if found is None:
                 return
-            show(found)
             if name is not None and keep and not quick:
                 device = settings.get("device", "cpu")
                 path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
                 path.write_text(json.dumps(record | {"results": found}, indent=1) + "\n")
-                print(f"\nwritten: results/{path.name}")
+                print(f"written: results/{path.name}\n")
+            show(found)
 
         for argument in reversed(inspect.signature(work).parameters.values()):
             run = option_of(argument)(run)
@@ -150,12 +150,17 @@ def shown(value: object) -> str:
     return "" if value is None else str(value)
 
 
+def is_rows(value: object) -> bool:
+    """Whether something is a list of rows."""
+    return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
+
+
 def show(found: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
     """Prints rows, a table for each `part` of a study; of a dict all that it holds."""
     if isinstance(found, Mapping):
-        parts = [part for part in found.values() if isinstance(part, (dict, list))]
-        alone = {key: value for key, value in found.items() if not isinstance(value, (dict, list))}
-        for part in ([alone] if alone else [], *parts):
+        parts = {key: value for key, value in found.items() if isinstance(value, dict) or is_rows(value)}
+        alone = {key: value for key, value in found.items() if key not in parts}
+        for part in ([alone] if alone else [], *parts.values()):
             show(part)
         return
     for _, group in itertools.groupby(found, key=lambda row: row.get("part")):

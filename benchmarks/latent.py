@@ -143,7 +143,7 @@ def critic(real: Tensor, fake: Tensor, steps: int) -> nn.Module:
 @command("latent_flow", main, samples=140, bank=64, calls=3, steps=(1,), seeds=1)
 def flow(
     data: Path,
-    model: str = "fashion-mnist-latent",
+    model: Path,
     samples: int = 1000,
     bank: int = 256,
     calls: int = 4,

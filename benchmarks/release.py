@@ -61,8 +61,6 @@ OTHERS = (
     "thesis/gans.py comparisons --data {images}",
     "thesis/gans.py modes --data {images}",
     "latent.py autoencoders --data {images}",
-    "latent.py diffusion --model fashion-mnist-latent",
-    "latent.py flow --data {images}",
     "tokens.py train --data {images}",
     "tokens.py images --data {images}",
     "tokens.py exact",
