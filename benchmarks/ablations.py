@@ -10,13 +10,14 @@ a step of length h; phi the exact one of a line.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import click
-from common import Row, command, table
+from common import Row, command
 from fitted import Case
 from problems import Problem, make
 from torch import Tensor
@@ -43,10 +44,7 @@ GRIDS: dict[str, Callable[[fastsde.SDE, int], fastsde.Grid]] = {
 }
 EXACT = ("digits", "gaussian", "scales", "rare")
 
-
-@click.group(help=__doc__)
-def main() -> None:
-    """The two ablations."""
+main = click.Group(help=__doc__)
 
 
 def between(x: Tensor, reference: Tensor, *, diagonal: bool) -> float:
@@ -77,14 +75,10 @@ def excess(problem: Problem) -> list[Row]:
     return rows
 
 
-@command("Which weights and which grid?", "ablation_solver", main, samples=64, only=["digits"])
-@click.option("--samples", "-n", default=1000, help="Samples of each run.")
-@click.option("--only", multiple=True, default=EXACT, help="Problems; also images.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder with an IDX image data set, for images.")
-def solver(samples: int, only: tuple[str, ...], images: Path | None) -> list[Row]:
-    """Prints the table."""
-    rows = [row for name in only for row in excess(make(name, samples, images and str(images)))]
-    table(rows)
+@command("ablation_solver", main, samples=64, only=["digits"])
+def solver(samples: int = 1000, only: tuple[str, ...] = EXACT, images: Path | None = None) -> list[Row]:
+    """Which weights and which grid?"""
+    rows = [row for name in only for row in excess(make(name, samples, images))]
     return rows
 
 
@@ -99,21 +93,19 @@ def settings_of(n: int, sde: fastsde.SDE) -> dict[str, Row]:
     }
 
 
-@command("What of a fit?", "ablation_fit", main, samples=64, seeds=1, calls=[3], only=["digits"])
-@click.option("--only", multiple=True, default=("digits",), help="Problems and networks, by the names of fitted.py.")
-@click.option("--images", type=click.Path(path_type=Path), help="An IDX image set, for the problem images.")
-@click.option("--samples", "-n", default=2000, help="Samples of exact problems.")
-@click.option("--starts", default=64, help="Start states of networks.")
-@click.option("--calls", type=int, multiple=True, default=(4, 6))
-@click.option("--seeds", default=3)
+@command("ablation_fit", main, samples=64, seeds=1, calls=[3], only=["digits"])
 def fit(
-    only: tuple[str, ...], images: Path | None, samples: int, starts: int, calls: tuple[int, ...], seeds: int
+    only: tuple[str, ...] = ("digits",),
+    images: Path | None = None,
+    samples: int = 2000,
+    starts: int = 64,
+    calls: tuple[int, ...] = (4, 6),
+    seeds: int = 3,
 ) -> list[Row]:
-    """Prints the table."""
+    """What of a fit?"""
     rows: list[Row] = []
-    for case, n in (
-        (case, n) for case in (Case(x, images and str(images), starts, samples) for x in only) for n in calls
-    ):
+    cases = [Case(name, images, starts, samples) for name in only]
+    for case, n in itertools.product(cases, calls):
         found = {"default": [case.judged(case.run(nfe=n).samples) | {"price": 0}]}
         for name, options in tqdm(settings_of(n, case.model.sde).items(), f"{case.name}, {n} calls", disable=None):
             fits = [case.fitted(2000 + seed, **options) for seed in range(seeds)]
@@ -125,7 +117,6 @@ def fit(
                 if values := [run[key] for run in runs if key in run]:
                     row |= {key: statistics.median(values), f"{key} range": [min(values), max(values)]}
             rows.append(row)
-    table(rows)
     return rows
 
 

@@ -15,9 +15,8 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import torch
-from common import Row, command, labels, table
+from common import Row, command, labels
 from problems import make
 from torch import Tensor
 
@@ -74,25 +73,25 @@ def study(name: str, model: fastsde.ScoreModel, run: Run) -> list[Row]:
     return rows
 
 
-@command(__doc__, "adaptivity", samples=50, only=["digits"])
-@click.option("--samples", "-n", default=5000, help="Samples of the exact problems.")
-@click.option("--starts", default=64, help="Samples of the packaged network.")
-@click.option("--only", multiple=True, default=("rare", "digits", "scales", "packaged"), help="Problems; also images.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder with an IDX image data set, for images.")
-def main(samples: int, starts: int, only: tuple[str, ...], images: Path | None) -> list[Row]:
-    """Prints the table."""
+@command("adaptivity", samples=50, only=["digits"])
+def main(
+    samples: int = 5000,
+    starts: int = 64,
+    only: tuple[str, ...] = ("rare", "digits", "scales", "packaged"),
+    images: Path | None = None,
+) -> list[Row]:
+    """The table."""
     rows = []
     for name in only:
         if name == "packaged":
             model, _ = fastsde.pretrained("fashion-mnist")
             options: Row = {"n": starts, "batch_size": starts, "cond": labels(starts)}
         else:
-            model = make(name, samples, images and str(images)).model()
+            model = make(name, samples, images).model()
             options = {"n": samples, "batch_size": 2500}
         rows += study(
             name, model, lambda model=model, options=options, **more: fastsde.sample(model, **options, **more)
         )
-    table(rows)
     return rows
 
 

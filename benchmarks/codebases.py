@@ -12,8 +12,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-import click
-from common import command, table
+from common import Row, command
 
 HERE = Path(__file__).parent.parent
 
@@ -92,10 +91,9 @@ def used_names(nodes: list[ast.stmt], own: set[str]) -> set[str]:
     return {name for name in (used & own) - defined if not name.startswith("__")}
 
 
-@command(__doc__, "codebases")
-@click.option("--others", type=click.Path(path_type=Path, exists=True), required=True, help="The other packages.")
-def main(others: Path) -> list[dict[str, object]]:
-    """Prints the table."""
+@command("codebases")
+def main(others: Path) -> list[Row]:
+    """The table."""
     roots = {name: others for name in ("azula", "k_diffusion", "diffrax", "torchode")} | {"fastsde": HERE}
     own = {name: own_names(root / name) for name, root in roots.items()}
     rows = []
@@ -104,7 +102,6 @@ def main(others: Path) -> list[dict[str, object]]:
             nodes = [node for place in files for node in nodes_of(place, roots)]
             row = {"part": part, "library": name, "lines": lines_of(nodes), "names": len(used_names(nodes, own[name]))}
             rows.append(row)
-    table(rows)
     return rows
 
 

@@ -2,35 +2,44 @@
 
 from __future__ import annotations
 
-import copy
 import csv
-import ctypes
 import dataclasses
 import datetime
 import functools
+import inspect
+import itertools
 import json
 import math
 import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from tqdm import tqdm
 
 import fastsde
 from fastsde.evaluation.features import open_features
 from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.reference import packaged_reference
-from fastsde.evaluation.statistics import Moments, frechet_distance
+from fastsde.evaluation.statistics import Moments, frechet, frechet_distance
+from fastsde.evaluation.sweep import Cell, Problem, Sweep, result_of
+from fastsde.training.adversarial import Adversary
+from fastsde.training.config import TrainConfig
+from fastsde.training.loop import train
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RESULTS, RUNS, IMAGES = HERE / "results", HERE / "runs", HERE.parent / "docs" / "images"
-Row = dict[str, object]
+Row = dict[str, Any]
+Work = Callable[..., Any]
 
 
 def cpu_name() -> str:
@@ -67,18 +76,13 @@ def versions(settings: Mapping[str, object]) -> Row:
     }
 
 
-def provenance(settings: Mapping[str, object]) -> Row:
-    """The same with commit and date: what someone needs to judge or repeat a number."""
-    return {"commit": commit(), "date": datetime.date.today().isoformat()} | versions(settings)
+def command(name: str | None, group: click.Group | None = None, **quick: object) -> Callable[[Work], click.Command]:
+    """Makes a function a command whose arguments are options; it prints and keeps what the function returns.
 
-
-def command(
-    doc: str, name: str, group: click.Group | None = None, **quick: object
-) -> Callable[[Callable[..., object]], click.Command]:
-    """Makes a function with click options a command that also has --threads, --keep / --discard and --quick.
+    An argument without a default must be given; a tuple may be given several times. The help is the first paragraph of
+    the function's docstring, or of the script's if the script has one command.
 
     Args:
-        doc: a text whose first paragraph is the help.
         name: of the file in results/ that keeps what the function returns; nothing is kept of None.
         group: what the command is a part of, under the function's name.
         quick: the settings of --quick, which shows that the script runs and keeps nothing.
@@ -89,30 +93,52 @@ def command(
             context.default_map = quick | {"threads": 1}
         return value
 
-    def decorate(work: Callable[..., object]) -> click.Command:
+    def decorate(work: Work) -> click.Command:
         @functools.wraps(work)
         def run(threads: int, keep: bool, quick: bool, **settings: object) -> None:
             torch.set_num_threads(threads)
-            record = provenance(settings | {"threads": threads})  # of the code that runs, whatever changes meanwhile
+            script = str(Path(inspect.getfile(work)).resolve().relative_to(HERE)) + (
+                f" {work.__name__}" if group else ""
+            )
+            # Of the code that runs, whatever changes meanwhile.
+            record: Row = {"script": script, "commit": commit(), "date": datetime.date.today().isoformat()}
+            record |= versions(settings | {"threads": threads})
             found = work(**settings)
-            if keep and not quick and found is not None:
+            if found is None:
+                return
+            if name is not None and keep and not quick:
                 device = settings.get("device", "cpu")
                 path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
                 path.write_text(json.dumps(record | {"results": found}, indent=1) + "\n")
-                print(f"\nwritten: results/{path.name}")
+                print(f"written: results/{path.name}\n")
+            show(found)
 
-        options = (
+        for argument in reversed(inspect.signature(work).parameters.values()):
+            run = option_of(argument)(run)
+        for option in (
             click.option("--threads", default=2, help="Threads of torch."),
             click.option("--keep/--discard", default=True, help=f"Whether to write results/{name}.json."),
             click.option("--quick", is_flag=True, is_eager=True, callback=small, help="Tiny settings; keeps nothing."),
-        )
-        for option in options:
+        ):
             run = option(run)
-        make = click.command if group is None else group.command
-        settings = {"show_default": True}
-        return make(work.__name__, help=doc.split("\n\n")[0].replace("\n", " "), context_settings=settings)(run)
+        doc = work.__doc__ if group else sys.modules[work.__module__].__doc__
+        said = {"help": doc.split("\n\n")[0].replace("\n", " "), "context_settings": {"show_default": True}}
+        return (group.command if group else click.command)(work.__name__, **said)(run)
 
     return decorate
+
+
+def option_of(argument: inspect.Parameter) -> Callable[[Work], Work]:
+    """The option of an argument: its type is that of the default, or a path."""
+    default, name = argument.default, f"--{argument.name.replace('_', '-')}"
+    if isinstance(default, bool):
+        return click.option(f"{name}/--no-{name[2:]}", default=default)
+    if default is argument.empty or "Path" in argument.annotation:
+        needed = {"required": True} if default is argument.empty else {"default": default, "show_default": False}
+        return click.option(name, type=click.Path(path_type=Path), **needed)
+    if isinstance(default, tuple):
+        return click.option(name, type=type(default[0]) if default else str, multiple=True, default=default)
+    return click.option(name, default=default)
 
 
 def shown(value: object) -> str:
@@ -124,13 +150,27 @@ def shown(value: object) -> str:
     return "" if value is None else str(value)
 
 
-def table(rows: Sequence[Mapping[str, object]], *keys: str) -> None:
-    """Prints the keys of rows, all of them by default, the first column aligned left."""
-    keys = keys or tuple(dict.fromkeys(key for row in rows for key in row))
-    text = [keys, *(tuple(shown(row.get(key)) for key in keys) for row in rows)]
-    width = [max(len(line[k]) for line in text) for k in range(len(keys))]
-    for first, *rest in (text[0], tuple("-" * w for w in width), *text[1:]):
-        print("  ".join([first.ljust(width[0]), *(c.rjust(w) for c, w in zip(rest, width[1:], strict=True))]))
+def is_rows(value: object) -> bool:
+    """Whether something is a list of rows."""
+    return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
+
+
+def show(found: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows, a table for each `part` of a study; of a dict all that it holds."""
+    if isinstance(found, Mapping):
+        parts = {key: value for key, value in found.items() if isinstance(value, dict) or is_rows(value)}
+        alone = {key: value for key, value in found.items() if key not in parts}
+        for part in ([alone] if alone else [], *parts.values()):
+            show(part)
+        return
+    for _, group in itertools.groupby(found, key=lambda row: row.get("part")):
+        rows = list(group)
+        keys = list(dict.fromkeys(key for row in rows for key in row))
+        text = [keys, *([shown(row.get(key)) for key in keys] for row in rows)]
+        width = [max(map(len, column)) for column in zip(*text, strict=True)]
+        for first, *rest in (text[0], ["-" * w for w in width], *text[1:]):
+            cells = [c.rjust(w) for c, w in zip(rest, width[1:], strict=True)]
+            print("  ".join([first.ljust(width[0]), *cells]))
 
 
 class Book:
@@ -149,19 +189,20 @@ class Book:
             with path.open(newline="") as file:
                 self.rows = {tuple(row[k] for k in keys): row for row in csv.DictReader(file)}
 
-    def need(self, *key: object, work: Callable[[], Mapping[str, object]]) -> None:
-        """Runs what is not there, and writes it."""
+    def need(self, work: Callable[..., Mapping[str, object]], *key: Any) -> dict[str, str]:
+        """The row of a key; `work(*key)` makes and writes it where it is not there."""
         words = tuple(map(str, key))
-        if words in self.rows:
-            return
-        self.rows[words] = dict(zip(self.keys, words, strict=True)) | {k: str(v) for k, v in work().items()}
-        self.path.parent.mkdir(exist_ok=True)
-        new = not self.path.exists()
-        with self.path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, self.fields)
-            if new:
-                writer.writeheader()
-            writer.writerow(self.rows[words])
+        if words not in self.rows:
+            made = {k: str(v) for k, v in work(*key).items()}
+            self.rows[words] = dict(zip(self.keys, words, strict=True)) | made
+            self.path.parent.mkdir(exist_ok=True, parents=True)
+            new = not self.path.exists()
+            with self.path.open("a", newline="") as file:
+                writer = csv.DictWriter(file, self.fields)
+                if new:
+                    writer.writeheader()
+                writer.writerow(self.rows[words])
+        return self.rows[words]
 
 
 def described(part: object) -> str:
@@ -183,33 +224,50 @@ def labels(n: int) -> dict[str, Tensor]:
     return {"class_labels": torch.arange(n) % 10}
 
 
+def pixels(images: Tensor) -> Tensor:
+    """Images in [-1, 1] with shape (n, C, H, W) in 8 bits."""
+    return torch.from_numpy(to_uint8(images, (-1.0, 1.0))).movedim(-1, 1)
+
+
 def fid(images: Tensor) -> float:
     """Frechet distance of images in [-1, 1], shape (n, 1, 28, 28), to Fashion-MNIST, in the packaged features."""
     reference = packaged_reference("fashion-mnist")
-    shown = torch.from_numpy(to_uint8(images, (-1.0, 1.0))).movedim(-1, 1)
-    own = Moments.of(open_features("fashion-mnist").of(shown.split(500))[0].double())
+    own = Moments.of(open_features("fashion-mnist").of(pixels(images).split(500))[0].double())
     return frechet_distance(own.mean, own.covariance, reference.mean, reference.covariance)
 
 
-class Recorder(nn.Module):
-    """A network that notes the number of rows of each of its calls."""
-
-    def __init__(self, network: Callable[..., object]) -> None:
-        super().__init__()
-        self.network = network
-        self.rows: list[int] = []
-
-    def forward(self, x: Tensor, t: Tensor, **cond: Tensor) -> object:
-        """Calls the network on x with shape (B, *event) and t with shape (B,), noting B."""
-        self.rows.append(len(x))
-        return self.network(x, t, **cond)
+def floor_of(n: int, draws: int = 20) -> Row:
+    """Mean and spread of the Frechet distances of n training images of Fashion-MNIST at a time."""
+    reference, seeded = packaged_reference("fashion-mnist"), torch.Generator().manual_seed(0)
+    chosen = [torch.randperm(len(reference.feats), generator=seeded)[:n] for _ in range(draws)]
+    found = [frechet(reference.feats[k], reference.mean, reference.covariance, draws=2).value for k in chosen]
+    return {"mean": float(torch.tensor(found).mean()), "spread": float(torch.tensor(found).std())}
 
 
-def recorded(model: fastsde.ScoreModel) -> tuple[fastsde.ScoreModel, list[int]]:
-    """The same model with a `Recorder` around its network, and the list it fills."""
-    recorder, model = Recorder(model.network), copy.copy(model)
-    model.network = recorder
-    return model, recorder.rows
+def swept(
+    work: Path, model: fastsde.ScoreModel, dtype: str, cells: Sequence[Cell], samples: int, **sizes: int
+) -> list[Row]:
+    """Rows of a sweep with the packaged network; draws and measures what is missing.
+
+    The folder survives being killed. Other processes may run the same; what one of them draws, the others wait for.
+    """
+    of = open_features("fashion-mnist"), packaged_reference("fashion-mnist")
+    sweep = Sweep(work, Problem(model, *of, versions({"dtype": dtype}), 10), cells, samples, **sizes)
+    while len(rows := sweep.rows()) < len(cells):
+        with tqdm(total=len(cells) * samples, unit="", smoothing=0.05, disable=None) as bar:
+            for cell in sweep.run(progress=bar.update):
+                tqdm.write(result_of(sweep.row(cell)))
+    return rows
+
+
+def trained(
+    model: fastsde.ScoreModel, data: Tensor, config: TrainConfig, adversary: Adversary | None = None
+) -> fastsde.ScoreModel:
+    """The model with the averaged weights of a training without labels, whose checkpoint goes."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"adversary": adversary, "save_every": config.steps}
+        model.network = train(model, data, None, config, Path(folder) / "c.safetensors", **options)
+    return model
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -219,17 +277,6 @@ def timed(work: Callable[[], object]) -> float:
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter() - start
-
-
-def keep_memory() -> None:
-    """Has glibc keep freed memory: to get it again was a seventh of a forward on a CPU, of one loop and not the other.
-
-    It is otherwise given back by where the heap happens to end.
-    """
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        for option, value in ((-1, (1 << 31) - 1), (-2, 1 << 28), (-3, 1 << 25)):  # trim, pad and map from how many on
-            libc.mallopt(option, value)
 
 
 def in_turn(ours: Callable[[], float], theirs: Callable[[], float], seconds: float) -> Row:

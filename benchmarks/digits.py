@@ -13,9 +13,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-import click
 import torch
-from common import Row, command, described, table
+from common import Row, command, described
 from problems import Mixture, digits
 from tqdm import tqdm
 
@@ -86,15 +85,11 @@ def measure(problem: Mixture, unit: float, seeds: int, options: Row) -> Row:
     }
 
 
-@command(__doc__, "digits", samples=100, seeds=1, only="DDIM")
-@click.option("--samples", "-n", default=8000, help="Samples of each run and of the floor.")
-@click.option("--seeds", default=3, help="Runs of each row, but for those with many calls: one.")
-@click.option("--only", default="", help="Run the solvers whose name contains this.")
-def main(samples: int, seeds: int, only: str) -> Row:
-    """Prints the table."""
+@command("digits", samples=100, seeds=1, only="DDIM")
+def main(samples: int = 8000, seeds: int = 3, only: str = "") -> Row:
+    """The table."""
     problem = digits(samples)
     unit, spread = problem.floor(20)
-    print(f"floor: {unit:.4f}, spread of one draw {100 * spread / unit:.0f} %\n")
     todo = list(cases(problem.model().sde))
     known = {described(case["solver"]).split("(")[0] for case in todo} | set(ELSEWHERE)
     if missing := {kind.__name__ for kind in fastsde.SOLVERS} - known:
@@ -103,7 +98,6 @@ def main(samples: int, seeds: int, only: str) -> Row:
     for case in tqdm([case for case in todo if only in described(case["solver"])], disable=None):
         row = measure(problem, unit, seeds, case)
         rows.append(row | {"reached": row["ratio"] < 1 + 3 * spread / unit / row["seeds"] ** 0.5})
-    table(rows)
     return {"floor": unit, "floor_spread": spread, "rows": rows}
 
 

@@ -27,10 +27,7 @@ from fastsde.evaluation.report import plot
 
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
 
-
-@click.group(help=__doc__)
-def main() -> None:
-    """Both kinds."""
+main = click.Group(help=__doc__)
 
 
 def peers() -> Figure:
@@ -87,9 +84,9 @@ def step_sizes() -> Figure:
     return figure
 
 
-@command("Draws the pictures of stored results.", "figures", main)
+@command(None, main)
 def results() -> None:
-    """Writes them."""
+    """Draws the pictures of stored results."""
     IMAGES.mkdir(exist_ok=True)
     peers().savefig(IMAGES / "peers.png", dpi=80)
     step_sizes().savefig(IMAGES / "step-sizes.png", dpi=90)
@@ -134,11 +131,9 @@ def gallery(sde: fastsde.SDE) -> list[dict[str, object]]:
     return [*({"solver": s, "rtol": 0.05} for s in adaptive), heun, *({"solver": s} for s in solvers)]
 
 
-@command("Draws the pictures of samples: 5 minutes.", "figures", main, few=1)
-@click.option("--seed", default=0)
-@click.option("--few", default=0, help="Draws so many rows and writes nothing; 0: all.")
-def samples(seed: int, few: int) -> None:
-    """Writes them."""
+@command(None, main, few=1)
+def samples(seed: int = 0, few: int = 0) -> None:
+    """Draws the pictures of samples: 5 minutes."""
     model, sde = fastsde.pretrained("fashion-mnist")
     ten = {"n": 10, "seed": seed, "cond": labels(10)}
     pictures = {}

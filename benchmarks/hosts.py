@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import click
 import torch
-from common import Row, command, labels, table
+from common import Row, command, labels
 from peers_exact import k_diffusion_sampling
 from torch import Tensor
 from tqdm import tqdm
@@ -42,12 +41,9 @@ class Host:
         return torch.cat([sigma, sigma.new_zeros(1)]).float()
 
 
-@command(__doc__, "hosts", samples=2, calls=[5], accurate=10)
-@click.option("--samples", "-n", default=20)
-@click.option("--calls", type=int, multiple=True, default=(5, 6, 8, 10, 15, 20, 30))
-@click.option("--accurate", default=200, help="Steps of the accurate solution: twice as many move it by a thousandth.")
-def main(samples: int, calls: tuple[int, ...], accurate: int) -> list[Row]:
-    """Prints the table."""
+@command("hosts", samples=2, calls=[5], accurate=10)
+def main(samples: int = 20, calls: tuple[int, ...] = (5, 6, 8, 10, 15, 20, 30), accurate: int = 200) -> list[Row]:
+    """The table."""
     host = Host(fastsde.pretrained("fashion-mnist"), labels(samples)["class_labels"])
     theirs = k_diffusion_sampling().sample_dpmpp_2m
     fine = host.levels("exponential", accurate)
@@ -66,7 +62,6 @@ def main(samples: int, calls: tuple[int, ...], accurate: int) -> list[Row]:
     for rtol in (0.2, 0.1, 0.05, 0.02):
         ours = error(sample_adaptive, fine, rtol=rtol)
         rows.append({"levels": f"its own, rtol {rtol}", "calls": host.calls, "sample_adaptive": ours})
-    table(rows)
     return rows
 
 

@@ -1,4 +1,4 @@
-r"""Autoencoders that judge themselves, and diffusion in the latents of one.
+r"""Autoencoders that judge themselves, diffusion in the latents of one, and regularised latent optimisation.
 
 `autoencoders`: a plain VAE, IntroVAE and Soft-IntroVAE on Fashion-MNIST, with the same network (latents of 32 numbers),
 the same number of steps and the same weight of the reconstruction; the first eighth of the steps is the plain VAE's.
@@ -9,38 +9,49 @@ on where it stopped.
 
 `diffusion`: a latent model beside the packaged model of pixels: distance with 12 calls, and time of an image, sampled
 and decoded, on one thread.
+
+`flow`: each term of `LatentFlow` alone and all, beside the same calls spent on sampling. The generator is a latent
+model: its score network with a few calls, and its decoder. Densities are those of pictures averaged to 7 x 7; the
+likelihood is the logit of a critic of them, fitted to tell data from the generator's samples. Samples are judged by the
+Frechet distance and by the sliced Wasserstein distance of whole pictures, which no term sees. "calls" are those of the
+score network for each image: a step of the flow is a forward pass, its repetition in the backward pass, and that pass,
+counted as two. The bank's calls are shared out over the images.
 """
 
 from __future__ import annotations
 
+import itertools
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
-from common import RUNS, Book, Row, command, fid, in_turn, labels, table, timed
+from common import RUNS, Book, Row, command, fid, in_turn, labels, timed
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, softplus
+from tqdm import tqdm
 
 import fastsde
+from fastsde.evaluation.statistics import sliced_wasserstein
+from fastsde.latent import LatentFlow, sampler_map
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
-from fastsde.training.introvae import (
-    IntroVAE,
-    SoftIntroVAE,
-    decoded,
-    divergence,
-    posterior,
-    train_autoencoder,
-)
+from fastsde.training.introvae import IntroVAE, SoftIntroVAE, decoded, divergence, posterior, train_autoencoder
 from fastsde.training.networks import FlatAutoencoder
 
 PLAIN, INTRO, SOFT = "plain VAE", "IntroVAE", "Soft-IntroVAE"
 FIGURES = ("prior", "rec", "rms", "kl", "kl_reconstructed", "kl_generated", "beyond", "active", "margin")
+TERMS = {
+    "log p(x)": (1.0, 0.0, 0.0),
+    "log p(y | x)": (0.0, 1.0, 0.0),
+    "- log q(x)": (0.0, 0.0, 1.0),
+    "log p(x) - log q(x)": (1.0, 0.0, 1.0),
+    "all": (1.0, 1.0, 1.0),
+}
 
-
-@click.group(help=__doc__)
-def main() -> None:
-    """Both studies."""
+main = click.Group(help=__doc__)
 
 
 @torch.no_grad()
@@ -67,67 +78,123 @@ def figures(network: nn.Module, test: Tensor, margin: float, seed: int) -> Row:
     }
 
 
-@command("What does introspection bring?", "latent_autoencoders", main, steps=3, samples=200, seeds=1)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=800)
-@click.option("--samples", "-n", default=2500)
-@click.option("--seeds", default=3)
-def autoencoders(data: Path, steps: int, samples: int, seeds: int) -> Row:
-    """Prints the table."""
+@command("latent_autoencoders", main, steps=3, samples=200, seeds=1)
+def autoencoders(data: Path, steps: int = 800, samples: int = 2500, seeds: int = 3) -> Row:
+    """What does introspection bring?"""
     images = load_images(data)[0]
     test = load_images(data, train=False)[0][:samples]
-    soft = SoftIntroVAE(beta_rec=0.5)  # the same VAE as beta = 1 of the others
     book = Book(RUNS / f"autoencoders-{steps}-{samples}.csv", ("kind", "seed"), FIGURES)
 
-    def trained(objective: IntroVAE | SoftIntroVAE, seed: int, margin: float) -> Row:
+    def measured(kind: str, seed: int) -> Row:
+        margin = 0.0 if kind == PLAIN else 1.25 * float(book.rows[PLAIN, str(seed)]["kl"])
+        # Half of beta_rec makes the same VAE as beta = 1 of the others.
+        objectives = {PLAIN: IntroVAE(alpha=0.0), INTRO: IntroVAE(0.25, margin), SOFT: SoftIntroVAE(beta_rec=0.5)}
         torch.manual_seed(seed)
         network = FlatAutoencoder(28, 1)
         config = TrainConfig(steps, 64, 1e-3, warmup=50, ema_decay=0.99, seed=seed, bf16=False)
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "c.safetensors"
-            averaged = train_autoencoder(network, images, config, file, objective, plain=steps // 8)
+            averaged = train_autoencoder(network, images, config, file, objectives[kind], plain=steps // 8)
         return figures(averaged, test, margin, seed)
 
-    for seed in range(seeds):
-        book.need(PLAIN, seed, work=lambda seed=seed: trained(IntroVAE(alpha=0.0), seed, 0.0))
-        margin = 1.25 * float(book.rows[PLAIN, str(seed)]["kl"])
-        book.need(INTRO, seed, work=lambda s=seed, m=margin: trained(IntroVAE(0.25, m), s, m))
-        book.need(SOFT, seed, work=lambda s=seed, m=margin: trained(soft, s, m))
-    rows: list[Row] = [
-        {"kind": kind, "seed": seed} | {key: float(book.rows[kind, str(seed)][key]) for key in FIGURES}
-        for kind in (PLAIN, INTRO, SOFT)
-        for seed in range(seeds)
-    ]
-    table(rows)
+    found = [book.need(measured, kind, seed) for kind, seed in itertools.product((PLAIN, INTRO, SOFT), range(seeds))]
+    rows = [{"kind": r["kind"], "seed": int(r["seed"])} | {key: float(r[key]) for key in FIGURES} for r in found]
     return {"test_images": fid(to_unit_range(test)), "rows": rows}
 
 
-@command("What do latents save?", "latent_diffusion", main, samples=130, seeds=1, seconds=1)
-@click.option("--model", required=True, type=click.Path(path_type=Path), help="Folder of a latent model.")
-@click.option("--samples", "-n", default=2500)
-@click.option("--seeds", default=3)
-@click.option("--seconds", default=60, help="For the times.")
-def diffusion(model: Path, samples: int, seeds: int, seconds: int) -> Row:
-    """Prints the table."""
+@command("latent_diffusion", main, samples=130, seeds=1, seconds=1)
+def diffusion(model: Path, samples: int = 2500, seeds: int = 3, seconds: int = 60) -> Row:
+    """What do latents save?"""
     models = {"latents": fastsde.pretrained(model), "pixels": fastsde.pretrained("fashion-mnist")}
 
     def draw(name: str, n: int, seed: int) -> Tensor:
         r = fastsde.sample(models[name], n=n, nfe=12, seed=seed, cond=labels(n), batch_size=64)
         return models[name].decode(r.samples)
 
-    times = in_turn(
-        lambda: timed(lambda: draw("latents", 64, 0)), lambda: timed(lambda: draw("pixels", 64, 0)), seconds
-    )
+    times = in_turn(*(lambda name=name: timed(lambda: draw(name, 64, 0)) for name in models), seconds)
     rows = list[Row]()
-    for name, mine in models.items():
+    for (name, mine), spent in zip(models.items(), (times["ours_seconds"], times["theirs_seconds"]), strict=True):
         parts = [part for part in (mine.network, mine.autoencoder) if part is not None]
-        time = times["ours_seconds" if name == "latents" else "theirs_seconds"]
         row: Row = {"model": name, "parameters": sum(p.numel() for part in parts for p in part.parameters())}
-        row["ms_per_image"] = 1000 * float(str(time)) / 64
-        row["fid"] = [fid(draw(name, samples, seed)) for seed in range(seeds)]
+        row |= {"ms_per_image": 1000 * spent / 64, "fid": [fid(draw(name, samples, seed)) for seed in range(seeds)]}
         rows.append(row)
-    table(rows)
     return {"times": times, "rows": rows}
+
+
+def pooled(x: Tensor) -> Tensor:
+    """Averages over squares of 4 x 4 pixels, with shape (B, 49)."""
+    return avg_pool2d(x, 4).flatten(1)
+
+
+def critic(real: Tensor, fake: Tensor, steps: int) -> nn.Module:
+    """A network whose value is the logit of a picture being real; fitted to pooled pictures."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(49, 64), nn.SiLU(), nn.Linear(64, 1))
+    rule = torch.optim.Adam(network.parameters(), 1e-3, weight_decay=1e-4)
+    real, fake = pooled(real), pooled(fake)
+    for _ in range(steps):
+        loss = softplus(-network(real)).mean() + softplus(network(fake)).mean()
+        rule.zero_grad()
+        loss.backward()
+        rule.step()
+    return network.requires_grad_(False)
+
+
+@command("latent_flow", main, samples=140, bank=64, calls=3, steps=(1,), seeds=1)
+def flow(
+    data: Path,
+    model: Path,
+    samples: int = 1000,
+    bank: int = 256,
+    calls: int = 4,
+    steps: tuple[int, ...] = (5, 10, 15),
+    step_size: float = 0.3,
+    seeds: int = 2,
+) -> list[Row]:
+    """Does it pay to move the latents of a generator?"""
+    latents, images = fastsde.pretrained(model), load_images(data)[0]
+    real, held = to_unit_range(images[:1000]), to_unit_range(images[1000 : 1000 + samples])
+    few, rows = sampler_map(latents, nfe=calls), list[Row]()
+
+    def sampled(n: int, seed: int, **options: object) -> Tensor:
+        return latents.decode(fastsde.sample(latents, n=n, seed=seed, **options).samples)
+
+    def note(what: str, flow_steps: int | None, draw: Callable[[int], tuple[Tensor, float]]) -> None:
+        began, (drawn, spent) = time.perf_counter(), zip(*map(draw, range(seeds)), strict=True)
+        row: Row = {"what": what, "steps": flow_steps, "calls": spent[-1], "seconds": time.perf_counter() - began}
+        distances = {"fid": [fid(x) for x in drawn]}
+        distances["sliced"] = [sliced_wasserstein(x.flatten(1), held.flatten(1)) for x in drawn]
+        for key, each in distances.items():
+            row[key] = float(torch.tensor(each).mean())
+            row[f"{key}_sd"] = float(torch.tensor(each).std()) if seeds > 1 else None
+        rows.append(row)
+
+    for nfe in (calls, 2 * calls, 4 * calls, (1 + 4 * max(steps)) * calls):
+        note(f"{nfe} calls", None, lambda seed, nfe=nfe: (sampled(samples, seed, nfe=nfe), nfe))
+    fitted = fastsde.fit(latents, nfe=calls, progress=False)
+    note(f"fitted, {calls} calls", None, lambda seed: (sampled(samples, seed, solver=fitted), calls))
+    judge = critic(real, sampled(1000, 100, nfe=calls), steps=300)
+    for (what, weights), k in tqdm(list(itertools.product(TERMS.items(), steps)), "terms", disable=None):
+        moved = LatentFlow(
+            lambda z: latents.decode(few(z), batch_size=len(z)),
+            real,
+            latents.event_shape or (),
+            features=pooled,
+            log_likelihood=lambda x: judge(pooled(x))[:, 0],
+            weights=weights,
+            step_size=step_size,
+            steps=k,
+            bank=bank,
+        )
+
+        def draw(seed: int, moved: LatentFlow = moved) -> tuple[Tensor, float]:
+            r = moved.sample(samples, seed=seed)
+            forward = r.forward.double().mean() + r.bank_forward / samples
+            backward = r.backward.double().mean() + r.bank_backward / samples
+            return r.samples, calls * float(forward + 3 * backward)
+
+        note(what, k, draw)
+    return rows
 
 
 if __name__ == "__main__":

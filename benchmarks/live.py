@@ -1,26 +1,40 @@
-r"""The live queue beside batches that wait for their slowest sample, beside `sample` alone, and over many requests.
+r"""The live queue beside `sample` and beside batches, and a server under good and bad clients. Needs Linux.
 
-Four parts. `same`: requests at random times with mixed settings, for an exact model, each beside `fastsde.sample` with
-the same arguments. `throughput`: as many clients as there are slots, each asking again when it has its sample, of 5 to
-20 or 5 to 50 calls. The network sleeps for a time a + b times its rows, so what else the machine does hardly matters.
-Beside it are batches of the same number of clients that end with their slowest sample, at the same cost per turn.
-`latency`: one client and the packaged network, beside `sample`, in turn. `memory`: many requests, and the memory of the
-process.
+`queue` has four parts. `same`: requests at random times with mixed settings, for an exact model, each beside
+`fastsde.sample` with the same arguments. `throughput`: as many clients as there are slots, each asking again when it
+has its sample, of 5 to 20 or 5 to 50 calls. The network sleeps for a time a + b times its rows, so what else the
+machine does hardly matters. Beside it are batches of the same number of clients that end with their slowest sample, at
+the same cost per turn. `latency`: one client and the packaged network, beside `sample`, in turn. `memory`: many
+requests, and the memory of the process.
+
+`server`: `fastsde serve` with the packaged network runs in a process of its own. Eight clients do, at random: draw
+images; stream samples to the end, or go away in the midst; send half of a body and go; send what is no JSON, unknown
+fields, numbers out of range, pictures that are none, bodies that are too long; ask for more than fits into the queue.
+What were they answered, and what does the server hold? Needs `pip install -e '.[bench,dev]'`.
 """
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import gc
+import os
 import random
 import resource
+import socket
 import statistics
-import threading
+import subprocess
+import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import click
+import httpx
 import torch
-from common import Row, command, in_turn, table
+from common import Row, command, in_turn, timed
 
 import fastsde
 from fastsde.score.analytic import MixtureScore
@@ -32,6 +46,9 @@ SETTINGS: list[dict[str, Any]] = [
     {"solver": fastsde.ExponentialPC(eta=1.0), "nfe": 12},
     {"solver": fastsde.ExtrapolatedEM(), "rtol": 0.3},
 ]
+HEAD = "POST /v1/images/generations HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+main = click.Group(help=__doc__)
 
 
 def mixture() -> fastsde.ScoreModel:
@@ -45,54 +62,32 @@ def same(requests: int) -> Row:
     chance, model, asked = random.Random(0), mixture(), []
     with fastsde.Sampler(model, max_waiting=10 * requests) as sampler:
         for seed in range(requests):
-            how, n = chance.choice(SETTINGS), chance.randint(1, 4)
-            asked.append((how, n, seed, sampler.submit(n=n, seed=seed, **how)))
+            how = {"n": chance.randint(1, 4), "seed": seed, **chance.choice(SETTINGS)}
+            asked.append((how, sampler.submit(**how)))
             time.sleep(chance.expovariate(1000))
-        results = [(how, n, seed, request.result()) for how, n, seed, request in asked]
+        results = [(how, request.result()) for how, request in asked]
     stats, worst, costs = sampler.stats(), 0.0, True
-    for how, n, seed, live in results:
-        alone = fastsde.sample(model, n=n, seed=seed, **how)
+    for how, live in results:
+        alone = fastsde.sample(model, **how)
         worst = max(worst, float((live.samples - alone.samples).abs().max()))
         costs = costs and torch.equal(live.nfe, alone.nfe) and torch.equal(live.status, alone.status)
     rows = stats.rows / stats.needed
     return {"part": "same", "requests": requests, "worst difference": worst, "equal costs": costs, "rows": rows}
 
 
-class Sleeper:
-    """A zero network whose call takes a + b times its rows, in seconds."""
-
-    def __init__(self, a: float, b: float) -> None:
-        self.a, self.b = a, b
-
-    def __call__(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        time.sleep(self.a + self.b * len(x))
-        return -x
-
-
 def throughput(samples: int, slots: int, most: int, a: float, b: float) -> Row:
     """A closed loop: every client asks for the next sample when it has the last one."""
     chance = random.Random(0)
     calls = [chance.randint(5, most) for _ in range(samples)]
-    left, latencies, lock = list(calls), [], threading.Lock()
-    model = fastsde.ScoreModel(Sleeper(a, b), SDE, event_shape=(1,))
-    with fastsde.Sampler(model, batch_size=slots, max_waiting=2 * slots) as sampler:
 
-        def client() -> None:
-            while True:
-                with lock:
-                    if not left:
-                        return
-                    nfe = left.pop()
-                since = time.perf_counter()
-                sampler.submit(nfe=nfe).result()
-                latencies.append(time.perf_counter() - since)
+    def network(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        time.sleep(a + b * len(x))
+        return -x
 
+    model = fastsde.ScoreModel(network, SDE, event_shape=(1,))
+    with fastsde.Sampler(model, batch_size=slots, max_waiting=2 * slots) as sampler, ThreadPoolExecutor(slots) as pool:
         start = time.perf_counter()
-        clients = [threading.Thread(target=client) for _ in range(slots)]
-        for one in clients:
-            one.start()
-        for one in clients:
-            one.join()
+        latencies = list(pool.map(lambda nfe: timed(lambda: sampler.submit(nfe=nfe).result()), calls))
         seconds = time.perf_counter() - start
     # A batch takes all waiting clients, and ends when its slowest sample does; empty rows cost nothing.
     batches = [sorted(calls[k : k + slots]) for k in range(0, samples, slots)]
@@ -118,23 +113,16 @@ def latency(seconds: float) -> Row:
     """One client beside `sample`."""
     model = fastsde.pretrained("fashion-mnist")
     with fastsde.Sampler(model, nfe=10) as sampler:
-
-        def live() -> float:
-            since = time.perf_counter()
-            sampler.submit(seed=1).result()
-            return time.perf_counter() - since
-
-        def alone() -> float:
-            since = time.perf_counter()
-            fastsde.sample(model, n=1, seed=1, nfe=10)
-            return time.perf_counter() - since
-
-        return {"part": "latency", **in_turn(live, alone, seconds)}
+        return {"part": "latency"} | in_turn(
+            lambda: timed(lambda: sampler.submit(seed=1).result()),
+            lambda: timed(lambda: fastsde.sample(model, n=1, seed=1, nfe=10)),
+            seconds,
+        )
 
 
 def memory(requests: int) -> Row:
     """Requests without end, and what the process holds after a tenth of them and after all."""
-    chance, held = random.Random(0), []
+    chance, tenths = random.Random(0), []
     with fastsde.Sampler(mixture(), max_waiting=256) as sampler:
         waiting = []
         for k in range(requests):
@@ -145,34 +133,21 @@ def memory(requests: int) -> Row:
                 waiting.clear()
             if (k + 1) % (requests // 10) == 0:
                 gc.collect()
-                held.append((sum(isinstance(o, torch.Tensor) for o in gc.get_objects()), resident()))
-    return {
-        "part": "memory",
-        "requests": requests,
-        "tensors after a tenth": held[0][0],
-        "tensors": held[-1][0],
-        "MB after a tenth": held[0][1],
-        "MB": held[-1][1],
-    }
+                tenths.append((sum(isinstance(o, torch.Tensor) for o in gc.get_objects()), held(os.getpid())[0]))
+    found: Row = {"part": "memory", "requests": requests, "tensors after a tenth": tenths[0][0]}
+    return found | {"tensors": tenths[-1][0], "MB after a tenth": tenths[0][1], "MB": tenths[-1][1]}
 
 
-def resident() -> float:
-    """Memory of this process in MB; the most so far where the system does not say it."""
-    try:
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize() / 1e6
-    except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+def held(pid: int) -> tuple[float, int]:
+    """Resident memory of a process in MB, and its open files."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6, len(os.listdir(f"/proc/{pid}/fd"))
 
 
-@command(__doc__, "live", requests=50, samples=60, seconds=1.0, many=200)
-@click.option("--requests", default=2000, help="Requests beside `sample`.")
-@click.option("--samples", default=1000, help="Samples of a throughput.")
-@click.option("--seconds", default=60.0, help="Of the comparison of latencies.")
-@click.option("--many", default=10_000, help="Requests while memory is watched.")
-def main(requests: int, samples: int, seconds: float, many: int) -> list[Row]:
-    """Prints the rows."""
-    rows = [
+@command("live", main, requests=50, samples=60, seconds=1.0, many=200)
+def queue(requests: int = 2000, samples: int = 1000, seconds: float = 60.0, many: int = 10_000) -> list[Row]:
+    """Does the queue give what `sample` gives, and what does it bring?"""
+    return [
         same(requests),
         # Large networks: one that pays by the call, one by the row, one by both. And one that is small.
         *(throughput(samples, 32, 20, a, b) for a, b in ((0.1, 0.0), (0.0, 0.003), (0.05, 0.0015), (0.02, 0.0))),
@@ -180,9 +155,121 @@ def main(requests: int, samples: int, seconds: float, many: int) -> list[Row]:
         latency(seconds),
         memory(many),
     ]
-    for row in rows:
-        table([row])
-    return rows
+
+
+class Clients:
+    """What clients do, and what they were answered."""
+
+    def __init__(self, port: int) -> None:
+        self.port, self.url = port, f"http://localhost:{port}"
+        self.answers: collections.Counter[tuple[str, str]] = collections.Counter()
+        self.seconds: list[float] = []
+        self.kinds: dict[str, tuple[int, Callable[[random.Random, httpx.Client], str]]] = {
+            "draws": (8, self.draws),
+            "streams": (2, self.streams),
+            "goes away": (3, self.goes_away),
+            "half a body": (1, self.half),
+            "no JSON": (1, lambda chance, http: self.posted(http, content=b"{{{")),
+            "unknown field": (1, lambda chance, http: self.posted(http, json={"mode": 1})),
+            "out of range": (1, lambda chance, http: self.posted(http, json={"nfe": 10**9})),
+            "no picture": (1, lambda chance, http: self.posted(http, json={"image": "AAAA"})),
+            "too long": (1, lambda chance, http: self.posted(http, content=b" " * (9 << 20))),
+            "too many": (1, lambda chance, http: self.posted(http, json={"n": 100})),
+        }
+
+    def posted(self, http: httpx.Client, **body: Any) -> str:
+        """The status of an answer."""
+        headers = {"Content-Type": "application/json"}
+        return str(http.post("/v1/images/generations", headers=headers, **body).status_code)
+
+    def draws(self, chance: random.Random, http: httpx.Client) -> str:
+        """Asks for a few images and waits."""
+        since = time.perf_counter()
+        status = self.posted(http, json={"n": chance.randint(1, 4), "nfe": chance.randint(3, 15)})
+        if status == "200":
+            self.seconds.append(time.perf_counter() - since)
+        return status
+
+    def streams(self, chance: random.Random, http: httpx.Client) -> str:
+        """Reads all events."""
+        with http.stream("POST", "/v1/samples", json={"n": 2, "nfe": 8}) as answer:
+            events = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
+        return f"{answer.status_code} {events[-1] if events else ''}"
+
+    def goes_away(self, chance: random.Random, http: httpx.Client) -> str:
+        """Reads a few events of a long request, and closes the connection."""
+        with http.stream("POST", "/v1/samples", json={"n": 4, "nfe": 200}) as answer:
+            lines = answer.iter_lines()
+            for _ in range(chance.randint(1, 6)):
+                next(lines, None)
+        return str(answer.status_code)
+
+    def half(self, chance: random.Random, http: httpx.Client) -> str:
+        """Promises a body and sends a part of it."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(f"{HEAD}Content-Length: 500\r\n\r\n{{".encode())
+            time.sleep(chance.random() / 5)
+        return "gone"
+
+    def run(self, seed: int, end: float) -> None:
+        """One client until the time is over."""
+        chance = random.Random(seed)
+        names, weights = list(self.kinds), [weight for weight, _ in self.kinds.values()]
+        while time.monotonic() < end:
+            name = chance.choices(names, weights)[0]
+            with httpx.Client(base_url=self.url, timeout=120) as http:
+                try:
+                    answer = self.kinds[name][1](chance, http)
+                except httpx.HTTPError as error:
+                    answer = type(error).__name__
+            self.answers[name, answer] += 1
+            time.sleep(chance.random() / 10)
+
+
+@contextlib.contextmanager
+def serving(port: int) -> Any:
+    """`fastsde serve` in a process of its own, when it answers, and a client."""
+    words = [sys.executable, "-m", "fastsde", "serve", "fashion-mnist", "--port", str(port), "--max-waiting", "24"]
+    server = subprocess.Popen(words)
+    try:
+        with httpx.Client(base_url=f"http://localhost:{port}", timeout=60) as http:
+            for _ in range(600):
+                with contextlib.suppress(httpx.TransportError):
+                    if http.get("/healthz").status_code == 200:
+                        break
+                time.sleep(0.1)
+            yield server, http
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+@command("soak", main, minutes=0.1)
+def server(minutes: float = 10.0) -> list[Row]:
+    """Does a server last under good and bad clients?"""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = int(free.getsockname()[1])
+    with serving(port) as (process, http):
+        clients, end, tenths = Clients(port), time.monotonic() + 60 * minutes, []
+        with ThreadPoolExecutor(8) as pool:
+            runs = [pool.submit(clients.run, seed, end) for seed in range(8)]
+            for _ in range(9):
+                time.sleep(6 * minutes)
+                tenths.append(held(process.pid))
+        for run in runs:
+            run.result()  # raises what a client did not expect
+        time.sleep(2)
+        tenths.append(held(process.pid))
+        about = http.get("/v1/about").json()
+    rows: list[Row] = [
+        {"client": name, "answer": answer, "times": times} for (name, answer), times in sorted(clients.answers.items())
+    ]
+    times = sorted(clients.seconds)
+    rows.append({"client": "all", "answer": "median seconds of images", "times": times[len(times) // 2]})
+    for tenth in (1, 2, 4, 6, 8, 10):
+        for what, value in zip(("MB", "open files"), tenths[tenth - 1], strict=True):
+            rows.append({"client": "server", "answer": f"{what} after {tenth} tenths", "times": value})
+    return [*rows, {"client": "server", "answer": "samples left", "times": about["running"] + about["waiting"]}]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import click
 import torch
 from common import RUNS, command
 from safetensors.torch import load_file, save_file
@@ -99,13 +98,8 @@ def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> No
     save_file({k: v.contiguous() for k, v in average.module.state_dict().items()}, folder / f"{name}.safetensors")
 
 
-@command(__doc__, "networks", steps=2, only=["flow"], folder=RUNS / "quick_networks")
-@click.option("--data", type=click.Path(exists=True), required=True, help="A folder with MNIST in IDX files.")
-@click.option("--only", multiple=True, type=click.Choice(NAMES), default=NAMES, help="Networks to train.")
-@click.option("--steps", default=2000)
-@click.option("--batch", default=32)
-@click.option("--out", "folder", type=click.Path(path_type=Path), default=FOLDER, show_default=False)
-def main(data: str, only: tuple[str, ...], steps: int, batch: int, folder: Path) -> None:
+@command(None, steps=2, only=["flow"], folder=RUNS / "quick_networks")
+def main(data: Path, only: tuple[str, ...] = NAMES, steps: int = 2000, batch: int = 32, folder: Path = FOLDER) -> None:
     """Trains the networks that are missing."""
     images = to_unit_range(load_images(data)[0])
     for name in only:

@@ -9,15 +9,15 @@ kind and number of calls with every seed.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
-import click
 import torch
-from common import RESULTS, RUNS, Book, Row, command, table
-from peers_exact import Sampler, samplers
+from common import RESULTS, RUNS, Book, Row, command
+from peers_exact import samplers
 from problems import Problem, make
 from tqdm import tqdm
 
@@ -37,19 +37,6 @@ class Results(Book):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path, KEY, ("nfe", "ratio", "seconds"))
-
-    def run(self, problem: Problem, unit: float, sampler: Sampler, budget: float, seed: int) -> None:
-        """Draws and measures, unless that was done before."""
-
-        def work() -> Row:
-            problem.rows, start = 0, time.perf_counter()
-            with torch.no_grad():
-                x = sampler.draw(problem, problem.n, budget, seed)
-            ratio = problem.distance(x) / unit if torch.isfinite(x).all() else float("inf")
-            row = {"nfe": f"{problem.rows / problem.n:.3f}", "ratio": f"{ratio:.4f}"}
-            return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
-
-        self.need(problem.name, sampler.family, sampler.kind, sampler.name, budget, seed, work=work)
 
     def best(self, problem: str, kind: str, budget: int) -> list[str]:
         """Names of the nearest peers of a kind within a number of calls, after the first seed."""
@@ -86,44 +73,45 @@ class Results(Book):
         return found
 
 
-@command(__doc__, "peers", samples=64, seeds=1, only=["digits"], calls=[10], path=RUNS / "peers_quick.csv")
-@click.option("--samples", "-n", default=8000, help="Samples of each run on the digits; fewer elsewhere.")
-@click.option("--seeds", default=3, help="Seeds for ours and for the best peers.")
-@click.option("--only", multiple=True, default=("digits", "gaussian", "scales"), help="Problems; also images.")
-@click.option("--images", type=click.Path(path_type=Path), help="Folder with an IDX image data set, for images.")
-@click.option("--calls", type=int, multiple=True, default=CALLS, help="Budgets in calls.")
-@click.option("--run/--report", "running", default=True, help="Run what is missing, or only report what is there.")
-@click.option("--book", "path", type=click.Path(path_type=Path), default=RESULTS / "peers.csv", show_default=False)
+def study(rows: Results, problem: Problem, unit: float, calls: tuple[int, ...], seeds: int) -> None:
+    """Runs what is missing on a problem."""
+    everybody = {sampler.key: sampler for sampler in samplers()}
+
+    def measure(_: str, family: str, kind: str, name: str, budget: float, seed: int) -> Row:
+        problem.rows, start = 0, time.perf_counter()
+        with torch.no_grad():
+            x = everybody[family, kind, name].draw(problem, problem.n, budget, seed)
+        ratio = problem.distance(x) / unit if torch.isfinite(x).all() else float("inf")
+        row = {"nfe": f"{problem.rows / problem.n:.3f}", "ratio": f"{ratio:.4f}"}
+        return row | {"seconds": f"{time.perf_counter() - start:.1f}"}
+
+    jobs = [(s, b) for s in everybody.values() for b in (s.tolerances or calls) if s.tolerances or b >= s.fewest]
+    # Algorithm 6 at one tolerance elsewhere: noise on a path for hundreds of calls takes longer than all the rest.
+    jobs = [(s, b) for s, b in jobs if problem.name == "digits" or s.name != "Algorithm 6" or b == 0.05]
+    for sampler, budget in tqdm(jobs, desc=problem.name, disable=None):
+        rows.need(measure, problem.name, *sampler.key, budget, 0)
+    for seed, kind, budget in itertools.product(range(1, seeds), OURS, calls):
+        again = [*rows.best(problem.name, kind, budget), *OURS[kind].values()]
+        for key in (key for key in everybody if key[1] == kind and key[2] in again):
+            rows.need(measure, problem.name, *key, budget, seed)
+
+
+@command("peers", samples=64, seeds=1, only=["digits"], calls=[10], book=RUNS / "peers_quick.csv")
 def main(
-    samples: int,
-    seeds: int,
-    only: tuple[str, ...],
-    images: Path | None,
-    calls: tuple[int, ...],
-    running: bool,
-    path: Path,
+    samples: int = 8000,
+    seeds: int = 3,
+    only: tuple[str, ...] = ("digits", "gaussian", "scales", "images"),
+    images: Path | None = None,
+    calls: tuple[int, ...] = CALLS,
+    book: Path = RESULTS / "peers.csv",
 ) -> Row:
-    """Runs what is missing in the book and prints the tables."""
-    book, everybody, floors = Results(path), samplers(), {}
-    for label in only:
-        problem = make(label, max(64, samples // SHARES[label]), images and str(images))
+    """Runs what is missing in the book."""
+    rows, floors = Results(book), {}
+    for problem in [make(label, max(64, samples // SHARES[label]), images) for label in only]:
         unit, spread = problem.floor(12)
-        floors[label] = {"floor": unit, "spread": spread / unit, "n": problem.n}
-        if not running:
-            continue
-        jobs = [(s, b) for s in everybody for b in (s.tolerances or calls) if s.tolerances or b >= s.fewest]
-        # Algorithm 6 at one tolerance elsewhere: noise on a path for hundreds of calls takes longer than all the rest.
-        jobs = [(s, b) for s, b in jobs if label == "digits" or s.name != "Algorithm 6" or b == 0.05]
-        for sampler, budget in tqdm(jobs, desc=label, disable=None):
-            book.run(problem, unit, sampler, budget, 0)
-        for seed, kind, budget in ((k, kind, b) for k in range(1, seeds) for kind in OURS for b in calls):
-            again = [*book.best(label, kind, budget), *OURS[kind].values()]
-            for sampler in (s for s in everybody if s.kind == kind and s.name in again):
-                book.run(problem, unit, sampler, budget, seed)
-    summary = book.summary()
-    table([line for line in summary if "calls" in line])
-    table([line for line in summary if "rtol" in line])
-    return {"floors": floors, "summary": summary}
+        floors[problem.name] = {"floor": unit, "spread": spread / unit, "n": problem.n}
+        study(rows, problem, unit, calls, seeds)
+    return {"floors": floors, "summary": rows.summary()}
 
 
 if __name__ == "__main__":

@@ -47,6 +47,11 @@ class Sampler:
     tolerances: tuple[float, ...] = ()
     fewest: int = 1
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What tells it apart."""
+        return self.family, self.kind, self.name
+
 
 def start(problem: Problem, n: int, k: int, seed: int) -> Tensor:
     """Standard normals of chunk k of a seed, the same for everybody, with shape (at most CHUNK, d)."""
@@ -209,32 +214,22 @@ def torchsde(problem: Problem, z: Tensor, budget: int, seed: int) -> Tensor:
 
 def samplers() -> list[Sampler]:
     """Everybody."""
-    found = [
-        Sampler("fastsde", "ODE", "ExponentialPC", ours(by_calls(0.0))),
-        Sampler(
-            "fastsde",
-            "ODE",
-            "ExponentialPC, log-SNR grid",
-            ours(lambda n: {"controller": fastsde.Grid.log_snr(SDE, n - 1)}),
-        ),
-        Sampler("fastsde", "ODE", "FittedSolver", fitted),
-        Sampler("fastsde", "ODE", "ExponentialPC, rtol", ours(by_calls(0.0)), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005)),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 1", ours(by_calls(1.0))),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(by_calls(0.5))),
-        Sampler("fastsde", "SDE", "ExponentialPC, eta 1, rtol", ours(by_calls(1.0)), (0.5, 0.2, 0.1, 0.05, 0.02)),
-        Sampler(
-            "fastsde",
-            "SDE",
-            "Algorithm 6",
-            ours(lambda rtol: {"solver": fastsde.ExtrapolatedEM(), "rtol": rtol}),
-            (0.02, 0.05, 0.1),
-        ),
-        Sampler("fastsde", "SDE", "Euler-Maruyama", ours(lambda n: {"solver": fastsde.EulerMaruyama(n - 1)})),
-    ]
+    found: list[Sampler] = []
 
     def add(family: str, kind: str, name: str, draw: Any, tolerances: tuple[float, ...] = (), fewest: int = 1) -> None:
         found.append(Sampler(family, kind, name, draw, tolerances, fewest))
 
+    log_snr = ours(lambda n: {"controller": fastsde.Grid.log_snr(SDE, n - 1)})
+    published = ours(lambda rtol: {"solver": fastsde.ExtrapolatedEM(), "rtol": rtol})
+    add("fastsde", "ODE", "ExponentialPC", ours(by_calls(0.0)))
+    add("fastsde", "ODE", "ExponentialPC, log-SNR grid", log_snr)
+    add("fastsde", "ODE", "FittedSolver", fitted)
+    add("fastsde", "ODE", "ExponentialPC, rtol", ours(by_calls(0.0)), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005))
+    add("fastsde", "SDE", "ExponentialPC, eta 1", ours(by_calls(1.0)))
+    add("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(by_calls(0.5)))
+    add("fastsde", "SDE", "ExponentialPC, eta 1, rtol", ours(by_calls(1.0)), (0.5, 0.2, 0.1, 0.05, 0.02))
+    add("fastsde", "SDE", "Algorithm 6", published, (0.02, 0.05, 0.1))
+    add("fastsde", "SDE", "Euler-Maruyama", ours(lambda n: {"solver": fastsde.EulerMaruyama(n - 1)}))
     spacings = {
         "trailing": {"timestep_spacing": "trailing"},
         "Karras": {"use_karras_sigmas": True},
@@ -242,27 +237,21 @@ def samplers() -> list[Sampler]:
     }
     for spacing, said in spacings.items():
         for order in (2,) if spacing == "trailing" else (2, 3):
-            both = {"solver_order": order, **said}
-            add(
-                "diffusers", "ODE", f"DPM-Solver++ {order}, {spacing}", diffusers("DPMSolverMultistepScheduler", **both)
-            )
-            add("diffusers", "ODE", f"UniPC {order}, {spacing}", diffusers("UniPCMultistepScheduler", **both))
-            add("diffusers", "ODE", f"DEIS {order}, {spacing}", diffusers("DEISMultistepScheduler", **both))
+            for name, scheduler in (("DPM-Solver++", "DPMSolver"), ("UniPC", "UniPC"), ("DEIS", "DEIS")):
+                draw = diffusers(f"{scheduler}MultistepScheduler", solver_order=order, **said)
+                add("diffusers", "ODE", f"{name} {order}, {spacing}", draw)
         sde = {"algorithm_type": "sde-dpmsolver++", "solver_order": 2, **said}
         add("diffusers", "SDE", f"SDE-DPM-Solver++ 2, {spacing}", diffusers("DPMSolverMultistepScheduler", **sde))
         add("diffusers", "SDE", f"SA-Solver, {spacing}", diffusers("SASolverScheduler", **said))
-    for spacing in ("Karras", "log-SNR"):
+    for spacing, sigmas in (("Karras", "karras"), ("log-SNR", "exponential")):
+        edm = {"sigma_min": RHO_MIN, "sigma_max": RHO_MAX, "sigma_schedule": sigmas}
         add("diffusers", "ODE", f"Heun, {spacing}", diffusers("HeunDiscreteScheduler", **spacings[spacing]), fewest=11)
-        edm = {"sigma_min": RHO_MIN, "sigma_max": RHO_MAX}
-        edm["sigma_schedule"] = "karras" if spacing == "Karras" else "exponential"
         add("diffusers", "ODE", f"EDM DPM-Solver++ 2, {spacing}", diffusers("EDMDPMSolverMultistepScheduler", **edm))
-        sigmas = "karras" if spacing == "Karras" else "exponential"
         for name, kind in (("dpmpp_2m", "ODE"), ("lms", "ODE"), ("dpmpp_2m_sde", "SDE"), ("dpmpp_3m_sde", "SDE")):
             add("k-diffusion", kind, f"{name}, {spacing}", k_diffusion(f"sample_{name}", sigmas))
     add("k-diffusion", "ODE", "dpm_adaptive", dpm_adaptive, (0.2, 0.1, 0.05, 0.02))
-    for name, orders in (("zAB", (3,)), ("vAB", (3,)), ("zEAB", (3,)), ("xEAB", (2, 3)), ("REAB", (2,))):
-        for order in orders:
-            add("azula", "ODE", f"{name} {order}", azula(f"{name}Sampler", order=order))
+    for name, order in (("zAB", 3), ("vAB", 3), ("zEAB", 3), ("xEAB", 2), ("xEAB", 3), ("REAB", 2)):
+        add("azula", "ODE", f"{name} {order}", azula(f"{name}Sampler", order=order))
     add("azula", "ODE", "DDIM", azula("DDIMSampler"))
     add("azula", "SDE", "Ito", azula("ItoSampler"))
     add("torchdiffeq", "ODE", "dopri5", torchdiffeq, (0.1, 0.01, 0.001))

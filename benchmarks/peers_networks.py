@@ -24,23 +24,11 @@ from torch import Tensor
 
 import fastsde
 
-Draw = Callable[[Tensor, int], "tuple[Tensor, int] | None"]
-"""Images and the number of calls, from standard normal noise with shape (B, *event) and a budget of calls.
+Draw = Callable[[Tensor, int], "Tensor | None"]
+"""Images, from standard normal noise with shape (B, *event) and a budget of calls.
 
 None where the peer cannot do with that many calls.
 """
-
-
-class Counted:
-    """A score model with its conditioning that counts its calls."""
-
-    def __init__(self, model: fastsde.ScoreModel, cond: Mapping[str, Tensor] | None) -> None:
-        self.model, self.cond, self.calls = model, dict(cond or {}), 0
-
-    def __call__(self, x: Tensor, t: Tensor) -> fastsde.Prediction:
-        """The prediction at one time for all rows: x of shape (B, *event), t a float64 scalar."""
-        self.calls += 1
-        return self.model(x, t.expand(len(x)), self.cond)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,31 +76,31 @@ class Diffusers:
         scheduler.set_begin_index(0)
         return scheduler
 
-    def out(self, model: Counted, x: Tensor, level: Tensor) -> Tensor:
+    def out(self, x: Tensor, level: Tensor) -> Tensor:
         """What the scheduler takes for the network's output: the velocity of a flow, the epsilon of others."""
         if self.flow:  # of which the time is the level, to 1 itself
-            return model(x, level).velocity
-        log_snr = -2 * level.log().reshape(1)
-        return model(x, self.model.sde.t_of_log_snr(log_snr)[0].clamp(max=1.0)).epsilon
+            return self.model(x, level.expand(len(x)), self.cond or {}).velocity
+        t = self.model.sde.t_of_log_snr(-2 * level.log().reshape(1)).clamp(max=1.0)
+        return self.model(x, t.expand(len(x)), self.cond or {}).epsilon
 
     @torch.no_grad()
-    def __call__(self, z: Tensor, calls: int) -> tuple[Tensor, int] | None:
+    def __call__(self, z: Tensor, calls: int) -> Tensor | None:
         scheduler = self.scheduler(calls)
         if scheduler is None:
             return None
-        model, x = Counted(self.model, self.cond), z
+        x = z
         # SA-Solver draws noise even where it takes none of it.
         more = {"generator": torch.Generator(z.device).manual_seed(0)} if "SASolver" in self.name else {}
         with self.model.sampling():
             for level, t in zip(scheduler.sigmas.double().tolist(), scheduler.timesteps, strict=False):
-                out = self.out(model, x, torch.tensor(level, dtype=torch.float64, device=z.device))
+                out = self.out(x, torch.tensor(level, dtype=torch.float64, device=z.device))
                 x = scheduler.step(out, t, x, **more).prev_sample
         last = float(scheduler.sigmas[-1])
         if last > 0 and self.flow:
             x = x - last * out
         elif last > 0:
             x = x * (1 + last**2) ** 0.5 - last * out
-        return x, model.calls
+        return x
 
 
 def on_grid(
@@ -122,13 +110,12 @@ def on_grid(
     grid: Callable[[fastsde.SDE, int], fastsde.Grid],
     z: Tensor,
     calls: int,
-) -> tuple[Tensor, int] | None:
+) -> Tensor | None:
     """A solver of fastsde with one call a step and one more to denoise, on a grid of a continuous process."""
     if calls < 2:
         return None
     options = {"solver": solver, "controller": grid(model.sde, calls - 1), "x_init": model.sde.prior(z), "seed": 0}
-    r = fastsde.sample(model, cond=None if cond is None else dict(cond), **options)
-    return r.samples, int(r.nfe.max())
+    return fastsde.sample(model, cond=None if cond is None else dict(cond), **options).samples
 
 
 def table(sde: fastsde.DiscreteVPSDE) -> list[float]:

@@ -29,7 +29,7 @@ from typing import Any
 import click
 import diffusers
 import torch
-from common import Row, command, table, timed
+from common import Row, command, timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from loop_checks import PROMPTS, agreement, built, mixed, restarted
@@ -65,11 +65,9 @@ def said(distances: Callable[[], tuple[float, float]]) -> str:
     return f"{'right' if ours < 2.5 * own + 0.01 else 'WRONG'}: {ours:.4f} ({own:.4f})"
 
 
-@command("Which classes run in their own loop, and where do they lead?", "pipelines", main, steps=4, only=COSTED[:1])
-@click.option("--steps", default=50, help="Half of it should divide 1000, as DDIM wants.")
-@click.option("--only", multiple=True, help="Classes to run; all by default.")
-def classes(steps: int, only: tuple[str, ...]) -> list[Row]:
-    """Prints the table."""
+@command("pipelines", main, steps=4, only=COSTED[:1])
+def classes(steps: int = 50, only: tuple[str, ...] = ()) -> list[Row]:
+    """Which classes run in their own loop, and where do they lead?"""
     rows: list[Row] = []
     for name in only or PIPELINES:
         row: Row = {"class": name, "in its own loop": said(lambda name=name: agreement(name, steps))}
@@ -100,11 +98,9 @@ def clocked(network: Any, fixed: float, a_row: float) -> None:
     network.forward = forward
 
 
-@command("What does a pipeline cost in its own loop, beside that loop itself?", "loop_overhead", main, steps=2, pairs=1)
-@click.option("--steps", default=28, help="Evaluations of each sample, for the ratio.")
-@click.option("--pairs", default=7, help="Repeats of each pair.")
-def cost(steps: int, pairs: int) -> list[Row]:
-    """Prints the table: medians, with the least and the most."""
+@command("loop_overhead", main, steps=2, pairs=1)
+def cost(steps: int = 28, pairs: int = 7) -> list[Row]:
+    """What does a pipeline cost in its own loop, beside that loop itself?"""
     rows: list[Row] = []
     for name in COSTED:
         pipe, arguments = built(name)
@@ -132,17 +128,12 @@ def cost(steps: int, pairs: int) -> list[Row]:
         for key, found in (("ratio", ratios), ("gain", gains)):
             row |= {key: statistics.median(found), f"{key} range": [min(found), max(found)]}
         rows.append(row)
-    table(rows)
     return rows
 
 
-@command(
-    "How near under guidance, beside DDIM in the pipeline's own loop?", "guided_pipeline", main, calls=[6], scales=[2.0]
-)
-@click.option("--calls", type=int, multiple=True, default=(6, 8, 12, 16, 24))
-@click.option("--scale", "scales", type=float, multiple=True, default=(1.0, 2.0, 3.0))
-def guidance(calls: tuple[int, ...], scales: tuple[float, ...]) -> list[Row]:
-    """Prints the table."""
+@command("guided_pipeline", main, calls=[6], scales=[2.0])
+def guidance(calls: tuple[int, ...] = (6, 8, 12, 16, 24), scales: tuple[float, ...] = (1.0, 2.0, 3.0)) -> list[Row]:
+    """How near under guidance, beside DDIM in the pipeline's own loop?"""
     with tempfile.TemporaryDirectory() as folder:
         sys.argv = [str(EXAMPLE), f"{folder}/picture.png"]
         example = runpy.run_path(str(EXAMPLE))
@@ -162,7 +153,6 @@ def guidance(calls: tuple[int, ...], scales: tuple[float, ...]) -> list[Row]:
             found = {name: ours(n, solver) for name, solver in solvers.items()} | {"DDIM": ddim}
             row: Row = {"guidance": scale, "evaluations": n}
             rows.append(row | {name: float((x - exact).norm() / exact.norm()) for name, x in found.items()})
-    table(rows)
     return rows
 
 

@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 
 import click
 import torch
-from common import Row, command, labels, table
+from common import Row, command, labels
 from torch import Tensor
 from torch.distributions import MultivariateNormal
 
@@ -158,28 +158,18 @@ def study(name: str, measurements: int, n: int, seeds: int, steps: tuple[int, ..
             yield row | measure(posteriors, residual, [r.samples for r in runs])
 
 
-@click.group(help=__doc__)
-def main() -> None:
-    """Both questions."""
+main = click.Group(help=__doc__)
 
 
-@command("How biased, on a mixture?", "posterior", main, measurements=1, samples=8, seeds=1, steps=[4])
-@click.option("--measurements", default=8)
-@click.option("--samples", "-n", default=200, help="Samples of each measurement.")
-@click.option("--seeds", default=3)
-@click.option("--steps", type=int, multiple=True, default=(20, 100))
-def exact(measurements: int, samples: int, seeds: int, steps: tuple[int, ...]) -> list[Row]:
-    """Prints the table."""
-    rows = [row for name in operators() for row in study(name, measurements, samples, seeds, steps)]
-    table(rows, "operator", "method", "steps", "calls", *METRICS, "seconds")
-    return rows
+@command("posterior", main, measurements=1, samples=8, seeds=1, steps=[4])
+def exact(measurements: int = 8, samples: int = 200, seeds: int = 3, steps: tuple[int, ...] = (20, 100)) -> list[Row]:
+    """How biased, on a mixture?"""
+    return [row for name in operators() for row in study(name, measurements, samples, seeds, steps)]
 
 
-@command("Do samples of the packaged network stay in range?", "measurements", main, n=2, calls=3)
-@click.option("-n", default=8, help="Garments.")
-@click.option("--calls", default=16)
-def network(n: int, calls: int) -> list[Row]:
-    """Largest value, misfit on the given half and samples outside of twice the range, for each guide."""
+@command("measurements", main, n=2, calls=3)
+def network(n: int = 8, calls: int = 16) -> list[Row]:
+    """Do samples of the packaged network stay in range?"""
     warnings.simplefilter("ignore", fastsde.DataRangeWarning)  # what is counted here
     model, _ = fastsde.pretrained("fashion-mnist")
     given = fastsde.sample(model, n=n, nfe=16, seed=11, cond=labels(n)).samples
@@ -194,7 +184,6 @@ def network(n: int, calls: int) -> list[Row]:
         row: Row = {"model": f"Clipped({guide.__name__})" if clipped else guide.__name__, "eta": eta}
         row |= {"largest": float(r.samples.abs().max()), "outside": int(r.outside.sum())}
         rows.append(row | {"misfit": float((r.samples - given)[:, :, :14].square().mean().sqrt()) / NOISE})
-    table(rows)
     return rows
 
 

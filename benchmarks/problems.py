@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -174,7 +175,7 @@ def rare(n: int) -> Mixture:
     return Mixture("rare", MixtureScore(SDE, weights, means, bases, variances, floor=1e-4), n)
 
 
-def images(n: int, folder: str) -> Mixture:
+def images(n: int, folder: Path) -> Mixture:
     """Ten Gaussians with the means and the 80 largest principal variances of the classes of an IDX image data set."""
     from fastsde.training.data import load_images, to_unit_range
 
@@ -192,7 +193,7 @@ def images(n: int, folder: str) -> Mixture:
     return Mixture("images", MixtureScore(SDE, weights, *parts, floor=4e-4), n)
 
 
-def make(name: str, n: int, folder: str | None = None) -> Problem:
+def make(name: str, n: int, folder: Path | None = None) -> Problem:
     """A problem by its name; `folder` is the IDX image data set of "images"."""
     if name == "images":
         if folder is None:

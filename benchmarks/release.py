@@ -20,44 +20,46 @@ HERE = Path(__file__).parent
 STUDIES = (
     "networks.py --data {mnist}",
     "digits.py",
-    "peers.py --only digits --only gaussian --only scales --only images --images {images}",
-    "fitted.py --images {images} --fid 2000",
+    "peers.py --images {images}",
+    "fitted.py --images {images} --fids 2000",
     "seeds.py",
     "adaptivity.py",
     "overhead.py runs",
     "overhead.py batching",
-    "survival.py",
-    "ray_jobs.py",
+    "live.py queue",
+    "live.py server",
+    "survival.py sweep",
+    "survival.py ray",
     "posterior.py exact",
     "posterior.py network",
     "pipelines.py classes",
     "pipelines.py cost",
     "pipelines.py guidance",
     "hosts.py",
-    "ode.py",
-    "likelihood.py",
+    "ode.py flow",
+    "ode.py likelihood",
     "figures.py results",
     "figures.py samples",
 )
 OTHERS = (
     "ablations.py solver",
     "ablations.py fit",
-    "thesis/nfe.py",
+    "thesis/algorithm6.py calls",
+    "thesis/algorithm6.py stability",
+    "thesis/algorithm6.py rejections",
     "thesis/chapter10.py exact",
     "thesis/chapter10.py network",
-    "thesis/chapter10.py stability",
-    "thesis/chapter10.py rejections",
-    "thesis/ddim.py",
-    "thesis/annealed.py",
+    "thesis/chapter10.py ddim",
+    "thesis/adversarial.py steps",
     "thesis/adversarial.py points",
     "thesis/adversarial.py langevin",
+    "thesis/adversarial.py images --data {images}",
     "thesis/adversarial.py inception",
-    "thesis/divergences.py",
+    "thesis/gans.py divergences",
     "thesis/gans.py bias --data {images}",
+    "thesis/gans.py masks --data {images}",
     "thesis/gans.py comparisons --data {images}",
     "thesis/gans.py modes --data {images}",
-    "thesis/gans.py masks --data {images}",
-    "thesis/adversarial.py images --data {images}",
     "latent.py autoencoders --data {images}",
     "tokens.py train --data {images}",
     "tokens.py images --data {images}",
@@ -76,9 +78,7 @@ def main(images: str, mnist: str, others: bool, quick: bool, only: str) -> None:
     failed = []
     for study in (*STUDIES, *(OTHERS if others or quick else ())):
         script, *arguments = study.format(images=images, mnist=mnist).split()
-        if quick:  # whose problems are its own
-            kept = [k for k, word in enumerate(arguments) if not word.startswith("--only")]
-            arguments = [arguments[k] for k in kept if k == 0 or arguments[k - 1] != "--only"] + ["--quick"]
+        arguments += ["--quick"] * quick
         if only in study:
             print(f"\n== {study}", flush=True)
             if subprocess.run([sys.executable, str(HERE / script), *arguments], check=False).returncode:

@@ -1,14 +1,24 @@
-r"""Does a sweep survive SIGKILL, and do two processes do twice the work of one? With the packaged network.
+r"""Does shared work survive what kills processes, and what does sharing bring? All files must be the same bytes.
 
-First, one sweep of 6 solvers x 4 budgets runs to its end; the same sweep, in another folder, is killed with SIGKILL at
-random moments, again and again; then a shard of another cell is copied in, which the next run must name and leave as it
-is; deleted, the sweep runs to its end. The tables must be the same bytes. Second, one sampling job
-is drawn by one single-threaded process and by two, with --rank and --world-size. The files must be the same bytes; the
-time is that of the whole commands and of the sampling alone, which begins when the manifest is there.
+`sweep`: with the packaged network, by the command line. One sweep of 6 solvers x 4 budgets runs to its end; the same
+sweep, in another folder, is killed with SIGKILL at random moments, again and again; then a shard of another cell is
+copied in, which the next run must name and leave as it is; deleted, the sweep runs to its end. Then one sampling job is
+drawn by one single-threaded process and by two, with --rank and --world-size; the time is that of the whole commands
+and of the sampling alone, which begins when the manifest is there.
+
+`ray`: the network is one that sleeps, so that other work of the machine hardly matters and only sharing is measured.
+First, one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
+four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the time of the
+schedule that gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at
+random, a machine joins and another leaves (both are processes here). Fourth, the time that a shard costs beside its
+drawing.
 """
 
 from __future__ import annotations
 
+import contextlib
+import heapq
+import multiprocessing
 import os
 import random
 import shutil
@@ -16,15 +26,27 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import click
-from common import Row, command, table
+import numpy as np
+from common import Row, command
+
+from fastsde.evaluation.claims import make_here
+from fastsde.evaluation.cluster import RayWorkers
+from fastsde.evaluation.jobs import ShardedJob
+from fastsde.files import npz_bytes, write_whole
 
 TABLES = ("results.jsonl", "results.csv", "summary.csv")
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
+
+main = click.Group(help=__doc__)
 
 
 def start(*arguments: object) -> subprocess.Popen[bytes]:
@@ -40,7 +62,12 @@ def finish(processes: Sequence[subprocess.Popen[bytes]]) -> None:
         raise click.ClickException(f"a process failed: {codes}")
 
 
-def survives(folder: Path, n: int, nfe: str, kills: int) -> dict[str, object]:
+def alike(one: Path, two: Path, pattern: str) -> bool:
+    """Whether the files of a folder that match are the same bytes in another."""
+    return all(path.read_bytes() == (two / path.relative_to(one)).read_bytes() for path in one.rglob(pattern))
+
+
+def survives(folder: Path, n: int, nfe: str, kills: int) -> Row:
     """The same sweep left alone and killed: whether a foreign shard is found, and the tables are the same bytes."""
     sweep = ["bench", "--nfe", nfe, "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
     begun = time.perf_counter()
@@ -57,9 +84,8 @@ def survives(folder: Path, n: int, nfe: str, kills: int) -> dict[str, object]:
         hits.append(round(wait, 2))
     found = finds_a_foreign_shard(folder, sweep)
     finish([start(*sweep, folder / "killed")])
-    same = {name: (folder / "alone" / name).read_bytes() == (folder / "killed" / name).read_bytes() for name in TABLES}
-    shards = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.npz"))
-    same["shards"] = all((folder / "alone" / p).read_bytes() == (folder / "killed" / p).read_bytes() for p in shards)
+    names = {name: name for name in TABLES} | {"shards": "*.npz"}
+    same = {name: alike(folder / "alone", folder / "killed", files) for name, files in names.items()}
     left = [str(path) for path in (folder / "killed").rglob("*.tmp*")]
     return {
         "seconds_alone": alone,
@@ -83,7 +109,7 @@ def finds_a_foreign_shard(folder: Path, sweep: Sequence[object]) -> bool:
     return done.returncode == 1 and str(place) in done.stderr and kept
 
 
-def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
+def shared(folder: Path, n: int, pairs: int) -> Row:
     """Throughput of two single-threaded processes over that of one, in turn."""
     job = ["sample", "-n", n, "--shard-size", 64, "--nfe", 10, "--out"]
     whole, inner, same = [], [], True
@@ -96,26 +122,261 @@ def shared(folder: Path, n: int, pairs: int) -> dict[str, object]:
             ended = time.time()
             seconds.append(time.perf_counter() - begun)
             sampling.append(ended - (out / "manifest.json").stat().st_mtime)
-        names = [path.name for path in (folder / f"{k}-1").glob("*.npz")]
-        one, two = folder / f"{k}-1", folder / f"{k}-2"
-        same &= all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+        same &= alike(folder / f"{k}-1", folder / f"{k}-2", "*.npz")
         whole.append(seconds[0] / seconds[1])
         inner.append(sampling[0] / sampling[1])
     return {"whole_commands": whole, "sampling": inner, "same_bytes": same}
 
 
-@command(__doc__, "survival", samples=130, nfe="5", kills=1, job=130, pairs=1)
-@click.option("--samples", "-n", default=192, help="Samples of each cell of the sweep.")
-@click.option("--nfe", default="5,6,8,10", help="Budgets of the sweep.")
-@click.option("--kills", default=20)
-@click.option("--job", default=2048, help="Samples of the job that is shared.")
-@click.option("--pairs", default=3, help="Repetitions of one process and two.")
-def main(samples: int, nfe: str, kills: int, job: int, pairs: int) -> Row:
-    """Prints what was found."""
+@command("survival", main, samples=130, nfe="5", kills=1, job=130, pairs=1)
+def sweep(samples: int = 192, nfe: str = "5,6,8,10", kills: int = 20, job: int = 2048, pairs: int = 3) -> Row:
+    """Does a sweep survive SIGKILL, and do two processes do twice the work of one?"""
     with tempfile.TemporaryDirectory() as folder:
         killed, two = survives(Path(folder), samples, nfe, kills), shared(Path(folder), job, pairs)
-    table([{"what": key, "found": value} for key, value in (killed | two).items()])
     return {"killed": killed, "two_processes": two}
+
+
+def open_sleeper(
+    job: ShardedJob, marks: Path, costs: Sequence[float], crew: int
+) -> tuple[Callable[[int], bytes], Mapping[str, Any]]:
+    """What draws by sleeping; begins when all of the crew are ready, and notes when each shard began and ended."""
+    (marks / f"ready-{os.getpid()}").touch()
+    while len(list(marks.glob("ready-*"))) < crew:
+        time.sleep(0.01)
+
+    def make(k: int) -> bytes:
+        (marks / f"begun-{k}-{os.getpid()}").touch()
+        begin = time.monotonic()
+        time.sleep(costs[k])
+        values = np.array([i * i % 251 for i in job.indices(k)])
+        content = npz_bytes(job.whole(k, {"arr_0": values.astype(np.uint8)[:, None, None, None], "nfe": values}))
+        (marks / f"ended-{k}-{begin}-{time.monotonic()}").touch()
+        return content
+
+    return make, {}
+
+
+def draw_here(rank: int, world: int, share: bool, job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+    """One of several processes, with or without the pending shards of others."""
+    make, _ = open_sleeper(job, marks, costs, world)
+
+    def pending() -> list[Path]:
+        return [path for path in job.pending(rank, world) if share or job.number(path) % world == rank]
+
+    for _ in make_here(pending, lambda path: make(job.number(path))):
+        pass
+
+
+def draw_on_ray(workers: RayWorkers, crew: int, job: ShardedJob, marks: Path, costs: Sequence[float]) -> Iterator[int]:
+    """The same by workers of a cluster; yields the numbers of shards."""
+    open_maker = partial(open_sleeper, job, marks, costs, crew)
+    return job.run(dict, make_all=partial(workers.make_all, open_maker=open_maker, record={}))  # type: ignore[arg-type]
+
+
+def draw_by_processes(world: int, share: bool, job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+    """So many processes at once."""
+    context = multiprocessing.get_context("spawn")
+    crew = [context.Process(target=draw_here, args=(k, world, share, job, marks, costs)) for k in range(world)]
+    for process in crew:
+        process.start()
+    for process in crew:
+        process.join()
+
+
+class Bench:
+    """Jobs in a folder of their own, and what their marks say.
+
+    Args:
+        costs: seconds of each shard.
+        size: samples of a shard.
+    """
+
+    def __init__(self, costs: Sequence[float], size: int) -> None:
+        self.costs, self.size = costs, size
+        self._kept = tempfile.TemporaryDirectory()  # goes with this object
+        self.folder = Path(self._kept.name)
+
+    def run(self, name: str, draw: Callable[..., object]) -> tuple[ShardedJob, Path]:
+        """Draws a job; where it is, and its marks."""
+        marks = self.folder / f"{name}-marks"
+        marks.mkdir()
+        job = ShardedJob.begin(self.folder / name, len(self.costs) * self.size, self.size, {})
+        draw(job=job, marks=marks, costs=self.costs)
+        return job, marks
+
+    def seconds(self, marks: Path) -> tuple[float, list[float]]:
+        """From the first beginning to the last end, and of each shard."""
+        times = [tuple(map(float, path.name.split("-")[2:])) for path in marks.glob("ended-*")]
+        return max(end for _, end in times) - min(begin for begin, _ in times), [b - a for a, b in times]
+
+    def same(self, *names: str) -> bool:
+        """Whether all jobs have the same files."""
+        files = [{path.name: path.read_bytes() for path in (self.folder / name).iterdir()} for name in names]
+        return all(found == files[0] for found in files)
+
+
+def longest_first(costs: Sequence[float], workers: int) -> float:
+    """Time of the schedule that gives the longest shard left to whoever is free first."""
+    free = [0.0] * workers
+    for cost in sorted(costs, reverse=True):
+        heapq.heappush(free, heapq.heappop(free) + cost)
+    return max(free)
+
+
+def equal(shards: int, seconds: float, repeats: int) -> Row:
+    """One process and two workers."""
+    ratios, whole, same = [], [], True
+    for _ in range(repeats):
+        bench = Bench([seconds] * shards, 50)
+        _, one = bench.run("one", partial(draw_here, 0, 1, True))
+        with RayWorkers.connected(count=2) as workers:
+            start = time.monotonic()
+            _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
+            whole.append(bench.seconds(one)[0] / (time.monotonic() - start))
+        ratios.append(bench.seconds(one)[0] / bench.seconds(two)[0])
+        same &= bench.same("one", "two")
+    return {"shards": shards, "ratio": ratios, "ratio_with_the_start_of_workers": whole, "same_bytes": same}
+
+
+def skewed(shards: int, seconds: float, workers: int, repeats: int) -> list[Row]:
+    """Costs from 1 to 10 in random order: time over that of the schedule."""
+
+    def on_ray(**job: Any) -> None:
+        with RayWorkers.connected(count=workers) as crew:
+            list(draw_on_ray(crew, workers, **job))
+
+    ways = {
+        "own shards alone": partial(draw_by_processes, workers, False),
+        "claims": partial(draw_by_processes, workers, True),
+        "Ray": on_ray,
+    }
+    ratios: dict[str, list[float]] = {name: [] for name in ways}
+    twice, same = Counter[str](), True
+    for seed in range(repeats):
+        costs = [seconds * 10 ** (k / (shards - 1)) for k in range(shards)]
+        random.Random(seed).shuffle(costs)
+        bench = Bench(costs, 4)
+        for name, draw in ways.items():
+            _, marks = bench.run(name, draw)
+            found, each = bench.seconds(marks)
+            ratios[name].append(found / longest_first(each, workers))
+            twice[name] += sum(count > 1 for count in begun(marks).values())
+        same &= bench.same(*ways)
+    return [{"way": name, "ratio": ratios[name], "drawn_twice": twice[name], "same_bytes": same} for name in ways]
+
+
+def begun(marks: Path) -> Counter[str]:
+    """How often each shard was begun."""
+    return Counter(path.name.split("-")[1] for path in marks.glob("begun-*"))
+
+
+def beset(shards: int, seconds: float, kills: int) -> Row:
+    """Workers that die, a machine that joins, and one that leaves."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    bench, chance = Bench([seconds] * shards, 2000 // shards), random.Random(0)
+    bench.run("one", partial(draw_here, 0, 1, True))
+    small = {"object_store_memory": 80 << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+    first = cluster.add_node(num_cpus=2, **small)
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    hit: list[str] = []
+
+    def draw(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+        when = sorted(chance.sample(range(1, shards - 4), kills))
+        killer = threading.Thread(target=lambda: [kill(job, marks, count, hit, chance) for count in when])
+        killer.start()
+        for count, _ in enumerate(draw_on_ray(RayWorkers(), 1, job, marks, costs)):
+            if count == shards // 3:
+                cluster.add_node(num_cpus=2, **small)
+            if count == 2 * shards // 3:
+                cluster.remove_node(first, allow_graceful=False)
+        killer.join()
+
+    start = time.monotonic()
+    _, marks = bench.run("killed", draw)
+    whole = time.monotonic() - start
+    ray.shutdown()
+    cluster.shutdown()
+    return {
+        "samples": bench.size * shards,
+        "kills": len(hit),
+        "shards_begun_again": sum(begun(marks).values()) - shards,
+        "machines_joined": 1,
+        "machines_left": 1,
+        "seconds": whole,
+        "same_bytes": bench.same("one", "killed"),
+    }
+
+
+def kill(job: ShardedJob, marks: Path, count: int, hit: list[str], chance: random.Random) -> None:
+    """Once so many shards are there, kills a worker in the midst of drawing, and adds it to those that were hit."""
+    while len(job.there()) < job.shards:
+        time.sleep(chance.uniform(0.0, 0.2))
+        ended = {path.name.split("-")[1] for path in marks.glob("ended-*")}
+        drawing = [path.name.split("-")[1:] for path in marks.glob("begun-*")]
+        living = sorted(pid for k, pid in drawing if not (k in ended or pid in hit) and Path("/proc", pid).exists())
+        if living and len(job.there()) >= count:
+            hit.append(chance.choice(living))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(hit[-1]), signal.SIGKILL)
+            return
+
+
+def prices(shards: int, megabytes: int) -> Row:
+    """What a shard costs beside its drawing, and a worker until it draws."""
+    import ray
+
+    def written(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
+        make, _ = open_sleeper(job, marks, costs, 1)
+        for k in range(job.shards):
+            write_whole(job.path(k), make(k))
+
+    def each(draw: Callable[..., object]) -> float:
+        """Milliseconds of a shard."""
+        bench, start = Bench([0.0] * shards, 1), time.monotonic()
+        bench.run("x", draw)
+        return 1e3 * (time.monotonic() - start) / shards
+
+    pairs = [(each(written), each(partial(draw_here, 0, 1, True))) for _ in range(5)]
+    found: Row = {"written_ms": [a for a, _ in pairs], "with_a_claim_ms": [b for _, b in pairs]}
+    start = time.monotonic()
+    with RayWorkers.connected(count=1) as workers:
+        found["cluster_start_seconds"] = time.monotonic() - start
+        starts, prices = [], []
+
+        def timed(**job: Any) -> None:
+            stamps = [time.monotonic(), *(time.monotonic() for _ in draw_on_ray(workers, 1, **job))]
+            starts.append(stamps[1] - stamps[0])
+            prices.append(1e3 * (stamps[-1] - stamps[1]) / (shards - 1))
+
+        for _ in range(5):
+            each(timed)
+        found |= {"worker_start_seconds": starts, "by_a_worker_ms": prices}
+
+        @ray.remote
+        def send(size: int) -> bytes:
+            return bytes(size)
+
+        ray.get(send.remote(1))
+        start = time.monotonic()
+        ray.get(send.remote(megabytes << 20))
+        found["transfer_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
+    bench, start = Bench([0.0], 1), time.monotonic()
+    write_whole(bench.folder / "x", bytes(megabytes << 20))
+    found["writing_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
+    return found
+
+
+@command("ray_jobs", main, shards=6, seconds=0.1, kills=1, empty=10, repeats=1)
+def ray(shards: int = 40, seconds: float = 0.5, kills: int = 10, repeats: int = 3, empty: int = 200) -> Row:
+    """What do claims and Ray bring to a job of shards, what do they cost, and what do they survive?"""
+    found: Row = {"equal": equal(shards, seconds, repeats)}
+    found["skewed"] = skewed(shards, seconds / 3, 4, repeats)
+    found["killed"] = beset(shards, seconds, kills)
+    found["prices"] = prices(empty, 64)
+    return found
 
 
 if __name__ == "__main__":

@@ -15,15 +15,15 @@ have their value for held-out data, as many as there are samples.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
-from common import RESULTS, RUNS, Book, Row, command, described, table
+from common import RESULTS, RUNS, Book, Row, command, described, pixels
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
@@ -31,17 +31,17 @@ from tqdm import tqdm
 import fastsde
 from fastsde import tokens
 from fastsde.evaluation.features import open_features
-from fastsde.evaluation.images import to_uint8
 from fastsde.evaluation.statistics import Moments, frechet_distance
 from fastsde.tokens.networks import CodeBook, TokenTransformer
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
 from fastsde.training.tokens import train_tokens
 
-FOLDER = RUNS / "tokens"
+FOLDER, QUICK = RUNS / "tokens", RUNS / "quick_tokens"
 CODES, SIDE, CLASSES = 64, 7, 10
 SIZE = {"width": 64, "depth": 4, "heads": 4}
-CONFIG = {"batch_size": 64, "learning_rate": 2e-3, "warmup": 100, "ema_decay": 0.998, "bf16": False}
+
+main = click.Group(help=__doc__)
 
 
 def train_book(images: Tensor, steps: int) -> CodeBook:
@@ -88,52 +88,45 @@ def encoded(book: CodeBook, images: Tensor) -> Tensor:
     return torch.cat([book.encode(part) for part in images.split(1000)])
 
 
-def loaded(module: torch.nn.Module, name: str) -> torch.nn.Module:
+def loaded(module: torch.nn.Module, file: Path) -> torch.nn.Module:
     """A trained part of these."""
-    file = FOLDER / f"{name}.safetensors"
     if not file.exists():
         raise FileNotFoundError(f"{file.name} is missing: python benchmarks/tokens.py train --data FOLDER makes it.")
     module.load_state_dict(load_file(file))
     return module.eval()
 
 
-@click.group()
-def main() -> None:
-    """Masked tokens."""
-
-
-@command("Trains code book, generator and critic; what is there is kept, and a training goes on.", "-", main)
-@click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="Fashion-MNIST.")
-@click.option("--book-steps", default=1500)
-@click.option("--steps", default=4000)
-@click.option("--critic-steps", default=1200)
-def train(data: Path, book_steps: int, steps: int, critic_steps: int) -> None:
-    """Trains what is missing in runs/tokens."""
-    FOLDER.mkdir(parents=True, exist_ok=True)
+@command(None, main, book_steps=2, steps=2, critic_steps=2, folder=QUICK)
+def train(
+    data: Path, book_steps: int = 1500, steps: int = 4000, critic_steps: int = 1200, folder: Path = FOLDER
+) -> None:
+    """Trains code book, generator and critic; what is there is kept, and a training goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
     images, labels = load_images(data)
     images = to_unit_range(images)
-    if not (FOLDER / "book.safetensors").exists():
-        save_file(train_book(images, book_steps).state_dict(), FOLDER / "book.safetensors")
-    x = encoded(loaded(CodeBook(CODES), "book"), images)
+    files = {name: folder / f"{name}.safetensors" for name in ("book", "generator", "critic")}
+    if not files["book"].exists():
+        save_file(train_book(images, book_steps).state_dict(), files["book"])
+    x = encoded(loaded(CodeBook(CODES), files["book"]), images)
 
     def fitted(name: str, count: int, net: TokenTransformer, critic: tokens.Critic | None) -> None:
-        if (FOLDER / f"{name}.safetensors").exists():
+        if files[name].exists():
             return
-        checkpoint = FOLDER / f"{name}-training.safetensors"
-        model = model_of(loaded(network(), "generator") if critic else net)
+        checkpoint = folder / f"{name}-training.safetensors"
+        model = model_of(loaded(network(), files["generator"]) if critic else net)
         if critic is not None:
             # From new weights its loss stays at ln 2 for 1000 steps; what the generator has learned shows what is odd.
             body = {k: v for k, v in model.network.state_dict().items() if not k.startswith("head")}
             net.load_state_dict(body, strict=False)
-        rate = CONFIG["learning_rate"] / 2 if critic else CONFIG["learning_rate"]
-        config = TrainConfig(steps=count, seed=1 if critic else 0, **CONFIG | {"learning_rate": rate})
+        rate = 1e-3 if critic else 2e-3
+        config = TrainConfig(count, 64, rate, warmup=100, ema_decay=0.998, seed=1 if critic else 0, bf16=False)
         averaged = train_tokens(model, x, labels, config, checkpoint, critic=critic, resume=checkpoint.exists())
-        save_file(averaged.state_dict(), FOLDER / f"{name}.safetensors")
+        save_file(averaged.state_dict(), files[name])
 
     fitted("generator", steps, network(), None)
     fitted("critic", critic_steps, net := network(1), critic_of(net))
-    parts = loaded(network(), "generator"), loaded(network(1), "critic"), loaded(CodeBook(CODES), "book")
-    tokens.save_tokens(FOLDER / "model", parts[0], (SIDE, SIDE), critic=parts[1], book=parts[2])
+    parts = {"critic": loaded(network(1), files["critic"]), "book": loaded(CodeBook(CODES), files["book"])}
+    tokens.save_tokens(folder / "model", loaded(network(), files["generator"]), (SIDE, SIDE), **parts)
 
 
 KEYS = ("part", "solver", "schedule", "seed")
@@ -155,8 +148,7 @@ class Judge:
         self.pairs = self._pairs(tokens_of) / self._pairs(tokens_of).sum()
 
     def _features(self, x: Tensor) -> Tensor:
-        images = (to_uint8(self.book.decode(part), (-1.0, 1.0)) for part in x.split(500))
-        return self.features.of(torch.from_numpy(part).movedim(-1, 1) for part in images)[0]
+        return self.features.of(pixels(self.book.decode(part)) for part in x.split(500))[0]
 
     def _pairs(self, x: Tensor) -> Tensor:
         """How often two tokens are neighbours, to the right or below, with shape (K, K) each."""
@@ -176,82 +168,50 @@ class Judge:
         }
 
 
-def measured(solver: tokens.TokenSolver, schedule: str, seed: int, judge: Judge, n: int) -> Row:
-    """Samples of a solver, classes in turn."""
-    model = model_of(loaded(network(), "generator"), SCHEDULES[schedule])
-    cond = {"class_labels": torch.arange(n) % CLASSES}
-    result = fastsde.sample(model, n=n, solver=solver, seed=seed, batch_size=250, cond=cond)
-    calls = result.nfe.double()
-    counts = torch.bincount(result.nfe).tolist()
-    said = " ".join(f"{k}:{count}" for k, count in enumerate(counts) if count)
-    return {"calls": float(calls.mean()), "most": int(calls.max()), **judge(result.samples), "histogram": said}
+@command("tokens", main, n=100, folder=QUICK, book=QUICK / "tokens.csv")
+def images(data: Path, n: int = 400, folder: Path = FOLDER, book: Path = RESULTS / "tokens.csv") -> Row:
+    """Solvers on images: FID, pairs, entropy at some 36 calls; tolerances beside fixed steps."""
+    rows, codes = Book(book, KEYS, VALUES), loaded(CodeBook(CODES), folder / "book.safetensors")
+    judge = Judge(codes, to_unit_range(load_images(data)[0][:20_000]))
+    real = encoded(codes, to_unit_range(load_images(data, train=False)[0]))
+    generator = loaded(network(), folder / "generator.safetensors")
+    critic = critic_of(loaded(network(1), folder / "critic.safetensors"))
 
+    def held_out(*key: Any) -> Row:
+        return {"calls": 0, "most": 0, "histogram": ""} | judge(real[key[-1] * n : (key[-1] + 1) * n])
 
-def tuned(book: Book, part: str) -> str:
-    """The solver with the lowest FID in a part of the book."""
-    rows = [row for row in book.rows.values() if row["part"] == part]
-    return min(rows, key=lambda row: float(row["fid"]))["solver"]
+    def run(part: str, solver: tokens.TokenSolver, schedule: str, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
+        def measured(_: str, __: str, schedule: str, seed: int) -> Row:
+            options = {"solver": solver, "seed": seed, "cond": {"class_labels": torch.arange(n) % CLASSES}}
+            result = fastsde.sample(model_of(generator, SCHEDULES[schedule]), n=n, batch_size=250, **options)
+            counts = torch.bincount(result.nfe).tolist()
+            said = " ".join(f"{k}:{count}" for k, count in enumerate(counts) if count)
+            row = {"calls": float(result.nfe.double().mean()), "most": int(result.nfe.max())}
+            return row | judge(result.samples) | {"histogram": said}
 
+        name = described_solver(solver)
+        return [rows.need(measured, part, name, schedule, seed) for seed in tqdm(seeds, f"{part} {name}", disable=None)]
 
-@command(
-    "Solvers on images: FID, pairs, entropy at some 36 calls; tolerances beside fixed steps.", "tokens", main, n=100
-)
-@click.option("--data", required=True, type=click.Path(path_type=Path, exists=True), help="Fashion-MNIST.")
-@click.option("-n", "--number", "n", default=400, help="Samples of a cell.")
-@click.option("--further", default=4, help="Further solvers.")
-def images(data: Path, n: int, further: int) -> Row:
-    """Draws what is missing in results/tokens.csv."""
-    book = Book(RESULTS / "tokens.csv" if n == 400 else RUNS / "tokens" / f"quick-{n}.csv", KEYS, VALUES)
-    train_images, _ = load_images(data)
-    codes = loaded(CodeBook(CODES), "book")
-    judge = Judge(codes, to_unit_range(train_images[:20_000]))
-    held_out, _ = load_images(data, train=False)
-    floor = {"calls": 0, "most": 0, "histogram": ""}
-    real = encoded(codes, to_unit_range(held_out))
+    def tuned(part: str, solvers: list[tokens.TokenSolver]) -> tokens.TokenSolver:
+        return min(solvers, key=lambda solver: float(run(part, solver, "sine", (TUNING_SEED,))[0]["fid"]))
+
     for seed in SEEDS:
-        part = real[seed * n : (seed + 1) * n]
-        book.need("floor", "held-out data", "", seed, work=lambda part=part: floor | judge(part))
-    critic = critic_of(loaded(network(1), "critic"))
-
-    def run(part: str, solver: tokens.TokenSolver, schedule: str, seeds: tuple[int, ...]) -> None:
-        for seed in tqdm(seeds, f"{part} {described_solver(solver)}", disable=None):
-            name = described_solver(solver)
-            work = functools.partial(measured, solver, schedule, seed, judge, n)
-            book.need(part, name, schedule, seed, work=work)
-
+        rows.need(held_out, "floor", "held-out data", "", seed)
     gits = [tokens.Unmask("confidence", steps=36, choice_temperature=t) for t in TEMPERATURES]
-    critics = [tokens.TokenCritic(critic, steps=18, scale=scale) for scale in SCALES]
-    for solver in gits:
-        run("tuning MaskGIT", solver, "sine", (TUNING_SEED,))
-    for solver in critics:
-        run("tuning critic", solver, "sine", (TUNING_SEED,))
-    best = [
-        next(s for s in group if described_solver(s) == tuned(book, f"tuning {name}"))
-        for name, group in (("MaskGIT", gits), ("critic", critics))
-    ]
-    plain = tokens.Unmask("random", steps=36)
-    for solver, schedule in (
-        (best[1], "sine"),
-        (best[0], "sine"),
-        (plain, "linear"),
-        (dataclasses.replace(best[0], steps=18), "sine"),
-    ):
-        run("solvers", solver, schedule, SEEDS)
+    git = tuned("tuning MaskGIT", gits)
+    run("solvers", tuned("tuning critic", [tokens.TokenCritic(critic, steps=18, scale=s) for s in SCALES]), "sine")
+    run("solvers", git, "sine")
+    run("solvers", plain := tokens.Unmask("random", steps=36), "linear")
+    run("solvers", dataclasses.replace(git, steps=18), "sine")
     for rtol in RTOLS:
-        run("tolerance", solver := tokens.EntropyBudget(rtol, "random"), "linear", SEEDS)
-        mine = [row for row in book.rows.values() if row["solver"] == described_solver(solver)]
-        steps = round(statistics.mean(float(row["calls"]) for row in mine))
-        run("fixed", dataclasses.replace(plain, steps=steps), "linear", SEEDS)
-    for solver, schedule in (
-        (tokens.Unmask("entropy", steps=36), "linear"),
-        (tokens.ReMDM(tokens.Cap(0.04), steps=36), "linear"),
-        (tokens.Unmask("halton", steps=36), "sine"),
-        (tokens.FirstHitting(), "linear"),
-    )[:further]:
-        run("solvers", solver, schedule, SEEDS)
-    rows = [dict(row) for row in book.rows.values()]
-    table(rows, *KEYS, "calls", "fid", "pairs", "entropy")
-    return {"n": n, "rows": rows}
+        own = run("tolerance", tokens.EntropyBudget(rtol, "random"), "linear")
+        steps = round(statistics.mean(float(row["calls"]) for row in own))
+        run("fixed", dataclasses.replace(plain, steps=steps), "linear")
+    run("solvers", tokens.Unmask("entropy", steps=36), "linear")
+    run("solvers", tokens.ReMDM(tokens.Cap(0.04), steps=36), "linear")
+    run("solvers", tokens.Unmask("halton", steps=36), "sine")
+    run("solvers", tokens.FirstHitting(), "linear")
+    return {"n": n, "rows": list(rows.rows.values())}
 
 
 def described_solver(solver: tokens.TokenSolver) -> str:
@@ -279,13 +239,9 @@ def random_chain(seed: int) -> Tensor:
     return law
 
 
-@command(
-    "A tolerance beside fixed steps on enumerated laws: KL(data || samples) against mean calls.", "tokens_exact", main
-)
-@click.option("--laws", default=5, help="Random laws of each kind, of 5 positions and 3 symbols.")
-@click.option("-n", "--number", "n", default=20_000, help="Samples of a cell.")
-def exact(laws: int, n: int) -> list[Row]:
-    """Mean over laws."""
+@command("tokens_exact", main)
+def exact(laws: int = 5, n: int = 20_000) -> list[Row]:
+    """A tolerance beside fixed steps on enumerated laws: KL(data || samples) against mean calls."""
     rows = []
     cells: list[tuple[str, Callable[..., tokens.TokenSolver], float]] = []
     cells += [("tolerance", lambda r: tokens.EntropyBudget(r), r) for r in (0.0, 0.1, 0.2, 0.3, 0.5, 1.0)]
@@ -312,7 +268,6 @@ def exact(laws: int, n: int) -> list[Row]:
                 "bound": round(bound, 4) if bound == bound else None,
             }
         )
-    table(rows)
     return rows
 
 

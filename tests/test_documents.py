@@ -34,11 +34,17 @@ def test_a_table_is_that_of_its_results(path, name):
 def test_a_cited_result_is_of_this_minor_version_and_says_its_commit(name):
     record = tables.result(name)
     minor = fastsde.__version__.split(".")[:2]
-    assert record["versions"]["fastsde"].split(".")[:2] == minor, (
-        f"run benchmarks/{tables.SCRIPTS.get(name, name)} again"
-    )
+    assert record["versions"]["fastsde"].split(".")[:2] == minor, f"run benchmarks/{record['script']} again"
     assert re.fullmatch(r"[0-9a-f]{40}(-dirty)?", record["commit"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", record["date"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=name_of)
+def test_a_result_names_a_script_that_keeps_it(path):
+    script, *command = tables.result(path.stem)["script"].split()
+    text = (ROOT / "benchmarks" / script).read_text()
+    name = path.stem.removesuffix("_cuda")
+    assert re.search(rf'^@command\("{name}"[^@]*?^def {(command or ["main"])[0]}\(', text, re.MULTILINE | re.DOTALL)
 
 
 def test_every_result_is_cited():

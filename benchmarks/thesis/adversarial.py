@@ -1,4 +1,10 @@
-r"""Adversarial score matching: Figure 8.2, the shape of Table 8.1, and Figure 8.3 with a learned score.
+r"""Annealed sampling and adversarial score matching: Figure 8.2, the shape of Table 8.1, Figure 8.3, appendix C.9.
+
+`steps`: Figure 8.3 with an exact score: the digits mixture under the VE process of app. C.2, 232 levels from 50 to
+0.01, by annealed Langevin (ALS) and consistent annealed sampling (CAS). n_sigma is the number of steps at a level for
+ALS, and dilates the levels for CAS, so that both take the same calls. eta is the step size, eps / sigma_L^2. Distances
+are over that of as many exact samples; `raw` is the state with the noise of the last level. That ALS carries more noise
+than its schedule, and CAS exactly as much, is in the tests.
 
 `points`: a swiss roll and 25 Gaussians in two dimensions; VP down to noise over signal of 0.05; a perceptron trained by
 denoising score matching, plain, adversarial (least squares, lambda 10) or plain with the Adam of the adversarial one,
@@ -12,8 +18,7 @@ of x^2 a step would overshoot 20 times. Samples start at data or at normals of t
 `images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, plain and adversarial with the published
 settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, with n_sigma 1 at several step
 sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
-features, of the last state and of its expected denoised sample. It goes on where it stopped, and several processes may
-share the trainings.
+features, of the last state and of its expected denoised sample. The study goes on where it stopped.
 
 `inception`: appendix C.9 with the packaged network: Frechet distance and inception score (by the packaged classifier)
 of last states and of their expected denoised samples. Of each run also the state at noise over signal near 0.05, as if
@@ -22,11 +27,10 @@ sampling ended there.
 
 from __future__ import annotations
 
+import functools
 import itertools
-import json
 import math
 import sys
-import tempfile
 from pathlib import Path
 
 import click
@@ -35,31 +39,48 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from chapter10 import floor_of
-from common import RUNS, Row, command, labels, table
+from common import RUNS, Book, Row, command, floor_of, labels, pixels, trained
+from problems import digits
 
 import fastsde
-from fastsde.evaluation.features import Features, open_features
-from fastsde.evaluation.images import to_uint8
-from fastsde.evaluation.jobs import check_settings
+from fastsde.evaluation.features import open_features
 from fastsde.evaluation.reference import packaged_reference
 from fastsde.evaluation.statistics import frechet, inception_score
-from fastsde.files import write_whole
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
 from fastsde.training.loop import train
 from fastsde.training.networks import MLP, Discriminator, small_unet
 
+SIGMA_MIN = 0.01
+VE = fastsde.VESDE(SIGMA_MIN, 50.0, t_min=1e-9)
+"""From t_min = 0: the last level is sigma_min itself."""
 PLAIN, BARE, ADVERSARIAL = "plain", "plain, no momentum", "adversarial"
 SAMPLERS = {"ALS": fastsde.AnnealedLangevin, "CAS": fastsde.ConsistentAnnealed}
 LAST, SPREAD, CENTRES = 0.05, 0.03, torch.cartesian_prod(*[torch.linspace(-1.4, 1.4, 5)] * 2)
 """Of the points: the lowest noise over signal, the deviation of each Gaussian, and their means."""
 
+main = click.Group(help=__doc__)
 
-@click.group(help=__doc__)
-def main() -> None:
-    """Both studies."""
+
+@command("annealed_steps", main, samples=64, etas=[0.1])
+def steps(samples: int = 1000, etas: tuple[float, ...] = (0.01, 0.02, 0.04, 0.06, 0.1, 0.2, 0.4, 0.7)) -> Row:
+    """Which step sizes work with an exact score?"""
+    problem, last = digits(samples), torch.full((samples,), SIGMA_MIN, dtype=torch.float64)
+    floor, spread = problem.floor(50)
+    model, generator, rows = problem.model(VE), torch.Generator().manual_seed(1), list[Row]()
+    exact = problem.draw(samples, generator)
+    noisy = problem.distance(exact + SIGMA_MIN * torch.randn(exact.shape, generator=generator)) / floor
+    for n_sigma, name, eta in tqdm(list(itertools.product((1, 5), SAMPLERS, etas)), disable=None):
+        row: Row = {"sampler": name, "n_sigma": n_sigma, "eta": eta}
+        try:
+            solver = SAMPLERS[name](levels=232, n_sigma=n_sigma, eta=eta)
+            r = fastsde.sample(model, n=samples, solver=solver, batch_size=2000, seed=0, denoise=False)
+        except ValueError:  # CAS below 1 - gamma: its noise would be imaginary
+            continue
+        row |= {"nfe": float(r.nfe.double().mean()), "raw": problem.distance(r.samples) / floor}
+        rows.append(row | {"denoised": problem.distance(problem.denoise(r.samples, last)) / floor})
+    return {"floor": floor, "spread": spread, "exact_with_noise": noisy, "rows": rows}
 
 
 def roll(u: Tensor) -> Tensor:
@@ -91,12 +112,9 @@ class Critic(nn.Sequential):
         super().__init__(*layers, nn.Flatten(0))
 
 
-@command("Does the expected denoised sample come nearer?", "adversarial_2d", main, steps=2, samples=10, seeds=1)
-@click.option("--steps", default=6000)
-@click.option("--samples", "-n", default=4000)
-@click.option("--seeds", default=2)
-def points(steps: int, samples: int, seeds: int) -> Row:
-    """Prints the table."""
+@command("adversarial_2d", main, steps=2, samples=10, seeds=1)
+def points(steps: int = 6000, samples: int = 4000, seeds: int = 2) -> Row:
+    """Does the expected denoised sample come nearer?"""
     end = fastsde.VPSDE().t_of_log_snr(torch.tensor(-2 * math.log(LAST), dtype=torch.float64))
     sde, rows = fastsde.VPSDE(t_min=float(end)), list[Row]()
     names = ("swiss roll", "25 Gaussians")
@@ -115,9 +133,7 @@ def points(steps: int, samples: int, seeds: int) -> Row:
         # The adversarial loss has lambda / 2 of the sum over two coordinates where the plain one has the mean.
         clip = adversary.weight if adversary else 1.0
         config = TrainConfig(steps, 256, 2e-3, betas=betas, seed=seed, bf16=False, levels=200, grad_clip=clip)
-        with tempfile.TemporaryDirectory() as folder:
-            file, data = Path(folder) / "c.safetensors", draw(name, 50_000, 1)
-            model.network = train(model, data, None, config, file, adversary=adversary, save_every=steps)
+        trained(model, draw(name, 50_000, 1), config, adversary)
         for sampler, n_sigma, eta in (("CAS", 1, 0.2), ("ALS", 5, 0.1)):
             solver = SAMPLERS[sampler](levels=200, n_sigma=n_sigma, eta=eta)
             r = fastsde.sample(model, n=samples, solver=solver, seed=seed, batch_size=samples, denoise=False)
@@ -127,18 +143,12 @@ def points(steps: int, samples: int, seeds: int) -> Row:
             row: Row = {"data": name, "training": kind, "seed": seed, "sampler": sampler}
             row |= {"gap_last": gap(name, r.samples / float(sde.alpha(last)[0])), "gap_denoised": gap(name, denoised)}
             rows.append(row)
-    table(rows)
     return {"data": {name: gap(name, draw(name, samples, 6)) for name in names}, "rows": rows}
 
 
-@command("And by Langevin dynamics at one level?", "langevin_2d", main, steps=2, samples=10, seeds=1)
-@click.option("--steps", default=2000)
-@click.option("--samples", "-n", default=4000)
-@click.option("--seeds", default=3)
-@click.option("--n-sigma", default=10)
-@click.option("--eta", default=0.2)
-def langevin(steps: int, samples: int, seeds: int, n_sigma: int, eta: float) -> list[Row]:
-    """Prints the table."""
+@command("langevin_2d", main, steps=2, samples=10, seeds=1)
+def langevin(steps: int = 2000, samples: int = 4000, seeds: int = 3, n_sigma: int = 10, eta: float = 0.2) -> list[Row]:
+    """And by Langevin dynamics at one level?"""
     sde, rows = fastsde.VESDE(0.1, 0.1001), list[Row]()  # one level, to a thousandth
     kernel = fastsde.LangevinDynamics(eta, relative=True)
     for name, seed in itertools.product(("swiss roll", "25 Gaussians"), range(seeds)):
@@ -147,8 +157,7 @@ def langevin(steps: int, samples: int, seeds: int, n_sigma: int, eta: float) -> 
         model = fastsde.ScoreModel(network, sde, "epsilon", event_shape=(2,), data_range=(-2.0, 2.0))
         data = draw(name, 50_000, 1)
         config = TrainConfig(steps, 256, 2e-3, seed=seed, bf16=False)
-        with tempfile.TemporaryDirectory() as folder:
-            model.network = train(model, data, None, config, Path(folder) / "c.safetensors", save_every=steps)
+        trained(model, data, config)
         normals = torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed + 10))
         for start, x in (("data", draw(name, samples, 6)), ("normals", normals * data.std(0))):
             r = fastsde.langevin(model, kernel=kernel, steps=n_sigma, t=1.0, x_init=x, seed=seed, batch_size=samples)
@@ -156,12 +165,11 @@ def langevin(steps: int, samples: int, seeds: int, n_sigma: int, eta: float) -> 
                 denoised = model(r.samples, torch.ones(samples, dtype=torch.float64)).x_0
             row: Row = {"data": name, "seed": seed, "start": start, "gap_start": gap(name, x)}
             rows.append(row | {"gap_last": gap(name, r.samples), "gap_denoised": gap(name, denoised)})
-    table(rows)
     return rows
 
 
-def trained(folder: Path, images: Tensor, kind: str, seed: int, steps: int) -> fastsde.ScoreModel:
-    """A score model with the averaged weights, in bfloat16; goes on from what is in the folder.
+def network_of(kind: str, seed: int, images: Tensor, steps: int) -> fastsde.ScoreModel:
+    """A score model with the averaged weights, in bfloat16; its training goes on where it stopped.
 
     The network predicts v: with epsilon a training this short ends in black and white images. The largest norm of the
     gradient is scaled as the loss is, which the adversarial one sums over pixels.
@@ -175,78 +183,59 @@ def trained(folder: Path, images: Tensor, kind: str, seed: int, steps: int) -> f
     adversary = Adversary(Discriminator(channels, 16), learning_rate=4e-4) if kind == ADVERSARIAL else None
     clip, betas = 0.5 * math.prod(event) if adversary else 1.0, (0.9, 0.999) if kind == PLAIN else (0.0, 0.9)
     config = TrainConfig(steps, 64, ema_decay=0.995, grad_clip=clip, betas=betas, seed=seed)
-    file = folder / "checkpoint.safetensors"
+    file = RUNS / "adversarial" / f"{kind}-{seed}-{steps}" / "checkpoint.safetensors"
+    file.parent.mkdir(parents=True, exist_ok=True)
     averaged = train(model, images, None, config, file, adversary=adversary, resume=file.is_file())
     model.network = nn.Module.to(averaged.eval(), torch.bfloat16)  # diffusers' own would warn
     return model
 
 
-def pixels(x: Tensor) -> Tensor:
-    """Rounded to 8 bits, with shape (n, C, H, W); samples that are not finite are left out."""
-    whole = torch.isfinite(x).flatten(1).all(1)
-    return torch.from_numpy(to_uint8(x[whole], (-1.0, 1.0))).permute(0, 3, 1, 2)
+@command("adversarial_images", main, samples=130, levels=8, etas=[0.7], steps=2, seeds=1)
+def images(
+    data: Path,
+    steps: int = 1500,
+    seeds: int = 2,
+    samples: int = 256,
+    levels: int = 123,
+    etas: tuple[float, ...] = (0.08, 0.15, 0.25, 0.45, 0.7),
+) -> Row:
+    """Does it help on images? 123 levels are as many as Song and Ermon's rule says."""
+    shown, features, reference = (
+        load_images(data)[0],
+        open_features("fashion-mnist"),
+        packaged_reference("fashion-mnist"),
+    )
+    keys = {"training": str, "seed": int, "sampler": str, "n_sigma": int, "eta": float}
+    values = dict.fromkeys(("nfe", "raw", "raw_error", "denoised", "denoised_error"), float)
+    book = Book(RUNS / f"adversarial_{steps}_{samples}_{levels}.csv", tuple(keys), tuple(values))
+    model_of = functools.cache(lambda kind, seed: network_of(kind, seed, shown, steps))
 
-
-def distances(model: fastsde.ScoreModel, features: Features, etas: tuple[float, ...], levels: int, n: int) -> list[Row]:
-    """The figures of every sampler and step size."""
-    reference, rows = packaged_reference("fashion-mnist"), list[Row]()
-    cells = [(name, 1, eta) for eta in etas for name in SAMPLERS if name == "ALS" or eta < 0.7]
-    # With n_sigma 5: the step of ALS that keeps nearest to its schedule, and the published rule for CAS.
-    cells += [("ALS", 5, 0.16), ("CAS", 5, 0.031)] if levels > 100 else []  # which CAS needs with so small a step
-    for name, n_sigma, eta in tqdm(cells, disable=None):
-        solver = SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
-        r = fastsde.sample(model, n=n, solver=solver, batch_size=80, seed=0, denoise=False)
-        row: Row = {"sampler": name, "n_sigma": n_sigma, "eta": eta, "nfe": float(r.nfe.double().mean())}
+    def measured(kind: str, seed: int, name: str, n_sigma: int, eta: float) -> Row:
+        model, solver = model_of(kind, seed), SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
+        r = fastsde.sample(model, n=samples, solver=solver, batch_size=80, seed=0, denoise=False)
+        row: Row = {"nfe": float(r.nfe.double().mean())}
         with torch.no_grad():
-            last = torch.full((n,), model.sde.t_min, dtype=torch.float64)
+            last = torch.full((samples,), model.sde.t_min, dtype=torch.float64)
             parts = zip(r.samples.split(80), last.split(80), strict=True)
             denoised = torch.cat([model(x, t).x_0 for x, t in parts])
         for key, x in (("raw", r.samples), ("denoised", denoised)):
-            found = frechet(features(pixels(x))[0], reference.mean, reference.covariance)
+            finite = x[torch.isfinite(x).flatten(1).all(1)]
+            found = frechet(features(pixels(finite))[0], reference.mean, reference.covariance)
             row |= {key: found.value, f"{key}_error": found.error}
-        rows.append(row)
-    return rows
+        return row
+
+    cells = [(name, 1, eta) for eta in etas for name in SAMPLERS if name == "ALS" or eta < 0.7]
+    # With n_sigma 5: the step of ALS that keeps nearest to its schedule, and the published rule for CAS.
+    cells += [("ALS", 5, 0.16), ("CAS", 5, 0.031)] if levels > 100 else []  # which CAS needs with so small a step
+    jobs = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds), cells))
+    found = [book.need(measured, kind, seed, *cell) for kind, seed, cell in tqdm(jobs, disable=None)]
+    rows = [{key: kind(row[key]) for key, kind in (keys | values).items()} for row in found]
+    return {"real_images": floor_of(samples), "rows": rows}
 
 
-@command("Does it help on images?", "adversarial_images", main, samples=130, levels=8, etas=[0.7], steps=2, seeds=1)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=1500)
-@click.option("--rank", default=0, help="Which process this is.")
-@click.option("--world-size", default=1, help="How many share the work.")
-@click.option("--seeds", default=2)
-@click.option("--samples", "-n", default=256)
-@click.option("--levels", default=123, help="As many as Song and Ermon's rule says.")
-@click.option("--eta", "etas", type=float, multiple=True, default=(0.08, 0.15, 0.25, 0.45, 0.7))
-def images(
-    data: Path, steps: int, rank: int, world_size: int, seeds: int, samples: int, levels: int, etas: tuple[float, ...]
-) -> Row | None:
-    """Trains and draws what is missing; the process that finds all rows there prints the table."""
-    shown, features = load_images(data)[0], open_features("fashion-mnist")
-    settings = {"steps": steps, "samples": samples, "levels": levels}
-    work = RUNS / ("quick_images" if steps < 10 else "adversarial")
-    jobs, rows = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds))), list[Row]()
-    for kind, seed in tqdm(jobs[rank::world_size], "trainings", disable=None):
-        folder = work / f"{kind}-{seed}"
-        check_settings(folder, "settings.json", settings)  # refuses a folder of other settings
-        if not (folder / "rows.json").is_file():
-            model = trained(folder, shown, kind, seed, steps)
-            found = distances(model, features, etas, levels, samples)
-            write_whole(folder / "rows.json", json.dumps(found).encode())
-    for kind, seed in jobs:
-        file = work / f"{kind}-{seed}" / "rows.json"
-        if not file.is_file():
-            return None
-        rows += [{"training": kind, "seed": seed} | row for row in json.loads(file.read_text())]
-    table(rows)
-    return {"real_images": floor_of(packaged_reference("fashion-mnist"), samples), "rows": rows}
-
-
-@command("Does denoising worsen the inception score?", "inception", main, samples=130, levels=8, als_levels=8)
-@click.option("--samples", "-n", default=320)
-@click.option("--levels", default=20, help="Of consistent annealed sampling.")
-@click.option("--als-levels", default=123, help="Of annealed Langevin, which works with many only.")
-def inception(samples: int, levels: int, als_levels: int) -> list[Row]:
-    """Prints the table."""
+@command("inception", main, samples=130, levels=8, als_levels=8)
+def inception(samples: int = 320, levels: int = 20, als_levels: int = 123) -> list[Row]:
+    """Does denoising worsen the inception score?"""
     model, features = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
     reference, cond, rows = packaged_reference("fashion-mnist"), labels(samples), list[Row]()
     for solver in (
@@ -273,7 +262,6 @@ def inception(samples: int, levels: int, als_levels: int) -> list[Row]:
                 row: Row = {"solver": type(solver).__name__, "noise over signal": noise[end], "of": key}
                 row |= {"fid": distance.value, "fid error": distance.error}
                 rows.append(row | {"inception score": score[0], "score's sd of splits": score[1]})
-    table(rows)
     return rows
 
 

@@ -1,7 +1,13 @@
-r"""Small networks on Fashion-MNIST of 14 x 14 pixels: Figure 6.2, masks of MaskedGAN, comparisons of critics, modes.
+r"""Critics on Fashion-MNIST: Table 6.1, Figure 6.2, masks of MaskedGAN, comparisons of critics, modes.
 
-A GAN has two convolutions each in generator (44,000 parameters) and critic (9,000, spectral norm), batches of 32, Adam
-with a rate of 2e-4 and betas (0.5, 0.999), and the critic moves first.
+`divergences`: Table 6.1's question: which divergence ranks sets of samples as FID does? Images of the packaged network
+at 4 to 20 calls, in the features of the packaged classifier, beside those of training images. For each pair of f and
+kind a critic is fitted to halves and measured on the others (`fit_critic`), for three seeds of halves, critic and
+batches. The rank correlation is Spearman's, of the means over seeds with FID.
+
+The others are of small networks on images of 14 x 14 pixels. A GAN has two convolutions each in generator (44,000
+parameters) and critic (9,000, spectral norm), batches of 32, Adam with a rate of 2e-4 and betas (0.5, 0.999), and the
+critic moves first.
 
 `bias`: batch estimates of the divergence that the critic is trained for, over the estimate whose means are of 3200
 values (the thesis has 320), while it is trained; the mean of 100 batches of 32. For least squares the known bias gives
@@ -28,23 +34,25 @@ import dataclasses
 import itertools
 import statistics
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import click
 import torch
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Book, Row, command, table
+from common import RUNS, Book, Row, command, labels, pixels, trained
 
 import fastsde
-from fastsde.evaluation.divergence import relativistic
+from fastsde.evaluation.divergence import FUNCTIONS, fit_critic, relativistic
+from fastsde.evaluation.divergence import KINDS as ALL_KINDS
 from fastsde.evaluation.features import open_features
+from fastsde.evaluation.reference import packaged_reference
 from fastsde.evaluation.statistics import frechet
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
@@ -61,7 +69,6 @@ from fastsde.training.gan_losses import (
     plain,
     sgan,
 )
-from fastsde.training.loop import train
 from fastsde.training.masking import Masking, attention_gini
 from fastsde.training.networks import MLP
 
@@ -81,10 +88,33 @@ MASKS = {
     "patches and bands": BOTH,
 }
 
+main = click.Group(help=__doc__)
 
-@click.group(help=__doc__)
-def main() -> None:
-    """All studies."""
+
+@command("divergences", main, samples=140, calls=(4, 20), seeds=1, steps=5)
+def divergences(
+    samples: int = 1000, calls: tuple[int, ...] = (4, 5, 6, 8, 12, 20), seeds: int = 3, steps: int = 300
+) -> list[Row]:
+    """Which divergence ranks sets of samples as FID does?"""
+    model, network = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
+    reference = packaged_reference("fashion-mnist")
+    sets, fid = [], []
+    for nfe in tqdm(calls, "calls", disable=None):
+        r = fastsde.sample(model, n=samples, nfe=nfe, seed=1, cond=labels(samples))
+        sets.append(network.of(pixels(r.samples).split(500))[0])
+        fid.append(frechet(sets[-1], reference.mean, reference.covariance).value)
+    rows: list[Row] = [{"f": "FID", "kind": "", **{f"{k} calls": v for k, v in zip(calls, fid, strict=True)}}]
+    for f, kind in itertools.product(FUNCTIONS, ALL_KINDS):
+        found = [
+            torch.tensor([fit_critic(reference.feats, x, f, kind, steps=steps, seed=s).value for s in range(seeds)])
+            for x in sets
+        ]
+        row: Row = {"f": f, "kind": kind}
+        row |= {f"{k} calls": float(v.mean()) for k, v in zip(calls, found, strict=True)}
+        row["sd over seeds"] = max(float(v.std()) for v in found) if seeds > 1 else None
+        row["rank correlation"] = float(spearmanr(fid, [float(v.mean()) for v in found]).statistic)
+        rows.append(row)
+    return rows
 
 
 def generator_network() -> nn.Sequential:
@@ -193,14 +223,9 @@ def play(
                 network.train()
 
 
-@command("How biased are batch estimates of relativistic divergences?", "gan_bias", main, steps=2, seeds=1, every=2)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=1000)
-@click.option("--every", default=100, help="Steps between two looks.")
-@click.option("--seeds", default=2)
-@click.option("--batches", default=100, help="Of 32, at each look.")
-def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[Row]:
-    """Prints the table."""
+@command("gan_bias", main, steps=2, seeds=1, every=2)
+def bias(data: Path, steps: int = 1000, every: int = 100, seeds: int = 2, batches: int = 100) -> list[Row]:
+    """How biased are batch estimates of relativistic divergences?"""
     images, rows = small(data, train=True), list[Row]()
     keys, ratios = ("f", "kind", "seed", "step"), ("ratio", "ratio, known bias")
     book = Book(RUNS / f"gan_bias_{steps}_{every}_{batches}.csv", keys, ratios)
@@ -221,7 +246,7 @@ def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[R
             row: Row = {ratios[0]: mean("batch") / float(relativistic(x, y, f, kind)), ratios[1]: None}
             if f == "least squares":
                 row[ratios[1]] = mean("batch") / mean("unbiased")
-            book.need(f, kind, seed, step, work=lambda row=row: row)
+            book.need(lambda *_, row=row: row, f, kind, seed, step)
     for f, kind in itertools.product(LOSSES, KINDS):
         found = [row for row in book.rows.values() if (row["f"], row["kind"]) == (f, kind)]
         late = [row for row in found if int(row["step"]) > steps // 2]
@@ -233,18 +258,14 @@ def bias(data: Path, steps: int, every: int, seeds: int, batches: int) -> list[R
                 if f == "least squares":
                     row[f"{half} half, known bias"] = statistics.fmean(float(r["ratio, known bias"]) for r in part)
         rows.append(row)
-    table(rows)
     return rows
 
 
-@command("Do masks help with few images?", "gan_masks", main, steps=2, sizes=[600], seeds=1, few=1)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=800)
-@click.option("--seeds", default=3)
-@click.option("--size", "sizes", type=int, multiple=True, default=(60, 600, 6000), help="Of the training set.")
-@click.option("--few", default=0, help="So many of the rows; 0: all.")
-def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) -> list[Row]:
-    """Prints the table."""
+@command("gan_masks", main, steps=2, sizes=[600], seeds=1, few=1)
+def masks(
+    data: Path, steps: int = 800, seeds: int = 3, sizes: tuple[int, ...] = (60, 600, 6000), few: int = 0
+) -> list[Row]:
+    """Do masks help with few images?"""
     ruler, everything = Ruler(data), small(data, train=True)
     shares: list[tuple[int, str, float | None]] = [(n, name, None) for n in sizes for name in MASKS]
     shares += [(sizes[0], "patches and bands", share) for share in (0.05, 0.45, 0.15, 0.35)]
@@ -266,15 +287,11 @@ def masks(data: Path, steps: int, seeds: int, sizes: tuple[int, ...], few: int) 
         return {"fid": found[-1], "best fid": min(found)} | last
 
     jobs = [(*job, seed) for seed in range(seeds) for job in shares][: few or None]
-    for n, name, share, seed in tqdm(jobs, disable=None):
-        book.need(n, name, share, seed, work=lambda n=n, name=name, share=share, seed=seed: run(n, name, share, seed))
-    rows = [
-        {"n": n, "masks": name, "generator's share": share, "seed": seed}
-        | {key: float(book.rows[str(n), name, str(share), str(seed)][key]) for key in values}
-        for n, name, share, seed in jobs
+    found = [book.need(run, *job) for job in tqdm(jobs, disable=None)]
+    return [
+        {"n": n, "masks": name, "generator's share": share, "seed": seed} | {key: float(row[key]) for key in values}
+        for (n, name, share, seed), row in zip(jobs, found, strict=True)
     ]
-    table(rows)
-    return rows
 
 
 def matched(images: Tensor, kind: str, steps: int, seed: int) -> fastsde.ScoreModel:
@@ -291,19 +308,12 @@ def matched(images: Tensor, kind: str, steps: int, seed: int) -> fastsde.ScoreMo
     config = TrainConfig(
         steps, 64, 1e-3, ema_decay=0.99, betas=betas, seed=seed, bf16=False, grad_clip=clip, warmup=100
     )
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "c.safetensors"
-        model.network = train(model, images, None, config, file, adversary=adversary, save_every=steps)
-    return model
+    return trained(model, images, config, adversary)
 
 
-@command("Which comparison does adversarial score matching want?", "comparisons", main, steps=2, seeds=1, samples=140)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=600)
-@click.option("--seeds", default=3)
-@click.option("--samples", "-n", default=1000)
-def comparisons(data: Path, steps: int, seeds: int, samples: int) -> Row:
-    """Prints the table."""
+@command("comparisons", main, steps=2, seeds=1, samples=140)
+def comparisons(data: Path, steps: int = 600, seeds: int = 3, samples: int = 1000) -> Row:
+    """Which comparison does adversarial score matching want?"""
     images, ruler = small(data, train=True), Ruler(data)
     book = Book(RUNS / f"comparisons_{steps}_{samples}.csv", ("training", "seed"), ("fid",))
 
@@ -312,15 +322,11 @@ def comparisons(data: Path, steps: int, seeds: int, samples: int) -> Row:
         return {"fid": ruler(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=samples).samples)}
 
     kinds = (*ALONE, *COMPARISONS)
-    for seed, kind in tqdm(list(itertools.product(range(seeds), kinds)), disable=None):
-        book.need(kind, seed, work=lambda kind=kind, seed=seed: run(kind, seed))
     rows: list[Row] = [
-        {"training": kind} | {f"seed {seed}": float(book.rows[kind, str(seed)]["fid"]) for seed in range(seeds)}
-        for kind in kinds
+        {"training": kind} | {f"seed {seed}": float(book.need(run, kind, seed)["fid"]) for seed in range(seeds)}
+        for kind in tqdm(kinds, disable=None)
     ]
-    table(rows)
-    real = ruler(images[:samples])
-    return {"real_images": real, "rows": rows}
+    return {"real_images": ruler(images[:samples]), "rows": rows}
 
 
 def stacked(images: Tensor, seed: int) -> Tensor:
@@ -329,13 +335,9 @@ def stacked(images: Tensor, seed: int) -> Tensor:
     return torch.cat([images[torch.randperm(len(images), generator=drawn)] for _ in range(3)], 1)
 
 
-@command("Does an adversary lose modes?", "modes", main, steps=2, seeds=1, samples=200)
-@click.option("--data", required=True, type=click.Path(path_type=Path), help="Folder with Fashion-MNIST's files.")
-@click.option("--steps", default=1500)
-@click.option("--seeds", default=3)
-@click.option("--samples", "-n", default=5200, help="The thesis has 26,000.")
-def modes(data: Path, steps: int, seeds: int, samples: int) -> list[Row]:
-    """Prints the table."""
+@command("modes", main, steps=2, seeds=1, samples=200)
+def modes(data: Path, steps: int = 1500, seeds: int = 3, samples: int = 5200) -> list[Row]:
+    """Does an adversary lose modes?"""
     images, network = stacked(small(data, train=True), 0), open_features("fashion-mnist")
     book = Book(RUNS / f"modes_{steps}_{samples}.csv", ("training", "seed"), ("modes", "KL"))
 
@@ -351,12 +353,11 @@ def modes(data: Path, steps: int, seeds: int, samples: int) -> list[Row]:
         return counted(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=1300).samples)
 
     for seed, kind in tqdm(list(itertools.product(range(seeds), (*ALONE, "plain"))), disable=None):
-        book.need(kind, seed, work=lambda kind=kind, seed=seed: run(kind, seed))
+        book.need(run, kind, seed)
     real = counted(stacked(small(data, train=False), 1)[:samples])
     rows: list[Row] = [{"training": "test images", "seed": None} | real]
     for (kind, seed), row in book.rows.items():
         rows.append({"training": kind, "seed": int(seed), "modes": int(row["modes"]), "KL": float(row["KL"])})
-    table(rows)
     return rows
 
 
