@@ -43,6 +43,11 @@ def row_norm(x: State, *, q: float = 2.0) -> Coef:
     return flat.abs().amax(dim=1).double()
 
 
+def row_dot(a: Tensor, b: Tensor) -> Coef:
+    """The inner product of each row of a with that of b, in float64, with shape (B,)."""
+    return (a * b).flatten(1).sum(1, dtype=torch.float64)
+
+
 def all_finite(x: AnyState) -> Mask:
     """Which rows hold only finite numbers, with shape (B,)."""
     return x.reshape(x.shape[0], -1).abs().amax(dim=1) < math.inf  # false for NaN too
@@ -56,9 +61,3 @@ def where_rows(mask: Mask, new: Carry, old: Carry) -> Carry:
 def select_rows(rows: Tensor, tensors: Carry) -> Carry:
     """The given rows of every tensor, in the given order."""
     return {key: value.index_select(0, rows) for key, value in tensors.items()}
-
-
-def write_rows(rows: Tensor, source: Carry, target: Carry) -> None:
-    """Overwrites the given rows of every tensor of `target`, in place."""
-    for key, value in source.items():
-        target[key].index_copy_(0, rows, value.to(target[key].dtype))

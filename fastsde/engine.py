@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
+from fastsde.batching import all_finite, expand_like, select_rows, where_rows
 from fastsde.control.base import Verdict
 from fastsde.flags import LateFlags
 from fastsde.job import EngineState, Job
@@ -325,7 +325,8 @@ class Engine:
         lost = (row["status"] == Status.NON_FINITE) | ~all_finite(row["x"])
         row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
         row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), self.lost)
-        write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+        for key, out in self.out.items():
+            out.index_copy_(0, row["slot"], row[key].to(out.dtype))
         if self.job.finished is not None:
             self.job.finished(row["slot"], row["x"], row["status"])
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like
-from fastsde.checks import check_tensor
-from fastsde.types import Coef, State
+from fastsde.batching import expand_like, row_dot
+from fastsde.checks import check_count, check_tensor
+from fastsde.types import State
 
 _AGREE = 1e-3
 """How far <A x, y> and <x, A^T y> may differ, relative to |A x| |y|: single precision, and sums of a million terms."""
@@ -173,8 +173,8 @@ class Linear(LinearOperator):
         for name, given in (("forward", forward), ("adjoint", adjoint), ("pinv", pinv)):
             if not callable(given) and (given is not None or name == "forward"):
                 raise TypeError(f"{name} must be callable on a batch; got {type(given).__name__}.")
-        check_iterations(iterations)
-        self.forward, self.event_shape, self.iterations = forward, tuple(event_shape), iterations
+        self.iterations = check_count("iterations", iterations, 1)
+        self.forward, self.event_shape = forward, tuple(event_shape)
         self._adjoint, self._pinv = adjoint, pinv
 
     def __call__(self, x: State) -> Tensor:
@@ -225,20 +225,9 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     return x
 
 
-def row_dot(a: Tensor, b: Tensor) -> Coef:
-    """The inner product of each row of a with that of b, in float64, with shape (B,)."""
-    return (a * b).flatten(1).sum(1, dtype=torch.float64)
-
-
 def _same_shape(y: Tensor, made: Tensor) -> None:
     if y.shape[1:] != made.shape[1:]:
         raise ValueError(
             f"the measurement of one sample must have shape {tuple(made.shape[1:])}, that of A x; "
             f"got {tuple(y.shape[1:])}."
         )
-
-
-def check_iterations(iterations: int) -> None:
-    """Refuses, with a ValueError, anything but an integer of at least 1."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1; got {iterations!r}.")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import all_finite, expand_like, row_norm
+from fastsde.batching import all_finite, expand_like, row_dot, row_norm
 from fastsde.checks import check_flags, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -180,7 +180,7 @@ class MALA(LangevinDynamics):
         step, at_after = after - x, score(after)
         if self.log_density is None:
             mean = (at_x + 4 * score(x + step / 2) + at_after) / 6
-            gain = (step * mean).flatten(1).sum(1, dtype=torch.float64)
+            gain = row_dot(step, mean)
         else:
             gain = (self.log_density(after, t) - self.log_density(x, t)).double()
         scale = expand_like(lam, x)
