@@ -11,15 +11,7 @@ from fastsde.types import AnyState, Carry, Coef, Mask, State
 
 
 def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
-    """Views a per-row vector so that it broadcasts against `x`, in the dtype of `x` (flags stay flags).
-
-    Args:
-        value: one number or flag per row, with shape (B,).
-        x: a tensor with shape (B, *event).
-
-    Returns:
-        `value` with shape (B, 1, ..., 1), of the same rank as `x`.
-    """
+    """A number or flag per row, with shape (B,), as (B, 1, ..., 1) of the rank of `x`; numbers in its dtype."""
     value = value.reshape(value.shape[0], *(1,) * (x.ndim - 1))
     return value if value.dtype == torch.bool else value.to(x.dtype)
 
@@ -27,15 +19,8 @@ def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
 def row_norm(x: State, *, q: float = 2.0) -> Coef:
     """Scaled norm of each row: root mean square for q = 2, largest magnitude for q = infinity.
 
-    `||x||_q / d^(1/q)` with d the number of elements of ONE row, so that the norm neither grows with the
-    dimension nor reads across the batch.
-
-    Args:
-        x: with shape (B, *event).
-        q: 2 or `math.inf`.
-
-    Returns:
-        The norms in float64, with shape (B,).
+    `||x||_q / d^(1/q)` in float64, with shape (B,), and d the number of elements of ONE row, so that the norm neither
+    grows with the dimension nor reads across the batch. `q` is 2 or `math.inf`.
     """
     flat = x.reshape(x.shape[0], -1)
     if q == 2.0:

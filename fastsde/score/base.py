@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_kind
 from fastsde.files import json_hash
 from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
 from fastsde.sde.base import SDE
@@ -170,11 +171,7 @@ class Model(ABC):
         return self.calls
 
     def check_cond(self, cond: Cond) -> None:
-        """Refuses, with a ValueError, conditioning that the network cannot take.
-
-        Args:
-            cond: as for a call, defaults included, for all samples.
-        """
+        """Refuses, with a ValueError, conditioning of all samples, defaults included, that the network cannot take."""
         inside = unwrap(self.network)
         try:
             signature = inspect.signature(inside.forward if isinstance(inside, nn.Module) else inside)
@@ -404,11 +401,10 @@ def _checked_range(given: object) -> tuple[float, float]:
     return float(low), float(high)  # type: ignore[arg-type]
 
 
-def _checked_default(cond: object) -> dict[str, Tensor] | None:
+def _checked_default(cond: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
     if cond is None:
         return None
-    if not isinstance(cond, Mapping):
-        raise TypeError(f"default_cond must be a dict of tensors without batch axis; got {type(cond).__name__}.")
+    check_kind("default_cond", cond, Mapping, "a dict of tensors without batch axis")
     values = {k: torch.tensor(v) if isinstance(v, (bool, int, float)) else v for k, v in cond.items()}
     for key, value in values.items():
         if not isinstance(value, Tensor):
@@ -445,12 +441,7 @@ class Calls:
 
 
 class BoundModel(Calls):
-    """A score model bound to the rows in flight.
-
-    Args:
-        model: the score model.
-        cond, active, nfe: as for `Calls`.
-    """
+    """A score model bound to the rows in flight; arguments as for `Calls`."""
 
     def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
         super().__init__(cond, active, nfe)

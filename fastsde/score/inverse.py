@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, row_dot
-from fastsde.checks import check_count
+from fastsde.checks import check_count, check_kind
 from fastsde.score.base import ScoreModel, Wrapper
 from fastsde.score.network import watched
 from fastsde.score.operators import LinearOperator, conjugate_gradients
@@ -34,8 +34,7 @@ class _Measured(Wrapper):
     def __init__(self, model: ScoreModel, operator: LinearOperator, y: Tensor | None = None) -> None:
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"operator must be a LinearOperator such as Mask(mask); got {type(operator).__name__}.")
-        if y is not None and not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor, the measurement of one sample; got {type(y).__name__}.")
+        check_kind("y", y, Tensor, "a tensor, the measurement of one sample")
         super().__init__(model, "sample", default_cond=None if y is None else {"measurement": y})
         self.operator = operator
 

@@ -201,13 +201,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     A row stops when its residual is a few roundings of b, and where C turns out to have a negative direction. Source:
     Hestenes and Stiefel 1952, https://doi.org/10.6028/jres.049.044.
 
-    Args:
-        product: C x for x with the shape of b.
-        b: with shape (B, ...).
-        iterations: most steps.
-
-    Returns:
-        x, with the shape of b.
+    `product` gives C x for x with the shape of b, (B, ...), in at most so many `iterations`.
     """
     x, r, p, size = torch.zeros_like(b), b, b, row_dot(b, b)
     enough = size * (4 * torch.finfo(b.dtype).eps) ** 2

@@ -72,15 +72,14 @@ class AnnealedLangevin(Solver):
             raise ValueError("AnnealedLangevin needs levels=..., or eta=... where a controller gives the levels.")
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        eta = self._size(sde) if self.eta is None else self.eta
+        eta = self.eta
+        if eta is None:
+            ends = noise_level(sde, torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
+            eta = closest_step(float(ends[1] / ends[0]) ** (1 / ((self.levels or 2) - 1)), self.n_sigma)
         x, sigma = expand_like(sde.alpha(s) / sde.alpha(t), x_t) * x_t, expand_like(sde.sigma(s), x_t)
         for k in range(self.n_sigma):
             x = x + eta * sigma**2 * model(x, s).score + (2 * eta) ** 0.5 * sigma * noise.normal(k)
         return Step(x, {})
-
-    def _size(self, sde: SDE) -> float:
-        ends = noise_level(sde, torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
-        return closest_step(float(ends[1] / ends[0]) ** (1 / ((self.levels or 2) - 1)), self.n_sigma)
 
 
 @functools.cache
