@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import load
-from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, clipped, config_of
+from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, config_of
 from fastsde.diffusers.schedules import CLASSES, Config, Reading, read_schedule
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance
+from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance, Clipped
 from fastsde.score.network import check_weights
 from fastsde.sde.discrete import DiscreteVPSDE
 
@@ -78,22 +78,6 @@ def from_diffusers(
     scale = _checked_scale(guidance_scale)
     _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
-    model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
-    latent = pipe is not None and autoencoder(pipe) is not None
-    whole = guided(model, scale, guidance_rescale, guidance_interval)
-    return clipped(whole, model.reading) if (not latent if clip is None else clip) else whole
-
-
-def unguided(
-    pipe_or_model: Any,
-    scheduler: Any = None,
-    event_shape: tuple[int, ...] | None = None,
-    data_range: tuple[float, float] | None = None,
-    *,
-    allow_distilled: bool = False,
-) -> DiffusersModel:
-    """The network of a pipeline, or the network given, as a score model; arguments and errors as `from_diffusers`."""
-    pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
     if not callable(network):
         raise TypeError(f"pipe_or_model must be a pipeline, a network or a path; got {type(pipe_or_model).__name__}.")
@@ -105,13 +89,16 @@ def unguided(
         check_weights(network)
     reading = read_schedule(scheduler_config(scheduler))
     _check_table(scheduler, reading)
-    return DiffusersModel(
+    model = DiffusersModel(
         network,
         reading,
         event_shape=event_shape,
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
+    whole = _guided(model, scale, guidance_rescale, guidance_interval)
+    clips = reading.limit is not None and (not latent if clip is None else clip)
+    return Clipped(whole, reading.limit, ratio=reading.ratio) if clips else whole
 
 
 def _check_table(scheduler: Any, reading: Reading) -> None:
@@ -128,14 +115,14 @@ def _check_table(scheduler: Any, reading: Reading) -> None:
         )
 
 
-def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:
+def _guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:
     """The model under classifier-free guidance, if the scale is above 1; its defaults are those of the other half."""
     if scale <= 1:
         return model
     own = model.default_cond or {}
-    model.default_cond = {key: value for key, value in own.items() if not key.startswith(NEGATIVE)} or None
-    null = {key: own.get(NEGATIVE + key, value) for key, value in own.items() if key not in _SHARED}
-    null = {key: value for key, value in null.items() if not key.startswith(NEGATIVE)}
+    wanted = {key: value for key, value in own.items() if not key.startswith(NEGATIVE)}
+    model.default_cond = wanted or None
+    null = {key: own.get(NEGATIVE + key, value) for key, value in wanted.items() if key not in _SHARED}
     return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
 
 
@@ -169,11 +156,7 @@ _SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")
 
 
 def scheduler_config(scheduler: Any) -> Config:
-    """The configuration of a scheduler, or the one given.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """The configuration of a scheduler, or the one given; a TypeError for what is neither."""
     if isinstance(scheduler, Mapping):
         return scheduler
     config = config_of(scheduler)
@@ -185,11 +168,7 @@ def scheduler_config(scheduler: Any) -> Config:
 
 
 def network_of(pipe: Any) -> Any:
-    """The denoising network of a pipeline.
-
-    Raises:
-        TypeError: if it has none, or uses others beside it.
-    """
+    """The denoising network of a pipeline; a TypeError if it has none, or uses others beside it."""
     network = next((n for k in ("unet", "transformer") if (n := getattr(pipe, k, None)) is not None), None)
     name = type(pipe).__name__
     if network is None:

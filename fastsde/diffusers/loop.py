@@ -92,7 +92,7 @@ class Loop:
         self._in_turn = self._walking = False
         self._place = 0
         self._listed: list[float] = []
-        self._walked: list[float] = []
+        self.walked: list[float] = []  # the process's times in the list that the loop walks
         self.at = 0.0
         self._untouched, self._seen = untouched, set[int]()
         self._counts_turns, self._turn = counts_turns, 0
@@ -121,7 +121,7 @@ class Loop:
             if hasattr(module, "set_timesteps") and name != "scheduler":
                 own[name] = unstepped(module, name)
             if isinstance(module, nn.Module) and not name.startswith(_UNSERVED):
-                own[name] = served(module, _current, counted=not name.startswith(_UNCOUNTED))
+                own[name] = served(module, counted=not name.startswith(_UNCOUNTED))
         own["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         own["maybe_free_model_hooks"] = lambda: None  # others still need the models; the run frees them at its end
         if hasattr(pipe, "encode_prompt"):
@@ -229,13 +229,8 @@ class Loop:
     @property
     def span(self) -> tuple[float, float | None]:
         """The process's times at which the walk began, and at which it ends if the pipeline cut its list's end."""
-        after = [t for t in self._listed if t < self._walked[-1] * (1 - 1e-6)]
-        return self._walked[0], after[0] if after else None
-
-    @property
-    def listed_turns(self) -> int:
-        """The number of times in the list that the loop walks."""
-        return len(self._walked)
+        after = [t for t in self._listed if t < self.walked[-1] * (1 - 1e-6)]
+        return self.walked[0], after[0] if after else None
 
     def listed(self, timesteps: Tensor) -> None:
         """Notes the scheduler's whole list."""
@@ -307,7 +302,7 @@ class Loop:
         if self._walking or not len(own):  # the loop is over, or another one is running
             yield from own.unbind()
             return
-        self._walked, self._place, self._now = self._levels(own), 0, own[0].float()
+        self.walked, self._place, self._now = self._levels(own), 0, own[0].float()
         self._counted.clear()
         self._in_turn = True
         yield self._now
@@ -319,8 +314,8 @@ class Loop:
             self._now, self._next = self._next, None
             self._turn += 1
             # That of the last of the pipeline's own times that is not below it in noise.
-            place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
-            self._place = min(self._turn, len(self._walked) - 1) if self._counts_turns else place
+            place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self.walked) - 1)
+            self._place = min(self._turn, len(self.walked) - 1) if self._counts_turns else place
             self._in_turn = True
             if vars(self._original).get("_interrupt"):  # from outside, where nobody knows of copies
                 vars(self.pipe)["_interrupt"] = True
@@ -423,11 +418,6 @@ def processors_of(module: object) -> dict[str, Any]:
 
 class SharedNetworkError(Exception):
     """A pipeline changes its network while it runs, which samples in flight share."""
-
-
-def _current() -> Loop:
-    """The loop that is running."""
-    return getcurrent().run_of
 
 
 _injected: collections.Counter[int] = collections.Counter()

@@ -227,11 +227,13 @@ class PipelineModel(ScoreModel):
             )
         shape, sde = loop.sample.shape, self.sde
         event = tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
-        given, end = self._ends(loop)
-        start = min(given, sde.t_max)
+        # Where its list was cut, else the process's own ends.
+        first, end = loop.span
+        given = max(min(first, 1.0) if self.reading.is_flow else first, sde.t_min)
+        start, end = min(given, sde.t_max), sde.t_min if end is None else max(end, sde.t_min)
         if self.event_shape is None:
             self.event_shape, self.t_start, self.t_end = event, start, end
-            self.calls, self.listed = max(1, loop.cost), loop.listed_turns
+            self.calls, self.listed = max(1, loop.cost), len(loop.walked)
         if (event, start, end) != (self.event_shape, self.t_start, self.t_end):
             raise ValueError(
                 f"samples of one call must have one shape and one start; one has {self.event_shape} from t = "
@@ -248,12 +250,6 @@ class PipelineModel(ScoreModel):
             keep = float(to.sigma / at.sigma)
             x = keep * x + float(to.alpha - keep * at.alpha) * loop.first
         loop.begin = x
-
-    def _ends(self, loop: Loop) -> tuple[float, float]:
-        """The process's times at which a loop begins and ends: where its list was cut, else the process's own."""
-        first, end = loop.span
-        given = max(min(first, 1.0) if self.reading.is_flow else first, self.sde.t_min)
-        return given, self.sde.t_min if end is None else max(end, self.sde.t_min)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         turn = self.ask(x_t, t, (cond or {})["sample"].tolist())
@@ -319,8 +315,7 @@ class PipelineModel(ScoreModel):
         for loop, row in zip(loops, x_0, strict=True):
             if loop.given_x_0 is not None:
                 row.copy_(loop.given_x_0.reshape(row.shape))
-        for loop, one in zip(loops, x_0, strict=True):
-            loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
+            loop.denoised = row.to(loop.sample.dtype).reshape(loop.sample.shape)
         return x_0
 
     def _failed(self, i: int, error: BaseException) -> None:
@@ -345,12 +340,9 @@ class PipelineModel(ScoreModel):
                 # The last state is denoised as a rule, and then it is data.
                 loop.finish(last if self.ends_denoised else last / self._alpha(self.t_end))
                 try:
-                    while not loop.ended:
-                        self.forwards.advance([loop])
-                        if not loop.ended:
-                            raise ValueError(
-                                "this pipeline takes another step after its loop; it is not known for what."
-                            )
+                    self.forwards.advance([loop])
+                    if not loop.ended:
+                        raise ValueError("this pipeline takes another step after its loop; it is not known for what.")
                 except Exception as error:  # noqa: BLE001 - its last state is in the result, and others go on
                     self.errors[i] = error
                     loop.close()
