@@ -186,34 +186,22 @@ def job_of(
     check_flags(denoise=denoise, differentiable=options.differentiable)
     if options.callback is not None and not callable(options.callback):
         raise TypeError(f"callback must be callable; got {type(options.callback).__name__}.")
+    which: dict[str, Any] = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
     if isinstance(score_fn, Model) and not isinstance(score_fn, ScoreModel):
         others = {"sde": sde, "atol": atol, "x_data": x_data, "strength": strength, "t_start": t_start, "dtype": dtype}
         others["differentiable"] = options.differentiable or None
         if refused := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"sampling of tokens takes no {', '.join(refused)}.")
-        which = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
         how = {"solver": solver, "controller": controller, "rtol": rtol, "nfe": nfe}
         return _job_of_tokens(score_fn, x_init, seed, which, how, options)
-    for given, name in ((x_init, "x_init"), (x_data, "x_data")):
-        if given is not None:
-            check_states(name, given, gradient=options.differentiable)
     if x_init is not None and x_data is not None:
         raise ValueError("give either x_init or x_data, not both.")
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
+    if given is not None:
+        check_states(name, given, gradient=options.differentiable)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    samples = resolve_samples(
-        model,
-        n=n,
-        shape=shape,
-        given=given,
-        name=name,
-        index=index,
-        seed=seed,
-        cond=cond,
-        dtype=dtype,
-        device=device,
-    )
+    samples = resolve_samples(model, given=given, name=name, seed=seed, dtype=dtype, **which)
     solver = ExponentialPC() if solver is None else solver
     process = started(process, given, strength, t_start, controller)
     steps = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
@@ -325,27 +313,20 @@ def encode(
     https://arxiv.org/abs/2010.02502, sec. 4.3; Song et al., https://arxiv.org/abs/2011.13456, sec. 4.3.
 
     Args:
-        score_fn: as for `sample`.
-        sde: as for `sample`.
+        score_fn, sde: as for `sample`.
         x: states at t_min, with shape (n, *event). In practice these are data.
         rtol: relative tolerance of an adaptive solver, 1e-3 by default. Sampling cannot repair an error made here.
         atol: absolute tolerance in units of the data, 1e-3 by default.
         solver: a deterministic one; adaptive `ProbabilityFlow()` by default.
         controller: as for `sample`. A `Grid` is used from its last time to its first.
-        batch_size: rows evaluated at a time; at most 64 by default.
-        cond: keyword arguments of the network, each with leading axis n.
-        max_nfe: as for `sample`.
-        dtype: floating dtype of the state; float32 by default, float64 for x in float64.
+        batch_size, cond, max_nfe, dtype, trajectory, progress: as for `sample`.
         device: that of `x` by default.
-        trajectory: as for `sample`.
-        progress: show a bar.
 
     Returns:
         A `SampleResult` whose samples are the states at t_max, with shape (n, *event).
 
     Raises:
-        ValueError, TypeError: before the first network call; also if the solver uses noise.
-        SamplingError, Interrupted: as `sample`.
+        ValueError, TypeError, SamplingError, Interrupted: as `sample`; ValueError also if the solver uses noise.
     """
     check_states("x", x)
     model = as_model(score_fn, sde)
