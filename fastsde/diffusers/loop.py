@@ -16,16 +16,18 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from fastsde.diffusers.joining import Call, Memory
-from fastsde.diffusers.schedules import Reading
 from fastsde.diffusers.stand_ins import Timesteps, refuse_copy, served, stand_in, unstepped
 from fastsde.types import State
+
+if TYPE_CHECKING:
+    from fastsde.diffusers.pipeline_model import PipelineModel
 
 _UNSERVED = ("text_encoder", "tokenizer", "image_encoder", "vae", "vqvae", "movq", "vocoder", "safety", "feature")
 """Beginnings of names of components that are no part of a loop's turn."""
@@ -41,36 +43,18 @@ class Loop:
     `output`).
 
     Args:
-        pipe: the pipeline; it works on a shallow copy.
+        model: that of all samples of the run; the loop works on a shallow copy of its pipeline.
         arguments: of the pipeline's call, for this sample alone.
-        reading: how its schedule is read.
-        memo: what `encode_prompt` returned before, shared by the samples of a run.
-        untouched: what `touched` says of the pipeline before any sample ran.
-        counts_turns: whether turns are numbered, rather than places in the pipeline's own list.
-        alone: whether no other sample runs at the same time.
         seed: of the random numbers that the pipeline draws without a generator.
-        device: where it runs.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        arguments: dict[str, Any],
-        reading: Reading,
-        memo: dict[Any, Any],
-        *,
-        untouched: Touched,
-        counts_turns: bool,
-        alone: bool,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.reading, self.arguments, self.alone = reading, arguments, alone
-        self._device = device
+    def __init__(self, model: PipelineModel, arguments: dict[str, Any], seed: int) -> None:
+        self.reading, self.arguments, self.alone = model.reading, arguments, model.batch_size == 1
+        self._device = device = model.device
         own = {str(place): torch.Generator(place).manual_seed(seed) for place in {torch.device("cpu"), device}}
         self._random = {name: generator.get_state() for name, generator in own.items()}
         self.call: Call | None = None
-        self.failed: Callable[[BaseException], None] = _raise
+        self.failed: Callable[[BaseException], None]  # told of an error that ends this sample
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
         self.output: Any = None
@@ -94,14 +78,14 @@ class Loop:
         self._listed: list[float] = []
         self.walked: list[float] = []  # the process's times in the list that the loop walks
         self.at = 0.0
-        self._untouched, self._seen = untouched, set[int]()
-        self._counts_turns, self._turn = counts_turns, 0
+        self._untouched, self._seen = model.forwards.untouched, set[int]()
+        self._counts_turns, self._turn = model.counts_turns, 0
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
         # Cosmos takes each step twice, setting the scheduler's number back between.
-        code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+        code = getattr(inspect.unwrap(type(model.pipe).__call__), "__code__", None)
         self.steps_twice = "_step_index" in getattr(code, "co_names", ())
-        self._original, self.pipe = pipe, self._copied(pipe, memo)
+        self._original, self.pipe = model.pipe, self._copied(model.pipe, model.memo)
         self._greenlet = greenlet(self._run)
         self._greenlet.run_of = self
         # Greenlets begin with an empty context; attention backends and the like are context variables.
@@ -132,13 +116,9 @@ class Loop:
         self.output = self.pipe(**self.arguments)
 
     def resume(self, answer: Any = None) -> None:
-        """Runs on to the next pause.
+        """Runs on to the next pause, with the output of the network's call, or nothing after `give` and `finish`.
 
-        Args:
-            answer: the output of the network's call, or nothing after `give` and `finish`.
-
-        Raises:
-            Exception: whatever the pipeline raises; it has ended then.
+        It raises whatever the pipeline raises, which has ended then.
         """
         self.call = None
         grad, outside = torch.is_grad_enabled(), _random_states(self._device)
@@ -167,8 +147,7 @@ class Loop:
             torch.set_grad_enabled(grad)  # which its decorators have set as they found it
         self.ended = True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return refuse_copy(self, memo)
+    __deepcopy__ = refuse_copy
 
     def remembering(self, module: nn.Module, hooks: Sequence[Any], run: Callable[[], Any]) -> Any:
         """A forward of a network with cache hooks, which remember this sample alone.
@@ -354,10 +333,6 @@ class Loop:
     def place(self) -> int | None:
         """The place of the loop in the pipeline's own list; None before it."""
         return self._place if self._walking or self._in_turn else None
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 def _edits(x: Tensor) -> int:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,9 @@ from fastsde.types import Cond, Index, State, Time
 _CHANGES = "the pipeline changes its network while it runs, so that samples ran one after another"
 
 
-@contextlib.contextmanager
-def evaluating(pipe: Any) -> Iterator[None]:
+def evaluating(pipe: Any) -> contextlib.AbstractContextManager[None]:
     """All networks of a pipeline in evaluation mode."""
-    with contextlib.ExitStack() as stack:
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                stack.enter_context(evaluation_mode(part))
-        yield
+    return evaluation_mode(nn.ModuleList(part for part in pipe.components.values() if isinstance(part, nn.Module)))
 
 
 class Forwards:
@@ -89,14 +84,9 @@ class Forwards:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One evaluation of samples, between what they are asked and what they answer.
+    """One evaluation of samples, `numbers`, at times `t`, between what they are asked and what they answer.
 
-    Attributes:
-        t: the times, with shape (B,).
-        numbers: the sample of each row.
-        asked: rows whose loops were given a state.
-        x_0: the predictions, as far as they are known already.
-        loops: those of `asked`.
+    Rows `asked` had their `loops` given a state. `x_0` has the predictions that are known already.
     """
 
     t: Time
@@ -110,9 +100,7 @@ class PipelineModel(ScoreModel):
     """The denoised prediction of a pipeline for samples that each stand in a loop of their own.
 
     Args:
-        pipe: the pipeline.
-        request: what it is asked for.
-        reading: how its schedule is read.
+        pipe, request, reading: the pipeline, what it is asked for, and how its schedule is read.
         generators: for each sample.
         batch_size: samples in flight.
         counts_turns: whether loops number their turns, of which there are then as many as in their own lists.
@@ -153,7 +141,7 @@ class PipelineModel(ScoreModel):
         self.process: SDE = reading.sde
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
-        self._memo: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}  # what `encode_prompt` returned before
         self.counts_turns, self.listed = counts_turns, 0
 
     @property
@@ -199,17 +187,7 @@ class PipelineModel(ScoreModel):
             arguments = dict(self.request.arguments[i])
             if "generator" in self.request.takes:
                 arguments["generator"] = self.generators[i]
-            self.loops[i] = Loop(
-                self.pipe,
-                arguments,
-                self.reading,
-                self._memo,
-                untouched=self.forwards.untouched,
-                counts_turns=self.counts_turns,
-                alone=self.batch_size == 1,
-                seed=self.generators[i].initial_seed(),
-                device=self._place,
-            )
+            self.loops[i] = Loop(self, arguments, self.generators[i].initial_seed())
             self.loops[i].failed = functools.partial(self._failed, i)
         self.forwards.advance([self.loops[i] for i in new])
         for i in new:

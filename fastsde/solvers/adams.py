@@ -128,12 +128,10 @@ class ExponentialAdams(Solver):
         return None
 
     def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> AdamsPlan:
-        """The coefficients of steps.
+        """The coefficients of steps between two levels of the process.
 
-        Args:
-            now, end: of the process, where the steps start and where they end.
-            lams: where the last predictions were made, the newest first, with shape (B, values kept).
-            count: how many of them there are, with shape (B,).
+        `lams` are where the last predictions were made, the newest first, with shape (B, values kept); `count` is how
+        many of them there are, with shape (B,).
         """
         lam, lam_s = now.log_snr / 2, end.log_snr / 2
         h = lam_s - lam
