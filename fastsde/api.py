@@ -123,28 +123,12 @@ def sample(
             network is read in a wrong way.
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
-    job = job_of(
-        score_fn,
-        sde,
-        options=Options(batch_size, max_nfe, trajectory, progress, callback, differentiable),
-        n=n,
-        shape=shape,
-        rtol=rtol,
-        atol=atol,
-        nfe=nfe,
-        solver=solver,
-        controller=controller,
-        seed=0 if seed is None else seed,
-        index=index,
-        cond=cond,
-        x_init=x_init,
-        x_data=x_data,
-        strength=strength,
-        t_start=t_start,
-        denoise=denoise,
-        dtype=dtype,
-        device=device,
-    )
+    options = Options(batch_size, max_nfe, trajectory, progress, callback, differentiable)
+    which: dict[str, Any] = {"n": n, "shape": shape, "index": index, "cond": cond, "dtype": dtype, "device": device}
+    how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
+    start: dict[str, Any] = {"x_init": x_init, "x_data": x_data, "strength": strength, "t_start": t_start}
+    number = 0 if seed is None else seed
+    job = job_of(score_fn, sde, options=options, seed=number, denoise=denoise, **which, **how, **start)
     if seed is None and not differentiable:  # optimisation draws the same samples again, of changed inputs
         asked = (job.noise.event_shape, job.t_start, repr(job.solver), rtol, atol, nfe)
         given = x_data if x_init is None else x_init
@@ -164,36 +148,30 @@ def job_of(
     sde: SDE | None = None,
     *,
     options: Options,
-    n: int | None = None,
-    shape: Sequence[int] | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     nfe: int | None = None,
     solver: Solver | None = None,
     controller: Controller | None = None,
-    seed: int = 0,
-    index: Sequence[int] | Tensor | None = None,
-    cond: Cond | None = None,
     x_init: Tensor | None = None,
     x_data: Tensor | None = None,
     strength: float | None = None,
     t_start: float | None = None,
     denoise: bool = True,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    **which: Any,
 ) -> Job:
-    """What `sample` runs; arguments and errors as there."""
+    """What `sample` runs; arguments and errors as there, `which` being those that `resolve_samples` takes."""
     check_flags(denoise=denoise, differentiable=options.differentiable)
     if options.callback is not None and not callable(options.callback):
         raise TypeError(f"callback must be callable; got {type(options.callback).__name__}.")
-    which: dict[str, Any] = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
     if isinstance(score_fn, Model) and not isinstance(score_fn, ScoreModel):
         others = {"sde": sde, "atol": atol, "x_data": x_data, "strength": strength, "t_start": t_start, "dtype": dtype}
         others["differentiable"] = options.differentiable or None
         if refused := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"sampling of tokens takes no {', '.join(refused)}.")
         how = {"solver": solver, "controller": controller, "rtol": rtol, "nfe": nfe}
-        return _job_of_tokens(score_fn, x_init, seed, which, how, options)
+        return _job_of_tokens(score_fn, x_init, which, how, options)
     if x_init is not None and x_data is not None:
         raise ValueError("give either x_init or x_data, not both.")
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
@@ -201,7 +179,7 @@ def job_of(
         check_states(name, given, gradient=options.differentiable)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    samples = resolve_samples(model, given=given, name=name, seed=seed, dtype=dtype, **which)
+    samples = resolve_samples(model, given=given, name=name, dtype=dtype, **which)
     solver = ExponentialPC() if solver is None else solver
     process = started(process, given, strength, t_start, controller)
     steps = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
@@ -215,7 +193,7 @@ def job_of(
 
 
 def _job_of_tokens(
-    model: Model, x_init: Tensor | None, seed: int, which: dict[str, Any], how: dict[str, Any], options: Options
+    model: Model, x_init: Tensor | None, which: dict[str, Any], how: dict[str, Any], options: Options
 ) -> Job:
     """`job_of` for a token model."""
     from fastsde import tokens  # when it is used: most callers have no tokens
@@ -224,8 +202,8 @@ def _job_of_tokens(
         raise TypeError(f"{type(model).__name__} draws no samples.")
     given = None if x_init is None else tokens.check_tokens("x_init", x_init, model)
     if given is not None:
-        which["cond"] = {**(which["cond"] or {}), **model.prompt_cond(given != tokens.MASK)}
-    samples = resolve_samples(model, given=given, seed=seed, **which)
+        which["cond"] = {**(which.get("cond") or {}), **model.prompt_cond(given != tokens.MASK)}
+    samples = resolve_samples(model, given=given, **which)
     solver, grid = tokens.resolve(model, event=samples.event, **how)
     start = torch.full((len(samples.index), *samples.event), tokens.MASK) if given is None else given
     noise = FreshNoise(samples.seed, samples.event, torch.int64)

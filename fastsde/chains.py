@@ -100,10 +100,6 @@ def langevin(
 class _Chain(Solver):
     """Steps of a kernel at one level, on states that carry the count of accepted moves in a last column."""
 
-    convergence = "none"
-    noise = "fresh"
-    use = "langevin"
-
     kernel: LangevinDynamics
     event: tuple[int, ...]
     level: float

@@ -143,9 +143,6 @@ def _rule(solver: _ImprovedEuler, rtol: float, atol: float, size: float, dtype: 
 class _ImprovedEuler(Solver):
     """The step of `integrate`, on the clock u = -t."""
 
-    convergence = "strong 1"
-    noise = "path"
-    use = "integrate"
     calls_per_step = 2
     adaptive = True
     keep_path = True

@@ -286,9 +286,6 @@ class _HostNoise(Noise):
         super().__init__(0, event, dtype)
         self.draw, self.level_at = draw, level_at
 
-    def start(self, index: Index, t: Time) -> Carry:
-        return {}
-
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         if torch.equal(t, s):  # before the first step
             return torch.zeros(len(t), *self.event_shape, dtype=self.dtype, device=t.device), t - s, {}

@@ -183,10 +183,7 @@ def _averaged(result: SampleResult, log_prob: Tensor, d: int, bin_width: float |
 class _Density(Solver):
     """Runge-Kutta for y and, in further columns, the integral of the divergence per dimension, one for each probe."""
 
-    convergence = "that of the tableau"
-    noise = "none"
     deterministic = True
-    use = "log_likelihood"
 
     tableau: Tableau
     event: tuple[int, ...]

@@ -154,9 +154,9 @@ class Noise(ABC):
         u = _uniforms(key, number, position, _UNIFORM + (k << 8), self.size)
         return u.reshape(len(index), *self.event_shape)
 
-    @abstractmethod
     def start(self, index: Index, t: Time) -> Carry:
-        """What must travel with each row, at its start at t, with shape (B,)."""
+        """What must travel with each row, at its start at t, with shape (B,); nothing by default."""
+        return {}
 
     @abstractmethod
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
@@ -180,9 +180,6 @@ class FreshNoise(Noise):
     Right for solvers that never reject. After a rejection the noise is drawn again, as in the published code of
     Algorithm 6: acceptance then depends on the noise, which biases the law.
     """
-
-    def start(self, index: Index, t: Time) -> Carry:
-        return {}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         z = self._draw(index, attempt, _STEP)

@@ -21,8 +21,7 @@ class ProbabilityFlowODE:
     https://arxiv.org/abs/2011.13456, eq. 13.
 
     Args:
-        score_fn: as for `sample`.
-        sde: as for `sample`.
+        score_fn, sde: as for `sample`.
         cond: keyword arguments of the network, each with the leading axis of x.
 
     Attributes:

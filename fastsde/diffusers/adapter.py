@@ -51,8 +51,7 @@ def from_diffusers(
         scheduler: a scheduler or its configuration. A pipeline has its own.
         guidance_scale: classifier-free guidance with this scale. It makes two calls in each evaluation. None and values
             up to 1 mean no guidance.
-        guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
-        guidance_interval: as `interval` of `ClassifierFreeGuidance`.
+        guidance_rescale, guidance_interval: as `rescale` and `interval` of `ClassifierFreeGuidance`.
         clip: whether denoised predictions are clipped. By default they are if the configuration says so (`clip_sample`,
             `thresholding`), but never for latents. Clipping makes the score less smooth; see `Clipped`.
         event_shape: (C, H, W) of the state; from the configuration by default. Plain callables need it, or
@@ -75,7 +74,7 @@ def from_diffusers(
         pipe_or_model, scheduler = load(pipe_or_model, scheduler, **loading)
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
-    scale = _checked_scale(guidance_scale)
+    scale = 1.0 if guidance_scale is None else guidance_scale
     _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
@@ -130,6 +129,11 @@ def _check_options(
     clip: object, event_shape: object, rescale: float, interval: tuple[float, float] | None, scale: float
 ) -> None:
     """Refuses what would be ignored or fail late."""
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
+            f"{scale!r}."
+        )
     if clip is not None and not isinstance(clip, bool):
         raise TypeError(f"clip must be True, False or None; got {clip!r}.")
     if event_shape is not None:
@@ -138,17 +142,6 @@ def _check_options(
             raise ValueError(f"event_shape must be (C, H, W), positive whole numbers; got {event_shape!r}.")
     if scale <= 1 and (rescale or interval is not None):
         raise ValueError("guidance_rescale and guidance_interval need a guidance_scale above 1.")
-
-
-def _checked_scale(scale: float | None) -> float:
-    if scale is None:
-        return 1.0
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(
-            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
-            f"{scale!r}."
-        )
-    return float(scale)
 
 
 _SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")

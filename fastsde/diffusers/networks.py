@@ -50,8 +50,7 @@ class DiffusersModel(ScoreModel):
         network: the network.
         reading: its process, time and prediction, from `read_schedule`.
         event_shape: (C, H, W); from the network's configuration by default, where it says.
-        data_range: as for `ScoreModel`.
-        default_cond: as for `ScoreModel`.
+        data_range, default_cond: as for `ScoreModel`.
         allow_distilled: do not refuse checkpoints that look distilled.
 
     Raises:

@@ -166,26 +166,10 @@ def sample_pipeline(
             is a `PipelineResult` with what was finished.
         Interrupted: at Ctrl-C; likewise.
     """
-    run = PipelineRun(
-        pipe,
-        prompt,
-        n=n,
-        rtol=rtol,
-        atol=atol,
-        nfe=nfe,
-        solver=solver,
-        controller=controller,
-        seed=seed,
-        index=index,
-        batch_size=batch_size,
-        per_sample=per_sample,
-        max_nfe=max_nfe,
-        dtype=dtype,
-        progress=progress,
-        callback=callback,
-        allow_distilled=allow_distilled,
-        arguments=arguments,
-    )
+    which: dict[str, Any] = {"n": n, "seed": seed, "index": index, "per_sample": per_sample, "arguments": arguments}
+    how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
+    how |= {"batch_size": batch_size, "max_nfe": max_nfe, "dtype": dtype, "progress": progress, "callback": callback}
+    run = PipelineRun(pipe, prompt, allow_distilled=allow_distilled, **which, **how)
     try:
         with running(pipe):
             whole = run.whole(Engine(run.begin()).run())
@@ -201,8 +185,7 @@ def sample_pipeline(
 class PipelineRun:
     """A call of `sample_pipeline`, between what it is asked and what the engine is given; arguments as there.
 
-    Args:
-        forwards: what calls the networks, for other runs too.
+    `forwards` calls the networks, for other runs too.
     """
 
     def __init__(

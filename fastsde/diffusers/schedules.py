@@ -210,7 +210,7 @@ def read_schedule(config: Config) -> Reading:
     flow = prediction == "flow_prediction" or config.get("use_flow_sigmas")
     betas = "beta_schedule" in config or "trained_betas" in config
     if flow or ("shift" in config and not betas):
-        reading = _flow(config, name, given="prediction_type" in config)
+        reading = _flow(config, name)
     elif "sigma_data" in config:
         reading = _edm(config, _positive(config, "sigma_data", 0.5))
     elif "snr" in config and "sigma_max" in config and not betas:
@@ -339,11 +339,11 @@ def _levels(config: Config, least: int = 2) -> int:
     return levels
 
 
-def _flow(config: Config, name: str, *, given: bool) -> Reading:
+def _flow(config: Config, name: str) -> Reading:
     """A rectified flow. A shift spaces a scheduler's steps; here it only says where its last level is."""
     if config.get("invert_sigmas"):
         raise ValueError(f"{name} has invert_sigmas=True, a time that runs the other way; it is not supported.")
-    if given and config.get("prediction_type") != "flow_prediction":
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise ValueError(
             f"{name} has use_flow_sigmas=True with prediction_type={config['prediction_type']!r}; a flow's network "
             'predicts the velocity, "flow_prediction".'

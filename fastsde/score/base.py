@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from fastsde.batching import expand_like
 from fastsde.checks import check_kind
-from fastsde.files import json_hash
+from fastsde.files import sha256
 from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
@@ -353,7 +354,8 @@ def reading_hash(model: ScoreModel) -> str:
 
     Of functions that belong to it their names count, of `timestep` its values at five times.
     """
-    return json_hash(_reading_of(model))
+    plain = json.dumps(_reading_of(model), sort_keys=True, separators=(",", ":"), default=_shown)
+    return sha256(plain.encode())
 
 
 def _reading_of(model: ScoreModel) -> dict[str, Any]:
@@ -366,20 +368,14 @@ def _reading_of(model: ScoreModel) -> dict[str, Any]:
         elif key == "timestep" and value is not None:
             own[key] = [round(v, 6) for v in value(five).double().tolist()]
         elif key not in ("network", "sde"):
-            own[key] = _plain(value)
+            own[key] = value
     return own
 
 
-def _plain(value: object) -> Any:
-    """A value, or what tells it from others, as JSON can hold it."""
+def _shown(value: object) -> str:
+    """What tells a value that JSON does not know from others."""
     if isinstance(value, Tensor):
         return tensors_hash({"": value})
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 

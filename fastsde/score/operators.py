@@ -88,7 +88,7 @@ class Mask(LinearOperator):
         if not (mask == self.known).all() or not self.known.any():
             raise ValueError("mask must hold 0 (unknown) and 1 (known), at least one of them known.")
 
-    def _keep(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         known, event = self.known.to(x.device), tuple(x.shape[1:])
         fits = known.ndim <= len(event) and all(
             m in (1, e) for m, e in zip(known.shape, event[len(event) - known.ndim :], strict=True)
@@ -100,18 +100,15 @@ class Mask(LinearOperator):
             )
         return torch.where(known, x, torch.zeros_like(x))
 
-    def __call__(self, x: State) -> Tensor:
-        return self._keep(x)
-
     def adjoint(self, y: Tensor) -> Tensor:
-        return self._keep(y)
+        return self(y)
 
     def pinv(self, y: Tensor) -> Tensor:
-        return self._keep(y)
+        return self(y)
 
     def residual(self, y: Tensor, x: State) -> Tensor:
         _same_shape(y, x)
-        return self._keep(y - x)
+        return self(y - x)
 
     def count(self, y: Tensor) -> int:
         return int(self.known.expand(y.shape[1:]).sum())

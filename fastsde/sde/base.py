@@ -118,9 +118,7 @@ class SDE(ABC):
 
     def prior(self, noise: State, t: float | None = None) -> State:
         """The start of sampling, N(0, sigma(t)^2 I) at t = t_max or below, from standard normal `noise` (B, *event)."""
-        if t is None or t == self.t_max:
-            return noise * self.prior_std
-        return noise * float(self.sigma(torch.tensor([t], dtype=torch.float64)))
+        return noise * float(self.sigma(torch.tensor([self.t_max if t is None else t], dtype=torch.float64)))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={_short(v)}" for k, v in vars(self).items() if not k.startswith("_"))
