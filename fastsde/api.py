@@ -15,7 +15,7 @@ from fastsde.arguments import as_model, resolve_samples, started, warn
 from fastsde.checks import check_flags, check_states
 from fastsde.control import Controller
 from fastsde.engine import Engine
-from fastsde.job import EngineState, Job, Options, Samples, make_job
+from fastsde.job import EngineState, Job, Options, make_job
 from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
 from fastsde.score.base import Model, ScoreModel
@@ -188,7 +188,11 @@ def job_of(
     if given is None:
         check_start(process, span[0])
     if x_data is not None:
-        samples = dataclasses.replace(samples, start=_edited(process, x_data, span[0], samples))
+        # Where it starts, with the noise that is each sample's start.
+        z = FreshNoise(samples.seed, samples.event, samples.dtype).prior(samples.index)
+        times = torch.full(samples.index.shape, span[0], dtype=torch.float64, device=samples.device)
+        start = process.marginal(x_data.to(samples.device, samples.dtype), times, z)
+        samples = dataclasses.replace(samples, start=start)
     return make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
 
 
@@ -320,10 +324,3 @@ def encode(
     options = Options(batch_size, max_nfe, trajectory, progress)
     solver, controller = Forward(solver), controller.reversed()
     return Engine(make_job(model, process, solver, controller, (t_end, t_start), samples, options)).run()
-
-
-def _edited(sde: SDE, x_data: Tensor, t: float, samples: Samples) -> Tensor:
-    """alpha x_data + sigma z at the time t, with the noise z that is each sample's start, with shape (n, *event)."""
-    z = FreshNoise(samples.seed, samples.event, samples.dtype).prior(samples.index)
-    times = torch.full(samples.index.shape, t, dtype=torch.float64, device=samples.device)
-    return sde.marginal(x_data.to(samples.device, samples.dtype), times, z)

@@ -228,16 +228,16 @@ class Engine:
         row |= {name: self.rows["solver"][name].index_select(0, ids) for name in self.job.solver.reports}
         if self.job.denoise and self.job.solver.keeps_x_0:
             row["x"] = self.rows["solver"]["x_0"].index_select(0, ids)
-        nfe = row["nfe"]
         if self.denoising_call:
-            cond = select_rows(ids, self.rows["cond"])
-            self.pool.append({"row": row, "cond": cond})
-            nfe = nfe + self.job.model.cost(row["t"], cond) * (row["status"] != Status.NON_FINITE)
+            self.pool.append({"row": row, "cond": select_rows(ids, self.rows["cond"])})
         else:
             self._put(row)
         self.rows["row"]["status"].index_fill_(0, ids, int(Row.EMPTY))
         self.finished += len(done)
-        self.nfe_finished += int(nfe.sum())
+        self.nfe_finished += int(row["nfe"].sum())
+        if self.denoising_call:  # last, because a model may fail to tell what its call will cost
+            last_call = self.job.model.cost(row["t"], self.pool[-1]["cond"]) * (row["status"] != Status.NON_FINITE)
+            self.nfe_finished += int(last_call.sum())
         return ids
 
     def _write(self, ids: Tensor, fresh: dict[str, Carry]) -> None:

@@ -56,11 +56,9 @@ class Clock(Protocol):
 
     def log_snr(self, t: Time) -> Coef:
         """Log signal-to-noise ratio at t, with shape (B,)."""
-        ...
 
     def t_of_log_snr(self, log_snr: Coef) -> Time:
         """The inverse of `log_snr`, with shape (B,)."""
-        ...
 
 
 class Controller(ABC):

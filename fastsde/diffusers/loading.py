@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsde.diffusers.networks import offloaded_to
-from fastsde.diffusers.schedules import Config, filled
+from fastsde.diffusers.schedules import filled
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 """The files of a network in diffusers' layout."""
@@ -97,7 +97,12 @@ def load(
         raise FileNotFoundError(f"{folder} holds neither model_index.json nor {CONFIG}: no diffusers model.")
     network = diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, **options)
     _mark(network, source, subfolder)
-    return network, scheduler if scheduler is not None else _scheduler_beside(folder, local=local)
+    if scheduler is None:
+        found = next((folder / name for name in _SCHEDULERS if (folder / name).is_file()), None) if local else None
+        if found is None:
+            raise FileNotFoundError(f"no scheduler_config.json in or beside {folder}; give scheduler=.")
+        scheduler = filled(json.loads(found.read_text()))
+    return network, scheduler
 
 
 def _load_file(path: Path, scheduler: Any, config: str | Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -122,13 +127,6 @@ def _load_file(path: Path, scheduler: Any, config: str | Path | None, options: d
             "of a pipeline with that layout."
         )
     return load(path.parent, scheduler, ema=False, **options)
-
-
-def _scheduler_beside(folder: Path, *, local: bool) -> Config:
-    found = next((folder / name for name in _SCHEDULERS if (folder / name).is_file()), None) if local else None
-    if found is None:
-        raise FileNotFoundError(f"no scheduler_config.json in or beside {folder}; give scheduler=.")
-    return filled(json.loads(found.read_text()))
 
 
 def _mark(network: Any, source: str | Path, subfolder: str | None) -> None:
