@@ -15,7 +15,7 @@ from fastsde.arguments import as_model, resolve_samples, started, warn
 from fastsde.checks import check_flags, check_states
 from fastsde.control import Controller
 from fastsde.engine import Engine
-from fastsde.job import EngineState, Job, Options, Samples, make_job
+from fastsde.job import EngineState, Job, Options, make_job
 from fastsde.noise import FreshNoise
 from fastsde.result import DataRangeWarning, RepeatedSeedWarning, SampleResult
 from fastsde.score.base import Model, ScoreModel
@@ -123,28 +123,12 @@ def sample(
             network is read in a wrong way.
         RepeatedSeedWarning: if the same samples are drawn again because no seed was given.
     """
-    job = job_of(
-        score_fn,
-        sde,
-        options=Options(batch_size, max_nfe, trajectory, progress, callback, differentiable),
-        n=n,
-        shape=shape,
-        rtol=rtol,
-        atol=atol,
-        nfe=nfe,
-        solver=solver,
-        controller=controller,
-        seed=0 if seed is None else seed,
-        index=index,
-        cond=cond,
-        x_init=x_init,
-        x_data=x_data,
-        strength=strength,
-        t_start=t_start,
-        denoise=denoise,
-        dtype=dtype,
-        device=device,
-    )
+    options = Options(batch_size, max_nfe, trajectory, progress, callback, differentiable)
+    which: dict[str, Any] = {"n": n, "shape": shape, "index": index, "cond": cond, "dtype": dtype, "device": device}
+    how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
+    start: dict[str, Any] = {"x_init": x_init, "x_data": x_data, "strength": strength, "t_start": t_start}
+    number = 0 if seed is None else seed
+    job = job_of(score_fn, sde, options=options, seed=number, denoise=denoise, **which, **how, **start)
     if seed is None and not differentiable:  # optimisation draws the same samples again, of changed inputs
         asked = (job.noise.event_shape, job.t_start, repr(job.solver), rtol, atol, nfe)
         given = x_data if x_init is None else x_init
@@ -164,25 +148,20 @@ def job_of(
     sde: SDE | None = None,
     *,
     options: Options,
-    n: int | None = None,
-    shape: Sequence[int] | None = None,
     rtol: float | None = None,
     atol: float | None = None,
     nfe: int | None = None,
     solver: Solver | None = None,
     controller: Controller | None = None,
-    seed: int = 0,
-    index: Sequence[int] | Tensor | None = None,
-    cond: Cond | None = None,
     x_init: Tensor | None = None,
     x_data: Tensor | None = None,
     strength: float | None = None,
     t_start: float | None = None,
     denoise: bool = True,
     dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    **which: Any,
 ) -> Job:
-    """What `sample` runs; arguments and errors as there."""
+    """What `sample` runs; arguments and errors as there, `which` being those that `resolve_samples` takes."""
     check_flags(denoise=denoise, differentiable=options.differentiable)
     if options.callback is not None and not callable(options.callback):
         raise TypeError(f"callback must be callable; got {type(options.callback).__name__}.")
@@ -191,29 +170,16 @@ def job_of(
         others["differentiable"] = options.differentiable or None
         if refused := [name for name, value in others.items() if value is not None]:
             raise ValueError(f"sampling of tokens takes no {', '.join(refused)}.")
-        which = {"n": n, "shape": shape, "index": index, "cond": cond, "device": device}
         how = {"solver": solver, "controller": controller, "rtol": rtol, "nfe": nfe}
-        return _job_of_tokens(score_fn, x_init, seed, which, how, options)
-    for given, name in ((x_init, "x_init"), (x_data, "x_data")):
-        if given is not None:
-            check_states(name, given, gradient=options.differentiable)
+        return _job_of_tokens(score_fn, x_init, which, how, options)
     if x_init is not None and x_data is not None:
         raise ValueError("give either x_init or x_data, not both.")
     given, name = (x_data, "x_data") if x_init is None else (x_init, "x_init")
+    if given is not None:
+        check_states(name, given, gradient=options.differentiable)
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    samples = resolve_samples(
-        model,
-        n=n,
-        shape=shape,
-        given=given,
-        name=name,
-        index=index,
-        seed=seed,
-        cond=cond,
-        dtype=dtype,
-        device=device,
-    )
+    samples = resolve_samples(model, given=given, name=name, dtype=dtype, **which)
     solver = ExponentialPC() if solver is None else solver
     process = started(process, given, strength, t_start, controller)
     steps = resolve_controller(model, process, solver, controller, rtol, atol, nfe, denoise)
@@ -222,12 +188,16 @@ def job_of(
     if given is None:
         check_start(process, span[0])
     if x_data is not None:
-        samples = dataclasses.replace(samples, start=_edited(process, x_data, span[0], samples))
+        # Where it starts, with the noise that is each sample's start.
+        z = FreshNoise(samples.seed, samples.event, samples.dtype).prior(samples.index)
+        times = torch.full(samples.index.shape, span[0], dtype=torch.float64, device=samples.device)
+        start = process.marginal(x_data.to(samples.device, samples.dtype), times, z)
+        samples = dataclasses.replace(samples, start=start)
     return make_job(model, process, solver, steps, span, samples, options, denoise=denoise)
 
 
 def _job_of_tokens(
-    model: Model, x_init: Tensor | None, seed: int, which: dict[str, Any], how: dict[str, Any], options: Options
+    model: Model, x_init: Tensor | None, which: dict[str, Any], how: dict[str, Any], options: Options
 ) -> Job:
     """`job_of` for a token model."""
     from fastsde import tokens  # when it is used: most callers have no tokens
@@ -236,8 +206,8 @@ def _job_of_tokens(
         raise TypeError(f"{type(model).__name__} draws no samples.")
     given = None if x_init is None else tokens.check_tokens("x_init", x_init, model)
     if given is not None:
-        which["cond"] = {**(which["cond"] or {}), **model.prompt_cond(given != tokens.MASK)}
-    samples = resolve_samples(model, given=given, seed=seed, **which)
+        which["cond"] = {**(which.get("cond") or {}), **model.prompt_cond(given != tokens.MASK)}
+    samples = resolve_samples(model, given=given, **which)
     solver, grid = tokens.resolve(model, event=samples.event, **how)
     start = torch.full((len(samples.index), *samples.event), tokens.MASK) if given is None else given
     noise = FreshNoise(samples.seed, samples.event, torch.int64)
@@ -325,27 +295,20 @@ def encode(
     https://arxiv.org/abs/2010.02502, sec. 4.3; Song et al., https://arxiv.org/abs/2011.13456, sec. 4.3.
 
     Args:
-        score_fn: as for `sample`.
-        sde: as for `sample`.
+        score_fn, sde: as for `sample`.
         x: states at t_min, with shape (n, *event). In practice these are data.
         rtol: relative tolerance of an adaptive solver, 1e-3 by default. Sampling cannot repair an error made here.
         atol: absolute tolerance in units of the data, 1e-3 by default.
         solver: a deterministic one; adaptive `ProbabilityFlow()` by default.
         controller: as for `sample`. A `Grid` is used from its last time to its first.
-        batch_size: rows evaluated at a time; at most 64 by default.
-        cond: keyword arguments of the network, each with leading axis n.
-        max_nfe: as for `sample`.
-        dtype: floating dtype of the state; float32 by default, float64 for x in float64.
+        batch_size, cond, max_nfe, dtype, trajectory, progress: as for `sample`.
         device: that of `x` by default.
-        trajectory: as for `sample`.
-        progress: show a bar.
 
     Returns:
         A `SampleResult` whose samples are the states at t_max, with shape (n, *event).
 
     Raises:
-        ValueError, TypeError: before the first network call; also if the solver uses noise.
-        SamplingError, Interrupted: as `sample`.
+        ValueError, TypeError, SamplingError, Interrupted: as `sample`; ValueError also if the solver uses noise.
     """
     check_states("x", x)
     model = as_model(score_fn, sde)
@@ -361,10 +324,3 @@ def encode(
     options = Options(batch_size, max_nfe, trajectory, progress)
     solver, controller = Forward(solver), controller.reversed()
     return Engine(make_job(model, process, solver, controller, (t_end, t_start), samples, options)).run()
-
-
-def _edited(sde: SDE, x_data: Tensor, t: float, samples: Samples) -> Tensor:
-    """alpha x_data + sigma z at the time t, with the noise z that is each sample's start, with shape (n, *event)."""
-    z = FreshNoise(samples.seed, samples.event, samples.dtype).prior(samples.index)
-    times = torch.full(samples.index.shape, t, dtype=torch.float64, device=samples.device)
-    return sde.marginal(x_data.to(samples.device, samples.dtype), times, z)

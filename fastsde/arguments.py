@@ -24,11 +24,7 @@ from fastsde.types import Cond, ScoreFn
 
 
 def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
-    """The score model that the caller means.
-
-    Raises:
-        TypeError, ValueError: if there is no process, or another than the model's.
-    """
+    """The score model that the caller means; a TypeError or ValueError without a process, or for another's."""
     if isinstance(score_fn, (str, os.PathLike)):
         raise TypeError(
             f"score_fn must be a score model or a function; got {score_fn!r}. Open it first: "
@@ -103,11 +99,7 @@ def resolve_samples(
 
 
 def check_index(index: Sequence[int] | Tensor | None) -> Tensor | None:
-    """The sample numbers that are asked for, with shape (n,).
-
-    Raises:
-        ValueError: if they are none.
-    """
+    """The sample numbers that are asked for, with shape (n,), or else a ValueError."""
     if index is None:
         return None
     try:
@@ -122,12 +114,7 @@ def check_index(index: Sequence[int] | Tensor | None) -> Tensor | None:
 
 
 def _shape(
-    model: Model,
-    n: int | None,
-    shape: Sequence[int] | None,
-    given: Tensor | None,
-    name: str,
-    index: Tensor | None,
+    model: Model, n: int | None, shape: Sequence[int] | None, given: Tensor | None, name: str, index: Tensor | None
 ) -> tuple[int, ...]:
     """(n, *event)."""
     if n is not None:
@@ -167,11 +154,7 @@ def _shape(
 
 
 def resolve_dtype(dtype: torch.dtype | None, x_init: Tensor | None) -> torch.dtype:
-    """The dtype of the state: the one given, float64 for start states in float64, else float32.
-
-    Raises:
-        TypeError: if it is not real floating point.
-    """
+    """The dtype of the state: the one given, which must be real, float64 for start states in float64, else float32."""
     if dtype is None:  # differences of neighbouring states are lost in half precision
         return torch.float64 if x_init is not None and x_init.dtype == torch.float64 else torch.float32
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
@@ -195,11 +178,7 @@ def resolve_device(model: Model, device: torch.device | str | None, x_init: Tens
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """The device of that name, if tensors can live there.
-
-    Raises:
-        ValueError: if this torch does not know it or cannot use it here.
-    """
+    """The device of that name, or a ValueError if this torch does not know it or cannot use it here."""
     try:
         probe = torch.empty(0, device=device)
         probe.cpu()  # fails on "meta", which holds no numbers
@@ -212,11 +191,7 @@ def usable_device(device: torch.device | str) -> torch.device:
 def started(
     sde: SDE, given: Tensor | None, strength: float | None, t_start: float | None, controller: Controller | None
 ) -> SDE:
-    """The process from where sampling starts: a copy with another t_max, if `strength` or `t_start` say so.
-
-    Raises:
-        ValueError: naming the argument and what is allowed.
-    """
+    """The process from where sampling starts: a copy with another t_max, if `strength` or `t_start` say so."""
     said = {k: v for k, v in (("strength", strength), ("t_start", t_start)) if v is not None}
     if not said:
         return sde
@@ -239,8 +214,7 @@ def started(
 def resolve_cond(model: Model, cond: Cond | None, n: int, device: torch.device) -> dict[str, Tensor]:
     """The conditioning on the right device; the model's default repeated n times for what the caller left out.
 
-    Raises:
-        TypeError, ValueError: if it is no dict of tensors with leading axis n, or not what the network takes.
+    What is no dict of tensors with leading axis n, or not what the network takes, is refused.
     """
     check_kind("cond", cond, Mapping, "a dict of tensors")
     default = {k: v.expand(n, *v.shape) for k, v in (model.default_cond or {}).items()}

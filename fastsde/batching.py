@@ -11,15 +11,7 @@ from fastsde.types import AnyState, Carry, Coef, Mask, State
 
 
 def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
-    """Views a per-row vector so that it broadcasts against `x`, in the dtype of `x` (flags stay flags).
-
-    Args:
-        value: one number or flag per row, with shape (B,).
-        x: a tensor with shape (B, *event).
-
-    Returns:
-        `value` with shape (B, 1, ..., 1), of the same rank as `x`.
-    """
+    """A number or flag per row, with shape (B,), as (B, 1, ..., 1) of the rank of `x`; numbers in its dtype."""
     value = value.reshape(value.shape[0], *(1,) * (x.ndim - 1))
     return value if value.dtype == torch.bool else value.to(x.dtype)
 
@@ -27,20 +19,18 @@ def expand_like(value: Coef | Mask, x: Tensor) -> Tensor:
 def row_norm(x: State, *, q: float = 2.0) -> Coef:
     """Scaled norm of each row: root mean square for q = 2, largest magnitude for q = infinity.
 
-    `||x||_q / d^(1/q)` with d the number of elements of ONE row, so that the norm neither grows with the
-    dimension nor reads across the batch.
-
-    Args:
-        x: with shape (B, *event).
-        q: 2 or `math.inf`.
-
-    Returns:
-        The norms in float64, with shape (B,).
+    `||x||_q / d^(1/q)` in float64, with shape (B,), and d the number of elements of ONE row, so that the norm neither
+    grows with the dimension nor reads across the batch. `q` is 2 or `math.inf`.
     """
     flat = x.reshape(x.shape[0], -1)
     if q == 2.0:
         return torch.linalg.vector_norm(flat, dim=1, dtype=torch.float64) / math.sqrt(flat.shape[1])
     return flat.abs().amax(dim=1).double()
+
+
+def row_dot(a: Tensor, b: Tensor) -> Coef:
+    """The inner product of each row of a with that of b, in float64, with shape (B,)."""
+    return (a * b).flatten(1).sum(1, dtype=torch.float64)
 
 
 def all_finite(x: AnyState) -> Mask:
@@ -56,9 +46,3 @@ def where_rows(mask: Mask, new: Carry, old: Carry) -> Carry:
 def select_rows(rows: Tensor, tensors: Carry) -> Carry:
     """The given rows of every tensor, in the given order."""
     return {key: value.index_select(0, rows) for key, value in tensors.items()}
-
-
-def write_rows(rows: Tensor, source: Carry, target: Carry) -> None:
-    """Overwrites the given rows of every tensor of `target`, in place."""
-    for key, value in source.items():
-        target[key].index_copy_(0, rows, value.to(target[key].dtype))

@@ -53,25 +53,16 @@ def langevin(
         kernel: `LangevinDynamics(step_size)` or `MALA(step_size)`.
         steps: length of the chain, at least 1.
         t: the level of noise, a time of the process in [t_min, t_max].
-        n: number of samples, if the model knows its event shape.
-        shape: (n, *event).
         x_init: start states with shape (n, *event); draws from the prior at t, that of pure noise, by default.
-        seed: in [0, 2^64).
-        index: draw these sample numbers of the seed.
-        batch_size: rows evaluated at a time; at most 64 by default.
-        cond: keyword arguments of the network, each with leading axis n.
         max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`, where it is.
-        dtype: floating dtype of the state; float32 by default, float64 for start states in float64.
-        device: that of `x_init` or of the network by default.
-        progress: show a bar over finished samples.
+        n, shape, seed, index, batch_size, cond, dtype, device, progress: as for `sample`.
 
     Returns:
         A `SampleResult` with the last states, with shape (n, *event). `accepted` and `rejected` count the moves of
         `MALA`; without acceptance all are accepted.
 
     Raises:
-        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
-        SamplingError, Interrupted: as `sample`.
+        ValueError, TypeError, SamplingError, Interrupted: as `sample`.
     """
     if x_init is not None:
         check_states("x_init", x_init)
@@ -108,10 +99,6 @@ def langevin(
 @dataclasses.dataclass(frozen=True)
 class _Chain(Solver):
     """Steps of a kernel at one level, on states that carry the count of accepted moves in a last column."""
-
-    convergence = "none"
-    noise = "fresh"
-    use = "langevin"
 
     kernel: LangevinDynamics
     event: tuple[int, ...]

@@ -26,6 +26,10 @@ from fastsde.sde.edm import EDM
 from fastsde.sde.ve import VESDE
 from fastsde.types import Cond, ScoreFn, State, Time
 
+_Range = tuple[float, float]
+_Named = tuple[str, Callable[[Time], Time] | None]
+"""A time of the network by its formula; None for the one that it has."""
+_AS_GIVEN: _Named = ("as given", None)
 _RANGES = ((-1.0, 1.0), (0.0, 1.0), (0.0, 255.0))
 _LEVELS, _PILOT, _CALLS, _MOST_DATA = 6, 16, 10, 64
 _LEAST, _MOST = 0.05, 20.0
@@ -178,9 +182,10 @@ def diagnose(
         raise ValueError(f"the model's samples have shape {model.event_shape}; got {event}.")
     n = _PILOT if data is None else len(data)
     place = resolve_device(model, device, None)
-    bench = _Bench(model, event, n, resolve_cond(model, cond, n, place), check_count("seed", seed, 0), place)
+    data = None if data is None else data.to(place, torch.float32)
+    bench = _Bench(model, data, (n, *event), resolve_cond(model, cond, n, place), check_count("seed", seed, 0), place)
     with torch.no_grad(), model.sampling():
-        return bench.run(None if data is None else data.to(place, torch.float32), progress=progress)
+        return bench.run(progress=progress)
 
 
 @dataclasses.dataclass
@@ -228,63 +233,61 @@ def _judged(model: ScoreModel, reading: Reading, noised: _Noised, outputs: list[
 
 
 class _Bench:
-    """Tries readings of one network."""
+    """Tries readings of one network, on data or on samples of the given shape (n, *event)."""
 
     def __init__(
         self,
         model: ScoreModel,
-        event: tuple[int, ...],
-        n: int,
+        data: Tensor | None,
+        shape: tuple[int, ...],
         cond: dict[str, Tensor],
         seed: int,
         device: torch.device,
     ) -> None:
-        self.model, self.event, self.n, self.cond, self.device = model, event, n, cond, device
-        self.noise, self.calls, self.seed = FreshNoise(seed, event, torch.float32), 0, seed
+        self.model, self.data, self.shape, self.cond, self.device = model, data, shape, cond, device
+        self.noise, self.calls, self.seed = FreshNoise(seed, shape[1:], torch.float32), 0, seed
         self.own_cond = cond  # what the innermost model sees of it
         while isinstance(model, Wrapper):
             self.own_cond, model = model.inner_cond(self.own_cond), model.model
-        self.index = torch.arange(n, device=device)
+        self.index = torch.arange(shape[0], device=device)
 
-    def run(self, data: Tensor | None, *, progress: bool) -> Diagnosis:
+    def run(self, *, progress: bool) -> Diagnosis:
         """Tries the given reading and, if it is not clearly right, the others."""
-        inside = innermost(self.model)
+        inside, data, (low, high) = innermost(self.model), self.data, self.model.data_range
         given = Reading(inside.prediction, 1, "as given", self.model.data_range)
         first = self._tried(self.model, given, data)
-        if data is not None and not self._in_range(data):
-            low, high = self.model.data_range
+        if data is not None and ((data - (low + high) / 2).abs() <= high - low).float().mean() <= 0.99:
             advice = (
                 f"The data lie in {float(data.min()):g} .. {float(data.max()):g}, data_range is ({low:g}, {high:g}): "
                 "one of the two is wrong. Say which range the network was trained on, and give data in it."
             )
-            return self._diagnosis(first, None, advice, data is not None, fits=False)
+            return self._diagnosis(first, None, advice, fits=False)
         timeless = self._ignores_time(first)
         # Other predictions and signs at the given time: some wrong ones pass by themselves.
         rivals: list[_Trial] = []
         if first.passes and not inside.preconditioned:
             noised = self._noised(inside.sde, first.data)
-            rivals = list(self._tried_all(inside, "as given", None, inside.data_range, noised))
+            rivals = list(self._tried_all(inside, _AS_GIVEN, inside.data_range, noised))
         beaten = any(rival.passes and rival.score < first.score + math.log(_BETTER) for rival in rivals)
         if first.passes and not beaten and first.score < math.log(_CLEAR) and not timeless:
-            return self._diagnosis(first, first, self._fitting(first), data is not None, fits=True)
-        trials = list(self._others(inside, data, progress)) if not inside.preconditioned else []
+            return self._diagnosis(first, first, self._fitting(first), fits=True)
+        trials = list(self._others(inside, progress)) if not inside.preconditioned else []
         passing = [trial for trial in trials if trial.passes]
         # Of readings that are as good as each other, the one with the least to change.
         best = min(passing, key=lambda trial: trial.score + 0.01 * len(_changes(given, trial.reading)), default=None)
         if first.passes and (best is None or best.score > first.score + math.log(_BETTER)):
             note = " The network gives the same at any time: check that it gets one." if timeless else ""
-            return self._diagnosis(first, first, self._fitting(first) + note, data is not None, fits=True)
+            return self._diagnosis(first, first, self._fitting(first) + note, fits=True)
         if best is None:
             more = "" if data is not None else " Give data=, 16 of them: with data more readings can be told apart."
             advice = f"No usual reading fits.{self._symptom(first)}{self._start(first)}{more}"
-            return self._diagnosis(first, None, advice, data is not None, fits=False)
+            return self._diagnosis(first, None, advice, fits=False)
         if best.reading == given:  # the network fits; guidance or clipping around it is meant to change predictions
             advice = self._fitting(best) + " What is wrapped around it, guidance or clipping, changes its predictions."
-            return self._diagnosis(first, first, advice, data is not None, fits=True)
-        return self._diagnosis(first, best, self._advice(given, best.reading), data is not None, fits=False)
+            return self._diagnosis(first, first, advice, fits=True)
+        return self._diagnosis(first, best, self._advice(given, best.reading), fits=False)
 
-    def _diagnosis(self, first: _Trial, best: _Trial | None, advice: str, from_data: bool, *, fits: bool) -> Diagnosis:
-        other = None if best is None or best is first else best.error
+    def _diagnosis(self, first: _Trial, best: _Trial | None, advice: str, *, fits: bool) -> Diagnosis:
         return Diagnosis(
             fits=fits,
             advice=advice,
@@ -294,9 +297,9 @@ class _Bench:
             level=first.level,
             error=first.error,
             magnitude=first.magnitude,
-            best_error=other,
+            best_error=None if best is None or best is first else best.error,
             calls=self.calls,
-            from_data=from_data,
+            from_data=self.data is not None,
         )
 
     def _fitting(self, trial: _Trial) -> str:
@@ -337,40 +340,29 @@ class _Bench:
         if not torch.isfinite(trial.error).all():
             return " The network gives NaN or infinity."
         if not trial.inside:
-            return (
-                f" Its samples leave the data range: predictions of data have size {float(trial.magnitude.max()):.3g}."
-            )
+            return f" Its samples leave the data range: predictions of data have size {trial.magnitude.max():.3g}."
         if float(trial.magnitude[0]) > span:
-            return (
-                f" Where noise is high, predictions of data have size {float(trial.magnitude[0]):.3g}, as no data have."
-            )
+            return f" Where noise is high, predictions of data have size {trial.magnitude[0]:.3g}, as no data have."
         worst = int(trial.error.argmax())
         return (
             f" At sigma / alpha = {float(trial.level[worst]):.3g} its error is {float(trial.error[worst]):.3g} times "
             f"that of a linear prediction; the process is {sde}."
         )
 
-    def _others(self, inside: ScoreModel, data: Tensor | None, progress: bool) -> Iterator[_Trial]:
+    def _others(self, inside: ScoreModel, progress: bool) -> Iterator[_Trial]:
         """All readings but the given one; without data, those whose prediction at high noise has the size of data."""
-        noised: dict[tuple[float, float], _Noised | None] = {inside.data_range: None}
-        if data is not None:
-            ranges = (inside.data_range, *(r for r in _RANGES if r != inside.data_range))
-            noised = {r: self._noised(inside.sde, _framed(data, inside.data_range, r)) for r in ranges}
-        for name, time in tqdm(_times(inside), desc="readings", unit="time", disable=not progress):
+        noised: dict[_Range, _Noised | None] = {inside.data_range: None}
+        if self.data is not None:
+            ranges = dict.fromkeys((inside.data_range, *_RANGES))
+            noised = {r: self._noised(inside.sde, _framed(self.data, inside.data_range, r)) for r in ranges}
+        for time in tqdm(_times(inside), desc="readings", unit="time", disable=not progress):
             for data_range, framed in noised.items():
-                yield from self._tried_all(inside, name, time, data_range, framed)
+                yield from self._tried_all(inside, time, data_range, framed)
 
-    def _tried_all(
-        self,
-        inside: ScoreModel,
-        name: str,
-        time: Callable[[Time], Time] | None,
-        data_range: tuple[float, float],
-        noised: _Noised | None,
-    ) -> Iterator[_Trial]:
+    def _tried_all(self, inside: ScoreModel, time: _Named, span: _Range, noised: _Noised | None) -> Iterator[_Trial]:
         """All predictions and signs of a network with this time, from the same calls where data are given."""
-        readings = [Reading(p, sign, name, data_range) for p in PREDICTIONS for sign in (1, -1)]
-        models = [self._read(inside, reading, time) for reading in readings]
+        readings = [Reading(p, sign, time[0], span) for p in PREDICTIONS for sign in (1, -1)]
+        models = [self._read(inside, reading, time[1]) for reading in readings]
         try:
             if noised is not None:
                 outputs = [self._output(models[0], x_t, t) for x_t, t in zip(noised.x, noised.t, strict=True)]
@@ -397,7 +389,7 @@ class _Bench:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DataRangeWarning)
                 r = sample(
-                    model, shape=(self.n, *self.event), nfe=max(_CALLS, 2 * model.calls), cond=self._cond(model),
+                    model, shape=self.shape, nfe=max(_CALLS, 2 * model.calls), cond=self._cond(model),
                     seed=self.seed, device=self.device,
                 )  # fmt: skip
             self.calls += int(r.nfe.max())
@@ -444,23 +436,19 @@ class _Bench:
     def _starts_inside(self, model: ScoreModel) -> bool:
         """Whether predictions from noise alone, where it is high, have the size of data."""
         low, high = model.data_range
-        t = torch.full((self.n,), model.sde.t_max, dtype=torch.float64, device=self.device)
+        t = torch.full(self.shape[:1], model.sde.t_max, dtype=torch.float64, device=self.device)
         x = model.sde.prior(self.noise.prior(self.index))
         prediction = Prediction(model.prediction, self._output(model, x, t), x, model.sde.alpha(t), model.sde.sigma(t))
         # Twice the range, and what an error of a tenth in epsilon makes of it.
         room = 2 * (high - low) + 0.1 * float(model.sde.sigma(t)[0] / model.sde.alpha(t)[0])
         return float((prediction.x_0 - (low + high) / 2).double().square().mean().sqrt()) < room
 
-    def _in_range(self, data: Tensor) -> bool:
-        low, high = self.model.data_range
-        return bool(((data - (low + high) / 2).abs() <= high - low).float().mean() > 0.99)
-
     def _ignores_time(self, trial: _Trial) -> bool:
         """Whether the network gives the same whatever its time, as far as one state can tell."""
         sde = trial.model.sde
         x = self.noise.prior(self.index)
-        ends = [torch.full((self.n,), t, dtype=torch.float64, device=self.device) for t in (sde.t_min, sde.t_max)]
-        early, late = (self._output(trial.model, x, t) for t in ends)
+        ends = torch.tensor([[sde.t_min], [sde.t_max]], dtype=torch.float64, device=self.device)
+        early, late = (self._output(trial.model, x, t) for t in ends.expand(2, len(x)))
         return float((early - late).abs().max()) <= 1e-6 * float(early.abs().max())
 
 
@@ -476,12 +464,12 @@ def _changes(given: Reading, other: Reading) -> list[str]:
     return [f.name for f in dataclasses.fields(Reading) if getattr(given, f.name) != getattr(other, f.name)]
 
 
-def _times(model: ScoreModel) -> list[tuple[str, Callable[[Time], Time] | None]]:
+def _times(model: ScoreModel) -> list[_Named]:
     """The given time of the network, and the usual ones, by their formula."""
     sde = model.sde
     n = sde.levels if isinstance(sde, DiscreteVPSDE) else 1000
-    times: list[tuple[str, Callable[[Time], Time] | None]] = [
-        ("as given", None),
+    times: list[_Named] = [
+        _AS_GIVEN,
         ("t", lambda t: t),
         ("1 - t", lambda t: 1 - t),
         (f"{n} * t - 1", lambda t: n * t - 1),
@@ -492,6 +480,6 @@ def _times(model: ScoreModel) -> list[tuple[str, Callable[[Time], Time] | None]]
     return times
 
 
-def _framed(data: Tensor, given: tuple[float, float], wanted: tuple[float, float]) -> Tensor:
+def _framed(data: Tensor, given: _Range, wanted: _Range) -> Tensor:
     """Data of one range in another one."""
     return (data - given[0]) * (wanted[1] - wanted[0]) / (given[1] - given[0]) + wanted[0]

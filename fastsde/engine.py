@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from fastsde.batching import all_finite, expand_like, select_rows, where_rows, write_rows
+from fastsde.batching import all_finite, expand_like, select_rows, where_rows
 from fastsde.control.base import Verdict
 from fastsde.flags import LateFlags
 from fastsde.job import EngineState, Job
@@ -78,8 +78,7 @@ class Engine:
         self.most_nfe = job.max_nfe - job.model.calls * (job.solver.calls_per_step + self.denoising_call)
         self.after = torch.tensor([int(_AFTER[verdict]) for verdict in Verdict], device=self.device)
         self.plan: Plan | None = None
-        self.turn, self.nfe_finished = 0, 0
-        self.finished = 0
+        self.turn = self.finished = self.nfe_finished = 0
 
     def run(self) -> SampleResult:
         """Samples until the queue is empty.
@@ -95,12 +94,15 @@ class Engine:
 
     def _run(self) -> SampleResult:
         start = time.perf_counter()
-        bar = tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=not self.job.progress)
         try:
-            self._loop(bar)
+            self._loop()
             self._flush()
         except KeyboardInterrupt:
-            self._interrupted()
+            try:
+                self._pool_ended()
+                self._flush()
+            except KeyboardInterrupt:  # the second ends the denoising, too
+                self._flush(denoise=False)
             raise Interrupted(self._result(start)) from None
         except Exception as error:
             self._pool_ended()
@@ -113,32 +115,23 @@ class Engine:
                 f"they are in .result of this exception: {result.counts()}.",
                 result,
             ) from error
-        finally:
-            bar.close()
         return self._result(start)
 
-    def _interrupted(self) -> None:
-        """Brings what is finished to the result; the second Ctrl-C ends the denoising, too."""
-        try:
-            self._pool_ended()
-            self._flush()
-        except KeyboardInterrupt:
-            self._flush(denoise=False)
-
-    def _loop(self, bar: tqdm) -> None:
+    def _loop(self) -> None:
         """Turns until every sample has ended."""
         self.rows = self._fresh_rows(list(islice(self.queue, self.job.batch_size)))
         self.live = len(self.rows["row"]["slot"])
-        while self.live:
-            if self.flags.read(self._turn()):
-                self._retire()
-            # Every turn, so that the bar is alive before the first sample ends.
-            if not bar.disable:
+        hidden = not self.job.progress
+        with tqdm(total=self.n, desc="sample", unit="sample", miniters=0, disable=hidden) as bar:
+            while self.live:
+                if self.flags.read(self._turn()):
+                    self._retire()
+                # Every turn, so that the bar is alive before the first sample ends.
                 mean_nfe = f"{self.nfe_finished / self.finished:.1f}" if self.finished else "-"
                 bar.set_postfix(mean_nfe=mean_nfe, turn=self.turn, refresh=False)
                 bar.update(self.finished - bar.n)
-            if self.job.callback is not None:
-                self.job.callback(self._state())
+                if self.job.callback is not None:
+                    self.job.callback(self._state())
 
     def _fresh_rows(self, places: list[int]) -> dict[str, Carry]:
         """Rows of the samples at the given places of the queue."""
@@ -152,9 +145,7 @@ class Engine:
         job = self.job
         index = job.index[slots]
         x = job.sde.prior(job.noise.prior(index), job.t_start) if job.start is None else job.start(slots)
-        t, t_end = (
-            torch.full(index.shape, end, dtype=torch.float64, device=self.device) for end in (job.t_start, job.t_end)
-        )
+        t, t_end = (torch.full_like(index, end, dtype=torch.float64) for end in (job.t_start, job.t_end))
         zero = torch.zeros_like(index)
         if job.recorder is not None:
             job.recorder.start(slots, t, x)
@@ -179,11 +170,11 @@ class Engine:
             self.flags.announce(moving & (s <= row["t_end"]))
         noise = StepNoise(job.noise, row["index"], row["attempt"], position, t, s, rows["noise"])
         model = job.model.bind(rows["cond"], active, row["nfe"])
-        plan = None if self.plan is None else self.plan.rows(job.controller.plan_row(control))
-        if plan is None:
-            solver_step = partial(job.solver.step, model, job.sde, x, t, s, noise, rows["solver"])
+        given = (model, job.sde, x, t, s, noise, rows["solver"])
+        if self.plan is None:
+            solver_step = partial(job.solver.step, *given)
         else:
-            solver_step = partial(job.solver.planned_step, model, job.sde, x, t, s, noise, rows["solver"], plan)
+            solver_step = partial(job.solver.planned_step, *given, self.plan.rows(job.controller.plan_row(control)))
         step = self._again_in_backward(solver_step)
         proposal = step.x if job.model.edit is None else step.x + job.model.edit
         s = s if step.s is None else torch.where(moving, step.s, t)
@@ -244,17 +235,10 @@ class Engine:
         self.rows["row"]["status"].index_fill_(0, ids, int(Row.EMPTY))
         self.finished += len(done)
         self.nfe_finished += int(row["nfe"].sum())
-        if self.denoising_call:
+        if self.denoising_call:  # last, because a model may fail to tell what its call will cost
             last_call = self.job.model.cost(row["t"], self.pool[-1]["cond"]) * (row["status"] != Status.NON_FINITE)
             self.nfe_finished += int(last_call.sum())
         return ids
-
-    def _start_again(self, again: list[int]) -> None:
-        """Sends the given rows to their start; their calls, their attempts and what the controller knows stay."""
-        ids = torch.tensor(again, device=self.device)
-        fresh = self._at_start(self.rows["row"]["slot"].index_select(0, ids))
-        del fresh["row"]["nfe"], fresh["row"]["attempt"]
-        self._write(ids, fresh)
 
     def _write(self, ids: Tensor, fresh: dict[str, Carry]) -> None:
         """Puts fresh rows into the given slots."""
@@ -268,8 +252,11 @@ class Engine:
         self.flags.clear()
         status = self.rows["row"]["status"].tolist()
         again = [i for i, value in enumerate(status) if value == Row.RESTART]
-        if again:
-            self._start_again(again)
+        if again:  # their calls, their attempts and what the controller knows stay
+            ids = torch.tensor(again, device=self.device)
+            fresh = self._at_start(self.rows["row"]["slot"].index_select(0, ids))
+            del fresh["row"]["nfe"], fresh["row"]["attempt"]
+            self._write(ids, fresh)
         done = [i for i, value in enumerate(status) if value > Row.ACTIVE]
         if not done:
             return
@@ -278,11 +265,10 @@ class Engine:
             self._flush()
 
         slots = list(islice(self.queue, len(done)))
-        taken = len(slots)
         if slots:
-            self._write(ids[:taken], self._fresh_rows(slots))
-        self.empty.update(done[taken:])
-        self.live += taken - len(done)
+            self._write(ids[: len(slots)], self._fresh_rows(slots))
+        self.empty.update(done[len(slots) :])
+        self.live += len(slots) - len(done)
         self._shrink()
 
     def _shrink(self) -> None:
@@ -325,7 +311,8 @@ class Engine:
         lost = (row["status"] == Status.NON_FINITE) | ~all_finite(row["x"])
         row["status"] = row["status"].masked_fill(lost, int(Status.NON_FINITE))
         row["x"] = row["x"].masked_fill(expand_like(lost, row["x"]), self.lost)
-        write_rows(row["slot"], {key: row[key] for key in self.out}, self.out)
+        for key, out in self.out.items():
+            out.index_copy_(0, row["slot"], row[key].to(out.dtype))
         if self.job.finished is not None:
             self.job.finished(row["slot"], row["x"], row["status"])
 
@@ -336,20 +323,11 @@ class Engine:
         return EngineState(self.turn, self.finished, index, x, t, nfe, x_0)
 
     def _result(self, start: float) -> SampleResult:
-        out, job = self.out, self.job
-        seconds = time.perf_counter() - start
-        return SampleResult(
-            out["x"],
-            out["nfe"],
-            out["accepted"],
-            out["rejected"],
-            out["status"],
-            job.index,
-            job.noise.seed,
-            seconds,
-            None if job.recorder is None else job.recorder.paths(),
-            report={name: out[name] for name in job.solver.reports} or None,
-        )
+        job, seconds = self.job, time.perf_counter() - start
+        x, nfe, accepted, rejected, status = (self.out[k] for k in ("x", "nfe", "accepted", "rejected", "status"))
+        paths = None if job.recorder is None else job.recorder.paths()
+        report = {name: self.out[name] for name in job.solver.reports} or None
+        return SampleResult(x, nfe, accepted, rejected, status, job.index, job.noise.seed, seconds, paths, None, report)
 
 
 def _denoised(model: BoundModel, x_t: State, t: Time) -> State:

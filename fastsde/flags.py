@@ -30,9 +30,6 @@ class LateFlags:
 
     A row that is at its end a turn late takes part in a network call for nothing. But which rows may reach their end is
     known before the call of that turn: those are waited for. Restarts and failures still come late.
-
-    Args:
-        lag: in turns.
     """
 
     def __init__(self, lag: int) -> None:

@@ -86,11 +86,8 @@ def integrate(
             strong order 1/2, 1 for additive noise).
         save_at: times in [t0, t1] at which to keep the state: `.trajectory[i].x` of the result, with shape (k, *event).
         dense: keep every accepted state of every sample instead.
-        seed: in [0, 2^64).
-        index: sample numbers, 0 .. n - 1 by default; the noise of a sample depends on (seed, number, time) alone.
-        batch_size: rows evaluated at a time; at most 64 by default.
+        seed, index, batch_size, progress: as for `sample`; the noise of a sample depends on (seed, number, time) alone.
         max_nfe: a sample that would need more evaluations of the drift stops there, with `Status.MAX_NFE`.
-        progress: show a bar.
 
     Returns:
         A `SampleResult`: states at t1, evaluations of the drift, steps and status of each sample.
@@ -115,7 +112,8 @@ def integrate(
         raise ValueError("extrapolate=False is Euler-Maruyama, which solves Ito SDEs; this one is Stratonovich.")
     if dense and save_at is not None:
         raise ValueError("give either save_at= or dense=True, not both.")
-    model = _Drift(drift)
+    model = ScoreModel(drift, _PROCESS, timestep=torch.neg)  # in the place of a network; the clock is u = -t
+    model.role = "drift"
     samples = resolve_samples(model, given=x0, name="x0", index=index, seed=seed, dtype=x0.dtype)
     solver = _ImprovedEuler(diffusion, diffusion is not None and ito and not additive, extrapolate)
     check_steps(steps)
@@ -141,22 +139,10 @@ def _rule(solver: _ImprovedEuler, rtol: float, atol: float, size: float, dtype: 
     return rule if solver.diffusion is None else dataclasses.replace(rule, limit=10.0, growth=1.5)
 
 
-class _Drift(ScoreModel):
-    """The drift in the place of a network; the engine's clock is u = -t."""
-
-    role = "drift"
-
-    def __init__(self, drift: Callable[[Tensor, Tensor], Tensor]) -> None:
-        super().__init__(drift, _PROCESS, timestep=torch.neg)
-
-
 @dataclasses.dataclass(frozen=True)
 class _ImprovedEuler(Solver):
     """The step of `integrate`, on the clock u = -t."""
 
-    convergence = "strong 1"
-    noise = "path"
-    use = "integrate"
     calls_per_step = 2
     adaptive = True
     keep_path = True

@@ -168,7 +168,7 @@ def make_job(
     """
     sign = 1.0 if span[1] < span[0] else -1.0
     t_start, t_end = sign * span[0], sign * span[1]
-    count, device = len(samples.index), samples.index.device
+    count, device, start = len(samples.index), samples.device, samples.start
     batch = 64 if options.batch_size is None else check_count("batch_size", options.batch_size, 1)
     controller, saved = _stopping(controller, options, sign, span)
     grids = controller.all_grids()
@@ -198,7 +198,7 @@ def make_job(
         t_end=t_end,
         index=samples.index,
         cond=samples.cond,
-        start=_start(samples),
+        start=start.to(device, samples.dtype).__getitem__ if isinstance(start, Tensor) else start,
         denoise=denoise,
         max_nfe=max_nfe,
         batch_size=min(batch, count),
@@ -225,14 +225,6 @@ def noise_of(samples: Samples, solver: Solver, sde: SDE, ends: tuple[float, floa
     if solver.clock_power is not None:
         clock |= {"log_snr": sde.log_snr, "power": solver.clock_power}
     return BrownianPath(seed, event, dtype, **clock)
-
-
-def _start(samples: Samples) -> Callable[[Tensor], Tensor] | None:
-    """Start states by places in the queue, if they are given."""
-    given = samples.start
-    if isinstance(given, Tensor):
-        return given.to(samples.device, samples.dtype).__getitem__
-    return given
 
 
 def _stopping(

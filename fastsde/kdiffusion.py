@@ -156,12 +156,7 @@ def sample_adaptive(
 
 
 class _Host(ScoreModel):
-    """The host's model as a score model, and the walks that it can be taken on.
-
-    Args:
-        model, x, sigmas, extra_args, callback, flow: what the host gave.
-        levels: `sigmas` as numbers.
-    """
+    """The host's model as a score model, and the walks that it can be taken on; `levels` are `sigmas` as numbers."""
 
     role = "the model"
 
@@ -224,8 +219,7 @@ class _Host(ScoreModel):
     def refitted(self, solver: FittedSolver) -> FittedSolver:
         """The solver at its log-SNR in the host's process, in which its weights, of x / alpha and x_0, are the same.
 
-        Raises:
-            ValueError: if it starts elsewhere than the host, or the host does not end at 0.
+        One that starts elsewhere than the host, or a host that does not end at 0, is refused.
         """
         if self.levels[-1] > 0:
             raise ValueError(f"fitted ends with the denoised sample: sigmas must end in 0; got {self.levels[-1]:g}.")
@@ -251,14 +245,8 @@ class _Host(ScoreModel):
         check_kind("noise_sampler", noise_sampler, Callable, "a function of two levels")
         stochastic = not solver.deterministic
         denoise, items = levels[-1] == 0, torch.arange(len(self.x), device=self.x.device)
-        samples = resolve_samples(
-            self,
-            given=self.x,
-            name="x",
-            index=index,
-            seed=self._seed(seed, needed=noise_sampler is None and stochastic),
-            cond={"row": items},
-        )
+        number = self._seed(seed, needed=noise_sampler is None and stochastic)
+        samples = resolve_samples(self, given=self.x, name="x", index=index, seed=number, cond={"row": items})
         x = self.x * self.scale
         samples = dataclasses.replace(samples, start=x)
         if noise_sampler is not None and stochastic:
@@ -298,9 +286,6 @@ class _HostNoise(Noise):
         super().__init__(0, event, dtype)
         self.draw, self.level_at = draw, level_at
 
-    def start(self, index: Index, t: Time) -> Carry:
-        return {}
-
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         if torch.equal(t, s):  # before the first step
             return torch.zeros(len(t), *self.event_shape, dtype=self.dtype, device=t.device), t - s, {}
@@ -313,11 +298,7 @@ class _HostNoise(Noise):
 
 
 def _levels(sigmas: Tensor) -> list[float]:
-    """The host's levels as numbers, each once.
-
-    Raises:
-        TypeError, ValueError: if they are no falling vector.
-    """
+    """The host's levels as numbers, each once; what is no falling vector is refused."""
     check_tensor("sigmas", sigmas)
     if sigmas.ndim != 1 or not sigmas.is_floating_point():
         raise ValueError(f"sigmas must be a vector of levels; got {tuple(sigmas.shape)} of {sigmas.dtype}.")
@@ -339,8 +320,7 @@ def _fitted(given: object, eta: float) -> FittedSolver:
 def _is_flow(model: object, first: float, said: bool | None) -> bool:
     """Whether the model is a flow: as it tells itself, else by a level above 1, which no flow has, else as said.
 
-    Raises:
-        TypeError, ValueError: if nothing tells, or two disagree.
+    Where nothing tells, or two disagree, it is refused.
     """
     if said is not None and not isinstance(said, bool):
         raise TypeError(f"flow must be True, False or None; got {said!r}.")

@@ -102,16 +102,11 @@ def log_likelihood(
         tableau: Runge-Kutta method.
         controller: a `Grid`, instead of tolerances.
         seed: of probes and dequantisation; sample i depends on (seed, i) alone.
-        batch_size: rows evaluated at a time; at most 64 by default.
-        cond: keyword arguments of the network, each with leading axis n.
-        max_nfe: as for `sample`.
-        dtype: floating dtype of the state; float32 by default, float64 for x in float64.
+        batch_size, cond, max_nfe, dtype, progress: as for `sample`.
         device: that of `x` by default.
-        progress: show a bar over finished samples.
 
     Raises:
-        ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
-        SamplingError: if the network fails after the first sample was finished.
+        ValueError, TypeError, SamplingError: as `sample`.
         Interrupted: at Ctrl-C. A `Likelihood` is in `.result`, with NaN for what is not finished.
     """
     check_states("x", x)
@@ -170,34 +165,25 @@ def _averaged(result: SampleResult, log_prob: Tensor, d: int, bin_width: float |
     status = result.status.reshape(log_prob.shape[:2])
     log_prob = log_prob.masked_fill((status != Status.SUCCESS).any(1)[:, None, None], torch.nan)
     average, bits = log_prob.mean((1, 2)), d * math.log(2)
-    pending = (status == Status.PENDING).any(1)
+    # Over the draws if there are several, else over the columns.
+    values = log_prob.mean(2) if log_prob.shape[1] > 1 else log_prob[:, 0]
+    count = values.shape[1]
+    error = values.std(1) / math.sqrt(count) if count > 1 else torch.full_like(average, torch.nan)
     return Likelihood(
         average,
         -average / bits - (0.0 if bin_width is None else math.log2(bin_width)),
-        _standard_error(log_prob, certain=certain) / bits,
+        0 * average if certain else error / bits,
         result.nfe.reshape(status.shape).sum(1),
-        status.max(1).values.masked_fill(pending, int(Status.PENDING)),
+        status.max(1).values.masked_fill((status == Status.PENDING).any(1), int(Status.PENDING)),
         result.seconds,
     )
-
-
-def _standard_error(log_prob: Tensor, *, certain: bool) -> Tensor:
-    """That of the mean of estimates (n, draws, columns): over the draws if there are several, else over the columns."""
-    values = log_prob.mean(2) if log_prob.shape[1] > 1 else log_prob[:, 0]
-    if certain:
-        return 0 * values[:, 0]
-    count = values.shape[1]
-    return values.std(1) / math.sqrt(count) if count > 1 else torch.full_like(values[:, 0], torch.nan)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Density(Solver):
     """Runge-Kutta for y and, in further columns, the integral of the divergence per dimension, one for each probe."""
 
-    convergence = "that of the tableau"
-    noise = "none"
     deterministic = True
-    use = "log_likelihood"
 
     tableau: Tableau
     event: tuple[int, ...]
@@ -228,8 +214,8 @@ class _Density(Solver):
                 y = packed[:, : -self.columns].detach().requires_grad_()
                 x = (expand_like(sde.alpha(at), y) * y).reshape(-1, *self.event)
                 eps = model(x, at).epsilon.reshape(len(y), -1)
-            divergence = [self._divergence(eps, y, v) for v in vectors]
-            per_dim = torch.stack(divergence, 1)
+            products = [(torch.autograd.grad(eps, y, v, retain_graph=True)[0] * v).sum(1) for v in vectors]
+            per_dim = torch.stack(products, 1)
             if self.exact:
                 per_dim = per_dim.sum(1, keepdim=True)
             return torch.cat([eps.detach(), per_dim / y.shape[1]], 1)
@@ -244,8 +230,3 @@ class _Density(Solver):
         # Fixed along the path: drawn at position 0 of the sample's stream, whatever the step.
         normals = [noise.fixed(k)[:, :d] for k in range(self.columns)]
         return normals if self.gaussian else [z.sign() for z in normals]
-
-    @staticmethod
-    def _divergence(eps: Tensor, y: Tensor, v: Tensor) -> Tensor:
-        (product,) = torch.autograd.grad(eps, y, v, retain_graph=True)
-        return (product * v).sum(1)

@@ -34,8 +34,6 @@ ALL_NOISE = 10.0
 """sigma / alpha from which on nothing is seen yet of data within [-1, 1] or so."""
 _CHUNK, _CHUNK_ON_DEVICE = 1 << 19, 1 << 22
 """Normals made at a time: few enough to stay in a processor's cache, many enough to hide the cost of a call."""
-
-
 _Key = tuple[int, int] | tuple[Tensor, Tensor]
 
 
@@ -156,9 +154,9 @@ class Noise(ABC):
         u = _uniforms(key, number, position, _UNIFORM + (k << 8), self.size)
         return u.reshape(len(index), *self.event_shape)
 
-    @abstractmethod
     def start(self, index: Index, t: Time) -> Carry:
-        """What must travel with each row, at its start at t, with shape (B,)."""
+        """What must travel with each row, at its start at t, with shape (B,); nothing by default."""
+        return {}
 
     @abstractmethod
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
@@ -182,9 +180,6 @@ class FreshNoise(Noise):
     Right for solvers that never reject. After a rejection the noise is drawn again, as in the published code of
     Algorithm 6: acceptance then depends on the noise, which biases the law.
     """
-
-    def start(self, index: Index, t: Time) -> Carry:
-        return {}
 
     def increment(self, index: Index, attempt: Index, t: Time, s: Time, carry: Carry) -> tuple[State, Coef, Carry]:
         z = self._draw(index, attempt, _STEP)
@@ -214,11 +209,8 @@ class BrownianPath(Noise):
     T(u) = (e^{a u} - 1) / (e^a - 1), a = power / 2 times the range of the log-SNR.
 
     Args:
-        seed: in [0, 2^64).
-        event_shape: shape of one sample.
-        dtype: floating dtype of the noise.
-        t_min: lower end of the time range.
-        t_max: upper end of the time range.
+        seed, event_shape, dtype: as for `Noise`.
+        t_min, t_max: ends of the time range.
         log_snr: the log-SNR at times with shape (B,), for the second clock.
         power: that of the second clock, positive.
     """
@@ -258,12 +250,7 @@ class BrownianPath(Noise):
     def __call__(self, index: Index, t: Time) -> State:
         """W(t) for each sample, with W = 0 where u = 0: at t_min, or at t_max in the clock of the log-SNR.
 
-        Args:
-            index: sample numbers, with shape (B,).
-            t: times in [t_min, t_max], with shape (B,).
-
-        Returns:
-            The values, with shape (B, *event).
+        Times in [t_min, t_max] and sample numbers have shape (B,), the values (B, *event).
         """
         return self.start(index, t)["w"]
 
@@ -315,12 +302,8 @@ class StepNoise:
 
     Args:
         source: where the noise comes from.
-        index: sample numbers, with shape (B,).
-        attempt: steps tried before by each sample, with shape (B,).
+        index, attempt, t, s, carry: as for its `increment`.
         position: steps accepted before by each sample, the warm-up turn included, with shape (B,).
-        t: now, with shape (B,).
-        s: target, with shape (B,).
-        carry: what travels with the rows.
     """
 
     def __init__(

@@ -9,7 +9,6 @@ from fastsde.arguments import as_model
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.score.network import evaluation_mode
 from fastsde.sde.base import SDE
-from fastsde.sde.reverse import probability_flow_drift
 from fastsde.types import Cond, ScoreFn
 
 
@@ -22,8 +21,7 @@ class ProbabilityFlowODE:
     https://arxiv.org/abs/2011.13456, eq. 13.
 
     Args:
-        score_fn: as for `sample`.
-        sde: as for `sample`.
+        score_fn, sde: as for `sample`.
         cond: keyword arguments of the network, each with the leading axis of x.
 
     Attributes:
@@ -43,6 +41,6 @@ class ProbabilityFlowODE:
         times = torch.as_tensor(t, dtype=torch.float64, device=x.device).expand(len(x))
         bound = BoundModel(self.model, self.cond, torch.ones(len(x), dtype=torch.bool, device=x.device))
         with evaluation_mode(self.model.network):
-            slope = probability_flow_drift(self.sde, x, times, bound(x, times).score)
+            slope = self.sde.probability_flow_drift(x, times, bound(x, times).score)
         self.nfe += int(torch.as_tensor(bound.nfe).max())
         return slope

@@ -59,31 +59,29 @@ def resolve_controller(
     if not isinstance(solver, Solver):
         raise TypeError(f"solver must be an object such as fastsde.EulerMaruyama(steps=1000); got {solver!r}.")
     name = type(solver).__name__
-    tolerances = {k: v for k, v in (("rtol", rtol), ("atol", atol)) if v is not None}
-    said = [*tolerances, *(["solver.steps"] if solver.steps is not None else [])]
+    given = {"rtol": rtol, "atol": atol, "solver.steps": solver.steps, "nfe": nfe, "controller": controller}
+    said = [key for key, value in given.items() if value is not None]
     if solver.times is not None:
-        said += [*(["nfe"] if nfe is not None else []), *(["controller"] if controller is not None else [])]
         if said:
             raise ValueError(f"{name} has its own times and takes no {' or '.join(said)}.")
         return Grid(list(solver.times))
     if controller is not None:
         if not isinstance(controller, Controller):
             raise TypeError(f"controller must be a fastsde.Grid, AdaptiveGrid or Adaptive; got {controller!r}.")
-        said += ["nfe"] * (nfe is not None)
-        if said:
-            raise ValueError(f"give either controller= or {', '.join(said)}, not both.")
+        if said[:-1]:
+            raise ValueError(f"give either controller= or {', '.join(said[:-1])}, not both.")
         if controller.adaptive and not solver.adaptive:
             raise ValueError(f"{name} has no error estimate, so it cannot be adaptive; use Grid or ExponentialPC().")
         return controller
     if nfe is not None:
-        if said:
-            raise ValueError(f"give either nfe= or {', '.join(said)}, not both.")
+        if said[:-1]:
+            raise ValueError(f"give either nfe= or {', '.join(said[:-1])}, not both.")
         return own_grid(sde, solver, affordable(model, solver, check_count("nfe", nfe, 1), denoise), denoise)
     if solver.adaptive:
         low, high = model.data_range
         level = (high - low) / 256 if atol is None else atol
         return _adaptive(sde, solver, DEFAULT_RTOL if rtol is None else rtol, level, denoise)
-    if tolerances:
+    if tolerances := [key for key in said if key != "solver.steps"]:
         raise ValueError(f"{name} has a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
     if solver.steps is None:
         raise ValueError(
@@ -99,9 +97,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool)
     trajectory. Restarts are on request: on trained networks they cost more than they gave (docs/measured/tolerance.md).
     """
     rtol, atol = check_positive("rtol", rtol), check_positive("atol", atol)
-    rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
-    step = solver.base_step(rtol)
-    if step is not None:
+    if (step := solver.base_step(rtol)) is not None:
         first, last = sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()
         # The last two steps of a tapered grid are shorter, by 0.45 of a step in all; a longer first shortens the rest.
         steps = max(3, round((last - first) / 2 / step + 0.45))
@@ -118,6 +114,7 @@ def _adaptive(sde: SDE, solver: Solver, rtol: float, atol: float, denoise: bool)
                 f"path; got {rtol}."
             )
         return AdaptiveGrid([own_grid(sde, solver, steps, denoise)], rtol, atol)
+    rule = Adaptive(rtol, atol, r=solver.error_power, resolution=solver.resolution)
     if solver.log_snr_steps:
         # Steps there change slowly: a growth of 10 and a safety of 0.9 would only buy rejections.
         return dataclasses.replace(rule, clock=sde, h_init=1.0, growth=2.0, safety=0.8)
@@ -135,14 +132,8 @@ def affordable(model: ScoreModel, solver: Solver, nfe: int, denoise: bool) -> in
 def own_grid(sde: SDE, solver: Solver, steps: int, denoise: bool = True) -> Grid:
     """The grid that a solver walks when only the number of steps is said.
 
-    Args:
-        sde: the process.
-        solver: the solver.
-        steps: number of steps, at least 1.
-        denoise: whether the result is the denoised sample; else it is the state at t_min, where the grid then ends.
-
-    Raises:
-        ValueError: for more steps than a run could take.
+    With `denoise` the result is the denoised sample; else it is the state at t_min, where the grid then ends. More
+    steps than a run could take are refused, with a ValueError.
     """
     if steps > _MOST_GRID:
         raise ValueError(f"nfe and steps may say at most {_MOST_GRID:,} steps of a grid; got {steps:,}.")

@@ -32,13 +32,9 @@ class Recorder:
         self.keep(slots, torch.ones_like(slots, dtype=torch.bool), t, x)
 
     def keep(self, slots: Index, moved: Mask, t: Time, x: AnyState) -> None:
-        """Notes where the rows that moved are now.
+        """Notes the time and the state, with shapes (B,) and (B, *event), that the rows that moved have reached.
 
-        Args:
-            slots: the place of each row in the result, with shape (B,).
-            moved: which rows have reached a new time, with shape (B,).
-            t: that time, with shape (B,).
-            x: the state there, with shape (B, *event).
+        `slots` are the places of all rows in the result, and `moved` says which have moved, both with shape (B,).
         """
         if self.save_at is not None:
             moved = moved & torch.isin(t, self.save_at.to(t.device))

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from oracles import LINEAR_BETAS, SDES, derivative, exact_variance, inside, vector
 
 from fastsde import EDM, VESDE, VPSDE, DiscreteVPSDE, RectifiedFlow, SubVPSDE
-from fastsde.sde.reverse import probability_flow_drift, reverse_drift
 
 SHARE = st.floats(0, 1)
 each_sde = pytest.mark.parametrize("sde", SDES.values(), ids=SDES)
@@ -193,8 +192,8 @@ def test_backward_drifts_keep_the_marginals(sde, share, std, data_mean):
     x = torch.stack([mean, mean + 1], 1)
     score = -(x - mean) / variance
     # Backwards in time the noise adds g^2, so forwards dV/dt = 2 A V - g^2; the flow has no noise: dV/dt = 2 A V.
-    for drift, diffusion in ((reverse_drift, sde.g2(t)), (probability_flow_drift, 0)):
-        b = drift(sde, x, t, score)
+    for drift, diffusion in ((sde.reverse_drift, sde.g2(t)), (sde.probability_flow_drift, 0)):
+        b = drift(x, t, score)
         slope = b[:, 1] - b[:, 0]
         # Roundings relative to the parts that may cancel.
         scale = float((2 * slope.abs() * variance + sde.g2(t)).max())

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from fastsde.batching import row_norm
 from fastsde.checks import check_number, check_positive
-from fastsde.control.base import Clock, Controller, Decision, Verdict
+from fastsde.control.base import Clock, Controller, Decision, Verdict, scaled_error
 from fastsde.noise import RESOLUTION
 from fastsde.types import Carry, Coef, Mask, State, Time
 
@@ -95,15 +94,13 @@ class Adaptive(Controller):
 
     def _position(self, t: Time) -> Time:
         """Where t is on the clock of the steps, which falls as t does, with shape (B,)."""
-        if self.clock is None:
-            return t
-        return self.clock.log_snr(-t) if self.mirrored else -self.clock.log_snr(t)
+        sign = -1 if self.mirrored else 1
+        return t if self.clock is None else -sign * self.clock.log_snr(sign * t)
 
     def _time(self, position: Time) -> Time:
         """The inverse of `_position`."""
-        if self.clock is None:
-            return position
-        return -self.clock.t_of_log_snr(position) if self.mirrored else self.clock.t_of_log_snr(-position)
+        sign = -1 if self.mirrored else 1
+        return position if self.clock is None else sign * self.clock.t_of_log_snr(-sign * position)
 
     def init(self, t: Time, t_end: float) -> Carry:
         h_min = (self._position(t) - self._position(torch.full_like(t, t_end))) * self.resolution
@@ -122,10 +119,7 @@ class Adaptive(Controller):
     def update(
         self, t: Time, s: Time, t_end: float, error: State | None, scale: State | None, carry: Carry
     ) -> Decision:
-        if error is None or scale is None:
-            raise ValueError("the solver gives no error estimate; it needs a Grid.")
-        h_min = carry["h_min"]
-        scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol), q=self.norm)
+        scaled, h_min = scaled_error(error, scale, self.rtol, self.atol, self.norm), carry["h_min"]
         accept = scaled <= self.limit
         tried = self._position(t) - self._position(s)
         h = self._round(tried * (self.safety * scaled.pow(-self.r)).clamp(max=self.growth), h_min, down=~accept)

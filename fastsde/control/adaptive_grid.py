@@ -10,9 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsde.batching import row_norm
 from fastsde.checks import check_number, check_positive
-from fastsde.control.base import Controller, Decision, Verdict
+from fastsde.control.base import Controller, Decision, Verdict, scaled_error
 from fastsde.control.grid import Grid
 from fastsde.types import Carry, Index, State, Time
 
@@ -59,8 +58,8 @@ class AdaptiveGrid(Controller):
     _tables: tuple[Tensor, Tensor, Tensor] = dataclasses.field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol"):
-            check_positive(name, getattr(self, name))
+        check_positive("rtol", self.rtol)
+        check_positive("atol", self.atol)
         check_number("limit", self.limit, 0.0, ends="(]")
         grids = self.grids
         if not isinstance(grids, Sequence) or not grids or not all(isinstance(grid, Grid) for grid in grids):
@@ -114,9 +113,7 @@ class AdaptiveGrid(Controller):
     ) -> Decision:
         if len(self.grids) == 1:
             return Decision(torch.zeros_like(carry["grid"]), {"grid": carry["grid"]})
-        if error is None or scale is None:
-            raise ValueError("the solver gives no error estimate; it needs a Grid.")
-        scaled = row_norm(error / (self.rtol * scale).clamp(min=self.atol))
+        scaled = scaled_error(error, scale, self.rtol, self.atol)
         finer = carry["grid"] < len(self.grids) - 1
         restart = (scaled > self.limit) & finer & self._tables[1].take(self.plan_row(carry))
         verdict = torch.where(restart, int(Verdict.RESTART), int(Verdict.ACCEPT))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 
+from fastsde.batching import row_norm
 from fastsde.types import Carry, Coef, Index, State, Time
 
 if TYPE_CHECKING:
@@ -55,11 +56,9 @@ class Clock(Protocol):
 
     def log_snr(self, t: Time) -> Coef:
         """Log signal-to-noise ratio at t, with shape (B,)."""
-        ...
 
     def t_of_log_snr(self, log_snr: Coef) -> Time:
         """The inverse of `log_snr`, with shape (B,)."""
-        ...
 
 
 class Controller(ABC):
@@ -137,3 +136,10 @@ class Controller(ABC):
             scale: the magnitude that a relative tolerance refers to, with shape (B, *event), or None.
             carry: the memory from `init` or the last decision, and the position.
         """
+
+
+def scaled_error(error: State | None, scale: State | None, rtol: float, atol: float, q: float = 2.0) -> Coef:
+    """E = || error / max(atol, rtol scale) ||_q / d^(1/q), with shape (B,); a ValueError where there is no estimate."""
+    if error is None or scale is None:
+        raise ValueError("the solver gives no error estimate; it needs a Grid.")
+    return row_norm(error / (rtol * scale).clamp(min=atol), q=q)

@@ -92,10 +92,7 @@ class Grid(Controller):
         if steps > 6:
             lengths[-2:] = torch.tensor([0.85, 0.7], dtype=torch.float64)
         start, end = clock.log_snr(torch.tensor([clock.t_max, clock.t_min], dtype=torch.float64)).tolist()
-        if first is None:
-            lengths[0] = _first(-2 * math.log(ALL_NOISE) - start, end - start, float(lengths[1:].sum()))
-        else:
-            lengths[0] = _length(first)
+        lengths[0] = _first(first, -2 * math.log(ALL_NOISE) - start, end - start, float(lengths[1:].sum()))
         return cls._pinned(clock.t_of_log_snr(start + _shares(lengths) * (end - start)), clock)
 
     @classmethod
@@ -127,7 +124,7 @@ class Grid(Controller):
         levels = torch.tensor([start, -math.log(ALL_NOISE), last], dtype=torch.float64)
         high, middle, low = torch.sigmoid(-levels / width).tolist()  # 1 - v
         lengths = torch.ones(steps, dtype=torch.float64)
-        lengths[0] = _first(high - middle, high - low, steps - 1.0) if first is None else _length(first)
+        lengths[0] = _first(first, high - middle, high - low, steps - 1.0)
         times = clock.t_of_log_snr(-2 * width * torch.logit(high + _shares(lengths) * (low - high)))
         times[0] = clock.t_max
         if last == end:
@@ -231,14 +228,15 @@ class Grid(Controller):
         return f"Grid({self.steps} steps from {float(self.times[0]):g} to {float(self.times[-1]):g})"
 
 
-def _first(room: float, whole: float, others: float) -> float:
-    """Relative length of a first step: up to 2, as far as it stays within `room` of `whole`; `others` is their sum."""
+def _first(said: float | None, room: float, whole: float, others: float) -> float:
+    """Relative length of a first step: as said, or up to 2, as far as it stays within `room` of `whole`.
+
+    `others` is the sum of the other lengths.
+    """
+    if said is not None:
+        return check_number("first", said, 0.1, 10.0)
     # Of length `room` where the others share what is left, which is all that may be longer.
     return min(2.0, max(1.0, room * others / max(whole - room, 1e-9)))
-
-
-def _length(first: float) -> float:
-    return check_number("first", first, 0.1, 10.0)
 
 
 def _shares(lengths: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from fastsde.diffusers.networks import DiffusersModel
 from fastsde.diffusers.sampling import PipelineResult, sample_pipeline
 from fastsde.diffusers.schedules import Reading, alphas_cumprod, read_schedule
 
-_NEED_DIFFUSERS = {"FastSDEScheduler": "scheduler"}
-
 __all__ = [
     "DiffusersModel",
     "FastSDEScheduler",
@@ -30,13 +28,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _NEED_DIFFUSERS:
+    if name != "FastSDEScheduler":
         raise AttributeError(f"module 'fastsde.diffusers' has no attribute {name!r}")
-    import importlib
-
     try:
-        return getattr(importlib.import_module(f"fastsde.diffusers.{_NEED_DIFFUSERS[name]}"), name)
+        from fastsde.diffusers.scheduler import FastSDEScheduler
     except ModuleNotFoundError as error:
         if error.name != "diffusers":
             raise
         raise ImportError(f"{name} needs diffusers: pip install 'fastsde[diffusers]'.") from error
+    return FastSDEScheduler

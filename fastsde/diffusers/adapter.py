@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import load
-from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, clipped, config_of
+from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, config_of
 from fastsde.diffusers.schedules import CLASSES, Config, Reading, read_schedule
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance
+from fastsde.score.guidance import NEGATIVE, ClassifierFreeGuidance, Clipped
 from fastsde.score.network import check_weights
 from fastsde.sde.discrete import DiscreteVPSDE
 
@@ -51,8 +51,7 @@ def from_diffusers(
         scheduler: a scheduler or its configuration. A pipeline has its own.
         guidance_scale: classifier-free guidance with this scale. It makes two calls in each evaluation. None and values
             up to 1 mean no guidance.
-        guidance_rescale: as `rescale` of `ClassifierFreeGuidance`.
-        guidance_interval: as `interval` of `ClassifierFreeGuidance`.
+        guidance_rescale, guidance_interval: as `rescale` and `interval` of `ClassifierFreeGuidance`.
         clip: whether denoised predictions are clipped. By default they are if the configuration says so (`clip_sample`,
             `thresholding`), but never for latents. Clipping makes the score less smooth; see `Clipped`.
         event_shape: (C, H, W) of the state; from the configuration by default. Plain callables need it, or
@@ -75,24 +74,8 @@ def from_diffusers(
         pipe_or_model, scheduler = load(pipe_or_model, scheduler, **loading)
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
-    scale = _checked_scale(guidance_scale)
+    scale = 1.0 if guidance_scale is None else guidance_scale
     _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
-    pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
-    model = unguided(pipe_or_model, scheduler, event_shape, data_range, allow_distilled=allow_distilled)
-    latent = pipe is not None and autoencoder(pipe) is not None
-    whole = guided(model, scale, guidance_rescale, guidance_interval)
-    return clipped(whole, model.reading) if (not latent if clip is None else clip) else whole
-
-
-def unguided(
-    pipe_or_model: Any,
-    scheduler: Any = None,
-    event_shape: tuple[int, ...] | None = None,
-    data_range: tuple[float, float] | None = None,
-    *,
-    allow_distilled: bool = False,
-) -> DiffusersModel:
-    """The network of a pipeline, or the network given, as a score model; arguments and errors as `from_diffusers`."""
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
     if not callable(network):
@@ -105,13 +88,16 @@ def unguided(
         check_weights(network)
     reading = read_schedule(scheduler_config(scheduler))
     _check_table(scheduler, reading)
-    return DiffusersModel(
+    model = DiffusersModel(
         network,
         reading,
         event_shape=event_shape,
         data_range=data_range or (LATENT_RANGE if latent else None),
         allow_distilled=allow_distilled,
     )
+    whole = _guided(model, scale, guidance_rescale, guidance_interval)
+    clips = reading.limit is not None and (not latent if clip is None else clip)
+    return Clipped(whole, reading.limit, ratio=reading.ratio) if clips else whole
 
 
 def _check_table(scheduler: Any, reading: Reading) -> None:
@@ -128,14 +114,14 @@ def _check_table(scheduler: Any, reading: Reading) -> None:
         )
 
 
-def guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:
+def _guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[float, float] | None) -> ScoreModel:
     """The model under classifier-free guidance, if the scale is above 1; its defaults are those of the other half."""
     if scale <= 1:
         return model
     own = model.default_cond or {}
-    model.default_cond = {key: value for key, value in own.items() if not key.startswith(NEGATIVE)} or None
-    null = {key: own.get(NEGATIVE + key, value) for key, value in own.items() if key not in _SHARED}
-    null = {key: value for key, value in null.items() if not key.startswith(NEGATIVE)}
+    wanted = {key: value for key, value in own.items() if not key.startswith(NEGATIVE)}
+    model.default_cond = wanted or None
+    null = {key: own.get(NEGATIVE + key, value) for key, value in wanted.items() if key not in _SHARED}
     return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
 
 
@@ -143,6 +129,11 @@ def _check_options(
     clip: object, event_shape: object, rescale: float, interval: tuple[float, float] | None, scale: float
 ) -> None:
     """Refuses what would be ignored or fail late."""
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
+            f"{scale!r}."
+        )
     if clip is not None and not isinstance(clip, bool):
         raise TypeError(f"clip must be True, False or None; got {clip!r}.")
     if event_shape is not None:
@@ -153,27 +144,12 @@ def _check_options(
         raise ValueError("guidance_rescale and guidance_interval need a guidance_scale above 1.")
 
 
-def _checked_scale(scale: float | None) -> float:
-    if scale is None:
-        return 1.0
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(
-            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
-            f"{scale!r}."
-        )
-    return float(scale)
-
-
 _SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")
 """Conditioning that says nothing of the content: the same in both halves of guidance."""
 
 
 def scheduler_config(scheduler: Any) -> Config:
-    """The configuration of a scheduler, or the one given.
-
-    Raises:
-        TypeError: if it is neither.
-    """
+    """The configuration of a scheduler, or the one given; a TypeError for what is neither."""
     if isinstance(scheduler, Mapping):
         return scheduler
     config = config_of(scheduler)
@@ -185,11 +161,7 @@ def scheduler_config(scheduler: Any) -> Config:
 
 
 def network_of(pipe: Any) -> Any:
-    """The denoising network of a pipeline.
-
-    Raises:
-        TypeError: if it has none, or uses others beside it.
-    """
+    """The denoising network of a pipeline; a TypeError if it has none, or uses others beside it."""
     network = next((n for k in ("unet", "transformer") if (n := getattr(pipe, k, None)) is not None), None)
     name = type(pipe).__name__
     if network is None:

@@ -16,8 +16,6 @@ from fastsde.score.network import unwrap
 
 _TIME = ("timestep", "timesteps", "t", "time", "timestep_r", "sigma", "noise_level")
 """Names of a network's argument that is its time, which may come without an axis."""
-
-
 _POSITIONS = ("img_ids", "txt_ids", "latent_ids", "image_rotary_emb")
 """Names of arguments of which networks read one for all rows, whatever axes they have."""
 
@@ -70,25 +68,14 @@ def _memories(hook: Any) -> Iterator[tuple[Any, str]]:
 
 def cache_hooks(module: object) -> list[Any]:
     """The hooks of diffusers in a network that remember earlier calls."""
-    found = []
-    for part in module.modules() if isinstance(module, nn.Module) else ():
-        registry = vars(part).get("_diffusers_hook")
-        for hook in () if registry is None else registry.hooks.values():
-            if getattr(hook, "_is_stateful", False):
-                found.append(hook)
-    return found
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    registries = [registry for part in parts if (registry := vars(part).get("_diffusers_hook")) is not None]
+    return [hook for found in registries for hook in found.hooks.values() if getattr(hook, "_is_stateful", False)]
 
 
 @dataclasses.dataclass
 class Call:
-    """A call of a network by one sample's pipeline.
-
-    Attributes:
-        module: the network.
-        args: by position.
-        kwargs: by name.
-        loop: who calls.
-    """
+    """A call of a network, `module`, by one sample's pipeline, which runs in `loop`."""
 
     module: nn.Module
     args: tuple[Any, ...]
@@ -240,11 +227,7 @@ def _joint(calls: Sequence[Call]) -> _Joint | None:
 
 
 def _join(values: Sequence[Any], rows: Sequence[int], is_time: bool, lists: bool) -> Any:
-    """One argument of the joint call.
-
-    Raises:
-        CannotJoinError: if the values differ in what is not a row for each sample.
-    """
+    """One argument of the joint call; a CannotJoinError if values differ in what is not a row for each sample."""
     first = values[0]
     if isinstance(first, Tensor):
         return _join_tensors(values, rows, is_time)

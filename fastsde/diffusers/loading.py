@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastsde.diffusers.networks import offloaded_to
-from fastsde.diffusers.schedules import Config, filled
+from fastsde.diffusers.schedules import filled
 
 WEIGHTS, CONFIG = "diffusion_pytorch_model.safetensors", "config.json"
 """The files of a network in diffusers' layout."""
@@ -15,20 +15,9 @@ _EMA = ("ema_unet", "unet_ema", "ema")
 """Subfolders in which repositories keep averaged weights beside the others."""
 _SCHEDULERS = ("scheduler_config.json", "scheduler/scheduler_config.json", "../scheduler/scheduler_config.json")
 """Where the configuration of a scheduler may be, seen from the folder of a network."""
-
-
 _OPTIONS = {
-    "cache_dir",
-    "device_map",
-    "dtype",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "max_memory",
-    "revision",
-    "token",
-    "torch_dtype",
-    "use_safetensors",
-    "variant",
+    *("cache_dir", "device_map", "dtype", "local_files_only", "low_cpu_mem_usage", "max_memory", "revision", "token"),
+    *("torch_dtype", "use_safetensors", "variant"),
 }
 """Arguments of diffusers' `from_pretrained` that say where and how, not what."""
 
@@ -82,7 +71,8 @@ def load(
     if not local and (path.is_absolute() or str(source).count("/") > 1 or str(source).startswith(".")):
         raise FileNotFoundError(f"no folder {source}; a name on the hub looks like 'google/ddpm-cifar10-32'.")
     options = {"use_safetensors": True, **options}
-    averaged = next((name for name in _EMA if (path / name / CONFIG).is_file()), None) if local else None
+    taken = local and ema is not False
+    averaged = next((name for name in _EMA if (path / name / CONFIG).is_file()), None) if taken else None
     if ema and averaged is None and subfolder is None:
         raise ValueError(f"ema=True, but {source} has none of the folders {', '.join(_EMA)}; or give subfolder=.")
     whole = (path / "model_index.json").is_file() if local else subfolder is None
@@ -96,19 +86,23 @@ def load(
         name = next((k for k in ("transformer", "unet") if getattr(pipe, k, None) is not None), None)
         if name is None:  # priors and decoders of several stages
             return pipe, scheduler
-        if averaged is not None and ema is not False:
+        if averaged is not None:
             network = diffusers.AutoModel.from_pretrained(str(source), subfolder=averaged, **options)
             pipe.register_modules(**{name: network.to(getattr(pipe, name).device)})
-        _mark(getattr(pipe, name), source, averaged if averaged and ema is not False else name)
+        _mark(getattr(pipe, name), source, averaged or name)
         return pipe, scheduler
-    if subfolder is None and averaged is not None and ema is not False:
-        subfolder = averaged
+    subfolder = averaged if subfolder is None else subfolder
     folder = path if subfolder is None else path / subfolder
     if local and not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds neither model_index.json nor {CONFIG}: no diffusers model.")
     network = diffusers.AutoModel.from_pretrained(str(source), subfolder=subfolder, **options)
     _mark(network, source, subfolder)
-    return network, scheduler if scheduler is not None else _scheduler_beside(folder, local=local)
+    if scheduler is None:
+        found = next((folder / name for name in _SCHEDULERS if (folder / name).is_file()), None) if local else None
+        if found is None:
+            raise FileNotFoundError(f"no scheduler_config.json in or beside {folder}; give scheduler=.")
+        scheduler = filled(json.loads(found.read_text()))
+    return network, scheduler
 
 
 def _load_file(path: Path, scheduler: Any, config: str | Path | None, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -133,13 +127,6 @@ def _load_file(path: Path, scheduler: Any, config: str | Path | None, options: d
             "of a pipeline with that layout."
         )
     return load(path.parent, scheduler, ema=False, **options)
-
-
-def _scheduler_beside(folder: Path, *, local: bool) -> Config:
-    found = next((folder / name for name in _SCHEDULERS if (folder / name).is_file()), None) if local else None
-    if found is None:
-        raise FileNotFoundError(f"no scheduler_config.json in or beside {folder}; give scheduler=.")
-    return filled(json.loads(found.read_text()))
 
 
 def _mark(network: Any, source: str | Path, subfolder: str | None) -> None:

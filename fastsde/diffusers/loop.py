@@ -16,16 +16,18 @@ import functools
 import inspect
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
 
 from fastsde.diffusers.joining import Call, Memory
-from fastsde.diffusers.schedules import Reading
 from fastsde.diffusers.stand_ins import Timesteps, refuse_copy, served, stand_in, unstepped
 from fastsde.types import State
+
+if TYPE_CHECKING:
+    from fastsde.diffusers.pipeline_model import PipelineModel
 
 _UNSERVED = ("text_encoder", "tokenizer", "image_encoder", "vae", "vqvae", "movq", "vocoder", "safety", "feature")
 """Beginnings of names of components that are no part of a loop's turn."""
@@ -41,36 +43,18 @@ class Loop:
     `output`).
 
     Args:
-        pipe: the pipeline; it works on a shallow copy.
+        model: that of all samples of the run; the loop works on a shallow copy of its pipeline.
         arguments: of the pipeline's call, for this sample alone.
-        reading: how its schedule is read.
-        memo: what `encode_prompt` returned before, shared by the samples of a run.
-        untouched: what `touched` says of the pipeline before any sample ran.
-        counts_turns: whether turns are numbered, rather than places in the pipeline's own list.
-        alone: whether no other sample runs at the same time.
         seed: of the random numbers that the pipeline draws without a generator.
-        device: where it runs.
     """
 
-    def __init__(
-        self,
-        pipe: Any,
-        arguments: dict[str, Any],
-        reading: Reading,
-        memo: dict[Any, Any],
-        *,
-        untouched: Touched,
-        counts_turns: bool,
-        alone: bool,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.reading, self.arguments, self.alone = reading, arguments, alone
-        self._device = device
+    def __init__(self, model: PipelineModel, arguments: dict[str, Any], seed: int) -> None:
+        self.reading, self.arguments, self.alone = model.reading, arguments, model.batch_size == 1
+        self._device = device = model.device
         own = {str(place): torch.Generator(place).manual_seed(seed) for place in {torch.device("cpu"), device}}
         self._random = {name: generator.get_state() for name, generator in own.items()}
         self.call: Call | None = None
-        self.failed: Callable[[BaseException], None] = _raise
+        self.failed: Callable[[BaseException], None]  # told of an error that ends this sample
         self.out: Tensor = torch.empty(0)
         self.sample: Tensor = torch.empty(0)
         self.output: Any = None
@@ -92,16 +76,16 @@ class Loop:
         self._in_turn = self._walking = False
         self._place = 0
         self._listed: list[float] = []
-        self._walked: list[float] = []
+        self.walked: list[float] = []  # the process's times in the list that the loop walks
         self.at = 0.0
-        self._untouched, self._seen = untouched, set[int]()
-        self._counts_turns, self._turn = counts_turns, 0
+        self._untouched, self._seen = model.forwards.untouched, set[int]()
+        self._counts_turns, self._turn = model.counts_turns, 0
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = {kind: torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")}
         # Cosmos takes each step twice, setting the scheduler's number back between.
-        code = getattr(inspect.unwrap(type(pipe).__call__), "__code__", None)
+        code = getattr(inspect.unwrap(type(model.pipe).__call__), "__code__", None)
         self.steps_twice = "_step_index" in getattr(code, "co_names", ())
-        self._original, self.pipe = pipe, self._copied(pipe, memo)
+        self._original, self.pipe = model.pipe, self._copied(model.pipe, model.memo)
         self._greenlet = greenlet(self._run)
         self._greenlet.run_of = self
         # Greenlets begin with an empty context; attention backends and the like are context variables.
@@ -121,7 +105,7 @@ class Loop:
             if hasattr(module, "set_timesteps") and name != "scheduler":
                 own[name] = unstepped(module, name)
             if isinstance(module, nn.Module) and not name.startswith(_UNSERVED):
-                own[name] = served(module, _current, counted=not name.startswith(_UNCOUNTED))
+                own[name] = served(module, counted=not name.startswith(_UNCOUNTED))
         own["_progress_bar_config"] = {**getattr(pipe, "_progress_bar_config", {}), "disable": True}
         own["maybe_free_model_hooks"] = lambda: None  # others still need the models; the run frees them at its end
         if hasattr(pipe, "encode_prompt"):
@@ -132,13 +116,9 @@ class Loop:
         self.output = self.pipe(**self.arguments)
 
     def resume(self, answer: Any = None) -> None:
-        """Runs on to the next pause.
+        """Runs on to the next pause, with the output of the network's call, or nothing after `give` and `finish`.
 
-        Args:
-            answer: the output of the network's call, or nothing after `give` and `finish`.
-
-        Raises:
-            Exception: whatever the pipeline raises; it has ended then.
+        It raises whatever the pipeline raises, which has ended then.
         """
         self.call = None
         grad, outside = torch.is_grad_enabled(), _random_states(self._device)
@@ -167,8 +147,7 @@ class Loop:
             torch.set_grad_enabled(grad)  # which its decorators have set as they found it
         self.ended = True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return refuse_copy(self, memo)
+    __deepcopy__ = refuse_copy
 
     def remembering(self, module: nn.Module, hooks: Sequence[Any], run: Callable[[], Any]) -> Any:
         """A forward of a network with cache hooks, which remember this sample alone.
@@ -229,13 +208,8 @@ class Loop:
     @property
     def span(self) -> tuple[float, float | None]:
         """The process's times at which the walk began, and at which it ends if the pipeline cut its list's end."""
-        after = [t for t in self._listed if t < self._walked[-1] * (1 - 1e-6)]
-        return self._walked[0], after[0] if after else None
-
-    @property
-    def listed_turns(self) -> int:
-        """The number of times in the list that the loop walks."""
-        return len(self._walked)
+        after = [t for t in self._listed if t < self.walked[-1] * (1 - 1e-6)]
+        return self.walked[0], after[0] if after else None
 
     def listed(self, timesteps: Tensor) -> None:
         """Notes the scheduler's whole list."""
@@ -307,7 +281,7 @@ class Loop:
         if self._walking or not len(own):  # the loop is over, or another one is running
             yield from own.unbind()
             return
-        self._walked, self._place, self._now = self._levels(own), 0, own[0].float()
+        self.walked, self._place, self._now = self._levels(own), 0, own[0].float()
         self._counted.clear()
         self._in_turn = True
         yield self._now
@@ -319,8 +293,8 @@ class Loop:
             self._now, self._next = self._next, None
             self._turn += 1
             # That of the last of the pipeline's own times that is not below it in noise.
-            place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self._walked) - 1)
-            self._place = min(self._turn, len(self._walked) - 1) if self._counts_turns else place
+            place = max(0, sum(own >= self.at * (1 - 1e-6) for own in self.walked) - 1)
+            self._place = min(self._turn, len(self.walked) - 1) if self._counts_turns else place
             self._in_turn = True
             if vars(self._original).get("_interrupt"):  # from outside, where nobody knows of copies
                 vars(self.pipe)["_interrupt"] = True
@@ -359,10 +333,6 @@ class Loop:
     def place(self) -> int | None:
         """The place of the loop in the pipeline's own list; None before it."""
         return self._place if self._walking or self._in_turn else None
-
-
-def _raise(error: BaseException) -> None:
-    raise error
 
 
 def _edits(x: Tensor) -> int:
@@ -423,11 +393,6 @@ def processors_of(module: object) -> dict[str, Any]:
 
 class SharedNetworkError(Exception):
     """A pipeline changes its network while it runs, which samples in flight share."""
-
-
-def _current() -> Loop:
-    """The loop that is running."""
-    return getcurrent().run_of
 
 
 _injected: collections.Counter[int] = collections.Counter()

@@ -17,7 +17,6 @@ from fastsde.checks import check_labels
 from fastsde.diffusers.joining import cache_hooks
 from fastsde.diffusers.schedules import Config, Reading
 from fastsde.score.base import ScoreModel
-from fastsde.score.guidance import Clipped
 from fastsde.score.network import tensor_of, unwrap
 from fastsde.types import Cond, State, Time
 
@@ -51,8 +50,7 @@ class DiffusersModel(ScoreModel):
         network: the network.
         reading: its process, time and prediction, from `read_schedule`.
         event_shape: (C, H, W); from the network's configuration by default, where it says.
-        data_range: as for `ScoreModel`.
-        default_cond: as for `ScoreModel`.
+        data_range, default_cond: as for `ScoreModel`.
         allow_distilled: do not refuse checkpoints that look distilled.
 
     Raises:
@@ -77,6 +75,9 @@ class DiffusersModel(ScoreModel):
         _check_pair(network, config, reading, self.arguments, fourier=fourier)
         if not allow_distilled:
             check_distilled(config, reading)
+        # DiT's last label is "none".
+        dit = _is_dit(config, self.arguments)
+        none = {"class_labels": torch.tensor(config["num_embeds_ada_norm"])} if dit else None
         super().__init__(
             network,
             reading.sde,
@@ -84,13 +85,12 @@ class DiffusersModel(ScoreModel):
             event_shape=event_shape or _event_shape(network, config),
             data_range=data_range or ((0.0, 1.0) if fourier or config.get("center_input_sample") else (-1.0, 1.0)),
             timestep=reading.timestep,
-            default_cond=default_cond or _null_label(config, self.arguments),
+            default_cond=default_cond or none,
         )
         self.reading, self.preconditioned = reading, reading.sigma_data is not None
         self.required = _required(config, self.arguments)
         self.classes = _classes(config, self.arguments)
-        # DiT's last label is "none".
-        self.labels = (self.classes or 0) - _is_dit(config, self.arguments)
+        self.labels = (self.classes or 0) - dit
         self._dtype: torch.dtype | None = None
 
     @property
@@ -119,15 +119,12 @@ class DiffusersModel(ScoreModel):
     def check_cond(self, cond: Cond) -> None:
         missing = [key for key in self.required if key not in cond]
         if missing:
-            hint = (
-                " With prompts: fastsde.sample_pipeline(pipe, prompt, ..)."
-                if "encoder_hidden_states" in missing
-                else ""
-            )
+            texts = "encoder_hidden_states" in missing
+            hint = " With prompts: fastsde.sample_pipeline(pipe, prompt, ..)." if texts else ""
             raise ValueError(f"the network needs {', '.join(missing)} in cond; got {sorted(cond) or 'nothing'}.{hint}")
         known = self.arguments.keys() | (set(_ADDED) if "added_cond_kwargs" in self.arguments else set())
         unknown = [key for key in cond if key not in known]
-        if unknown and not self._takes_any:
+        if unknown and not any(p.kind is p.VAR_KEYWORD for p in self.arguments.values()):
             raise ValueError(f"the network takes no {', '.join(unknown)}; it takes {', '.join(sorted(known))}.")
         self._check_embeddings(cond)
         labels = cond.get("class_labels")
@@ -135,14 +132,15 @@ class DiffusersModel(ScoreModel):
             return
         if self.classes is None and self.config.get("class_embed_type") is None:
             raise ValueError("the network was trained without classes and would ignore class_labels.")
-        if self.classes is None:
-            return
-        check_labels(labels, self.classes)
+        if self.classes is not None:
+            check_labels(labels, self.classes)
 
     def _check_embeddings(self, cond: Cond) -> None:
         """Refuses text embeddings and SDXL's numbers of another width than the network's."""
         shapes: dict[str, tuple[int | str, ...]] = {}
-        if (width := _text_width(self.config)) is not None:
+        keys = ("joint_attention_dim", "caption_channels", "encoder_hid_dim", "cross_attention_dim")
+        width = next((self.config[key] for key in keys if self.config.get(key) is not None), None)
+        if isinstance(width, int):
             shapes["encoder_hidden_states"] = ("tokens", width)
         if (pooled := self.config.get("pooled_projection_dim")) is not None:
             shapes["pooled_projections"] = (int(pooled),)
@@ -156,7 +154,6 @@ class DiffusersModel(ScoreModel):
                 raise ValueError(
                     f"{key} must be floating point with shape (n, {wanted}); got {tuple(value.shape)} of {value.dtype}."
                 )
-
         if self.config.get("addition_embed_type") == "text_time":
             numbers, pooled = (cond[k].reshape(len(cond[k]), -1).shape[1] for k in ("time_ids", "text_embeds"))
             each, total = (self.config[k] for k in ("addition_time_embed_dim", "projection_class_embeddings_input_dim"))
@@ -165,10 +162,6 @@ class DiffusersModel(ScoreModel):
                     f"the network adds embeddings of {total} numbers: the width of text_embeds and {each} for each of "
                     f"time_ids; got {pooled} and {numbers} x {each}."
                 )
-
-    @property
-    def _takes_any(self) -> bool:
-        return any(p.kind is p.VAR_KEYWORD for p in self.arguments.values())
 
     def call(self, x: State, time: Tensor, cond: Cond) -> object:
         given: dict[str, Any] = {}
@@ -187,28 +180,17 @@ class DiffusersModel(ScoreModel):
         return out
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
-        s = self.reading.sigma_data
-        if s is None:
+        if not self.preconditioned:
             return super().output(x_t, t, cond)
-        sigma, c_in = self.sde.sigma(t), self.reading.c_in(t)
-        c_skip = (s * c_in) ** 2
-        c_out = c_in * sigma * (-s if self.reading.prediction == "v_prediction" else s)
-        out = super().output(expand_like(c_in, x_t) * x_t, t, cond)
-        return expand_like(c_skip, x_t) * x_t + expand_like(c_out, x_t) * out
-
-
-def clipped(model: ScoreModel, reading: Reading) -> ScoreModel:
-    """The model with its predictions clipped where the configuration says so."""
-    return model if reading.limit is None else Clipped(model, reading.limit, ratio=reading.ratio)
+        out = super().output(expand_like(self.reading.c_in(t), x_t) * x_t, t, cond)
+        return self.reading.read(out, x_t, self.sde.level(t)).out
 
 
 def config_of(thing: object) -> Config:
     """The configuration of a diffusers object, with its class name, or nothing for other callables."""
     thing = unwrap(thing)
     config = getattr(thing, "config", None)
-    if not isinstance(config, Mapping):
-        return {}
-    return {"_class_name": type(thing).__name__, **config}
+    return {"_class_name": type(thing).__name__, **config} if isinstance(config, Mapping) else {}
 
 
 def _class_names(network: object) -> list[str]:
@@ -254,12 +236,10 @@ def offloaded_to(module: object) -> torch.device | None:
 
 def _cast_to(network: object) -> torch.dtype | None:
     """The dtype that weights kept in fewer bits are used in (diffusers' `enable_layerwise_casting`)."""
-    for part in network.modules() if isinstance(network, nn.Module) else []:
-        registry = vars(part).get("_diffusers_hook")
-        hook = None if registry is None else registry.get_hook("layerwise_casting")
-        if hook is not None:
-            return hook.compute_dtype
-    return None
+    parts = network.modules() if isinstance(network, nn.Module) else ()
+    registries = (vars(part).get("_diffusers_hook") for part in parts)
+    hooks = (registry.get_hook("layerwise_casting") for registry in registries if registry is not None)
+    return next((hook.compute_dtype for hook in hooks if hook is not None), None)
 
 
 def _arguments(network: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -290,17 +270,10 @@ def _required(config: Config, arguments: Mapping[str, inspect.Parameter]) -> lis
         required.append("class_labels")
     if config.get("addition_embed_type") == "text_time":
         required += ["text_embeds", "time_ids"]
-    if takes_resolution(config):
-        required += ["resolution", "aspect_ratio"]
-    return required
-
-
-def takes_resolution(config: Config) -> bool:
-    """Whether a PixArt transformer is told the resolution; where its configuration is silent, its size says it."""
     said = config.get("use_additional_conditions")
-    return bool(said) or (
-        said is None and config.get("norm_type") == "ada_norm_single" and config["sample_size"] == 128
-    )
+    if said is None:  # then a PixArt transformer's size says whether it is told the resolution
+        said = config.get("norm_type") == "ada_norm_single" and config["sample_size"] == 128
+    return required + (["resolution", "aspect_ratio"] if said else [])
 
 
 def _classes(config: Config, arguments: Mapping[str, inspect.Parameter]) -> int | None:
@@ -312,20 +285,8 @@ def _classes(config: Config, arguments: Mapping[str, inspect.Parameter]) -> int 
     return None
 
 
-def _text_width(config: Config) -> int | None:
-    """Width of the text embeddings that the network takes, where its configuration says."""
-    keys = ("joint_attention_dim", "caption_channels", "encoder_hid_dim", "cross_attention_dim")
-    width = next((config[key] for key in keys if config.get(key) is not None), None)
-    return width if isinstance(width, int) else None
-
-
 def _is_dit(config: Config, arguments: Mapping[str, inspect.Parameter]) -> bool:
     return "class_labels" in arguments and config.get("norm_type") == "ada_norm_zero"
-
-
-def _null_label(config: Config, arguments: Mapping[str, inspect.Parameter]) -> dict[str, Tensor] | None:
-    """DiT was trained with a label for "none", its last; other networks say nothing of the kind."""
-    return {"class_labels": torch.tensor(config["num_embeds_ada_norm"])} if _is_dit(config, arguments) else None
 
 
 def _event_shape(network: object, config: Config) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,9 @@ from fastsde.types import Cond, Index, State, Time
 _CHANGES = "the pipeline changes its network while it runs, so that samples ran one after another"
 
 
-@contextlib.contextmanager
-def evaluating(pipe: Any) -> Iterator[None]:
+def evaluating(pipe: Any) -> contextlib.AbstractContextManager[None]:
     """All networks of a pipeline in evaluation mode."""
-    with contextlib.ExitStack() as stack:
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                stack.enter_context(evaluation_mode(part))
-        yield
+    return evaluation_mode(nn.ModuleList(part for part in pipe.components.values() if isinstance(part, nn.Module)))
 
 
 class Forwards:
@@ -89,14 +84,9 @@ class Forwards:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One evaluation of samples, between what they are asked and what they answer.
+    """One evaluation of samples, `numbers`, at times `t`, between what they are asked and what they answer.
 
-    Attributes:
-        t: the times, with shape (B,).
-        numbers: the sample of each row.
-        asked: rows whose loops were given a state.
-        x_0: the predictions, as far as they are known already.
-        loops: those of `asked`.
+    Rows `asked` had their `loops` given a state. `x_0` has the predictions that are known already.
     """
 
     t: Time
@@ -110,9 +100,7 @@ class PipelineModel(ScoreModel):
     """The denoised prediction of a pipeline for samples that each stand in a loop of their own.
 
     Args:
-        pipe: the pipeline.
-        request: what it is asked for.
-        reading: how its schedule is read.
+        pipe, request, reading: the pipeline, what it is asked for, and how its schedule is read.
         generators: for each sample.
         batch_size: samples in flight.
         counts_turns: whether loops number their turns, of which there are then as many as in their own lists.
@@ -153,7 +141,7 @@ class PipelineModel(ScoreModel):
         self.process: SDE = reading.sde
         self.t_start, self.t_end = reading.sde.t_max, reading.sde.t_min
         self._costs: Tensor = torch.empty(0, dtype=torch.int64)
-        self._memo: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}  # what `encode_prompt` returned before
         self.counts_turns, self.listed = counts_turns, 0
 
     @property
@@ -199,17 +187,7 @@ class PipelineModel(ScoreModel):
             arguments = dict(self.request.arguments[i])
             if "generator" in self.request.takes:
                 arguments["generator"] = self.generators[i]
-            self.loops[i] = Loop(
-                self.pipe,
-                arguments,
-                self.reading,
-                self._memo,
-                untouched=self.forwards.untouched,
-                counts_turns=self.counts_turns,
-                alone=self.batch_size == 1,
-                seed=self.generators[i].initial_seed(),
-                device=self._place,
-            )
+            self.loops[i] = Loop(self, arguments, self.generators[i].initial_seed())
             self.loops[i].failed = functools.partial(self._failed, i)
         self.forwards.advance([self.loops[i] for i in new])
         for i in new:
@@ -227,11 +205,13 @@ class PipelineModel(ScoreModel):
             )
         shape, sde = loop.sample.shape, self.sde
         event = tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
-        given, end = self._ends(loop)
-        start = min(given, sde.t_max)
+        # Where its list was cut, else the process's own ends.
+        first, end = loop.span
+        given = max(min(first, 1.0) if self.reading.is_flow else first, sde.t_min)
+        start, end = min(given, sde.t_max), sde.t_min if end is None else max(end, sde.t_min)
         if self.event_shape is None:
             self.event_shape, self.t_start, self.t_end = event, start, end
-            self.calls, self.listed = max(1, loop.cost), loop.listed_turns
+            self.calls, self.listed = max(1, loop.cost), len(loop.walked)
         if (event, start, end) != (self.event_shape, self.t_start, self.t_end):
             raise ValueError(
                 f"samples of one call must have one shape and one start; one has {self.event_shape} from t = "
@@ -248,12 +228,6 @@ class PipelineModel(ScoreModel):
             keep = float(to.sigma / at.sigma)
             x = keep * x + float(to.alpha - keep * at.alpha) * loop.first
         loop.begin = x
-
-    def _ends(self, loop: Loop) -> tuple[float, float]:
-        """The process's times at which a loop begins and ends: where its list was cut, else the process's own."""
-        first, end = loop.span
-        given = max(min(first, 1.0) if self.reading.is_flow else first, self.sde.t_min)
-        return given, self.sde.t_min if end is None else max(end, self.sde.t_min)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         turn = self.ask(x_t, t, (cond or {})["sample"].tolist())
@@ -319,8 +293,7 @@ class PipelineModel(ScoreModel):
         for loop, row in zip(loops, x_0, strict=True):
             if loop.given_x_0 is not None:
                 row.copy_(loop.given_x_0.reshape(row.shape))
-        for loop, one in zip(loops, x_0, strict=True):
-            loop.denoised = one.to(loop.sample.dtype).reshape(loop.sample.shape)
+            loop.denoised = row.to(loop.sample.dtype).reshape(loop.sample.shape)
         return x_0
 
     def _failed(self, i: int, error: BaseException) -> None:
@@ -345,12 +318,9 @@ class PipelineModel(ScoreModel):
                 # The last state is denoised as a rule, and then it is data.
                 loop.finish(last if self.ends_denoised else last / self._alpha(self.t_end))
                 try:
-                    while not loop.ended:
-                        self.forwards.advance([loop])
-                        if not loop.ended:
-                            raise ValueError(
-                                "this pipeline takes another step after its loop; it is not known for what."
-                            )
+                    self.forwards.advance([loop])
+                    if not loop.ended:
+                        raise ValueError("this pipeline takes another step after its loop; it is not known for what.")
                 except Exception as error:  # noqa: BLE001 - its last state is in the result, and others go on
                     self.errors[i] = error
                     loop.close()

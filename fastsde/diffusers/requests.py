@@ -69,32 +69,9 @@ class Request:
         # Some embeddings have another axis first, such as the layers of a text encoder; then most say 1.
         prompts = 1 if not counts or 2 * list(rows.values()).count(1) > len(rows) else counts[0]
         if prompts > 1 and len(counts) > 1:
-            said = ", ".join(f"{key} has {k}" for key, k in rows.items())
-            raise ValueError(f"how many prompts? {said}. What has another axis first may be given in per_sample=.")
+            shown = ", ".join(f"{key} has {k}" for key, k in rows.items())
+            raise ValueError(f"how many prompts? {shown}. What has another axis first may be given in per_sample=.")
         self.by_prompt = [key for key, k in rows.items() if prompts > 1 or k == 1]
-        self.n = self._number(prompts, each, per_sample, given, n, index)
-        each = self.n // prompts
-        self.arguments = [
-            {key: _fresh(self._of_prompt(key, v, k // each, k)) for key, v in given.items()}
-            | {key: _fresh(v[k]) for key, v in per_sample.items()}
-            for k in range(self.n)
-        ]
-        one = {key: 1 for key in _EACH if key in self.takes}
-        if "batch_size" in self.takes:  # unconditional pipelines
-            one["batch_size"] = 1
-        for arguments in self.arguments:
-            arguments |= one
-
-    def _number(
-        self,
-        prompts: int,
-        each: int,
-        per_sample: Mapping[str, Sequence[Any]],
-        given: dict[str, Any],
-        n: int | None,
-        index: Sequence[int] | Tensor | None,
-    ) -> int:
-        """The number of samples, on which everything that says one must agree."""
         said: dict[str, int] = {key: len(v) for key, v in per_sample.items()}
         if n is not None:
             said["n"] = check_count("n", n, 1)
@@ -104,21 +81,28 @@ class Request:
             said["generator"] = len(self.generator)
         if isinstance(given.get("latents"), Tensor) and len(given["latents"]) > 1:
             said["latents"] = len(given["latents"])
-        whole = prompts * each
-        if whole > 1 or not said:
-            said["prompts times samples of each"] = whole
+        if prompts * each > 1 or not said:
+            said["prompts times samples of each"] = prompts * each
         if len(set(said.values())) > 1:
             raise ValueError(f"the number of samples disagrees: {', '.join(f'{k} says {v}' for k, v in said.items())}.")
-        number = next(iter(said.values()))
-        self._check_lists(given, number)
-        return number
+        self.n = next(iter(said.values()))
+        self._check_lists(given, self.n)
+        each = self.n // prompts
+        one = {key: 1 for key in (*_EACH, "batch_size") if key in self.takes}  # unconditional pipelines take the last
+        self.arguments = [
+            {key: _fresh(self._of_prompt(key, v, k // each, k)) for key, v in given.items()}
+            | {key: _fresh(v[k]) for key, v in per_sample.items()}
+            | one
+            for k in range(self.n)
+        ]
 
     def _check_lists(self, given: dict[str, Any], n: int) -> None:
         """Refuses pictures of which it is not known whether they are one for each sample or several for all."""
         for key, value in given.items():
             many = isinstance(value, (list, tuple)) or (isinstance(value, Tensor) and value.ndim > 3)
-            picture = any(word in key for word in _PICTURES) and "embeds" not in key
-            if n > 1 and many and len(value) == n and (picture or (self._is_number(key) and key not in _SCALES)):
+            unclear = any(word in key for word in _PICTURES) and "embeds" not in key
+            unclear = unclear or (isinstance(self.takes[key].default, Real) and key not in _SCALES)
+            if n > 1 and many and len(value) == n and unclear:
                 raise ValueError(
                     f"{key} has {n} entries for {n} samples: one for each, or all of them for each? For one each give "
                     f"per_sample={{{key!r}: [a, b]}}, for all of them per_sample={{{key!r}: [[a, b], [a, b]]}}."
@@ -138,10 +122,6 @@ class Request:
         if isinstance(value, Tensor) or not isinstance(value[row], str):
             return value[row : row + 1]
         return value[row] if key != "class_labels" else value[row : row + 1]
-
-    def _is_number(self, key: str) -> bool:
-        parameter = self.takes.get(key)
-        return parameter is not None and isinstance(parameter.default, Real)
 
 
 def _by_prompt(key: str, value: Any) -> bool:
@@ -163,11 +143,7 @@ def _fresh(value: Any) -> Any:
 
 
 def streams(generator: Any, seed: int | None, n: int, index: Sequence[int] | Tensor | None) -> tuple[int, list[Any]]:
-    """The seed of the noise, and for each sample the generator that its pipeline draws from, or None.
-
-    Raises:
-        TypeError, ValueError: naming the argument.
-    """
+    """The seed of the noise, and for each sample the generator that its pipeline draws from, or None."""
     if seed is not None:
         if generator is not None:
             raise ValueError("give either seed= or generator=, not both.")

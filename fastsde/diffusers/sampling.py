@@ -17,9 +17,10 @@ from torch import Tensor
 from fastsde.arguments import check_index, resolve_dtype
 from fastsde.checks import check_count, check_kind
 from fastsde.control import Controller
+from fastsde.diffusers.adapter import scheduler_config
 from fastsde.diffusers.networks import check_distilled, config_of
 from fastsde.diffusers.requests import Request, number_of, own_generator, streams
-from fastsde.diffusers.schedules import CLASSES, Reading, filled, read_loop, unread
+from fastsde.diffusers.schedules import Reading, filled, read_loop, unread
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job, Options, Samples, fewest_calls, make_job
 from fastsde.result import Interrupted, SampleResult, SamplingError, Status
@@ -165,26 +166,10 @@ def sample_pipeline(
             is a `PipelineResult` with what was finished.
         Interrupted: at Ctrl-C; likewise.
     """
-    run = PipelineRun(
-        pipe,
-        prompt,
-        n=n,
-        rtol=rtol,
-        atol=atol,
-        nfe=nfe,
-        solver=solver,
-        controller=controller,
-        seed=seed,
-        index=index,
-        batch_size=batch_size,
-        per_sample=per_sample,
-        max_nfe=max_nfe,
-        dtype=dtype,
-        progress=progress,
-        callback=callback,
-        allow_distilled=allow_distilled,
-        arguments=arguments,
-    )
+    which: dict[str, Any] = {"n": n, "seed": seed, "index": index, "per_sample": per_sample, "arguments": arguments}
+    how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
+    how |= {"batch_size": batch_size, "max_nfe": max_nfe, "dtype": dtype, "progress": progress, "callback": callback}
+    run = PipelineRun(pipe, prompt, allow_distilled=allow_distilled, **which, **how)
     try:
         with running(pipe):
             whole = run.whole(Engine(run.begin()).run())
@@ -200,8 +185,7 @@ def sample_pipeline(
 class PipelineRun:
     """A call of `sample_pipeline`, between what it is asked and what the engine is given; arguments as there.
 
-    Args:
-        forwards: what calls the networks, for other runs too.
+    `forwards` calls the networks, for other runs too.
     """
 
     def __init__(
@@ -240,8 +224,8 @@ class PipelineRun:
         if not isinstance(solver, Solver):
             raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
         self._listed = arguments.get("num_inference_steps")
-        given = all(v is None for v in (rtol, nfe, controller))
-        self._counted = self._listed is not None and given and _takes_grid(solver)
+        others = (rtol, nfe, controller, solver.steps, solver.times)
+        self._counted = self._listed is not None and all(v is None for v in others)
         self._how: dict[str, Any] = {"controller": controller, "rtol": rtol, "atol": atol}
         self._nfe = nfe
         seed, numbers, generators = _noise(request, seed, index)
@@ -264,8 +248,7 @@ class PipelineRun:
     def begin(self) -> Job:
         """Lets the pipelines begin; the job takes their samples from there to the end of their loops.
 
-        Raises:
-            ValueError: if the loop turns out to be one that is not supported.
+        A loop that turns out not to be supported, or to start elsewhere than the controller, is refused.
         """
         model = self.model
         model.begin()
@@ -276,7 +259,11 @@ class PipelineRun:
                 f"a fitted solver starts from noise; this call starts at t = {process.t_max:.4g}. Leave solver= out."
             )
         chosen, span = self._planned(process, denoise=denoise)
-        _check_first(span[0], process)
+        if not math.isclose(span[0], process.t_max, rel_tol=1e-6):
+            raise ValueError(
+                f"controller starts at t = {span[0]:.6g}, the pipeline at {process.t_max:.6g}. Its times are in "
+                ".process of a result: fastsde.Grid.log_snr(r.process, 20)."
+            )
         samples = dataclasses.replace(
             self.samples,
             index=self.samples.index.to(model.device),
@@ -322,11 +309,7 @@ def running(pipe: Any) -> Iterator[None]:
 def _noise(
     request: Request, seed: int | None, index: Sequence[int] | Tensor | None
 ) -> tuple[int, Index, list[torch.Generator]]:
-    """The seed, the sample numbers with shape (n,), and what each pipeline draws from.
-
-    Raises:
-        ValueError, TypeError: naming the argument.
-    """
+    """The seed, the sample numbers with shape (n,), and what each pipeline draws from."""
     if index is not None and seed is None and request.generator is None:
         raise ValueError("index= names samples of a seed; give seed=, too.")
     if index is not None and len(index) == 0:
@@ -340,15 +323,6 @@ def _noise(
     elif len(numbers) != request.n:
         raise ValueError(f"the number of samples disagrees: index says {len(numbers)}, the call {request.n}.")
     return seed, numbers, [g or own_generator(seed, i) for g, i in zip(own, numbers.tolist(), strict=True)]
-
-
-def _check_first(first: float, process: SDE) -> None:
-    """Refuses, with a ValueError, a controller that does not start where the pipeline does."""
-    if not math.isclose(first, process.t_max, rel_tol=1e-6):
-        raise ValueError(
-            f"controller starts at t = {first:.6g}, the pipeline at {process.t_max:.6g}. Its times are in .process of "
-            "a result: fastsde.Grid.log_snr(r.process, 20)."
-        )
 
 
 def raise_late(whole: PipelineResult) -> None:
@@ -376,11 +350,6 @@ def _needs_prompt(pipe: Any) -> bool:
     return parameter is not None and parameter.default is parameter.empty
 
 
-def _takes_grid(solver: Solver) -> bool:
-    """Whether somebody else says how many steps a solver takes."""
-    return isinstance(solver, Solver) and solver.steps is None and solver.times is None
-
-
 def _for_network(solver: FittedSolver, model: PipelineModel) -> FittedSolver:
     """A solver that was fitted to the pipeline's network; how the pipeline guides it is the pipeline's own."""
     wanted = solver.weights_sha256
@@ -400,11 +369,7 @@ def check_pipeline(pipe: Any) -> None:
 
 
 def _reading(pipe: Any) -> Reading:
-    """How the pipeline's schedule is read.
-
-    Raises:
-        TypeError, ValueError: for what has no loop that can be answered, as far as that is seen from outside.
-    """
+    """How the pipeline's schedule is read; what has no loop that can be answered is refused, as far as it is seen."""
     check_pipeline(pipe)
     name = type(pipe).__name__
     schedulers = [key for key, part in pipe.components.items() if hasattr(part, "set_timesteps")]
@@ -417,8 +382,7 @@ def _reading(pipe: Any) -> Reading:
     scheduler = pipe.scheduler
     if not hasattr(scheduler, "step"):
         raise TypeError(f"{name} has a scheduler without step ({type(scheduler).__name__}). Run it with its own loop.")
-    bases = [kind.__name__ for kind in type(scheduler).__mro__]
-    config = {**scheduler.config, "_class_name": next((b for b in bases if b in CLASSES), bases[0])}
+    config = scheduler_config(scheduler)
     reading = read_loop({key: value for key, value in filled(config).items() if key not in unread(config)})
     exploding = hasattr(scheduler, "is_scale_input_called") and not reading.is_flow
     return dataclasses.replace(reading, exploding=exploding)

@@ -19,7 +19,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.diffusers.schedules import Config, class_of, filled, read_loop, unread
+from fastsde.diffusers.schedules import class_of, filled, read_loop, unread
 from fastsde.score.base import Prediction
 from fastsde.sde.base import SDE, Level
 from fastsde.sde.discrete import DiscreteVPSDE
@@ -111,7 +111,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             if exponential_eta or exponential_order != 3:
                 raise ValueError("fitted= says eta and order itself; leave exponential_eta and exponential_order out.")
             self.solver = FittedSolver.from_json(fitted, "fitted=")
-        self._read()
+        self.reading = read_loop(self.config)
         self.set_timesteps(self.solver.nfe if isinstance(self.solver, FittedSolver) else num_train_timesteps)
 
     @classmethod
@@ -132,18 +132,18 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             # Pipelines that make their own list of sigmas, Flux's, leave the levels to schedulers with this key.
             if kept.get("shift") is not None and kept.get("beta_schedule") is None:
                 kept |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            if _keeps_noise(config):
+            # DDIM's clips the denoised sample and leaves the predicted noise.
+            theirs = class_of(config)
+            if theirs is not None and "use_clipped_model_output" in inspect.signature(theirs.step).parameters:
                 kept["use_clipped_model_output"] = False
             read_loop(kept)  # what cannot work is refused before keys of no use here are dropped
             config = kept
         made = super().from_config(config, return_unused_kwargs=return_unused_kwargs, **kwargs)
         scheduler = made[0] if return_unused_kwargs else made
-        scheduler._read()  # with keys that are no arguments here, which diffusers keeps in the configuration
+        # With keys that are no arguments here, which diffusers keeps in the configuration.
+        scheduler.reading = read_loop(scheduler.config)
         scheduler.set_timesteps(scheduler.num_inference_steps)
         return made
-
-    def _read(self) -> None:
-        self.reading = read_loop(self.config)
 
     @property
     def sde(self) -> SDE:
@@ -172,16 +172,12 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         )
 
     @property
-    def _is_flow(self) -> bool:
-        return self.reading.is_flow
-
-    @property
     def sigmas(self) -> Tensor:
         """Levels of the timesteps and of the end: t of a flow, sigma / alpha of other processes; with shape (N + 1,).
 
         With `invert_sigmas` 1 - t, as the scheduler with that key has it. On the CPU, in float32.
         """
-        level = self.times if self._is_flow else (-0.5 * self.sde.log_snr(self.times)).exp()
+        level = self.times if self.reading.is_flow else (-0.5 * self.sde.log_snr(self.times)).exp()
         level = torch.cat([level, level.new_zeros(1)])
         return (1 - level if self.config.get("invert_sigmas") else level).float()
 
@@ -257,7 +253,7 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         else:
             times = self._own_times(int(n or 0))
         times = self._checked(times, timesteps if sigmas is None else sigmas)
-        self._given_at = 1.0 if self._is_flow and not lengths else float(times[0])
+        self._given_at = 1.0 if self.reading.is_flow and not lengths else float(times[0])
         if times[0] > self.sde.t_max:  # the end itself cannot be stepped from
             times[0] = max(self.sde.t_max, float(times[:2].mean()) if len(times) > 1 else 0.0)
         self.times = times
@@ -272,7 +268,9 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
     def _own_times(self, levels: int) -> Time:
         """Those of `sample(nfe=levels)`, or of the fitted solver."""
         if not isinstance(self.solver, FittedSolver):
-            clock, steps = self._clock(), levels - 1
+            clock, steps = copy.copy(self.sde), levels - 1
+            if self.reading.is_flow and self.config.get("shift_terminal"):
+                clock.t_min = float(self.config["shift_terminal"])
             return own_grid(clock, self.solver, steps).times if steps else torch.tensor([clock.t_max]).double()
         if levels != self.solver.nfe:
             raise ValueError(
@@ -283,13 +281,6 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         self.solver.check(self.sde, times)
         return times
 
-    def _clock(self) -> SDE:
-        """The process, ended where `shift_terminal` ends it."""
-        clock = copy.copy(self.sde)
-        if self._is_flow and self.config.get("shift_terminal"):
-            clock.t_min = float(self.config["shift_terminal"])
-        return clock
-
     def _checked(self, times: Time, given: object) -> Time:
         """The times, if steps can go through them; within the process but for a flow's ends, which have no level."""
         if len(times) == 0 or not torch.isfinite(times).all() or not (times.diff() < 0).all():
@@ -298,21 +289,18 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         if times[0] > self.sde.t_max + slack or times[-1] < self.sde.t_min - slack:
             first, last = (float(self.reading.timestep(torch.tensor([t]))) for t in (self.sde.t_max, self.sde.t_min))
             raise ValueError(f"timesteps must be from {first:g} to {last:g}; got {given}.")
-        return times.clamp(_LEAST, 1.0) if self._is_flow else times.clamp(self.sde.t_min, self.sde.t_max)
+        return times.clamp(_LEAST, 1.0) if self.reading.is_flow else times.clamp(self.sde.t_min, self.sde.t_max)
 
     def _times_of(self, sigmas: Tensor, mu: float | None) -> Time:
-        if not self._is_flow:
+        """Times at levels; a flow's are s sigma / (1 + (s - 1) sigma), with s from `mu` where it shifts dynamically."""
+        if not self.reading.is_flow:
             return self.sde.t_of_log_snr(-2 * sigmas.log())
-        times, terminal = self._shifted(sigmas, mu), self.config.get("shift_terminal")
-        return 1 - (1 - times) * (1 - terminal) / (1 - times[-1]) if terminal else times
-
-    def _shifted(self, sigma: Tensor, mu: float | None) -> Tensor:
-        """sigma shifted: s sigma / (1 + (s - 1) sigma), with s from `mu` where the configuration asks for it."""
         shift = float(self.config.get("shift") or self.config.get("flow_shift") or 1.0)
         if self.config.get("use_dynamic_shifting"):
             mu = float(self.config.get("base_shift") or 0.0) if mu is None else mu
             shift = float(mu) if self.config.get("time_shift_type") == "linear" else math.exp(mu)
-        return shift * sigma / (1 + (shift - 1) * sigma)
+        times, terminal = shift * sigmas / (1 + (shift - 1) * sigmas), self.config.get("shift_terminal")
+        return 1 - (1 - times) * (1 - terminal) / (1 - times[-1]) if terminal else times
 
     def scale_model_input(self, sample: Tensor, timestep: Tensor | float | int | None = None) -> Tensor:
         """EDM's networks want c_in x; all others x itself."""
@@ -362,14 +350,11 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
         if self._index is not None and self._index >= len(self.times):
             raise ValueError(f"all {len(self.times)} steps are taken; call set_timesteps before the next run.")
         x = sample.to(torch.float64 if sample.dtype == torch.float64 else torch.float32, copy=True)
-        start = self._index is None
-        if self._index is None:
-            k = self.index_for_timestep(timestep) if self.begin_index is None else self.begin_index
-            self._check_timestep(timestep, k)
+        start, k = self._index is None, self.begin_index if self._index is None else self._index
+        k = self.index_for_timestep(timestep) if k is None else k
+        self._check_timestep(timestep, k)
+        if start:
             self._begin(x, k)
-        else:
-            k = self._index
-            self._check_timestep(timestep, k)
         c = self._coefficients(k, x)
         level = self.sde.level(self.times[k].to(x.device).expand(len(x)))
         prediction, edit = self._prediction(model_output.to(x.dtype), x, level, use_clipped_model_output)
@@ -436,10 +421,10 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
             )
 
     def _time(self, timestep: Tensor | float | int, rows: int) -> Time:
-        k = torch.as_tensor(timestep).double().reshape(-1)
         if self._paired:
+            k = torch.as_tensor(timestep).double().reshape(-1)
             return self.times[[self.index_for_timestep(one) for one in k]].expand(rows)
-        t = self.reading.time(k).clamp(self.sde.t_min, 1.0 if self._is_flow else self.sde.t_max)
+        t = self.reading.time_of(timestep)
         return t.expand(rows) if len(t) == 1 else t
 
     def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -457,9 +442,3 @@ class FastSDEScheduler(SchedulerMixin, ConfigMixin):
 
 _LEAST = 1e-5
 """The least time of a flow: at 0 there is no noise left to step from."""
-
-
-def _keeps_noise(config: Config) -> bool:
-    """Whether the scheduler clips the denoised sample and leaves the predicted noise: DDIM's."""
-    scheduler = class_of(config)
-    return scheduler is not None and "use_clipped_model_output" in inspect.signature(scheduler.step).parameters

@@ -210,9 +210,9 @@ def read_schedule(config: Config) -> Reading:
     flow = prediction == "flow_prediction" or config.get("use_flow_sigmas")
     betas = "beta_schedule" in config or "trained_betas" in config
     if flow or ("shift" in config and not betas):
-        reading = _flow(config, name, given="prediction_type" in config)
+        reading = _flow(config, name)
     elif "sigma_data" in config:
-        reading = _edm(config, _number(config, "sigma_data", 0.5))
+        reading = _edm(config, _positive(config, "sigma_data", 0.5))
     elif "snr" in config and "sigma_max" in config and not betas:
         low, high = _number(config, "sigma_min", 0.01), _number(config, "sigma_max", 1348.0)
         sde = VESDE(low, high, t_min=_number(config, "sampling_eps", 1e-5))
@@ -220,17 +220,21 @@ def read_schedule(config: Config) -> Reading:
     elif not betas:
         raise ValueError(f"{name} describes no process that fastsde can read; its keys are {sorted(config)}.")
     elif config.get("timestep_type") == "continuous" and prediction == "v_prediction":
-        reading = _edm(_with_range(config), 1.0)
+        # Where it names no range of sigma / alpha, it is that of its table.
+        bars = alphas_cumprod(config)
+        low, high = (((1 - bars) / bars).sqrt()[[0, -1]]).tolist()
+        ends = {"sigma_min": config.get("sigma_min") or low, "sigma_max": config.get("sigma_max") or high}
+        reading = _edm(config | ends, 1.0)
     else:
         reading = _table(config, name)
     if config.get("thresholding"):
-        limit, ratio = _limit(config, "sample_max_value"), _number(config, "dynamic_thresholding_ratio", 0.995)
+        limit, ratio = _positive(config, "sample_max_value"), _number(config, "dynamic_thresholding_ratio", 0.995)
         if not 0 < ratio < 1:
             raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1); got {ratio}.")
         return dataclasses.replace(reading, limit=limit, ratio=ratio)
     # CogVideoX's schedulers have the key and never clip.
     if config.get("clip_sample") and "snr_shift_scale" not in config:
-        return dataclasses.replace(reading, limit=_limit(config, "clip_sample_range"))
+        return dataclasses.replace(reading, limit=_positive(config, "clip_sample_range"))
     return reading
 
 
@@ -314,22 +318,18 @@ def unread(config: Config) -> set[str]:
 
 
 def _number(config: Config, key: str, default: float) -> float:
-    """A number of the configuration.
-
-    Raises:
-        ValueError: if it is none, naming the key.
-    """
+    """A finite number of the configuration, or else a ValueError that names the key."""
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise ValueError(f"{key} must be a finite number; got {value!r}.")
     return float(value)
 
 
-def _limit(config: Config, key: str) -> float:
-    limit = _number(config, key, 1.0)
-    if not limit > 0:
-        raise ValueError(f"{key} must be positive; got {limit}.")
-    return limit
+def _positive(config: Config, key: str, default: float = 1.0) -> float:
+    number = _number(config, key, default)
+    if not number > 0:
+        raise ValueError(f"{key} must be positive; got {number}.")
+    return number
 
 
 def _levels(config: Config, least: int = 2) -> int:
@@ -339,11 +339,11 @@ def _levels(config: Config, least: int = 2) -> int:
     return levels
 
 
-def _flow(config: Config, name: str, *, given: bool) -> Reading:
+def _flow(config: Config, name: str) -> Reading:
     """A rectified flow. A shift spaces a scheduler's steps; here it only says where its last level is."""
     if config.get("invert_sigmas"):
         raise ValueError(f"{name} has invert_sigmas=True, a time that runs the other way; it is not supported.")
-    if given and config.get("prediction_type") != "flow_prediction":
+    if config.get("prediction_type", "flow_prediction") != "flow_prediction":
         raise ValueError(
             f"{name} has use_flow_sigmas=True with prediction_type={config['prediction_type']!r}; a flow's network "
             'predicts the velocity, "flow_prediction".'
@@ -354,11 +354,9 @@ def _flow(config: Config, name: str, *, given: bool) -> Reading:
             "pipeline knows: fastsde.sample_pipeline(pipe, ..)."
         )
     n = _levels(config, least=1)
-    shift = _number(config, "shift" if "shift" in config else "flow_shift", 1.0)
+    shift = _positive(config, "shift" if "shift" in config else "flow_shift")
     if config.get("use_dynamic_shifting"):
         shift = math.exp(_number(config, "base_shift", 0.0))
-    if not shift > 0:
-        raise ValueError(f"shift must be positive; got {shift}.")
     # Its end t = 1 is singular: the start is one level below, where the data's share is 1 / n. A single level is no
     # table at all: the network's time is then t itself.
     first = 1 / (n if n > 1 else 1000)
@@ -373,8 +371,6 @@ def _exceeds_one(config: Config) -> bool:
 
 
 def _edm(config: Config, sigma_data: float) -> Reading:
-    if sigma_data <= 0:
-        raise ValueError(f"sigma_data must be positive; got {sigma_data}.")
     sde = EDM(t_min=_number(config, "sigma_min", 0.002), t_max=_number(config, "sigma_max", 80.0))
     prediction = config.get("prediction_type", "epsilon")
     if prediction not in ("epsilon", "v_prediction"):
@@ -415,13 +411,6 @@ def _quarter_log(sigma: Time) -> Time:
 
 def _sigma_of_quarter_log(k: Time) -> Time:
     return (4 * k).exp()
-
-
-def _with_range(config: Config) -> dict[str, Any]:
-    """The configuration with the range of sigma / alpha of its table where it names none."""
-    bars = alphas_cumprod(config)
-    low, high = (((1 - bars) / bars).sqrt()[[0, -1]]).tolist()
-    return {**config, "sigma_min": config.get("sigma_min") or low, "sigma_max": config.get("sigma_max") or high}
 
 
 def _table(config: Config, name: str) -> Reading:
@@ -467,9 +456,7 @@ def alphas_cumprod(config: Config) -> Tensor:
     if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas must be a list of numbers in (0, 1).")
     bars = torch.log1p(-betas).cumsum(0).exp()
-    scale = _number(config, "snr_shift_scale", 1.0)
-    if not scale > 0:
-        raise ValueError(f"snr_shift_scale must be positive; got {scale}.")
+    scale = _positive(config, "snr_shift_scale")
     bars = bars / (scale + (1 - scale) * bars)
     if config.get("rescale_betas_zero_snr"):
         roots = bars.sqrt()

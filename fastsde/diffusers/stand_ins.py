@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from greenlet import getcurrent
 from torch import Tensor, nn
 
 from fastsde.diffusers.schedules import Reading
@@ -140,10 +141,6 @@ _STEP = (
 """Arguments of a step that are known, or of no meaning where steps are ours."""
 
 
-def _alike(value: Any, default: Any) -> bool:
-    return not isinstance(value, Tensor) and value == default
-
-
 def _set_timesteps(made: Any, scheduler: Any, loop: Loop) -> Callable[..., None]:
     """The scheduler's own `set_timesteps`; its list is then walked where the loop is told."""
     own = type(scheduler).set_timesteps
@@ -183,8 +180,8 @@ def _step(made: Any, scheduler: Any, loop: Loop) -> Callable[..., Any]:
         given = {**dict(zip(defaults, args, strict=False)), **kwargs}
         if given.get("eta"):
             raise ValueError(f"eta must be 0; got {given['eta']}. Noise is solver=fastsde.ExponentialPC(eta=1.0).")
-        others = [key for key in given if key not in _STEP]
-        if other := [k for k in others if given[k] is not None and not _alike(given[k], defaults.get(k))]:
+        others = {key: value for key, value in given.items() if key not in _STEP and value is not None}
+        if other := [k for k, v in others.items() if isinstance(v, Tensor) or v != defaults.get(k)]:
             raise ValueError(
                 f"this pipeline gives its scheduler's step {', '.join(other)}, which changes what a step means. Run it "
                 "with its own scheduler."
@@ -220,16 +217,16 @@ def _noised(reading: Reading, name: str, *args: Any, **kwargs: Any) -> Tensor:
     return reading.noised(x_0, k, torch.zeros_like(x_0) if noise is None else noise)
 
 
-def served(module: nn.Module, current: Callable[[], Loop], *, counted: bool) -> nn.Module:
-    """The module itself, as an object of its class whose calls go to the loop that makes them."""
+def served(module: nn.Module, *, counted: bool) -> nn.Module:
+    """The module itself, as an object of its class whose calls go to the loop that runs in the current greenlet."""
     kind = type(module)
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return current().network(module, counted, args, kwargs)
+        return getcurrent().run_of.network(module, counted, args, kwargs)
 
     @contextlib.contextmanager
     def cache_context(self: nn.Module, name: str, **kwargs: Any) -> Iterator[None]:
-        memory = current().memory
+        memory = getcurrent().run_of.memory
         before, memory.context = memory.context, (name, kwargs)
         try:
             yield

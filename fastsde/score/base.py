@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
-from fastsde.files import json_hash
+from fastsde.checks import check_kind
+from fastsde.files import sha256
 from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
@@ -170,11 +172,7 @@ class Model(ABC):
         return self.calls
 
     def check_cond(self, cond: Cond) -> None:
-        """Refuses, with a ValueError, conditioning that the network cannot take.
-
-        Args:
-            cond: as for a call, defaults included, for all samples.
-        """
+        """Refuses, with a ValueError, conditioning of all samples, defaults included, that the network cannot take."""
         inside = unwrap(self.network)
         try:
             signature = inspect.signature(inside.forward if isinstance(inside, nn.Module) else inside)
@@ -356,7 +354,8 @@ def reading_hash(model: ScoreModel) -> str:
 
     Of functions that belong to it their names count, of `timestep` its values at five times.
     """
-    return json_hash(_reading_of(model))
+    plain = json.dumps(_reading_of(model), sort_keys=True, separators=(",", ":"), default=_shown)
+    return sha256(plain.encode())
 
 
 def _reading_of(model: ScoreModel) -> dict[str, Any]:
@@ -369,20 +368,14 @@ def _reading_of(model: ScoreModel) -> dict[str, Any]:
         elif key == "timestep" and value is not None:
             own[key] = [round(v, 6) for v in value(five).double().tolist()]
         elif key not in ("network", "sde"):
-            own[key] = _plain(value)
+            own[key] = value
     return own
 
 
-def _plain(value: object) -> Any:
-    """A value, or what tells it from others, as JSON can hold it."""
+def _shown(value: object) -> str:
+    """What tells a value that JSON does not know from others."""
     if isinstance(value, Tensor):
         return tensors_hash({"": value})
-    if isinstance(value, Mapping):
-        return {str(key): _plain(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(part) for part in value]
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
     return getattr(value, "__qualname__", type(value).__qualname__)
 
 
@@ -404,11 +397,10 @@ def _checked_range(given: object) -> tuple[float, float]:
     return float(low), float(high)  # type: ignore[arg-type]
 
 
-def _checked_default(cond: object) -> dict[str, Tensor] | None:
+def _checked_default(cond: Mapping[str, Any] | None) -> dict[str, Tensor] | None:
     if cond is None:
         return None
-    if not isinstance(cond, Mapping):
-        raise TypeError(f"default_cond must be a dict of tensors without batch axis; got {type(cond).__name__}.")
+    check_kind("default_cond", cond, Mapping, "a dict of tensors without batch axis")
     values = {k: torch.tensor(v) if isinstance(v, (bool, int, float)) else v for k, v in cond.items()}
     for key, value in values.items():
         if not isinstance(value, Tensor):
@@ -445,12 +437,7 @@ class Calls:
 
 
 class BoundModel(Calls):
-    """A score model bound to the rows in flight.
-
-    Args:
-        model: the score model.
-        cond, active, nfe: as for `Calls`.
-    """
+    """A score model bound to the rows in flight; arguments as for `Calls`."""
 
     def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
         super().__init__(cond, active, nfe)

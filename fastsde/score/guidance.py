@@ -9,10 +9,11 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like, write_rows
+from fastsde.batching import expand_like
 from fastsde.checks import check_kind, check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.score.network import watched
+from fastsde.sde.base import SDE
 from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
@@ -61,11 +62,9 @@ class ClassifierFreeGuidance(Wrapper):
         check_number("rescale", rescale, 0.0, 1.0)
         check_kind("negative", negative, Mapping, "a dict of tensors without batch axis")
         own = {f"{NEGATIVE}{key}": value for key, value in (negative or {}).items()}
-        if interval is not None:
-            interval = _checked_interval(interval)
         super().__init__(model, default_cond={"guidance_scale": torch.tensor(float(scale), dtype=torch.float32), **own})
         self.calls = 2 * model.calls
-        self.rescale, self.interval = rescale, interval
+        self.rescale, self.interval = rescale, _checked_interval(interval)
 
     def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
         return {k: v for k, v in super().inner_cond(cond).items() if not k.startswith(NEGATIVE)}
@@ -76,60 +75,58 @@ class ClassifierFreeGuidance(Wrapper):
         return {**self.inner_cond(cond), **own}
 
     def check_cond(self, cond: Cond) -> None:
-        scale, given = cond["guidance_scale"], [k for k in cond if k.startswith(NEGATIVE)]
-        if scale.ndim != 1 or not torch.isfinite(scale).all():
-            raise ValueError(f"cond['guidance_scale'] must be finite with shape (n,); got {tuple(scale.shape)}.")
-        if not given:
-            raise ValueError(
-                f"guidance needs the condition of the unguided half: negative=, or cond with names that begin with "
-                f"{NEGATIVE!r} (such as {NEGATIVE}class_labels); got {sorted(cond)}."
-            )
-        for key in given:
-            wanted = cond.get(key.removeprefix(NEGATIVE))
-            if wanted is None:
-                raise ValueError(f"cond has {key} but not the conditional half of the same name.")
-            if wanted.shape[1:] != cond[key].shape[1:]:
-                raise ValueError(
-                    f"{key} has shape {tuple(cond[key].shape)} and the conditional half {tuple(wanted.shape)}: both go "
-                    "through the network as one batch. Pad the shorter prompt to the length of the other."
-                )
+        _check_halves(cond)
         self.model.check_cond(self.inner_cond(cond))
         self.model.check_cond(self.negative_cond(cond))
 
-    def _acts(self, t: Time, low: float, high: float) -> Mask:
-        """Which rows are guided at their time."""
-        level = self.sde.sigma(t) / self.sde.alpha(t)
-        return (level >= low) & (level <= high)
-
     def cost(self, t: Time, cond: Cond) -> Index | int:
-        once = self.model.cost(t, self.inner_cond(cond))
-        other = self.model.cost(t, self.negative_cond(cond))
-        return once + other * (1 if self.interval is None else self._acts(t, *self.interval))
+        once, other = (self.model.cost(t, half) for half in (self.inner_cond(cond), self.negative_cond(cond)))
+        return once + other * (1 if self.interval is None else _between(self.sde, t, *self.interval))
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         wanted, negative = self.inner_cond(cond), self.negative_cond(cond)
-        scale = (cond or {})["guidance_scale"]
-        rows = None if self.interval is None else self._acts(t, *self.interval).nonzero().flatten()
-
-        def acted_on(values: Tensor) -> Tensor:
-            return values if rows is None else values.index_select(0, rows)
-
-        both = {k: torch.cat([wanted[k], acted_on(negative[k])]) for k in wanted}
-        x, times = torch.cat([x_t, acted_on(x_t)]), torch.cat([t, acted_on(t)])
-        out, base = self.model.output(x, times, both).split([len(t), len(x) - len(t)])
-        part = acted_on(out)
-        guided = torch.lerp(base, part, expand_like(acted_on(scale), base))
+        # With an index of rows, where guidance does not act everywhere: such an index waits for a device.
+        rows = slice(None) if self.interval is None else _between(self.sde, t, *self.interval).nonzero().flatten()
+        both = {key: torch.cat([value, negative[key][rows]]) for key, value in wanted.items()}
+        whole = self.model.output(torch.cat([x_t, x_t[rows]]), torch.cat([t, t[rows]]), both)
+        out, base = whole.tensor_split([len(t)])
+        guided = torch.lerp(base, out[rows], expand_like((cond or {})["guidance_scale"][rows], base))
         if self.rescale:
-            ratio = part.flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-12)
+            ratio = out[rows].flatten(1).std(1) / guided.flatten(1).std(1).clamp(min=1e-12)
             guided = guided * expand_like(self.rescale * ratio + 1 - self.rescale, guided)
-        if rows is None:
-            return guided
-        out = out.clone()
-        write_rows(rows, {"out": guided}, {"out": out})
-        return out
+        return guided if isinstance(rows, slice) else out.index_copy(0, rows, guided)
 
 
-def _checked_interval(given: object) -> tuple[float, float]:
+def _between(sde: SDE, t: Time, low: float, high: float) -> Mask:
+    """Where sigma / alpha is from `low` to `high`."""
+    level = sde.sigma(t) / sde.alpha(t)
+    return (level >= low) & (level <= high)
+
+
+def _check_halves(cond: Cond) -> None:
+    """Refuses, with a ValueError, a scale that is none, and halves that do not fit each other."""
+    scale, given = cond["guidance_scale"], [k for k in cond if k.startswith(NEGATIVE)]
+    if scale.ndim != 1 or not torch.isfinite(scale).all():
+        raise ValueError(f"cond['guidance_scale'] must be finite with shape (n,); got {tuple(scale.shape)}.")
+    if not given:
+        raise ValueError(
+            f"guidance needs the condition of the unguided half: negative=, or cond with names that begin with "
+            f"{NEGATIVE!r} (such as {NEGATIVE}class_labels); got {sorted(cond)}."
+        )
+    for key in given:
+        wanted = cond.get(key.removeprefix(NEGATIVE))
+        if wanted is None:
+            raise ValueError(f"cond has {key} but not the conditional half of the same name.")
+        if wanted.shape[1:] != cond[key].shape[1:]:
+            raise ValueError(
+                f"{key} has shape {tuple(cond[key].shape)} and the conditional half {tuple(wanted.shape)}: both go "
+                "through the network as one batch. Pad the shorter prompt to the length of the other."
+            )
+
+
+def _checked_interval(given: object) -> tuple[float, float] | None:
+    if given is None:
+        return None
     pair = tuple(given) if isinstance(given, (tuple, list)) else ()
     numbers = all(isinstance(v, Real) and not isinstance(v, bool) for v in pair)
     if len(pair) != 2 or not numbers or not 0 <= pair[0] < pair[1]:

@@ -18,10 +18,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like
+from fastsde.batching import expand_like, row_dot
+from fastsde.checks import check_count, check_kind
 from fastsde.score.base import ScoreModel, Wrapper
 from fastsde.score.network import watched
-from fastsde.score.operators import LinearOperator, check_iterations, conjugate_gradients, row_dot
+from fastsde.score.operators import LinearOperator, conjugate_gradients
 from fastsde.types import Cond, State, Time
 
 
@@ -30,11 +31,10 @@ class _Measured(Wrapper):
 
     own_cond = ("measurement",)
 
-    def __init__(self, model: ScoreModel, operator: LinearOperator, y: Tensor | None) -> None:
+    def __init__(self, model: ScoreModel, operator: LinearOperator, y: Tensor | None = None) -> None:
         if not isinstance(operator, LinearOperator):
             raise TypeError(f"operator must be a LinearOperator such as Mask(mask); got {type(operator).__name__}.")
-        if y is not None and not isinstance(y, Tensor):
-            raise TypeError(f"y must be a tensor, the measurement of one sample; got {type(y).__name__}.")
+        check_kind("y", y, Tensor, "a tensor, the measurement of one sample")
         super().__init__(model, "sample", default_cond=None if y is None else {"measurement": y})
         self.operator = operator
 
@@ -79,9 +79,6 @@ class Projection(_Measured):
         TypeError: if `operator` is no LinearOperator.
         ValueError: before the first network call, if the measurement is missing or has the wrong shape.
     """
-
-    def __init__(self, model: ScoreModel, operator: LinearOperator, y: Tensor | None = None) -> None:
-        super().__init__(model, operator, y)
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
         x_0 = self.model(x_t, t, self.inner_cond(cond)).x_0
@@ -144,7 +141,7 @@ class DPS(_Likelihood):
         scale: multiplies the likelihood's score, not negative.
 
     Raises:
-        ValueError: if `noise_std` or `scale` is out of range; for measurements as `Projection`.
+        ValueError: if a number is out of range; for measurements as `Projection`.
         TypeError: if `operator` is no LinearOperator; at the first call, if the network carries no gradient.
     """
 
@@ -182,16 +179,12 @@ class PiGDM(_Likelihood):
     https://openreview.net/forum?id=9_gsMA8MRKQ.
 
     Args:
-        model: the score model; its network must be differentiable.
-        operator: A.
-        noise_std: standard deviation of the measurement's noise, positive.
-        y: the measurement of one sample, with shape measurement, for samples whose `cond` has none.
+        model, operator, noise_std, y: as for `DPS`.
         data_std: standard deviation of one element of the data, positive.
         iterations: most conjugate gradient steps; each applies A and A^T once.
 
     Raises:
-        ValueError: if a number is out of range; for measurements as `Projection`.
-        TypeError: if `operator` is no LinearOperator; at the first call, if the network carries no gradient.
+        ValueError, TypeError: as `DPS`.
     """
 
     def __init__(
@@ -206,9 +199,8 @@ class PiGDM(_Likelihood):
     ) -> None:
         if not 0 < data_std < math.inf:
             raise ValueError(f"data_std must be positive and finite; got {data_std}.")
-        check_iterations(iterations)
         super().__init__(model, operator, noise_std, y)
-        self.data_std, self.iterations = float(data_std), iterations
+        self.data_std, self.iterations = float(data_std), check_count("iterations", iterations, 1)
 
     def whiten(self, residual: Tensor, t: Time, spread: Callable[[Tensor], Tensor]) -> Tensor:
         noise, data = self.sde.sigma(t) ** 2, self.data_std**2
@@ -235,15 +227,11 @@ class MMPS(_Likelihood):
     "Moment matching posterior sampling"; V is Tweedie's formula for the covariance.
 
     Args:
-        model: the score model; its network must be differentiable.
-        operator: A.
-        noise_std: standard deviation of the measurement's noise, positive.
-        y: the measurement of one sample, with shape measurement, for samples whose `cond` has none.
+        model, operator, noise_std, y: as for `DPS`.
         iterations: most conjugate gradient steps.
 
     Raises:
-        ValueError: if a number is out of range; for measurements as `Projection`.
-        TypeError: if `operator` is no LinearOperator; at the first call, if the network carries no gradient.
+        ValueError, TypeError: as `DPS`.
     """
 
     def __init__(
@@ -255,9 +243,8 @@ class MMPS(_Likelihood):
         *,
         iterations: int = 3,
     ) -> None:
-        check_iterations(iterations)
         super().__init__(model, operator, noise_std, y)
-        self.iterations = iterations
+        self.iterations = check_count("iterations", iterations, 1)
 
     def whiten(self, residual: Tensor, t: Time, spread: Callable[[Tensor], Tensor]) -> Tensor:
         def covariance(v: Tensor) -> Tensor:

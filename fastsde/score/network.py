@@ -108,11 +108,9 @@ def tensor_of(out: object) -> object:
 
 
 def check_output(out: object, x_t: Tensor, role: str) -> Tensor:
-    """What a network returned, if it is a tensor like the state it was given.
+    """What a network returned, if it is a floating-point tensor with the shape and the device of the state `x_t`.
 
-    Raises:
-        TypeError: if it is no floating-point tensor.
-        ValueError: if it has another shape or is on another device.
+    Else it is refused, with a TypeError or ValueError.
     """
     if not isinstance(out, Tensor) or not out.is_floating_point():
         kind = f"a tensor of {out.dtype}" if isinstance(out, Tensor) else type(out).__name__

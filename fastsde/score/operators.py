@@ -9,9 +9,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import expand_like
-from fastsde.checks import check_tensor
-from fastsde.types import Coef, State
+from fastsde.batching import expand_like, row_dot
+from fastsde.checks import check_count, check_tensor
+from fastsde.types import State
 
 _AGREE = 1e-3
 """How far <A x, y> and <x, A^T y> may differ, relative to |A x| |y|: single precision, and sums of a million terms."""
@@ -88,7 +88,7 @@ class Mask(LinearOperator):
         if not (mask == self.known).all() or not self.known.any():
             raise ValueError("mask must hold 0 (unknown) and 1 (known), at least one of them known.")
 
-    def _keep(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Tensor:
         known, event = self.known.to(x.device), tuple(x.shape[1:])
         fits = known.ndim <= len(event) and all(
             m in (1, e) for m, e in zip(known.shape, event[len(event) - known.ndim :], strict=True)
@@ -100,18 +100,15 @@ class Mask(LinearOperator):
             )
         return torch.where(known, x, torch.zeros_like(x))
 
-    def __call__(self, x: State) -> Tensor:
-        return self._keep(x)
-
     def adjoint(self, y: Tensor) -> Tensor:
-        return self._keep(y)
+        return self(y)
 
     def pinv(self, y: Tensor) -> Tensor:
-        return self._keep(y)
+        return self(y)
 
     def residual(self, y: Tensor, x: State) -> Tensor:
         _same_shape(y, x)
-        return self._keep(y - x)
+        return self(y - x)
 
     def count(self, y: Tensor) -> int:
         return int(self.known.expand(y.shape[1:]).sum())
@@ -173,8 +170,8 @@ class Linear(LinearOperator):
         for name, given in (("forward", forward), ("adjoint", adjoint), ("pinv", pinv)):
             if not callable(given) and (given is not None or name == "forward"):
                 raise TypeError(f"{name} must be callable on a batch; got {type(given).__name__}.")
-        check_iterations(iterations)
-        self.forward, self.event_shape, self.iterations = forward, tuple(event_shape), iterations
+        self.iterations = check_count("iterations", iterations, 1)
+        self.forward, self.event_shape = forward, tuple(event_shape)
         self._adjoint, self._pinv = adjoint, pinv
 
     def __call__(self, x: State) -> Tensor:
@@ -201,13 +198,7 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     A row stops when its residual is a few roundings of b, and where C turns out to have a negative direction. Source:
     Hestenes and Stiefel 1952, https://doi.org/10.6028/jres.049.044.
 
-    Args:
-        product: C x for x with the shape of b.
-        b: with shape (B, ...).
-        iterations: most steps.
-
-    Returns:
-        x, with the shape of b.
+    `product` gives C x for x with the shape of b, (B, ...), in at most so many `iterations`.
     """
     x, r, p, size = torch.zeros_like(b), b, b, row_dot(b, b)
     enough = size * (4 * torch.finfo(b.dtype).eps) ** 2
@@ -225,20 +216,9 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], b: Tensor, iteratio
     return x
 
 
-def row_dot(a: Tensor, b: Tensor) -> Coef:
-    """The inner product of each row of a with that of b, in float64, with shape (B,)."""
-    return (a * b).flatten(1).sum(1, dtype=torch.float64)
-
-
 def _same_shape(y: Tensor, made: Tensor) -> None:
     if y.shape[1:] != made.shape[1:]:
         raise ValueError(
             f"the measurement of one sample must have shape {tuple(made.shape[1:])}, that of A x; "
             f"got {tuple(y.shape[1:])}."
         )
-
-
-def check_iterations(iterations: int) -> None:
-    """Refuses, with a ValueError, anything but an integer of at least 1."""
-    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
-        raise ValueError(f"iterations must be an integer of at least 1; got {iterations!r}.")

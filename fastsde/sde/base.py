@@ -93,6 +93,20 @@ class SDE(ABC):
         """Forward drift f(t) x, with shape (B, *event)."""
         return expand_like(self.f(t), x) * x
 
+    def reverse_drift(self, x: State, t: Time, score: State) -> State:
+        """Drift f(t) x - g(t)^2 score of the reverse-time SDE, dx = [..] dt + g dw for dt < 0, with shape (B, *event).
+
+        Source: Anderson 1982, https://doi.org/10.1016/0304-4149(82)90051-5; thesis eq. 10.2.
+        """
+        return self.drift(x, t) - expand_like(self.g2(t), x) * score
+
+    def probability_flow_drift(self, x: State, t: Time, score: State) -> State:
+        """Drift f(t) x - g(t)^2 score / 2 of the probability-flow ODE, dx = [..] dt, with shape (B, *event).
+
+        It has the marginals of the SDE. Source: Song et al., https://arxiv.org/abs/2011.13456, eq. 13 of sec. 4.3.
+        """
+        return self.drift(x, t) - expand_like(self.g2(t) / 2, x) * score
+
     def marginal(self, x_0: State, t: Time, noise: State) -> State:
         """A draw of x_t given x_0: alpha(t) x_0 + sigma(t) noise, with shape (B, *event)."""
         return expand_like(self.alpha(t), x_0) * x_0 + expand_like(self.sigma(t), x_0) * noise
@@ -104,9 +118,7 @@ class SDE(ABC):
 
     def prior(self, noise: State, t: float | None = None) -> State:
         """The start of sampling, N(0, sigma(t)^2 I) at t = t_max or below, from standard normal `noise` (B, *event)."""
-        if t is None or t == self.t_max:
-            return noise * self.prior_std
-        return noise * float(self.sigma(torch.tensor([t], dtype=torch.float64)))
+        return noise * float(self.sigma(torch.tensor([self.t_max if t is None else t], dtype=torch.float64)))
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={_short(v)}" for k, v in vars(self).items() if not k.startswith("_"))
@@ -118,11 +130,7 @@ def _short(value: object) -> str:
 
 
 def check_range(name: str, t_min: float, t_max: float, *, upper: float | None = None) -> None:
-    """Refuses a time range that is empty, starts at or below 0, or ends above `upper`.
-
-    Raises:
-        ValueError: naming the class, what came and what is allowed.
-    """
+    """Refuses, with a ValueError, a time range that is empty, starts at or below 0, or ends above `upper`."""
     top = "" if upper is None else f" <= {upper}"
     for key, value in (("t_min", t_min), ("t_max", t_max)):
         check_real(f"{key} of {name}", value)

@@ -53,19 +53,18 @@ class DiscreteVPSDE(VariancePreserving):
             table = torch.as_tensor(given, dtype=torch.float64)
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise ValueError(f"{name} must be a vector of numbers; got {str(given)[:80]}.") from error
+        inside = table.ndim == 1 and len(table) > 0 and bool(((table > 0) & (table < 1)).all())
         if betas is not None:
-            rates = table
-            if rates.ndim != 1 or not len(rates) or not ((rates > 0) & (rates < 1)).all():
+            if not inside:
                 raise ValueError(f"betas must be one-dimensional with every value in (0, 1); got {str(given)[:80]}.")
-            log_alpha_bar = torch.log1p(-rates).cumsum(0)
+            log_alpha_bar = torch.log1p(-table).cumsum(0)
         else:
-            bars = table
-            if bars.ndim != 1 or not len(bars) or not ((bars > 0) & (bars < 1)).all() or not (bars.diff() < 0).all():
+            if not inside or not (table.diff() < 0).all():
                 raise ValueError(
                     "alphas_cumprod must be one-dimensional and strictly decreasing inside (0, 1); a last value of 0 "
                     "(zero terminal SNR) has no finite score."
                 )
-            log_alpha_bar = bars.log()
+            log_alpha_bar = table.log()
         self.levels = len(log_alpha_bar)
         table = torch.cat([torch.zeros(1, dtype=torch.float64), 0.5 * log_alpha_bar])
         self._tables = {torch.device("cpu"): table}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number, check_steps
+from fastsde.checks import check_number, check_order, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction
 from fastsde.sde.base import SDE, Level
@@ -85,6 +85,7 @@ class ExponentialAdams(Solver):
     warm_up = True
     keeps_x_0 = True
     log_snr_steps = True
+    orders: ClassVar[tuple[int, ...]] = ()  # what `order` may be, where there is one
     midpoint: ClassVar[bool] = True  # a polynomial of degree 1 gets m_0 / 2 rather than m_1: better at few calls
     interpolates_noise: ClassVar[bool] = False  # interpolate eps rather than D: y / rho then grows, c = -1
 
@@ -95,6 +96,8 @@ class ExponentialAdams(Solver):
         check_steps(self.steps)
         if not callable(self.eta):
             check_number("eta", self.eta, 0.0, 5.0)
+        if self.orders:
+            check_order("order", getattr(self, "order", None), self.orders)
 
     @property
     def values(self) -> tuple[int, int]:
@@ -125,12 +128,10 @@ class ExponentialAdams(Solver):
         return None
 
     def coefficients(self, now: Level, end: Level, lams: Tensor, count: Index) -> AdamsPlan:
-        """The coefficients of steps.
+        """The coefficients of steps between two levels of the process.
 
-        Args:
-            now, end: of the process, where the steps start and where they end.
-            lams: where the last predictions were made, the newest first, with shape (B, values kept).
-            count: how many of them there are, with shape (B,).
+        `lams` are where the last predictions were made, the newest first, with shape (B, values kept); `count` is how
+        many of them there are, with shape (B,).
         """
         lam, lam_s = now.log_snr / 2, end.log_snr / 2
         h = lam_s - lam
@@ -165,13 +166,9 @@ class ExponentialAdams(Solver):
         return self.coefficients(now, end, end.log_snr[before] / 2, count)
 
     def predict(self, x_t: State, c: AdamsPlan, carry: Carry, z: State | None = None) -> Predicted:
-        """The first half of a step, up to the network call.
+        """The first half of a step with coefficients `c`, up to the network call.
 
-        Args:
-            x_t: the state, with shape (B, *event).
-            c: the coefficients of the step.
-            carry: the memory.
-            z: noise of variance 1 with shape (B, *event), for eta > 0; None adds none.
+        `z` is noise of variance 1 with shape (B, *event), for eta > 0; None adds none.
         """
         base = expand_like(c.keep, x_t) * x_t
         if z is not None:
@@ -182,10 +179,7 @@ class ExponentialAdams(Solver):
     def correct(self, ahead: Predicted, prediction: Prediction, c: AdamsPlan, carry: Carry) -> tuple[State, Carry]:
         """The second half: the state at the end of the step, with shape (B, *event), and the memory there.
 
-        Args:
-            ahead: what `predict` gave, for the same `c` and `carry`.
-            prediction: the network's, at `ahead.x` and the end of the step.
-            c, carry: as for `predict`.
+        `ahead` is what `predict` gave for the same `c` and `carry`; `prediction` is at `ahead.x` and the step's end.
         """
         past = self._past(carry)
         new = prediction.epsilon if self.interpolates_noise else prediction.x_0

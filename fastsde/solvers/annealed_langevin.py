@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,27 @@ from fastsde.types import Carry, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class AnnealedLangevin(Solver):
+class Annealed(Solver):
+    """Steps of size eta at falling levels of noise: what `AnnealedLangevin` and `ConsistentAnnealed` share."""
+
+    grid_hint = "levels=..."
+    noise = "fresh"
+    log_snr_steps = True
+    most_eta: ClassVar[float]
+
+    levels: int | None = None
+    n_sigma: int = 1
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        check_steps(self.levels, "levels", 2)
+        check_steps(self.n_sigma, "n_sigma")
+        if self.eta is not None:
+            check_number("eta (= eps / sigma_L^2)", self.eta, 0.0, self.most_eta, ends="()")
+
+
+@dataclasses.dataclass(frozen=True)
+class AnnealedLangevin(Annealed):
     r"""Algorithm 4: `n_sigma` Langevin steps at each of L falling noise levels.
 
         x <- x + eta sigma_i^2 score(x, sigma_i) + sqrt(2 eta) sigma_i z    (n_sigma times)
@@ -44,20 +65,9 @@ class AnnealedLangevin(Solver):
 
     convergence = "none at fixed n_sigma"
     cost = "n_sigma (also at the first level)"
-    grid_hint = "levels=..."
-    noise = "fresh"
     use = "the original sampler of score matching"
     warm_up = True
-    log_snr_steps = True
-
-    levels: int | None = None
-    n_sigma: int = 1
-    eta: float | None = None
-
-    def __post_init__(self) -> None:
-        check_levels(self.levels, self.n_sigma)
-        if self.eta is not None:
-            check_number("eta (= eps / sigma_L^2)", self.eta, 0.0, 1.0, ends="()")
+    most_eta = 1.0
 
     @property
     def steps(self) -> int | None:
@@ -72,15 +82,14 @@ class AnnealedLangevin(Solver):
             raise ValueError("AnnealedLangevin needs levels=..., or eta=... where a controller gives the levels.")
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        eta = self._size(sde) if self.eta is None else self.eta
+        eta = self.eta
+        if eta is None:
+            ends = noise_level(sde, torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
+            eta = closest_step(float(ends[1] / ends[0]) ** (1 / ((self.levels or 2) - 1)), self.n_sigma)
         x, sigma = expand_like(sde.alpha(s) / sde.alpha(t), x_t) * x_t, expand_like(sde.sigma(s), x_t)
         for k in range(self.n_sigma):
             x = x + eta * sigma**2 * model(x, s).score + (2 * eta) ** 0.5 * sigma * noise.normal(k)
         return Step(x, {})
-
-    def _size(self, sde: SDE) -> float:
-        ends = noise_level(sde, torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64))
-        return closest_step(float(ends[1] / ends[0]) ** (1 / ((self.levels or 2) - 1)), self.n_sigma)
 
 
 @functools.cache
@@ -97,9 +106,3 @@ def closest_step(gamma: float, n_sigma: int) -> float:
     excess = 2 * (1 - kept) / (2 - eta) / (1 - kept / gamma**2)
     settles = kept < gamma**2
     return float(eta[excess.masked_fill(~settles, torch.inf).argmin()] if settles.any() else eta[-1])
-
-
-def check_levels(levels: int | None, n_sigma: int) -> None:
-    """Refuses, with a ValueError, fewer than two levels or no step at each."""
-    check_steps(levels, "levels", 2)
-    check_steps(n_sigma, "n_sigma")

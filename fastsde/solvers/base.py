@@ -75,6 +75,7 @@ class Solver(ABC):
         error_power: power of the scaled error in the rule for the next step size.
         times: the times that it was made for, the only ones that it walks; None if it takes any.
         reports: names in its memory, each with a float64 for every row, that go to the result.
+        across_rows: whether a step reads other rows of the batch, as some published corrector does.
     """
 
     convergence: ClassVar[str]
@@ -93,11 +94,7 @@ class Solver(ABC):
     error_power: float = 0.9
     times: tuple[float, ...] | None = None
     reports: tuple[str, ...] = ()
-
-    @property
-    def across_rows(self) -> bool:
-        """Whether a step reads other rows of the batch, as some published corrector does."""
-        return False
+    across_rows: bool = False
 
     def __init_subclass__(cls) -> None:
         if "step" in vars(cls) and "plan" not in vars(cls):

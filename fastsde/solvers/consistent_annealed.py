@@ -8,18 +8,17 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.solvers.annealed_langevin import check_levels
-from fastsde.solvers.base import Solver, Step
+from fastsde.solvers.annealed_langevin import Annealed
+from fastsde.solvers.base import Step
 from fastsde.solvers.runge_kutta import noise_level
 from fastsde.types import Carry, State, Time
 
 
 @dataclasses.dataclass(frozen=True)
-class ConsistentAnnealed(Solver):
+class ConsistentAnnealed(Annealed):
     r"""Algorithm 5: each step lands on the next level with exactly its noise, for any levels.
 
         y_{i+1} = (1 - eta) y_i + eta H(y_i, rho_i) + beta_i rho_{i+1} z,    eta = eps / sigma_L^2
@@ -44,19 +43,8 @@ class ConsistentAnnealed(Solver):
 
     convergence = "weak 1"
     calls_per_step = 1
-    grid_hint = "levels=..."
-    noise = "fresh"
     use = "annealed sampling whose noise keeps to its schedule"
-    log_snr_steps = True
-
-    levels: int | None = None
-    n_sigma: int = 1
-    eta: float | None = None
-
-    def __post_init__(self) -> None:
-        check_levels(self.levels, self.n_sigma)
-        if self.eta is not None:
-            check_number("eta (= eps / sigma_L^2)", self.eta, 0.0, 2.0, ends="()")
+    most_eta = 2.0
 
     @property
     def steps(self) -> int | None:

@@ -50,11 +50,8 @@ class DDIM(Solver):
         return self.eta == 0
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        variance = sde.sigma(s) ** 2
+        variance, prediction = sde.sigma(s) ** 2, model(x_t, t)
         fresh = -(self.eta**2) * variance * torch.expm1(sde.log_snr(t) - sde.log_snr(s))
-        prediction = model(x_t, t)
-        x_s = (
-            expand_like(sde.alpha(s), x_t) * prediction.x_0
-            + expand_like((variance - fresh).sqrt(), x_t) * prediction.epsilon
-        )
+        kept = (variance - fresh).sqrt()
+        x_s = expand_like(sde.alpha(s), x_t) * prediction.x_0 + expand_like(kept, x_t) * prediction.epsilon
         return Step(x_s if self.deterministic else x_s + expand_like(fresh.sqrt(), x_t) * noise.z, {})

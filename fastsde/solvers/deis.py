@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
 
 
@@ -30,14 +29,11 @@ class DEIS(ExponentialAdams):
     noise = "none"
     midpoint = False
     interpolates_noise = True
+    orders = (1, 2, 3, 4)
     use = "peer: Adams-Bashforth in exponential form"
 
     eta: float = dataclasses.field(default=0.0, init=False)
     order: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order("order", self.order, (1, 2, 3, 4))
 
     @property
     def values(self) -> tuple[int, int]:

@@ -6,7 +6,6 @@ import dataclasses
 
 from torch import Tensor
 
-from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
 from fastsde.types import Coef
 
@@ -34,13 +33,10 @@ class DPMSolverPP(ExponentialAdams):
     """
 
     convergence = "1, 2, 2 (eta = 0), weak 1"
+    orders = (1, 2, 3)
     use = "peer: 2M and 3M, ODE (eta = 0) and SDE (eta = 1)"
 
     order: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order("order", self.order, (1, 2, 3))
 
     @property
     def values(self) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from fastsde.checks import check_flags, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.sde.reverse import reverse_drift
 from fastsde.solvers.base import Solver, Step
 from fastsde.types import Carry, State, Time
 
@@ -45,5 +44,5 @@ class EulerMaruyama(Solver):
         check_flags(keep_path=self.keep_path)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
-        drift = reverse_drift(sde, x_t, t, model(x_t, t).score)
+        drift = sde.reverse_drift(x_t, t, model(x_t, t).score)
         return Step(x_t - expand_like(t - s, x_t) * drift + expand_like(sde.g2(t).sqrt(), x_t) * noise.dw, {})

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, row_norm
-from fastsde.checks import check_order
 from fastsde.noise import ALL_NOISE
 from fastsde.sde.base import Level
 from fastsde.solvers.adams import AdamsPlan, ExponentialAdams
@@ -74,14 +73,11 @@ class ExponentialPC(ExponentialAdams):
     """
 
     convergence = "3 (eta = 0), weak 2 on Gaussian data"
+    orders = (1, 2, 3)
     use = "the default: few calls, 8 to 30 for a whole sample; as many as rtol or nfe say"
     tapered_steps = True
 
     order: int = 3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order("order", self.order, (1, 2, 3))
 
     @property
     def values(self) -> tuple[int, int]:

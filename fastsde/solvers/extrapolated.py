@@ -11,7 +11,6 @@ from fastsde.checks import check_flags
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
-from fastsde.sde.reverse import reverse_drift
 from fastsde.solvers.base import Solver, Step
 from fastsde.types import Carry, State, Time
 
@@ -70,8 +69,8 @@ class ExtrapolatedEM(Solver):
         h, dw = expand_like(t - s, x_t), noise.dw
         noise_t = expand_like(sde.g2(t).sqrt(), x_t) * dw
         noise_s = noise_t if self.lamba else expand_like(sde.g2(s).sqrt(), x_t) * dw
-        low = x_t - h * reverse_drift(sde, x_t, t, model(x_t, t).score) + noise_t
-        other = x_t - h * reverse_drift(sde, low, s, model(low, s).score) + noise_s
+        low = x_t - h * sde.reverse_drift(x_t, t, model(x_t, t).score) + noise_t
+        other = x_t - h * sde.reverse_drift(low, s, model(low, s).score) + noise_s
         high = (low + other) / 2
         scale = low.abs()
         if self.reference != "proposal":

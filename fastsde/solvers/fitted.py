@@ -300,11 +300,7 @@ def standard_weights(sde: SDE, times: Sequence[float], eta: float = 0.0, order: 
 
     A corrected state is the predicted one and a combination of predictions, so the next predicted state is one of the
     last predicted state and of up to four predictions. What is missing is the part of that rule that depends on norms.
-
-    Args:
-        sde: the process.
-        times: the levels, falling.
-        eta, order: of `ExponentialPC`.
+    `times` are the falling levels; `eta` and `order` are those of `ExponentialPC`.
     """
     solver = ExponentialPC(eta=eta, order=order)
     at = sde.level(torch.tensor(list(times), dtype=torch.float64))

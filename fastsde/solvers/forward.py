@@ -25,10 +25,7 @@ class Forward(WrappedSolver):
         ValueError: if the solver uses noise.
     """
 
-    noise = "none"
     deterministic = True
-    use = "encoding"
-    convergence = "that of the solver"
 
     solver: Solver
 

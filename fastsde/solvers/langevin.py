@@ -9,12 +9,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.batching import all_finite, expand_like, row_norm
+from fastsde.batching import all_finite, expand_like, row_dot, row_norm
 from fastsde.checks import check_flags, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Mask, State, Time
 
+Normals = Callable[[int], State]
+"""Standard normals by number, each with shape (B, *event)."""
 _LEAST_SCORE = 1e-12
 """Root mean square of a score below which there is no Langevin step."""
 
@@ -29,9 +31,7 @@ class Corrector(ABC):
     calls: int = 1
 
     @abstractmethod
-    def correct(
-        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
-    ) -> State:
+    def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Normals) -> State:
         """One step.
 
         Args:
@@ -40,7 +40,7 @@ class Corrector(ABC):
             x: with shape (B, *event).
             t: the level, with shape (B,).
             shrink: (alpha_t / alpha_s)^2 of the predictor's step, with shape (B,).
-            normal: independent standard normals by number, each with shape (B, *event).
+            normal: independent standard normals by number.
         """
 
 
@@ -72,9 +72,7 @@ class Langevin(Corrector):
         check_number("snr", self.snr, 0.0, ends="()")
         check_flags(annealed=self.annealed, batch_mean=self.batch_mean)
 
-    def correct(
-        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
-    ) -> State:
+    def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Normals) -> State:
         z = normal(0)
         score = model(x, t).score
         if self.annealed:
@@ -123,9 +121,7 @@ class LangevinDynamics(Corrector):
         scale = sde.sigma(t) ** 2 if self.relative else torch.ones_like(t)
         return self.step_size * scale * torch.as_tensor(k + 1.0, device=t.device) ** -self.decay
 
-    def correct(
-        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
-    ) -> State:
+    def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Normals) -> State:
         return moved(x, model(x, t).score, self.size(sde, t), normal(0))
 
 
@@ -180,7 +176,7 @@ class MALA(LangevinDynamics):
         step, at_after = after - x, score(after)
         if self.log_density is None:
             mean = (at_x + 4 * score(x + step / 2) + at_after) / 6
-            gain = (step * mean).flatten(1).sum(1, dtype=torch.float64)
+            gain = row_dot(step, mean)
         else:
             gain = (self.log_density(after, t) - self.log_density(x, t)).double()
         scale = expand_like(lam, x)
@@ -192,9 +188,7 @@ class MALA(LangevinDynamics):
         x = torch.where(rows, after, x).masked_fill(expand_like(lost, x), torch.nan)
         return x, torch.where(rows, at_after, at_x), taken
 
-    def correct(
-        self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Callable[[int], State]
-    ) -> State:
+    def correct(self, model: BoundModel, sde: SDE, x: State, t: Time, shrink: Coef, normal: Normals) -> State:
         def score(where: State) -> State:
             return model(where, t).score
 

@@ -69,7 +69,7 @@ class PredictorCorrector(WrappedSolver):
         return self.predictor.calls_per_step + self.n_corrector * self.corrector.calls
 
     @property
-    def across_rows(self) -> bool:
+    def across_rows(self) -> bool:  # type: ignore[override]
         return getattr(self.corrector, "batch_mean", False)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:

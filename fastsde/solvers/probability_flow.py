@@ -72,9 +72,7 @@ class ProbabilityFlow(Solver):
     def warm_up(self) -> bool:  # type: ignore[override]
         return self.tableau.first_same_as_last
 
-    @property
-    def keeps_x_0(self) -> bool:  # type: ignore[override]
-        return self.tableau.first_same_as_last
+    keeps_x_0 = warm_up  # the last slope is that at the state reached
 
     def init(self, x_t: State) -> Carry:
         return {"slope": torch.zeros_like(x_t), "x_0": torch.zeros_like(x_t)} if self.warm_up else {}

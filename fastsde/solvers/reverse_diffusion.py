@@ -43,7 +43,5 @@ class ReverseDiffusion(Solver):
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         a, b2 = sde.transition(t, s)
-        score = model(x_t, t).score
-        return Step(
-            expand_like(2 - a, x_t) * x_t + expand_like(b2, x_t) * score + expand_like(b2.sqrt(), x_t) * noise.z, {}
-        )
+        mean = expand_like(2 - a, x_t) * x_t + expand_like(b2, x_t) * model(x_t, t).score
+        return Step(mean + expand_like(b2.sqrt(), x_t) * noise.z, {})

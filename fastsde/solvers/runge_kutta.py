@@ -40,8 +40,7 @@ def runge_kutta_step(
         slope: of shape (B, *event), at a state (B, *event) and a time (B,).
         sde: the process that ties times to noise levels.
         y: the state, with shape (B, *event).
-        t: now, with shape (B,).
-        s: target, with shape (B,), below or above t.
+        t, s: now and the target, with shape (B,); s is below or above t.
         first: slope(y, t), if it is known.
         logarithmic: step in log rho instead, of dy / dlog rho = rho slope(y, t).
 

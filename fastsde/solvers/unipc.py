@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastsde.checks import check_order
 from fastsde.solvers.adams import ExponentialAdams
 
 
@@ -26,13 +25,10 @@ class UniPC(ExponentialAdams):
     """
 
     convergence = "order + 1, from a cold start at most 3 (eta = 0), weak 1"
+    orders = (1, 2, 3)
     use = "peer: UniPC-2 and -3"
 
     order: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_order("order", self.order, (1, 2, 3))
 
     @property
     def values(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 from torch import Tensor
 
@@ -12,37 +13,24 @@ from fastsde.solvers.base import Solver
 from fastsde.types import Carry, State
 
 
+def _of_inner(name: str) -> Any:
+    return property(lambda self: getattr(self.inner, name), doc="That of the other solver.")
+
+
 class WrappedSolver(Solver):
     """A solver whose step is made of another one's: its traits and memory are the other's, but for what it says."""
+
+    calls_per_step = _of_inner("calls_per_step")
+    adaptive = _of_inner("adaptive")
+    steps = _of_inner("steps")
+    warm_up = _of_inner("warm_up")
+    keep_path = _of_inner("keep_path")
+    log_snr_steps = _of_inner("log_snr_steps")
 
     @property
     @abstractmethod
     def inner(self) -> Solver:
         """The other solver."""
-
-    @property
-    def calls_per_step(self) -> int:
-        return self.inner.calls_per_step
-
-    @property
-    def adaptive(self) -> bool:
-        return self.inner.adaptive
-
-    @property
-    def steps(self) -> int | None:
-        return self.inner.steps
-
-    @property
-    def warm_up(self) -> bool:  # type: ignore[override]
-        return self.inner.warm_up
-
-    @property
-    def keep_path(self) -> bool:  # type: ignore[override]
-        return self.inner.keep_path
-
-    @property
-    def log_snr_steps(self) -> bool:  # type: ignore[override]
-        return self.inner.log_snr_steps
 
     def check(self, sde: SDE, times: Tensor | None) -> None:
         self.inner.check(sde, times)
