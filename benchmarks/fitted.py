@@ -12,7 +12,7 @@ clipped are those of `networks.py`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import networks
@@ -28,6 +28,8 @@ import fastsde
 CALLS = (3, 4, 5, 6, 8, 10, 12, 15, 20)
 PILOT_CALLS, PRICES = (4, 6), (2_000, 4_000, 20_000)
 """Numbers of calls at which three pilots and other prices are compared."""
+MANY, MANY_CALLS = 512, (4, 5, 6, 8)
+"""On exact problems, whose calls cost little: so many pilots, and all the steps that they need."""
 FID_CALLS, FID_SEEDS = (3, 4, 5, 6, 8), 3
 KEYS = ("problem", "sampler", "calls", "seed", "error", "median", "rms", "distance", "cost")
 RANKED, KEPT = (6, 15), 6
@@ -103,6 +105,8 @@ class Results(Book):
                 line["peer at n + 2"], line["who at n + 2"] = self.best_peer(problem, n + 2, column)
                 for price in PRICES:
                     line[f"fitted for {price}"] = self.value(problem, f"fitted, {price} calls", n, column)
+                many = f"fitted, {MANY} pilots"
+                line["many pilots"], line["many cost"] = (self.value(problem, many, n, key) for key in (column, "cost"))
                 if line["default"] is not None or line["fitted"] is not None:
                     found.append(line)
         fids = [row for row in self.rows.values() if "FID" in row["sampler"]]
@@ -124,8 +128,10 @@ def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:
         solver = case.fitted(1000 + seed, nfe=n, **options)
         return case.judged(case.run(solver=solver).samples) | {"cost": solver.record["cost"]}
 
+    fit_once = cache(partial(case.fitted, 1000))
+
     def of_images(n: int, seed: int) -> Row:  # by the same fit for all seeds
-        solver = case.fitted(1000, nfe=n)
+        solver = fit_once(nfe=n)
         options = {"cond": labels(fids), "seed": seed, "batch_size": 100, "progress": True}
         return {"distance": fid(fastsde.sample(case.model, n=fids, solver=solver, **options).samples)}
 
@@ -138,6 +144,7 @@ def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:
         "default, log-SNR": equal_steps,
         "fitted": fitted,
         **{f"fitted, {price} calls": partial(fitted, calls=price) for price in PRICES},
+        f"fitted, {MANY} pilots": partial(fitted, pilots=MANY, calls=1_000_000),
         f"fitted, FID of {fids}": of_images,
         **{label: partial(peer, label) for label in crowd},
     }
@@ -149,6 +156,8 @@ def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:
     jobs = [(sampler, n, 0) for n in calls for sampler in own]
     for n in set(PILOT_CALLS) & set(calls):
         jobs += [("fitted", n, seed) for seed in (1, 2)] + [(f"fitted, {price} calls", n, 0) for price in PRICES]
+    if case.distance is not None:
+        jobs += [(f"fitted, {MANY} pilots", n, 0) for n in set(MANY_CALLS) & set(calls)]
     if fids and case.name == "packaged":
         jobs += [(f"fitted, FID of {fids}", n, seed) for seed in range(FID_SEEDS) for n in FID_CALLS]
     jobs += [(label, n, 0) for n in RANKED for label in crowd]

@@ -176,14 +176,7 @@ def fit(
     numbers = torch.arange((1 << 32) - count, 1 << 32)
     samples = resolve_samples(model, shape=(count, *event), index=numbers, seed=seed, cond=cond, device=device)
     settings = {
-        "asked": {
-            "evaluations": list(wanted),
-            "rtol": rtol,
-            "eta": eta,
-            "calls": calls,
-            "history": history,
-            "guess": guess,
-        },
+        "asked": dict(evaluations=list(wanted), rtol=rtol, eta=eta, calls=calls, history=history, guess=guess),
         "times": None if given is None else given.times.tolist(),
         "pilots": count,
         "seed": samples.seed,
@@ -251,7 +244,7 @@ def _planned(
     for with_guess in (True, False) if guess else (False,):
         levels, before = evaluations + with_guess, accurate + 2 * with_guess
         count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
-        least = count * before + _least(levels, count, history, moving=moving)
+        least = count * before + _cost(levels, count, history, moving=moving, steps=1, starts=1)
         if calls is None:
             price = max(price, float(count * before + _cost(levels, count, history, moving=moving)))
         if calls is None or calls >= least * each:
@@ -345,23 +338,22 @@ def _numbers(levels: int, history: int = 4, *, moving: bool = True) -> list[tupl
     )
 
 
-def _jacobian(levels: int, history: int, moving: bool) -> int:
-    """Calls of a pilot for all derivatives."""
-    return sum(levels - k for kind, k, _ in _numbers(levels, history, moving=moving) if kind != "output")
-
-
-def _least(levels: int, pilots: int, history: int, *, moving: bool) -> int:
-    """Calls of a single Gauss-Newton step and what is before it, but for the accurate solution."""
+def _cost(
+    levels: int,
+    pilots: int,
+    history: int = 4,
+    *,
+    moving: bool = True,
+    steps: int = _PLANNED,
+    starts: int = _STARTS,
+) -> int:
+    """Calls of so many Gauss-Newton steps, the first from each of the starts, and of the grids that are tried."""
+    starts = starts if moving else 1
     scouts = _GRIDS * _scouts(pilots) * levels if moving else 0
-    return round(scouts + pilots * (2 / 3 * _jacobian(levels, history, moving) + 3 * levels))
-
-
-def _cost(levels: int, pilots: int, history: int = 4, *, moving: bool = True) -> int:
-    """The same for as many steps as are planned, from two starts."""
-    starts = _STARTS if moving else 1
-    step = _jacobian(levels, history, moving) * 2 / 3 + 1.3 * levels
-    more = pilots * ((starts - 1) * levels + (_PLANNED + starts - 2) * step)
-    return _least(levels, pilots, history, moving=moving) + round(more)
+    numbers = _numbers(levels, history, moving=moving)
+    jacobian = sum(levels - k for kind, k, _ in numbers if kind != "output")
+    step = 2 / 3 * jacobian + 1.3 * levels  # two thirds of the pilots are not held out; some moves are tried again
+    return round(scouts + pilots * ((steps + starts - 1) * step + (starts + 0.7) * levels))
 
 
 def _pilots_for(price: float, levels: int, teacher: int) -> int:
