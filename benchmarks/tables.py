@@ -403,6 +403,13 @@ table(
     of="fitted",
 )
 table(
+    "fit-many",
+    "problem | calls | default | fitted | fitted with 512 pilots = many pilots "
+    "| best peer, two calls more = {peer at n + 2:.3g} {who at n + 2} | price of 512 pilots = many cost",
+    where("many pilots", measure="distance"),
+    of="fitted",
+)
+table(
     "ablation-fit",
     "problem | calls | setting | distance = {distance:.3g} ({distance range[0]:.3g} to {distance range[1]:.3g}) "
     "| error = {error:.3g} ({error range[0]:.3g} to {error range[1]:.3g}) | price",
