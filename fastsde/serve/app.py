@@ -247,6 +247,22 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         request.cancel()
         return Response(status_code=204)
 
+    _add_information(app, service, registry, guarded)
+    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
+        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
+
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(Exception, _broken)
+    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
+    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return app
+
+
+def _add_information(app: FastAPI, service: Service, registry: CollectorRegistry, guarded: Sequence[Any]) -> None:
+    """The routes that draw nothing: what is served, and how the server is."""
+
     @app.get("/v1/models", dependencies=guarded, tags=["images"])
     async def models() -> dict[str, Any]:
         """The model that is served, in the shape of OpenAI's interface."""
@@ -284,17 +300,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         if not service.sampler.takes_requests:
             raise HTTPException(503, "the sampler is closed.")
         return {"status": "ok"}
-
-    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
-        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
-
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _refused)
-    app.add_exception_handler(Exception, _broken)
-    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
-    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return app
 
 
 def _answer(
