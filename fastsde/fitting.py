@@ -110,7 +110,7 @@ def fit(
        equal steps in t, Karras's grid, the default. The best one is the start.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
-           sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 25)^2,
+           sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
            v = (Var x / Var x* - 1) / 2,
 
        with s^2 = Var x*. This is least squares of x - x* with weights 1 / r_i, so one sample with a large error has
@@ -438,7 +438,7 @@ class _Pilot:
         self.target = found.to(self.device).float()
         centred = (self.target - self.target.mean(0)).double()
         self.variance = max(float(centred.square().mean()), 1e-12)
-        self.floor = self.variance / 625  # of a squared error: a 25th of the samples' size
+        self.floor = self.variance / 6400  # of a squared error: an 80th of the samples' size
 
     def agree(self) -> None:
         """Looks for the mean of the data in the network's predictions in noise, where these agree best."""
