@@ -53,14 +53,10 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
-    """Writes files that belong together: all of them whole under temporary names first, then renamed.
-
-    Raises:
-        OSError: naming the file that cannot be written; then none of them is.
-    """
+    """Writes files that belong together: all of them, or none and an OSError that names the one that cannot be."""
     pairs = {path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}"): path for path in files}
     try:
-        for temporary, path in pairs.items():
+        for temporary, path in pairs.items():  # first all of them whole, under other names
             content = files[path]
             if callable(content):
                 content(temporary)

@@ -99,11 +99,7 @@ class RequestQueue(ABC):
         """A new batch for jobs that can share one with this job."""
 
     def enqueue(self, request: Request, timeout: float | None) -> None:
-        """Lets a request join the queue.
-
-        Raises:
-            ValueError, TypeError, SamplerFullError, RuntimeError: as `submit`.
-        """
+        """Lets a request join the queue; errors as for `submit`."""
         check_kind("callback", request.callback, Callable, "callable")
         if request.n > self.max_waiting:
             raise ValueError(f"n must be at most max_waiting = {self.max_waiting}; got {request.n}.")

@@ -51,11 +51,7 @@ def resolve_controller(
     nfe: int | None = None,
     denoise: bool = True,
 ) -> Controller:
-    """The controller asked for, after refusing pairs that cannot work.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what to use instead.
-    """
+    """The controller asked for; where a pair cannot work, a TypeError or ValueError says what to use instead."""
     check_instance("solver", solver, Solver, "an object such as fastsde.EulerMaruyama(steps=1000)")
     name = type(solver).__name__
     given = {"rtol": rtol, "atol": atol, "solver.steps": solver.steps, "nfe": nfe, "controller": controller}

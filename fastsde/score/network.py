@@ -152,11 +152,9 @@ def check_weights(network: nn.Module) -> None:
 
 
 def load_weights(network: nn.Module, path: Path, stated: str | None = None) -> None:
-    """Fills a network with the weights of a safetensors file, in float32.
+    """Fills a network with the weights of a safetensors file, in float32; `stated` is the hash that the file must have.
 
-    Raises:
-        FileNotFoundError: if it is missing.
-        ValueError: if it is damaged, of another network, or not of the `stated` SHA-256.
+    A file that is missing, damaged or of another network is refused, with a FileNotFoundError or ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
