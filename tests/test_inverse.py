@@ -440,7 +440,7 @@ def broken(**maps):
         (lambda: Projection(never, Mask(KNOWN)), TypeError, "model must be a fastsde.ScoreModel"),
         (lambda: Mask(torch.tensor([0.0, 0.5])), ValueError, "mask must hold 0"),
         (lambda: Mask(torch.zeros(3)), ValueError, "at least one of them known"),
-        (lambda: Grayscale(0), ValueError, "channels must be at least 1; got 0"),
+        (lambda: Grayscale(0), ValueError, "channels must be an integer of at least 1; got 0"),
         (lambda: Linear(3, (5,)), TypeError, "forward must be callable.*got int"),
         (lambda: broken(pinv=3), TypeError, "pinv must be callable"),
         (lambda: Resampling(3), TypeError, "solver must be a Solver"),
