@@ -168,7 +168,7 @@ def _network(kind: str, folder: Path, stated: str | None) -> Any:
         network = getattr(diffusers, kind).from_config(config).float().eval()
     except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a network: {error}") from error
-    load_weights(network, folder / WEIGHTS, stated)
+    load_weights(network, folder / WEIGHTS, folder / CONFIG, stated)
     return network
 
 

@@ -151,10 +151,11 @@ def check_weights(network: nn.Module) -> None:
             raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
 
 
-def load_weights(network: nn.Module, path: Path, stated: str | None = None) -> None:
+def load_weights(network: nn.Module, path: Path, config: Path, stated: str | None = None) -> None:
     """Fills a network with the weights of a safetensors file, in float32; `stated` is the hash that the file must have.
 
-    A file that is missing, damaged or of another network is refused, with a FileNotFoundError or ValueError.
+    A file that is missing, damaged or of another network than that of the file `config` is refused, with a
+    FileNotFoundError or ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing.")
@@ -165,7 +166,7 @@ def load_weights(network: nn.Module, path: Path, stated: str | None = None) -> N
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
     except RuntimeError as error:
-        raise ValueError(f"{path} does not fit the configuration of its network: {error}") from error
+        raise ValueError(f"{path} does not fit {config}: {error}") from error
     check_weights(network)
 
 

@@ -117,7 +117,7 @@ def load_tokens(folder: Path, device: torch.device | str = "cpu") -> TokenFolder
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CARD} does not describe a token model: {error!r}") from error
     for name, part in parts.items():
-        load_weights(part, folder / f"{name}.safetensors", hashes[name])
+        load_weights(part, folder / f"{name}.safetensors", folder / CARD, hashes[name])
         part.to(device).eval()
     classes = config["classes"]
     default = None if classes is None else {"class_labels": torch.tensor(classes)}
