@@ -27,9 +27,8 @@ from .sde.base import SDE
 from .sde.discrete import DiscreteVPSDE
 from .sde.edm import EDM
 from .sde.flow import RectifiedFlow
-from .sde.sub_vp import SubVPSDE
 from .sde.ve import VESDE
-from .sde.vp import VPSDE
+from .sde.vp import VPSDE, SubVPSDE
 from .solvers import (
     DDIM,
     DEIS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fastsde.arguments import as_model, resolve_samples, started, warn
-from fastsde.checks import check_flags, check_states
+from fastsde.checks import check_flags, check_kind, check_states
 from fastsde.control import Controller
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job, Options, make_job
@@ -163,8 +163,7 @@ def job_of(
 ) -> Job:
     """What `sample` runs; arguments and errors as there, `which` being those that `resolve_samples` takes."""
     check_flags(denoise=denoise, differentiable=options.differentiable)
-    if options.callback is not None and not callable(options.callback):
-        raise TypeError(f"callback must be callable; got {type(options.callback).__name__}.")
+    check_kind("callback", options.callback, Callable, "callable")
     if isinstance(score_fn, Model) and not isinstance(score_fn, ScoreModel):
         others = {"sde": sde, "atol": atol, "x_data": x_data, "strength": strength, "t_start": t_start, "dtype": dtype}
         others["differentiable"] = options.differentiable or None

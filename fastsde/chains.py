@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastsde.arguments import as_model, resolve_samples
-from fastsde.checks import check_count, check_number, check_states
+from fastsde.checks import check_count, check_instance, check_number, check_states
 from fastsde.control import Grid
 from fastsde.engine import Engine
 from fastsde.job import Options, make_job
@@ -66,8 +66,7 @@ def langevin(
     """
     if x_init is not None:
         check_states("x_init", x_init)
-    if not isinstance(kernel, LangevinDynamics):
-        raise TypeError(f"kernel must be fastsde.LangevinDynamics(..) or fastsde.MALA(..); got {kernel!r}.")
+    check_instance("kernel", kernel, LangevinDynamics, "fastsde.LangevinDynamics(..) or fastsde.MALA(..)")
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
     level = check_number("t", t, process.t_min, process.t_max)

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from fastsde.checks import check_count, check_labels, check_number
@@ -20,7 +19,7 @@ from fastsde.diffusers.latents import SCALE, decode_latents, encode_images
 from fastsde.diffusers.loading import CONFIG, WEIGHTS
 from fastsde.files import read_json, sha256, write_json, write_whole
 from fastsde.score.base import ScoreModel
-from fastsde.score.network import check_weights
+from fastsde.score.network import load_weights
 from fastsde.sde.vp import VPSDE
 from fastsde.types import Cond, Time
 
@@ -169,15 +168,7 @@ def _network(kind: str, folder: Path, stated: str | None) -> Any:
         network = getattr(diffusers, kind).from_config(config).float().eval()
     except (TypeError, ValueError, KeyError, RuntimeError, MemoryError) as error:
         raise ValueError(f"{folder / CONFIG} does not describe a network: {error}") from error
-    if stated is not None and stated != sha256((folder / WEIGHTS).read_bytes()):
-        raise ValueError(f"{folder / WEIGHTS} is not the file that the card describes.")
-    try:
-        network.load_state_dict({key: value.float() for key, value in load_file(folder / WEIGHTS).items()})
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} is truncated or not a safetensors file: {error}") from error
-    except RuntimeError as error:
-        raise ValueError(f"{folder / WEIGHTS} does not fit {folder / CONFIG}: {error}") from error
-    check_weights(network)
+    load_weights(network, folder / WEIGHTS, folder / CONFIG, stated)
     return network
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from numbers import Integral, Real
 from typing import Any
 
@@ -75,6 +76,12 @@ def check_order(name: str, value: object, allowed: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must be {', '.join(some)} or {last}; got {value!r}.")
 
 
+def check_choice(name: str, value: object, allowed: Collection[str]) -> None:
+    """Refuses, with a ValueError, anything but one of the allowed names."""
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {_shown(value)}.")
+
+
 def check_flags(**flags: object) -> None:
     """Refuses, with a TypeError, anything but True and False."""
     for name, value in flags.items():
@@ -84,17 +91,32 @@ def check_flags(**flags: object) -> None:
 
 def check_kind(name: str, value: object, kind: Any, what: str) -> None:
     """Refuses, with a TypeError, a value that is neither None nor of the kind."""
-    if value is not None and not isinstance(value, kind):
-        raise TypeError(f"{name} must be {what}; got {type(value).__name__}.")
+    if value is not None:
+        check_instance(name, value, kind, what)
 
 
-def check_tensor(name: str, value: object) -> None:
-    """Refuses, with a TypeError, a value that is no tensor, or none that is dense and in memory."""
+def check_instance(name: str, value: object, kind: Any, what: str) -> None:
+    """Refuses, with a TypeError, a value that is not of the kind."""
+    if not isinstance(value, kind):
+        short = isinstance(value, (str, type))
+        raise TypeError(f"{name} must be {what}; got {_shown(value) if short else type(value).__name__}.")
+
+
+def check_tensor(name: str, value: object) -> Tensor:
+    """A tensor that is dense and in memory, or else a TypeError."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a tensor; got {type(value).__name__}.")
     if value.layout != torch.strided or value.is_meta or value.is_quantized:
         kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
         raise TypeError(f"{name} must be an ordinary dense tensor; got one of kind {kind}.")
+    return value
+
+
+def check_finite(x: Tensor, what: str) -> None:
+    """Refuses, with a ValueError that counts them, rows of x with shape (n, *event) that are not finite."""
+    lost = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
+    if len(lost):
+        raise ValueError(f"{len(lost)} of {len(x)} {what} are not finite, the first at {int(lost[0])}.")
 
 
 def check_states(name: str, value: object, *, gradient: bool = False) -> None:
@@ -102,8 +124,7 @@ def check_states(name: str, value: object, *, gradient: bool = False) -> None:
 
     A state that requires a gradient is refused where none goes through what follows: unless `gradient` is set.
     """
-    check_tensor(name, value)
-    assert isinstance(value, Tensor)  # for the types
+    value = check_tensor(name, value)
     if not value.is_floating_point():
         raise TypeError(f"{name} must be real floating point; got {value.dtype}.")
     if value.ndim == 0 or value.numel() == 0:

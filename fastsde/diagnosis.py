@@ -212,19 +212,17 @@ class _Trial:
 
 @dataclasses.dataclass
 class _Noised:
-    """Data at each level: states and times, and the squared error of the best linear prediction."""
+    """Data, and at each level their states, times, and the squared error of the best linear prediction."""
 
     data: Tensor
     level: Tensor
-    x: list[State] = dataclasses.field(default_factory=list)
-    t: list[Time] = dataclasses.field(default_factory=list)
-    least: list[float] = dataclasses.field(default_factory=list)
+    at: list[tuple[State, Time, float]]
 
 
 def _judged(model: ScoreModel, reading: Reading, noised: _Noised, outputs: list[State]) -> _Trial:
     """Errors of a reading, from the network's outputs on noised data."""
     errors, sizes = [], []
-    for out, x_t, t, least in zip(outputs, noised.x, noised.t, noised.least, strict=True):
+    for out, (x_t, t, least) in zip(outputs, noised.at, strict=True):
         x_0 = Prediction(model.prediction, out, x_t, model.sde.alpha(t), model.sde.sigma(t)).x_0.double()
         errors.append(float((x_0 - noised.data).square().mean()) / least)
         sizes.append(float(x_0.square().mean().sqrt()))
@@ -365,7 +363,7 @@ class _Bench:
         models = [self._read(inside, reading, time[1]) for reading in readings]
         try:
             if noised is not None:
-                outputs = [self._output(models[0], x_t, t) for x_t, t in zip(noised.x, noised.t, strict=True)]
+                outputs = [self._output(models[0], x_t, t) for x_t, t, _ in noised.at]
                 for model, reading in zip(models, readings, strict=True):
                     yield _judged(model, reading, noised, [reading.sign * out for out in outputs])
                 return
@@ -399,7 +397,7 @@ class _Bench:
             # Samples that are all the same are none, however well they are denoised.
             inside = inside and float(data.std(0).mean()) > 0.01 * (high - low)
         noised = self._noised(model.sde, data)
-        outputs = [self._output(model, x_t, t) for x_t, t in zip(noised.x, noised.t, strict=True)]
+        outputs = [self._output(model, x_t, t) for x_t, t, _ in noised.at]
         return dataclasses.replace(_judged(model, reading, noised, outputs), inside=inside)
 
     def _noised(self, sde: SDE, data: Tensor) -> _Noised:
@@ -410,7 +408,7 @@ class _Bench:
         high, low = min(most, _MOST * spread), max(least, _LEAST * spread)
         if not low < high:
             high, low = most, least
-        noised = _Noised(data, torch.logspace(math.log10(high), math.log10(low), _LEVELS, dtype=torch.float64))
+        noised = _Noised(data, torch.logspace(math.log10(high), math.log10(low), _LEVELS, dtype=torch.float64), [])
         mean = (data.sum(0, keepdim=True) - data) / (len(data) - 1)  # of the others: a datum does not predict itself
         variance = float(data.var(0).mean())
         for k, rho in enumerate(noised.level.tolist()):
@@ -420,9 +418,7 @@ class _Bench:
             alpha, sigma = sde.alpha(t), sde.sigma(t)
             shrink = alpha * variance / (alpha**2 * variance + sigma**2)
             linear = mean + expand_like(shrink, x_t) * (x_t - expand_like(alpha, x_t) * mean)
-            noised.x.append(x_t)
-            noised.t.append(t)
-            noised.least.append(max(float((linear - data).double().square().mean()), 1e-30))
+            noised.at.append((x_t, t, max(float((linear - data).double().square().mean()), 1e-30)))
         return noised
 
     def _output(self, model: ScoreModel, x_t: State, t: Time) -> State:

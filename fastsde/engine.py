@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
 from typing import TypeVar
@@ -282,18 +282,16 @@ class Engine:
             return
         live = [i for i in range(width) if i not in self.empty]
         keep = live + sorted(self.empty)[: size - len(live)]
-        ids = torch.tensor(keep, device=self.device)
-        self.rows = {group: select_rows(ids, values) for group, values in self.rows.items()}
+        self.rows = selected(torch.tensor(keep, device=self.device), self.rows)
         self.empty = set(range(len(live), size))
 
     def _flush(self, *, denoise: bool = True) -> None:
         """Denoises the pooled samples, a full batch at a time, and writes them to their place in the result."""
         if not self.pool:
             return
-        groups = ("row", "cond")
-        pool = {g: {k: torch.cat([p[g][k] for p in self.pool]) for k in self.pool[0][g]} for g in groups}
+        pool = joined(self.pool)
         ids = torch.arange(len(pool["row"]["slot"]), device=self.device)
-        self.pool = [{g: select_rows(part, pool[g]) for g in groups} for part in ids.split(self.job.batch_size)]
+        self.pool = [selected(part, pool) for part in ids.split(self.job.batch_size)]
         while self.pool:
             row, cond = dict(self.pool[0]["row"]), self.pool[0]["cond"]
             if denoise:
@@ -332,3 +330,13 @@ class Engine:
 
 def _denoised(model: BoundModel, x_t: State, t: Time) -> State:
     return model(x_t, t).x_0
+
+
+def selected(ids: Tensor, rows: dict[str, Carry]) -> dict[str, Carry]:
+    """The given rows of a batch."""
+    return {group: select_rows(ids, values) for group, values in rows.items()}
+
+
+def joined(parts: Sequence[dict[str, Carry]]) -> dict[str, Carry]:
+    """The rows of several batches as one."""
+    return {g: {k: torch.cat([part[g][k] for part in parts]) for k in values} for g, values in parts[0].items()}

@@ -33,18 +33,6 @@ def json_hash(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
 
 
-@contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError without a file name, such as that of a full disk, the name of the file."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{path}: {error}") from error
-        error.filename = error.filename or str(path)
-        raise
-
-
 Content = bytes | Mapping[str, np.ndarray] | Callable[[Path], object]
 """Bytes; arrays, for an .npz; or a function that writes to the path it is given, which has the suffix of the file."""
 
@@ -65,31 +53,28 @@ def write_whole(path: Path, content: Content) -> None:
 
 
 def write_together(files: Mapping[Path, Content]) -> None:
-    """Writes files that belong together: all of them whole under temporary names first, then renamed.
-
-    Raises:
-        OSError: naming the file that cannot be written; then none of them is.
-    """
+    """Writes files that belong together: all of them, or none and an OSError that names the one that cannot be."""
     pairs = {path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}"): path for path in files}
     try:
-        for temporary, path in pairs.items():
+        for temporary, path in pairs.items():  # first all of them whole, under other names
             content = files[path]
-            with naming(path):
-                if isinstance(content, bytes):
-                    temporary.write_bytes(content)
-                elif isinstance(content, Mapping):
-                    with temporary.open("wb") as file:  # a name without .npz would get it
-                        np.savez_compressed(file, **content)  # type: ignore[arg-type]
-                else:
-                    content(temporary)
-                with temporary.open("r+b") as file:
-                    os.fsync(file.fileno())
+            if callable(content):
+                content(temporary)
+            else:
+                temporary.write_bytes(content if isinstance(content, bytes) else npz_bytes(content))
+            with temporary.open("r+b") as file:
+                os.fsync(file.fileno())
         for temporary, path in pairs.items():
             try:
                 os.replace(temporary, path)
             except FileNotFoundError:
                 if not path.is_file():  # another process may have cleared it as a left-over, once `path` was there
                     raise
+    except OSError as error:  # such as that of a full disk, which names no file
+        if error.errno is None:
+            raise OSError(f"{path}: {error}") from error
+        error.filename = error.filename or str(path)
+        raise
     finally:
         clear(pairs)
 

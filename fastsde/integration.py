@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastsde.arguments import resolve_samples
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags, check_real, check_states, check_steps
+from fastsde.checks import check_flags, check_instance, check_kind, check_real, check_states, check_steps
 from fastsde.control import Adaptive, Controller, Grid
 from fastsde.engine import Engine
 from fastsde.job import Options, make_job
@@ -96,9 +96,8 @@ def integrate(
         ValueError, TypeError: before the first evaluation, naming the argument, what came and what is allowed.
         SamplingError: if drift or diffusion fails after the first sample was finished.
     """
-    for name, value in (("drift", drift), ("diffusion", diffusion)):
-        if not callable(value) and (name, value) != ("diffusion", None):
-            raise TypeError(f"{name} must be callable as {name}(x, t); got {type(value).__name__}.")
+    check_instance("drift", drift, Callable, "callable as drift(x, t)")
+    check_kind("diffusion", diffusion, Callable, "callable as diffusion(x, t)")
     check_states("x0", x0)
     for name, t in (("t0", t0), ("t1", t1)):
         check_real(name, t)

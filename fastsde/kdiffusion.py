@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastsde.arguments import resolve_samples
 from fastsde.batching import expand_like
-from fastsde.checks import check_count, check_kind, check_number, check_positive, check_states, check_tensor
+from fastsde.checks import check_count, check_instance, check_kind, check_number, check_states, check_tensor
 from fastsde.control import Grid
 from fastsde.engine import Engine
 from fastsde.job import Options, make_job
@@ -147,7 +147,7 @@ def sample_adaptive(
     """
     levels = _levels(sigmas)
     check_number("eta", eta, 0.0, _MOST_ETA)
-    check_positive("rtol", rtol)
+    check_number("rtol", rtol, 0.0, ends="()")
     solver = ExponentialPC(eta=eta)
     if len(levels) < 2:
         return x
@@ -172,9 +172,8 @@ class _Host(ScoreModel):
     ) -> None:
         check_states("x", x)
         check_kind("extra_args", extra_args, Mapping, "a dict of keyword arguments of the model")
-        for name, given in (("model", model), ("callback", callback)):
-            if not callable(given) and (given is not None or name == "model"):
-                raise TypeError(f"{name} must be callable; got {type(given).__name__}.")
+        check_instance("model", model, Callable, "callable")
+        check_kind("callback", callback, Callable, "callable")
         self.flow = _is_flow(model, levels[0], flow)
         low = min([_LEAST, *(v for v in levels if v > 0)])
         sde = RectifiedFlow(t_min=low, t_max=_ALL_NOISE) if self.flow else EDM(t_min=low, t_max=max(_MOST, levels[0]))
@@ -322,8 +321,7 @@ def _is_flow(model: object, first: float, said: bool | None) -> bool:
 
     Where nothing tells, or two disagree, it is refused.
     """
-    if said is not None and not isinstance(said, bool):
-        raise TypeError(f"flow must be True, False or None; got {said!r}.")
+    check_kind("flow", said, bool, "True, False or None")
     known = _told_by(model)
     if first > 1:
         if known or said:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import time
-from collections.abc import Callable, Container, Generator, Sequence
+from collections.abc import Callable, Container, Generator
 from concurrent.futures import Future
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from fastsde.batching import select_rows
 from fastsde.control.base import Controller, Decision
-from fastsde.engine import Engine, Row
+from fastsde.engine import Engine, Row, joined, selected
 from fastsde.job import EngineState, Job
 from fastsde.solvers.base import Plan
 from fastsde.types import Carry, Index, State, Time
@@ -38,14 +39,18 @@ class Request(Future[Any]):
     def __init__(self, n: int, seed: int, callback: Callable[[EngineState], None] | None) -> None:
         super().__init__()
         self.n, self.seed, self.callback = n, seed, callback
-        self.engine: Engine | None = None
         self.begun, self.left, self.since = 0, n, time.perf_counter()
 
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self).__await__()
 
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """The engine that makes its rows and has its result; it begins at its first use, in the sampler's thread."""
+        return self.begin()
+
     def begin(self) -> Engine:
-        """The engine that makes its rows and has its result; in the thread of the sampler."""
+        """A fresh `engine`."""
         raise NotImplementedError
 
     def whole(self) -> Any:
@@ -148,7 +153,7 @@ class Lane(Engine):
 
     def admit(self, request: Request, count: int) -> None:
         """Gives the next samples of a request a place each. They join the batch with the next turn."""
-        engine, numbers = _engine(request), range(request.begun, request.begun + count)
+        engine, numbers = request.engine, range(request.begun, request.begun + count)
         job = engine.job
         places = [place for place, owner in enumerate(self.owners) if owner is None][:count]
         ids = torch.tensor(places, device=self.device)
@@ -168,13 +173,13 @@ class Lane(Engine):
         """Lets the given places walk the grid of a job. Of the grids, those that are in use stay."""
         assert self.grids is not None
         if _times(job) not in self.begins:
-            jobs = {_times(of): of for of in (_engine(owner[0]).job for owner in self.owners if owner is not None)}
+            jobs = {_times(of): of for of in (owner[0].engine.job for owner in self.owners if owner is not None)}
             lengths = [len(times) + 1 for times in jobs]
             self.begins = {times: sum(lengths[:k]) for k, times in enumerate(jobs)}
             self.plans = {times: self.plans[times] if times in self.plans else of.plan() for times, of in jobs.items()}
             ends = [torch.tensor([*times, times[-1]], dtype=torch.float64) for times in jobs]
             self.grids.times = torch.cat(ends).to(self.device)
-            begin = [0 if owner is None else self.begins[_times(_engine(owner[0]).job)] for owner in self.owners]
+            begin = [0 if owner is None else self.begins[_times(owner[0].engine.job)] for owner in self.owners]
             self.grids.begin = torch.tensor(begin, device=self.device)
             plans = [plan for plan in self.plans.values() if plan is not None]
             self.plan = Plan.joined(plans) if plans else None
@@ -186,13 +191,13 @@ class Lane(Engine):
         All at once: to draw the start of one takes as long as that of many, and the rows of the batch are copied.
         """
         waiting, self.waiting = self.waiting, []
-        drawn = [part for part in waiting if _engine(part[0]).job.start is None]
+        drawn = [part for part in waiting if part[0].engine.job.start is None]
         parts = [self._from_prior(drawn)] if drawn else []
         for request, slots, ids in waiting:
-            if _engine(request).job.start is None:
+            if request.engine.job.start is None:
                 continue
             try:
-                fresh = _engine(request)._fresh_rows(slots.tolist())
+                fresh = request.engine._fresh_rows(slots.tolist())
             except BaseException as error:  # noqa: BLE001 - of this request's start alone
                 self.live -= len(ids)
                 self.failed(request, error)
@@ -202,27 +207,27 @@ class Lane(Engine):
         self.flags.clear()
         if not parts:
             return
-        fresh = _joined(parts)
+        fresh = joined(parts)
         count, free = len(fresh["row"]["slot"]), sorted(self.empty)
         free = free[:count]
         if free:
             part = torch.arange(len(free), device=self.device)
-            self._write(torch.tensor(free, device=self.device), _selected(part, fresh))
+            self._write(torch.tensor(free, device=self.device), selected(part, fresh))
             self.empty.difference_update(free)
         if len(free) < count:
             part = torch.arange(len(free), count, device=self.device)
-            rest = _selected(part, fresh)
-            self.rows = _joined([self.rows, rest]) if self.rows else rest
+            rest = selected(part, fresh)
+            self.rows = joined([self.rows, rest]) if self.rows else rest
 
     def _from_prior(self, drawn: list[tuple[Request, Tensor, Tensor]]) -> dict[str, Carry]:
         """Rows of samples that start from the prior, of several requests."""
         ids = torch.cat([ids for _, _, ids in drawn])
         rows = super()._at_start(ids)
-        jobs = [(_engine(request).job, slots) for request, slots, _ in drawn]
+        jobs = [(request.engine.job, slots) for request, slots, _ in drawn]
         t = [torch.full(slots.shape, job.t_start, dtype=torch.float64, device=self.device) for job, slots in jobs]
         t_end = [torch.full_like(one, job.t_end) for one, (job, _) in zip(t, jobs, strict=True)]
         rows["row"] |= {"t_end": torch.cat(t_end)}
-        rows["cond"] = _joined([{"cond": select_rows(slots, job.cond)} for job, slots in jobs])["cond"]
+        rows["cond"] = joined([{"cond": select_rows(slots, job.cond)} for job, slots in jobs])["cond"]
         rows["control"] = {"place": ids} if self.grids else self.job.controller.init(torch.cat(t), self.job.t_end)
         return rows
 
@@ -248,12 +253,7 @@ class Lane(Engine):
             self._flush()
 
     def _by_request(self, slots: Tensor, skip: Container[int] = ()) -> dict[Request, Tensor]:
-        """Which rows are of which request.
-
-        Args:
-            slots: the place of each row, with shape (B,).
-            skip: rows that are of none.
-        """
+        """Which rows are of which request; `slots` has the place of each, with shape (B,), `skip` those of none."""
         found: dict[Request, list[int]] = {}
         for k, place in enumerate(slots.tolist()):
             owner = self.owners[place]
@@ -267,7 +267,7 @@ class Lane(Engine):
         rows, parts = self.rows, []
         mine = self._by_request(rows["row"]["slot"], self.empty)
         for request, ids in mine.items():
-            self.rows = _selected(ids, rows)
+            self.rows = selected(ids, rows)
             try:
                 if len(mine) == 1:
                     raise error
@@ -278,7 +278,7 @@ class Lane(Engine):
                 self.failed(request, own)
             else:
                 parts.append(self.rows)
-        self.rows, self.empty = _joined(parts) if parts else {}, set()
+        self.rows, self.empty = joined(parts) if parts else {}, set()
         self.live = len(self.rows["row"]["slot"]) if parts else 0
 
     def _tell(self) -> None:
@@ -329,8 +329,8 @@ class Lane(Engine):
         for place in slots.tolist():
             owner = self.owners[place]
             assert owner is not None
-            parts.append(_engine(owner[0])._at_start(torch.tensor([owner[1]], device=self.device)))
-        rows = _joined(parts)
+            parts.append(owner[0].engine._at_start(torch.tensor([owner[1]], device=self.device)))
+        rows = joined(parts)
         rows["row"] |= {"slot": slots, "index": slots}
         return rows
 
@@ -338,10 +338,10 @@ class Lane(Engine):
         try:
             super()._flush(denoise=denoise)
         except BaseException as error:  # noqa: BLE001 - as in a turn
-            rows = _joined(self.pool)
+            rows = joined(self.pool)
             mine = self._by_request(rows["row"]["slot"])
             for request, ids in mine.items():
-                self.pool = [_selected(ids, rows)]
+                self.pool = [selected(ids, rows)]
                 try:
                     if len(mine) == 1:
                         raise error
@@ -349,11 +349,6 @@ class Lane(Engine):
                 except BaseException as own:  # noqa: BLE001 - likewise
                     self.failed(request, own)
             self.pool = []
-
-
-def _engine(request: Request) -> Engine:
-    assert request.engine is not None, "it has begun"
-    return request.engine
 
 
 def _times(job: Job) -> tuple[float, ...]:
@@ -368,14 +363,3 @@ def _signature(job: Job) -> tuple[Any, ...]:
     shape = (noise.event_shape, noise.dtype, job.index.device)
     fixed = () if job.controller.all_grids() else (job.t_start, job.t_end)
     return type(noise), shape, ends, cond, job.denoise, fixed
-
-
-def _selected(ids: Tensor, rows: dict[str, Carry]) -> dict[str, Carry]:
-    """The given rows of a batch."""
-    return {group: select_rows(ids, values) for group, values in rows.items()}
-
-
-def _joined(parts: Sequence[dict[str, Carry]]) -> dict[str, Carry]:
-    """The rows of several batches as one."""
-    first = parts[0]
-    return {g: {k: torch.cat([part[g][k] for part in parts]) for k in values} for g, values in first.items()}

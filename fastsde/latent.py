@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fastsde import api
 from fastsde.arguments import as_model, check_index, warn
-from fastsde.checks import check_count, check_number, check_positive, check_states
+from fastsde.checks import check_count, check_instance, check_kind, check_number, check_positive, check_states
 from fastsde.control import Grid
 from fastsde.engine import Engine
 from fastsde.job import Options, Samples, make_job
@@ -187,9 +187,9 @@ class LatentFlow:
         batch_size: int = 64,
     ) -> None:
         check_states("data", data)
-        for name, part in (("generator", generator), ("features", features), ("log_likelihood", log_likelihood)):
-            if not callable(part) and (part is not None or name == "generator"):
-                raise TypeError(f"{name} must be callable on a batch; got {type(part).__name__}.")
+        check_instance("generator", generator, Callable, "callable on a batch")
+        check_kind("features", features, Callable, "callable on a batch")
+        check_kind("log_likelihood", log_likelihood, Callable, "callable on a batch")
         if len(data) < 2:
             raise ValueError(f"data must be at least two samples, with shape (N, *event); got {tuple(data.shape)}.")
         shape = check_shape("latent_shape", tuple(latent_shape) if isinstance(latent_shape, Sequence) else latent_shape)
@@ -377,9 +377,7 @@ class LatentFlow:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            for part in (self.generator, self.features, self.log_likelihood):
-                stack.enter_context(evaluation_mode(part))
+        with evaluation_mode(self.generator), evaluation_mode(self.features), evaluation_mode(self.log_likelihood):
             yield
 
     def _check_generator(self, data: Tensor) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastsde.api import job_of, with_range
 from fastsde.arguments import as_model
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_kind, check_number
 from fastsde.control.base import Controller
 from fastsde.engine import Engine
 from fastsde.job import EngineState, Job, Options
@@ -85,7 +85,7 @@ class RequestQueue(ABC):
         self._requests: Counter[str] = Counter()
         self._nfe: Counter[int] = Counter()
         self._turns = self._rows = self._needed = self._running = 0
-        self._finished: list[Request] = []
+        self._ending: list[tuple[Request, str, BaseException | None]] = []
         self._thread = threading.Thread(target=self._work, name=f"fastsde.{type(self).__name__}", daemon=True)
         self._thread.start()
         atexit.register(self.close, cancel=True)  # a thread that still runs the network would crash the end of Python
@@ -99,11 +99,8 @@ class RequestQueue(ABC):
         """A new batch for jobs that can share one with this job."""
 
     def enqueue(self, request: Request, timeout: float | None) -> None:
-        """Lets a request join the queue.
-
-        Raises:
-            ValueError, SamplerFullError, RuntimeError: as `submit`.
-        """
+        """Lets a request join the queue; errors as for `submit`."""
+        check_kind("callback", request.callback, Callable, "callable")
         if request.n > self.max_waiting:
             raise ValueError(f"n must be at most max_waiting = {self.max_waiting}; got {request.n}.")
         timeout = None if timeout is None else check_number("timeout", timeout, 0.0, threading.TIMEOUT_MAX)
@@ -129,11 +126,8 @@ class RequestQueue(ABC):
     def stats(self) -> SamplerStats:
         """What the sampler does and has done, now."""
         with self._changed:
-            requests, nfe = dict(self._requests), dict(self._nfe)
-            running = self._running
-            return SamplerStats(
-                self._waiting(), running, sum(nfe.values()), requests, self._turns, self._rows, self._needed, nfe
-            )
+            evaluated = self._turns, self._rows, self._needed, dict(self._nfe)
+            return SamplerStats(self._waiting(), self._running, self._nfe.total(), dict(self._requests), *evaluated)
 
     def close(self, *, cancel: bool = False) -> None:
         """Takes no more requests, and returns when those that it has are finished, or cancelled.
@@ -164,7 +158,6 @@ class RequestQueue(ABC):
         """Whether a request fits into the queue, which those leave that were cancelled while they waited."""
         if self._waiting() + request.n > self.max_waiting:
             for gone in [other for other in self._queue if other.cancelled() and not other.begun]:
-                self._queue.remove(gone)
                 self._over(gone, "cancelled")
         return self._waiting() + request.n <= self.max_waiting
 
@@ -181,12 +174,11 @@ class RequestQueue(ABC):
                         for lane in self._lanes:
                             self._turn(lane)
             except BaseException as error:  # noqa: BLE001 - nobody else could tell those who wait
+                self._lanes, self._running = [], 0
                 with self._changed:
                     left = list(self._alive)
-                    self._queue.clear()
-                    self._lanes, self._running = [], 0
                 for request in left:
-                    self._fail(request, error)
+                    self._over(request, "failed", error)
 
     def _admitted(self) -> bool:
         """Gives free slots to samples that wait, after those of cancelled requests; whether there is anything to do."""
@@ -197,28 +189,25 @@ class RequestQueue(ABC):
             self._over(gone, "cancelled")
         self._lanes = [lane for lane in self._lanes if lane.live or lane.pool]
         self._running = sum(lane.live for lane in self._lanes)
-        while (request := self._next()) is not None and self._running < self.batch_size:
+        while self._running < self.batch_size and (request := self._next()) is not None:
             count = min(self.batch_size - self._running, request.n - request.begun)
             try:
-                if request.engine is None:
-                    request.engine = request.begin()
                 self._lane(request.engine.job).admit(request, count)
             except BaseException as error:  # noqa: BLE001 - of this request's start alone
-                self._fail(request, error)
-            else:
-                self._running += count
+                self._drop(request)
+                self._over(request, "failed", error)
+                continue
+            self._running += count
             with self._changed:
-                if request in self._queue:
+                if request in self._queue:  # it may have been cancelled just now
                     self._queue.remove(request)
-                if not request.done() and request.begun < request.n:
-                    self._queue.append(request)  # a large request takes turns with others
+                    if request.begun < request.n:
+                        self._queue.append(request)  # a large request takes turns with others
+                self._changed.notify_all()
         return bool(self._lanes)
 
     def _next(self) -> Request | None:
-        """The request whose samples are next, after those that have ended while they waited are taken out."""
         with self._changed:
-            self._queue = deque(request for request in self._queue if request in self._alive)
-            self._changed.notify_all()
             return self._queue[0] if self._queue else None
 
     def _drop(self, request: Request) -> None:
@@ -243,24 +232,23 @@ class RequestQueue(ABC):
                 self._rows, self._needed = self._rows + lane.width, self._needed + needed
                 self._running = sum(other.live for other in self._lanes)
             # Only now, so that whoever waits for a request finds its turns counted.
-            finished, self._finished = self._finished, []
-            for request in finished:
-                self._over(request, "finished")
+            ending, self._ending = self._ending, []
+            for request, how, error in ending:
+                self._over(request, how, error)
 
     def _ended(self, request: Request, row: Carry) -> None:
         """Writes ended samples of a request."""
-        assert request.engine is not None
         request.engine._put(row)
         request.left -= len(row["slot"])
         with self._changed:
             self._nfe.update(row["nfe"].tolist())
         if not request.left:
-            self._finished.append(request)
+            self._ending.append((request, "finished", None))
 
-    def _fail(self, request: Request, error: BaseException) -> None:
-        """Ends a request with an error."""
+    def _failed(self, request: Request, error: BaseException) -> None:
+        """Takes a request out that has failed in a turn."""
         self._drop(request)
-        self._over(request, "failed", error)
+        self._ending.append((request, "failed", error))
 
     def _over(self, request: Request, how: str, error: BaseException | None = None) -> None:
         """Tells whoever waits for a request how it has ended."""
@@ -274,7 +262,10 @@ class RequestQueue(ABC):
             if request not in self._alive:
                 return
             self._alive.discard(request)
+            if request in self._queue:
+                self._queue.remove(request)
             self._requests[how] += 1
+            self._changed.notify_all()
         request.close(others=any(lane.requests() for lane in self._lanes))
         with contextlib.suppress(BaseException):  # it was cancelled just now; or who was told raised
             if error is not None:
@@ -376,8 +367,6 @@ class Sampler(RequestQueue):
             SamplerFullError: if the queue has no room.
             RuntimeError: if the sampler is closed.
         """
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be callable; got {type(callback).__name__}.")
         how: dict[str, Any] = {"rtol": rtol, "atol": atol, "nfe": nfe, "solver": solver, "controller": controller}
         if all(value is None for value in how.values()):
             how |= self._default
@@ -389,8 +378,7 @@ class Sampler(RequestQueue):
         given = x_init if x_data is None else x_data
         if n is None and shape is None and index is None and given is None:
             n = 1
-        if model is not None and not isinstance(model, Model):
-            raise TypeError(f"model must be a fastsde.ScoreModel, as that of the sampler; got {type(model).__name__}.")
+        check_kind("model", model, Model, "a fastsde.ScoreModel, as that of the sampler")
         job = job_of(
             model or self.model,
             self._sde,
@@ -414,7 +402,7 @@ class Sampler(RequestQueue):
         return request
 
     def lane(self, job: Job) -> Lane:
-        return Lane(job, self.batch_size, self._ended, self._fail)
+        return Lane(job, self.batch_size, self._ended, self._failed)
 
 
 class _ModelRequest(Request):
@@ -428,5 +416,4 @@ class _ModelRequest(Request):
         return Engine(self.job)
 
     def whole(self) -> SampleResult:
-        assert self.engine is not None
         return with_range(self.engine._result(self.since), self.job)

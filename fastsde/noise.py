@@ -115,9 +115,8 @@ class Noise(ABC):
     def at_places(self: _N, numbers: Index, words: Tensor) -> _N:
         """The same for samples of several seeds in one batch. Its index k means sample numbers[k] of its own seed.
 
-        Args:
-            numbers: sample numbers, with shape (places,). It is read whenever noise is drawn.
-            words: the low and the high 32 bits of each seed, with shape (2, places); likewise.
+        `numbers` has shape (places,), and `words`, the low and the high 32 bits of each seed, (2, places). Both are
+        read whenever noise is drawn.
         """
         shared = copy.copy(self)
         shared._places = numbers, words

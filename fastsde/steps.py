@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from fastsde.checks import check_count, check_positive
+from fastsde.checks import check_count, check_instance, check_positive
 from fastsde.control import Adaptive, AdaptiveGrid, Controller, Grid
 from fastsde.job import fewest_calls
 from fastsde.noise import ALL_NOISE
@@ -51,13 +51,8 @@ def resolve_controller(
     nfe: int | None = None,
     denoise: bool = True,
 ) -> Controller:
-    """The controller asked for, after refusing pairs that cannot work.
-
-    Raises:
-        TypeError, ValueError: naming the argument and what to use instead.
-    """
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver must be an object such as fastsde.EulerMaruyama(steps=1000); got {solver!r}.")
+    """The controller asked for; where a pair cannot work, a TypeError or ValueError says what to use instead."""
+    check_instance("solver", solver, Solver, "an object such as fastsde.EulerMaruyama(steps=1000)")
     name = type(solver).__name__
     given = {"rtol": rtol, "atol": atol, "solver.steps": solver.steps, "nfe": nfe, "controller": controller}
     said = [key for key, value in given.items() if value is not None]
@@ -66,8 +61,7 @@ def resolve_controller(
             raise ValueError(f"{name} has its own times and takes no {' or '.join(said)}.")
         return Grid(list(solver.times))
     if controller is not None:
-        if not isinstance(controller, Controller):
-            raise TypeError(f"controller must be a fastsde.Grid, AdaptiveGrid or Adaptive; got {controller!r}.")
+        check_instance("controller", controller, Controller, "a fastsde.Grid, AdaptiveGrid or Adaptive")
         if said[:-1]:
             raise ValueError(f"give either controller= or {', '.join(said[:-1])}, not both.")
         if controller.adaptive and not solver.adaptive:

@@ -19,7 +19,7 @@ from fastsde.cli import output
 from fastsde.cli.info import solver_table
 from fastsde.cli.main import main
 from fastsde.cli.sample import sample as sample_command
-from fastsde.cli.solver_options import SOLVER_NAMES, Steps, build_solver
+from fastsde.cli.solver_options import SOLVER_NAMES, Steps, configured
 from fastsde.evaluation.images import image_grid, to_uint8
 from fastsde.score import GaussianScore
 
@@ -374,11 +374,10 @@ def test_every_solver_can_be_built_by_name_with_a_grid(name):
 
 
 def test_options_reach_the_solver():
-    assert build_solver("DDIM", ["eta=0.5"]) == fastsde.DDIM(eta=0.5)
-    assert build_solver("ProbabilityFlow", ["tableau=RK4", "steps=7"]) == fastsde.ProbabilityFlow(7, fastsde.RK4)
-    built = build_solver(
-        "PredictorCorrector", ["predictor=Ancestral", "predictor.posterior=false", "corrector.snr=0.1"]
-    )
+    assert configured(fastsde.DDIM(), ["eta=0.5"]) == fastsde.DDIM(eta=0.5)
+    assert configured(fastsde.ProbabilityFlow(), ["tableau=RK4", "steps=7"]) == fastsde.ProbabilityFlow(7, fastsde.RK4)
+    options = ["predictor=Ancestral", "predictor.posterior=false", "corrector.snr=0.1"]
+    built = configured(fastsde.PredictorCorrector(), options)
     assert built == fastsde.PredictorCorrector(fastsde.Ancestral(posterior=False), fastsde.Langevin(0.1))
     _, grid = Steps("DDIM", steps=5, grid="karras").build(fastsde.VPSDE())
     assert torch.equal(grid.times, fastsde.Grid.karras(fastsde.VPSDE(), 5).times)

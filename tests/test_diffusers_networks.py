@@ -422,7 +422,7 @@ def test_wrong_models_are_refused(without_type_checks):
     ):
         with pytest.raises((TypeError, ValueError), match=match):
             from_diffusers(tiny.unet(), DDPM, **options)
-    with pytest.raises(ValueError, match="sigma_data must be positive"):
+    with pytest.raises(ValueError, match="sigma_data must be a positive"):
         read_schedule({"sigma_data": -1.0})
     with pytest.raises(ValueError, match="must take x and a time"):
         from_diffusers(lambda x: x, DDPM)

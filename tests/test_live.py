@@ -221,6 +221,33 @@ def test_the_callback_sees_its_own_samples_and_fails_its_own_request():
     torch.testing.assert_close(states[-1].x_0, result.samples)
 
 
+@pytest.mark.parametrize("failing", ["network", "callback"])
+def test_whoever_is_told_of_a_failure_finds_its_turns_counted(failing):
+    gate, stats = Gate(), []
+    gate.open.clear()
+
+    def network(x, t):
+        out = gate(x, t)
+        if failing == "network" and len(gate.sizes) == 3:
+            raise IndexError("my own mistake")
+        return out
+
+    def callback(state):
+        if failing == "callback" and len(gate.sizes) == 3:
+            raise IndexError("my own mistake")
+
+    with Sampler(ScoreModel(network, VP, event_shape=(1,)), batch_size=2, nfe=6) as sampler:
+        request = sampler.submit(n=3, callback=callback)
+        request.add_done_callback(lambda _: stats.append(sampler.stats()))
+        gate.open.set()
+        with pytest.raises(IndexError, match="my own mistake"):
+            request.result(20)
+    assert len(stats) == 1
+    assert (stats[0].turns, stats[0].rows) == (3, 3 * 2)
+    assert stats[0].requests == {"failed": 1}
+    assert (stats[0].running, stats[0].waiting) == (0, 0)
+
+
 def test_closing_finishes_or_cancels():
     gate = Gate()
     sampler = Sampler(ScoreModel(gate, VP, event_shape=(1,)), batch_size=2, nfe=4)

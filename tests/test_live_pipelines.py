@@ -90,6 +90,8 @@ def test_a_pipeline_that_changes_its_network_needs_one_slot():
 def test_bad_requests_are_refused_before_they_join():
     pipe, arguments = built("StableDiffusionPipeline")
     with PipelineSampler(pipe) as sampler:
+        with pytest.raises(TypeError, match="callback"):
+            sampler.submit(**arguments, nfe=8, callback=3)
         with pytest.raises(TypeError, match="takes no hight"):
             sampler.submit(**arguments, hight=64)
         with pytest.raises(ValueError, match="nfe must be"):

@@ -21,7 +21,7 @@ from fastsde.cli.measuring import reference_of
 from fastsde.cli.models import open_model
 from fastsde.cli.options import PATH
 from fastsde.cli.output import prepare_folder, versions
-from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, build_solver, check_request
+from fastsde.cli.solver_options import GRIDS, SOLVER_NAMES, check_request, configured
 from fastsde.cli.tokens import SWEPT, is_token_model, token_cells
 from fastsde.evaluation.cluster import Make
 from fastsde.evaluation.features import open_features
@@ -58,7 +58,7 @@ def build_cells(
             raise ValueError(f"--solvers: no solver {name!r}; there are {', '.join(SOLVER_NAMES)}.")
         options = [part for part in text.split(",") if part]
         grids = [part.removeprefix("grid=") for part in options if part.startswith("grid=")]
-        solver = build_solver(name, [part for part in options if not part.startswith("grid=")])
+        solver = configured(SOLVER_NAMES[name](), [part for part in options if not part.startswith("grid=")])
         if grids and grids[-1] not in GRIDS:
             raise ValueError(f"--solvers {label}: no grid {grids[-1]!r}; there are {', '.join(GRIDS)}.")
         settings: list[tuple[int | None, float | None]] = []

@@ -56,7 +56,7 @@ class Steps:
             if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
                 raise ValueError(f"--fitted says solver and steps itself; it goes without {others}.")
             return FittedSolver.load(self.fitted), None
-        solver = build_solver(self.solver, self.options)
+        solver = configured(SOLVER_NAMES[self.solver](), self.options)
         if self.steps is None:
             if self.grid is not None:
                 raise ValueError("--grid needs --steps.")
@@ -81,11 +81,6 @@ class Steps:
         """Those of the options that were given."""
         said = (name for name in names if getattr(self, name) not in (None, ()))
         return ", ".join("-o" if name == "options" else f"--{name}" for name in said)
-
-
-def build_solver(name: str, options: Sequence[str]) -> Solver:
-    """The solver of that name, `configured`."""
-    return configured(SOLVER_NAMES[name](), options)
 
 
 def configured(solver: Solver, options: Sequence[str]) -> Solver:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastsde.checks import check_choice
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.gan_losses import all_pairs, average, centred, hinge, lsgan, one_way, paired, plain, sgan, wgan
@@ -27,14 +28,7 @@ LOSSES = {"sgan": sgan, "lsgan": lsgan, "hinge": hinge, "wgan": wgan}
 AUTOENCODERS = ("vae", "introvae", "soft-introvae")
 MODELS = ("score", *AUTOENCODERS, "latent")
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-COMPARISONS = {
-    "plain": plain,
-    "paired": paired,
-    "average": average,
-    "centred": centred,
-    "one way": one_way,
-    "all pairs": all_pairs,
-}
+COMPARISONS = {rule.__name__.replace("_", " "): rule for rule in (plain, paired, average, centred, one_way, all_pairs)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +39,7 @@ class NetworkSettings:
     prediction: str = "epsilon"
 
     def __post_init__(self) -> None:
-        if self.prediction not in PREDICTIONS:
-            raise ValueError(f"network.prediction must be one of {', '.join(PREDICTIONS)}; got {self.prediction!r}.")
+        check_choice("network.prediction", self.prediction, PREDICTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +61,8 @@ class AdversarySettings:
     two_discriminators: bool = False
 
     def __post_init__(self) -> None:
-        for name, known in (("loss", LOSSES), ("compare", COMPARISONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"adversary.{name} must be one of {', '.join(known)}; got {getattr(self, name)!r}.")
+        check_choice("adversary.loss", self.loss, LOSSES)
+        check_choice("adversary.compare", self.compare, COMPARISONS)
 
     def build(self, channels: int, image_size: int) -> Adversary:
         """The discriminator, with fresh weights, and its training."""
@@ -134,8 +126,7 @@ class Settings:
     adversary: AdversarySettings | None = None
 
     def __post_init__(self) -> None:
-        if self.model not in MODELS:
-            raise ValueError(f"model must be one of {', '.join(MODELS)}; got {self.model!r}.")
+        check_choice("model", self.model, MODELS)
         if (self.model == "latent") != bool(self.autoencoder):
             raise ValueError(
                 f"model=latent needs autoencoder=FOLDER, and no other model takes one; got model={self.model} with "
@@ -161,12 +152,9 @@ class Settings:
 
 
 def read_settings(config: Path | None, assignments: Sequence[str], options: Mapping[str, Any]) -> Settings:
-    """The settings of a file, with `--set` and then options over them.
+    """The settings of a TOML file, with assignments and then options over them, which are None where not given.
 
-    Args:
-        config: a TOML file, or None.
-        assignments: such as "training.steps=100"; values as in TOML, or else words.
-        options: by the same keys; None for those not given.
+    Assignments are such as "training.steps=100", with values as in TOML, or else words.
     """
     found: dict[str, Any] = {}
     if config is not None:

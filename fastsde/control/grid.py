@@ -10,7 +10,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_number, check_positive
+from fastsde.checks import check_choice, check_count, check_number, check_positive
 from fastsde.control.base import Clock, Controller, Decision
 from fastsde.noise import ALL_NOISE
 from fastsde.types import Carry, State, Time
@@ -164,8 +164,7 @@ class Grid(Controller):
             "trailing": (n - k * n / steps).round() - 1,
             "linspace": torch.linspace(n - 1, 0, steps, dtype=torch.float64).round(),
         }
-        if spacing not in spaced:
-            raise ValueError(f"spacing must be one of {', '.join(spaced)}; got {spacing!r}.")
+        check_choice("spacing", spacing, spaced)
         return cls((spaced[spacing] + 1) / n)
 
     @classmethod

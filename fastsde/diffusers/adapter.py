@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastsde.checks import check_instance, check_kind
 from fastsde.diffusers.latents import autoencoder
 from fastsde.diffusers.loading import load
 from fastsde.diffusers.networks import LATENT_RANGE, DiffusersModel, check_known, config_of
@@ -75,11 +76,18 @@ def from_diffusers(
     elif loading:
         raise TypeError(f"{', '.join(loading)}: only for models that are loaded from a folder, a file or the hub.")
     scale = 1.0 if guidance_scale is None else guidance_scale
-    _check_options(clip, event_shape, guidance_rescale, guidance_interval, scale)
+    # What would be ignored or fail late.
+    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
+        raise ValueError(
+            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
+            f"{scale!r}."
+        )
+    check_kind("clip", clip, bool, "True, False or None")
+    if scale <= 1 and (guidance_rescale or guidance_interval is not None):
+        raise ValueError("guidance_rescale and guidance_interval need a guidance_scale above 1.")
     pipe = pipe_or_model if hasattr(pipe_or_model, "components") else None
     network = pipe_or_model if pipe is None else network_of(pipe)
-    if not callable(network):
-        raise TypeError(f"pipe_or_model must be a pipeline, a network or a path; got {type(pipe_or_model).__name__}.")
+    check_instance("pipe_or_model", network, Callable, "a pipeline, a network or a path")
     if scheduler is None and pipe is not None:
         scheduler = pipe.scheduler
     latent = pipe is not None and autoencoder(pipe) is not None
@@ -123,25 +131,6 @@ def _guided(model: ScoreModel, scale: float, rescale: float, interval: tuple[flo
     model.default_cond = wanted or None
     null = {key: own.get(NEGATIVE + key, value) for key, value in wanted.items() if key not in _SHARED}
     return ClassifierFreeGuidance(model, scale, negative=null, rescale=rescale, interval=interval)
-
-
-def _check_options(
-    clip: object, event_shape: object, rescale: float, interval: tuple[float, float] | None, scale: float
-) -> None:
-    """Refuses what would be ignored or fail late."""
-    if not isinstance(scale, (int, float)) or not math.isfinite(scale) or scale < 0:
-        raise ValueError(
-            f"guidance_scale must be a finite number that is not negative (one for each sample goes into cond); got "
-            f"{scale!r}."
-        )
-    if clip is not None and not isinstance(clip, bool):
-        raise TypeError(f"clip must be True, False or None; got {clip!r}.")
-    if event_shape is not None:
-        sizes = event_shape if isinstance(event_shape, (tuple, list)) else ()
-        if not sizes or not all(isinstance(k, int) and k > 0 for k in sizes):
-            raise ValueError(f"event_shape must be (C, H, W), positive whole numbers; got {event_shape!r}.")
-    if scale <= 1 and (rescale or interval is not None):
-        raise ValueError("guidance_rescale and guidance_interval need a guidance_scale above 1.")
 
 
 _SHARED = ("time_ids", "resolution", "aspect_ratio", "guidance")

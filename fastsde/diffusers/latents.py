@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_finite
 from fastsde.diffusers.networks import config_of, offloaded_to
 
 SCALE = ("latents_mean", "latents_std")
@@ -41,11 +42,7 @@ def check_latents(vae: Any, latents: Tensor) -> None:
             f"latents must be floating point with shape (n, {wanted}, h, w); got {tuple(latents.shape)} of "
             f"{latents.dtype}."
         )
-    lost = ~torch.isfinite(latents).flatten(1).all(1)
-    if lost.any():
-        raise ValueError(
-            f"{int(lost.sum())} of {len(latents)} latents are not finite, the first at {int(lost.int().argmax())}."
-        )
+    check_finite(latents, "latents")
 
 
 def measure_scale(vae: Any, images: Tensor, *, batch_size: int = 250) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -110,9 +110,6 @@ class PipelineSampler(RequestQueue):
             batch_size=self.batch_size,
             per_sample=per_sample,
             max_nfe=self.max_nfe,
-            dtype=None,
-            progress=False,
-            callback=None,
             allow_distilled=self._allow,
             arguments=arguments,
             forwards=self._forwards,
@@ -122,25 +119,17 @@ class PipelineSampler(RequestQueue):
         self.enqueue(request, timeout)
         return request
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        with running(self.pipe):
-            yield
+    def running(self) -> AbstractContextManager[None]:
+        return running(self.pipe)
 
     def lane(self, job: Job) -> Lane:
         assert isinstance(job.model, PipelineModel)
         joint = dataclasses.replace(job, model=_Joint(job.model, self._models, self._forwards))
-        return Lane(joint, self.batch_size, self._ended, self._fail, any_model=True)
+        return Lane(joint, self.batch_size, self._ended, self._failed, any_model=True)
 
 
 class _PipelineRequest(Request):
-    """A request whose job is known when its pipelines have begun.
-
-    Args:
-        run: what was asked.
-        models: those of all requests that run, by number; this one joins them.
-        callback: as for `submit`.
-    """
+    """A request whose job is known when its pipelines have begun; `models` are those of all that run, by number."""
 
     _numbers = itertools.count()
 
@@ -164,14 +153,13 @@ class _PipelineRequest(Request):
         return Engine(dataclasses.replace(job, cond=cond))
 
     def whole(self) -> PipelineResult:
-        assert self.engine is not None
         whole = self.run.whole(self.engine._result(self.since))
         raise_late(whole)
         return whole
 
     def close(self, *, others: bool) -> None:
         self.models.pop(self.number, None)
-        if self.engine is None and self.run.model.loops == {}:
+        if "engine" not in vars(self) and not self.run.model.loops:
             return  # it never began; it may be another thread that says so
         self.run.model.close(others=others)
 

@@ -55,26 +55,18 @@ class Loop:
         self._random = {name: generator.get_state() for name, generator in own.items()}
         self.call: Call | None = None
         self.failed: Callable[[BaseException], None]  # told of an error that ends this sample
-        self.out: Tensor = torch.empty(0)
-        self.sample: Tensor = torch.empty(0)
+        self.out = self.sample = self.begin = self.denoised = self._asked = torch.empty(0)
         self.output: Any = None
-        self.ended = False
-        self.stopped = False
+        self.ended = self.stopped = self.begun = self.again = self._in_turn = self._walking = False
         self.memory = Memory()
         self.given_x_0: Tensor | None = None
-        self.begin = torch.empty(0)
         self.ready: Tensor | None = None
         self.first: Tensor | None = None
-        self.begun = self.again = False
         self._start: tuple[Tensor, float, Tensor] | None = None
-        self.denoised = torch.empty(0)
         self._counted: list[int] = []
         self._handed: Tensor | None = None
-        self._asked = torch.empty(0)
-        self._edits = 0
         self._next: Tensor | None = None
-        self._in_turn = self._walking = False
-        self._place = 0
+        self._edits = self._place = 0
         self._listed: list[float] = []
         self.walked: list[float] = []  # the process's times in the list that the loop walks
         self.at = 0.0
@@ -222,7 +214,10 @@ class Loop:
         call = Call(module, args, kwargs, self)
         if not self._in_turn:
             return module(*args, **kwargs)
-        self._check_untouched(module)
+        if not self.alone and id(module) not in self._seen:  # samples share it, as it was before they ran
+            self._seen.add(id(module))
+            if self._untouched.get(id(module)) != (processors_of(module), _hooks_of(module)):
+                raise SharedNetworkError
         if counted:
             self._counted.append(call.rows)
         device = "cpu" if call.device is None else call.device.type
@@ -232,14 +227,6 @@ class Loop:
             return module(*args, **kwargs)  # its own business, in its own context
         self.call = call
         return self._pause()
-
-    def _check_untouched(self, module: nn.Module) -> None:
-        """Refuses a network that the pipeline has changed, where samples share it."""
-        if self.alone or id(module) in self._seen:
-            return
-        self._seen.add(id(module))
-        if self._untouched.get(id(module)) != (processors_of(module), _hooks_of(module)):
-            raise SharedNetworkError
 
     def denoise(self, out: Tensor, sample: Tensor) -> Tensor:
         """The denoised prediction of a network's output within a turn."""

@@ -200,11 +200,13 @@ def _class_names(network: object) -> list[str]:
 
 def check_known(network: object) -> None:
     """Refuses, with a ValueError, a network of diffusers whose time and sign are not known."""
+    # Nothing if diffusers was not imported, and then no network is of it.
+    exported = dir(sys.modules["diffusers"]) if "diffusers" in sys.modules else []
     names = _class_names(network)
-    theirs = [name for name in names if name in _diffusers_names() and not name.endswith("Mixin")]
+    theirs = [name for name in names if name in exported and not name.endswith("Mixin")]
     if not theirs and isinstance(network, nn.Module):  # somebody's module around one of theirs
         inner = {type(part).__name__ for part in network.modules()}
-        names = theirs = sorted(name for name in inner if name in _diffusers_names() and name.endswith("Model"))
+        names = theirs = sorted(name for name in inner if name in exported and name.endswith("Model"))
     if theirs and not any(name in _KNOWN for name in names):
         raise ValueError(
             f"fastsde does not know how {theirs[0]} is called: its time may be t, t / 1000 or 1 - t / 1000, and its "
@@ -213,11 +215,6 @@ def check_known(network: object) -> None:
             "it is called, with fastsde.ScoreModel(lambda x, t, **cond: ..., sde, prediction, timestep=...), and check "
             "that with fastsde.diagnose."
         )
-
-
-def _diffusers_names() -> list[str]:
-    """What diffusers exports; nothing if it was not imported, and then no network is of it."""
-    return dir(sys.modules["diffusers"]) if "diffusers" in sys.modules else []
 
 
 def offloaded_to(module: object) -> torch.device | None:

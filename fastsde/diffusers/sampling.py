@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastsde.arguments import check_index, resolve_dtype
-from fastsde.checks import check_count, check_kind
+from fastsde.checks import check_count, check_instance, check_kind
 from fastsde.control import Controller
 from fastsde.diffusers.adapter import scheduler_config
 from fastsde.diffusers.networks import check_distilled, config_of
@@ -204,11 +204,11 @@ class PipelineRun:
         batch_size: int,
         per_sample: Mapping[str, Sequence[Any]] | None,
         max_nfe: int | None,
-        dtype: torch.dtype | None,
-        progress: bool,
-        callback: Callable[[EngineState], None] | None,
         allow_distilled: bool,
         arguments: dict[str, Any],
+        dtype: torch.dtype | None = None,
+        progress: bool = False,
+        callback: Callable[[EngineState], None] | None = None,
         forwards: Forwards | None = None,
     ) -> None:
         from fastsde.diffusers.pipeline_model import PipelineModel
@@ -217,12 +217,13 @@ class PipelineRun:
         if not allow_distilled:
             _check_distilled(pipe, reading)
         check_kind("per_sample", per_sample, Mapping, "a dict of lists")
-        if prompt is not None or (_needs_prompt(pipe) and "prompt" not in (per_sample or {})):
+        parameter = inspect.signature(type(pipe).__call__).parameters.get("prompt")
+        needed = parameter is not None and parameter.default is parameter.empty
+        if prompt is not None or (needed and "prompt" not in (per_sample or {})):
             arguments["prompt"] = prompt
         request = Request(pipe, arguments, per_sample or {}, n, index)
         solver = ExponentialPC() if solver is None else solver
-        if not isinstance(solver, Solver):
-            raise TypeError(f"solver must be an object such as fastsde.DDIM(steps=50); got {solver!r}.")
+        check_instance("solver", solver, Solver, "an object such as fastsde.DDIM(steps=50)")
         self._listed = arguments.get("num_inference_steps")
         others = (rtol, nfe, controller, solver.steps, solver.times)
         self._counted = self._listed is not None and all(v is None for v in others)
@@ -342,12 +343,6 @@ def raise_late(whole: PipelineResult) -> None:
         f"{type(error).__name__}: {error}; their last states are in .result of this exception.",
         whole,
     ) from error
-
-
-def _needs_prompt(pipe: Any) -> bool:
-    """Whether the pipeline's call has no default for its prompt."""
-    parameter = inspect.signature(type(pipe).__call__).parameters.get("prompt")
-    return parameter is not None and parameter.default is parameter.empty
 
 
 def _for_network(solver: FittedSolver, model: PipelineModel) -> FittedSolver:

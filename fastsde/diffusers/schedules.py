@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
+from fastsde.checks import check_choice, check_count, check_number, check_positive
 from fastsde.score.base import Prediction
 from fastsde.score.guidance import clip
 from fastsde.sde.base import SDE, Level
@@ -175,7 +176,7 @@ def read_loop(config: Config) -> Reading:
     if config.get("shift") is not None and _exceeds_one(config):
         n = _levels(config, least=1)
         sde = EDM(t_min=_number(config, "sigma_min", 0.002), t_max=_number(config, "sigma_max", 80.0))
-        return Reading(sde, functools.partial(torch.mul, n), functools.partial(_share, n), "epsilon", levels=n)
+        return Reading(sde, functools.partial(torch.mul, n), functools.partial(_share, n, 0), "epsilon", levels=n)
     if not config.get("invert_sigmas"):
         return read_schedule(config)
     reading = read_schedule({**config, "invert_sigmas": None})
@@ -205,8 +206,7 @@ def read_schedule(config: Config) -> Reading:
         raise ValueError(_DISTILLED.format(name))
     _check_known(config)
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in _PREDICTIONS:
-        raise ValueError(f"prediction_type must be one of {', '.join(_PREDICTIONS)}; {name} has {prediction!r}.")
+    check_choice("prediction_type", prediction, _PREDICTIONS)
     flow = prediction == "flow_prediction" or config.get("use_flow_sigmas")
     betas = "beta_schedule" in config or "trained_betas" in config
     if flow or ("shift" in config and not betas):
@@ -228,10 +228,9 @@ def read_schedule(config: Config) -> Reading:
     else:
         reading = _table(config, name)
     if config.get("thresholding"):
-        limit, ratio = _positive(config, "sample_max_value"), _number(config, "dynamic_thresholding_ratio", 0.995)
-        if not 0 < ratio < 1:
-            raise ValueError(f"dynamic_thresholding_ratio must be in (0, 1); got {ratio}.")
-        return dataclasses.replace(reading, limit=limit, ratio=ratio)
+        ratio = config.get("dynamic_thresholding_ratio", 0.995)
+        check_number("dynamic_thresholding_ratio", ratio, 0.0, 1.0, ends="()")
+        return dataclasses.replace(reading, limit=_positive(config, "sample_max_value"), ratio=ratio)
     # CogVideoX's schedulers have the key and never clip.
     if config.get("clip_sample") and "snr_shift_scale" not in config:
         return dataclasses.replace(reading, limit=_positive(config, "clip_sample_range"))
@@ -326,17 +325,11 @@ def _number(config: Config, key: str, default: float) -> float:
 
 
 def _positive(config: Config, key: str, default: float = 1.0) -> float:
-    number = _number(config, key, default)
-    if not number > 0:
-        raise ValueError(f"{key} must be positive; got {number}.")
-    return number
+    return check_positive(key, config.get(key, default))
 
 
 def _levels(config: Config, least: int = 2) -> int:
-    levels = config.get("num_train_timesteps", 1000)
-    if not isinstance(levels, int) or isinstance(levels, bool) or levels < least:
-        raise ValueError(f"num_train_timesteps must be an integer of at least {least}; got {levels!r}.")
-    return levels
+    return check_count("num_train_timesteps", config.get("num_train_timesteps", 1000), least)
 
 
 def _flow(config: Config, name: str) -> Reading:
@@ -361,7 +354,7 @@ def _flow(config: Config, name: str) -> Reading:
     # table at all: the network's time is then t itself.
     first = 1 / (n if n > 1 else 1000)
     sde = RectifiedFlow(t_min=shift * first / (1 + (shift - 1) * first), t_max=1 - first)
-    timestep, time = functools.partial(torch.mul, n), functools.partial(_share, n)
+    timestep, time = functools.partial(torch.mul, n), functools.partial(_share, n, 0)
     return Reading(sde, timestep, time, "flow_prediction", levels=n, unshifted=shift == 1.0)
 
 
@@ -385,12 +378,8 @@ def _level(n: int, t: Time) -> Time:
     return (n * t - 1).clamp(min=0.0)
 
 
-def _time_of_level(n: int, k: Time) -> Time:
-    return (k + 1) / n
-
-
-def _share(n: int, k: Time) -> Time:
-    return k / n
+def _share(n: int, first: int, k: Time) -> Time:
+    return (k + first) / n
 
 
 def _rising(n: int, t: Time) -> Time:
@@ -428,7 +417,7 @@ def _table(config: Config, name: str) -> Reading:
         )
     sde = DiscreteVPSDE(alphas_cumprod=bars)
     n = sde.levels
-    return Reading(sde, functools.partial(_level, n), functools.partial(_time_of_level, n), prediction, levels=n)
+    return Reading(sde, functools.partial(_level, n), functools.partial(_share, n, 1), prediction, levels=n)
 
 
 def alphas_cumprod(config: Config) -> Tensor:
@@ -450,8 +439,7 @@ def alphas_cumprod(config: Config) -> Tensor:
         betas = torch.as_tensor(trained, dtype=torch.float64)
     else:
         schedule, n = config.get("beta_schedule", "linear"), _levels(config)
-        if schedule not in _BETAS:
-            raise ValueError(f"beta_schedule must be one of {', '.join(_BETAS)}; got {schedule!r}.")
+        check_choice("beta_schedule", schedule, _BETAS)
         betas = _BETAS[schedule](n, _number(config, "beta_start", 1e-4), _number(config, "beta_end", 0.02))
     if betas.ndim != 1 or not ((betas > 0) & (betas < 1)).all():
         raise ValueError("the betas must be a list of numbers in (0, 1).")

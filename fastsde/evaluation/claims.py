@@ -26,17 +26,6 @@ def _processes_seen() -> str:
         return ""
 
 
-class _Seen:
-    """What a claim of another process held when it was first looked at, and since when it has held the same."""
-
-    def __init__(self, content: str) -> None:
-        self.content, self.since, self.renewed = content, time.monotonic(), False
-
-    def look(self, content: str) -> None:
-        if content != self.content:
-            self.content, self.since, self.renewed = content, time.monotonic(), True
-
-
 class Claims:
     """Claims of this process on files that it makes, in folders where other processes make others.
 
@@ -60,7 +49,8 @@ class Claims:
         self.every, self.expiry = every, expiry
         self._owner = f"{_processes_seen()} {os.getpid()}"
         self._held: dict[Path, Path] = {}
-        self._seen: dict[Path, _Seen] = {}
+        # What claims of other processes hold, since when it was the same, and whether that was ever renewed.
+        self._seen: dict[Path, tuple[str, float, bool]] = {}
         self._ended, self._renewals = threading.Event(), threading.Thread(target=self._renew, daemon=True)
 
     def take(self, path: Path) -> bool:
@@ -117,12 +107,14 @@ class Claims:
             content = claim.read_text()
         except FileNotFoundError:
             return True
-        seen = self._seen.setdefault(claim, _Seen(content))
-        seen.look(content)
+        before, since, renewed = self._seen.get(claim, (content, time.monotonic(), False))
+        if content != before:
+            since, renewed = time.monotonic(), True
+        self._seen[claim] = content, since, renewed
         machine, _, rest = content.partition(" ")
         here = bool(machine) and machine == self._owner.partition(" ")[0]
         ended = here and not Path("/proc", rest.partition(" ")[0]).exists()
-        if not ended and time.monotonic() - seen.since < self.expiry:
+        if not ended and time.monotonic() - since < self.expiry:
             return False
         claim.unlink(missing_ok=True)
         del self._seen[claim]
@@ -130,8 +122,8 @@ class Claims:
 
     def _lives(self, path: Path) -> bool:
         """Whether a file is there, or its claim was renewed while this process looked."""
-        seen = self._seen.get(path.with_name(f".{path.name}.claim.tmp"))
-        return path.exists() or (path not in self._held and seen is not None and seen.renewed)
+        _, _, renewed = self._seen.get(path.with_name(f".{path.name}.claim.tmp"), ("", 0.0, False))
+        return path.exists() or (path not in self._held and renewed)
 
     def _renew(self) -> None:
         count = 0

@@ -170,7 +170,6 @@ class RayWorkers:
         request: Callable[[Path], tuple[Any, Iterable[Path]]],
         open_maker: OpenMaker,
         record: Mapping[str, Any],
-        claims: Claims | None = None,
     ) -> Iterator[Path]:
         """Makes files in the workers; yields each once it is on the disk of this machine.
 
@@ -179,7 +178,6 @@ class RayWorkers:
             request: of a file, what the worker is told, and the files whose contents it needs.
             open_maker: opens the model of a worker.
             record: what its record must be.
-            claims: other times of expiry.
 
         Raises:
             ValueError: if a worker's record differs.
@@ -192,7 +190,7 @@ class RayWorkers:
         most = max(1, sum(1 for _ in pending()))
         crew = _Crew(ray, open_maker, record, needs)
         try:
-            with claims or Claims() as held:
+            with Claims() as held:
                 turns: Iterator[Path | None] = held.turns(pending)
                 again: list[Path] = []
                 look = 0.0

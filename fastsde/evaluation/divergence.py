@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from fastsde.checks import check_count, check_tensor
+from fastsde.checks import check_choice, check_count, check_states
 from fastsde.training.gan_losses import Comparison, all_pairs, average, centred, one_way, paired, plain
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -76,8 +76,7 @@ def relativistic(
     for name, values in (("real", real), ("fake", fake)):
         _check_floats(name, values, "(n,)", least=2)
     for name, value, allowed in (("f", f, FUNCTIONS), ("kind", kind, KINDS), ("estimator", estimator, ESTIMATORS)):
-        if value not in allowed:
-            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}.")
+        check_choice(name, value, allowed)
     if estimator == "mvue" and kind != "paired":
         raise ValueError(f"estimator 'mvue' is for kind 'paired'; got {kind!r}.")
     if estimator == "unbiased" and (f != "least squares" or kind not in ("average", "one way", "centred")):
@@ -97,14 +96,11 @@ def relativistic(
     return found
 
 
-def _check_floats(name: str, x: object, shape: str, least: int) -> None:
+def _check_floats(name: str, x: Tensor, shape: str, least: int) -> None:
     """Refuses, with a TypeError or ValueError, what is no tensor of finite floats of that shape, n at least `least`."""
-    check_tensor(name, x)
-    assert isinstance(x, Tensor)  # for the types
-    if x.ndim != len(shape.strip("(,)").split(",")) or len(x) < least or not x.is_floating_point():
+    check_states(name, x, gradient=True)
+    if x.ndim != len(shape.split()) or len(x) < least:
         raise ValueError(f"{name} must be floats with shape {shape}, n at least {least}; got {tuple(x.shape)}.")
-    if not torch.isfinite(x).all():
-        raise ValueError(f"{name} holds NaN or infinity.")
 
 
 @dataclasses.dataclass(frozen=True)

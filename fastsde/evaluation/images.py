@@ -11,10 +11,11 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from fastsde.checks import check_finite
 from fastsde.evaluation.jobs import MANIFEST, ShardedJob
 from fastsde.files import ArrayFile, read_json
 from fastsde.result import Status
-from fastsde.training.data import check_finite, holds_idx, load_images
+from fastsde.training.data import holds_idx, load_images
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff"}
 

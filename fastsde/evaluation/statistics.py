@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastsde.training.data import check_finite
+from fastsde.checks import check_finite
 
 
 class Moments:

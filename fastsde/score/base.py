@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_kind
+from fastsde.checks import check_choice, check_instance, check_kind
 from fastsde.files import sha256
-from fastsde.score.network import check_output, evaluation_mode, hint_at, tensor_of, tensors_hash, unwrap
+from fastsde.score.network import check_output, evaluation_mode, explained, tensor_of, tensors_hash, unwrap
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
@@ -228,12 +228,9 @@ class ScoreModel(Model):
         default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
         super().__init__(network, event_shape, default_cond)
-        if not isinstance(sde, SDE):
-            raise TypeError(f"sde must be an SDE such as fastsde.VPSDE(); got {sde!r}.")
-        if not isinstance(prediction, str) or prediction not in _READ:
-            raise ValueError(f"prediction must be one of {', '.join(_READ)}; got {prediction!r}.")
-        if timestep is not None and not callable(timestep):
-            raise TypeError(f"timestep must be a function of the SDE's time; got {timestep!r}.")
+        check_instance("sde", sde, SDE, "an SDE such as fastsde.VPSDE()")
+        check_choice("prediction", prediction, _READ)
+        check_kind("timestep", timestep, Callable, "a function of the SDE's time")
         self.sde, self.prediction, self.knows_range = sde, prediction, data_range is not None
         self.data_range = _checked_range((-1.0, 1.0) if data_range is None else data_range)
         self.timestep = timestep
@@ -264,13 +261,8 @@ class ScoreModel(Model):
         wanted = time.dtype if time.dtype != torch.float64 or dtype == torch.float64 else torch.float32
         time = time.to(wanted, copy=True)
         given = {key: value.clone() for key, value in (cond or {}).items()}
-        try:
+        with explained(self.role, len(t), dtype, time.dtype):
             out = self.call(x_t.to(dtype, copy=True), time, given)
-        except (RuntimeError, IndexError) as error:
-            hint = hint_at(error, len(t), dtype, time.dtype)
-            if hint is None:
-                raise
-            raise type(error)(f"{self.role} failed: {error}. {hint}") from error
         return check_output(tensor_of(out), x_t, self.role).to(x_t.dtype)
 
     def __call__(self, x_t: State, t: Time, cond: Cond | None = None) -> Prediction:
@@ -311,8 +303,7 @@ class Wrapper(ScoreModel):
         *,
         default_cond: Mapping[str, Tensor | float] | None = None,
     ) -> None:
-        if not isinstance(model, ScoreModel):
-            raise TypeError(f"model must be a fastsde.ScoreModel; got {type(model).__name__}.")
+        check_instance("model", model, ScoreModel, "a fastsde.ScoreModel")
         super().__init__(
             model.network,
             model.sde,
@@ -403,10 +394,7 @@ def _checked_default(cond: Mapping[str, Any] | None) -> dict[str, Tensor] | None
     check_kind("default_cond", cond, Mapping, "a dict of tensors without batch axis")
     values = {k: torch.tensor(v) if isinstance(v, (bool, int, float)) else v for k, v in cond.items()}
     for key, value in values.items():
-        if not isinstance(value, Tensor):
-            raise TypeError(
-                f"the conditioning of one row, {key}, must be a tensor without batch axis; got {type(value).__name__}."
-            )
+        check_instance(f"the conditioning of one row, {key},", value, Tensor, "a tensor without batch axis")
     return values
 
 
@@ -421,13 +409,14 @@ class Calls:
     """The only place where network calls are counted.
 
     Args:
+        model: what is called.
         cond: conditioning of these rows, each tensor with leading axis B.
         active: rows whose calls count; a row that has already finished costs its sample nothing.
         nfe: calls so far, with shape (B,); none by default.
     """
 
-    def __init__(self, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
-        self.cond, self.active = cond, active
+    def __init__(self, model: Any, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
+        self.model, self.cond, self.active = model, cond, active
         self.nfe = torch.zeros_like(active, dtype=torch.int64) if nfe is None else nfe
 
     def count(self, cost: Index | int) -> None:
@@ -439,9 +428,7 @@ class Calls:
 class BoundModel(Calls):
     """A score model bound to the rows in flight; arguments as for `Calls`."""
 
-    def __init__(self, model: ScoreModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
-        super().__init__(cond, active, nfe)
-        self.model = model
+    model: ScoreModel
 
     def __call__(self, x_t: State, t: Time) -> Prediction:
         """The prediction for every row, adding the calls it cost to `nfe`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_kind, check_number
+from fastsde.checks import check_instance, check_kind, check_number
 from fastsde.score.base import Prediction, ScoreModel, Wrapper
 from fastsde.score.network import watched
 from fastsde.sde.base import SDE
@@ -18,6 +18,12 @@ from fastsde.types import Cond, Index, Mask, State, Time
 
 NEGATIVE = "negative_"
 """Prefix of the conditioning of the other half of classifier-free guidance, as in diffusers' pipelines."""
+
+
+def halves(cond: Cond) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The conditioning of the guided half, and that of the negative half; what has no negative twin is in both."""
+    wanted = {k: v for k, v in cond.items() if not k.startswith(NEGATIVE)}
+    return wanted, {**wanted, **{k.removeprefix(NEGATIVE): v for k, v in cond.items() if k.startswith(NEGATIVE)}}
 
 
 class ClassifierFreeGuidance(Wrapper):
@@ -67,12 +73,11 @@ class ClassifierFreeGuidance(Wrapper):
         self.rescale, self.interval = rescale, _checked_interval(interval)
 
     def inner_cond(self, cond: Cond | None) -> dict[str, Tensor]:
-        return {k: v for k, v in super().inner_cond(cond).items() if not k.startswith(NEGATIVE)}
+        return halves(super().inner_cond(cond))[0]
 
     def negative_cond(self, cond: Cond | None) -> dict[str, Tensor]:
         """The conditioning of the negative half."""
-        own = {k.removeprefix(NEGATIVE): v for k, v in (cond or {}).items() if k.startswith(NEGATIVE)}
-        return {**self.inner_cond(cond), **own}
+        return halves(super().inner_cond(cond))[1]
 
     def check_cond(self, cond: Cond) -> None:
         _check_halves(cond)
@@ -80,7 +85,7 @@ class ClassifierFreeGuidance(Wrapper):
         self.model.check_cond(self.negative_cond(cond))
 
     def cost(self, t: Time, cond: Cond) -> Index | int:
-        once, other = (self.model.cost(t, half) for half in (self.inner_cond(cond), self.negative_cond(cond)))
+        once, other = self.model.cost(t, self.inner_cond(cond)), self.model.cost(t, self.negative_cond(cond))
         return once + other * (1 if self.interval is None else _between(self.sde, t, *self.interval))
 
     def output(self, x_t: State, t: Time, cond: Cond | None = None) -> State:
@@ -157,8 +162,7 @@ class ClassifierGuidance(Wrapper):
     def __init__(
         self, model: ScoreModel, log_prob: Callable[..., Tensor], scale: float = 1.0, *, keys: tuple[str, ...] = ()
     ) -> None:
-        if not callable(log_prob):
-            raise TypeError(f"log_prob must be callable as log_prob(x_t, t, **cond); got {type(log_prob).__name__}.")
+        check_instance("log_prob", log_prob, Callable, "callable as log_prob(x_t, t, **cond)")
         super().__init__(model, "epsilon")
         self.log_prob, self.scale, self.own_cond = log_prob, scale, tuple(keys)
 

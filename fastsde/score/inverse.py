@@ -12,14 +12,13 @@ docs/measured/inverse.md measures how far off all of them are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, row_dot
-from fastsde.checks import check_count, check_kind
+from fastsde.checks import check_count, check_instance, check_kind, check_number, check_positive
 from fastsde.score.base import ScoreModel, Wrapper
 from fastsde.score.network import watched
 from fastsde.score.operators import LinearOperator, conjugate_gradients
@@ -32,8 +31,7 @@ class _Measured(Wrapper):
     own_cond = ("measurement",)
 
     def __init__(self, model: ScoreModel, operator: LinearOperator, y: Tensor | None = None) -> None:
-        if not isinstance(operator, LinearOperator):
-            raise TypeError(f"operator must be a LinearOperator such as Mask(mask); got {type(operator).__name__}.")
+        check_instance("operator", operator, LinearOperator, "a LinearOperator such as Mask(mask)")
         check_kind("y", y, Tensor, "a tensor, the measurement of one sample")
         super().__init__(model, "sample", default_cond=None if y is None else {"measurement": y})
         self.operator = operator
@@ -89,10 +87,8 @@ class _Likelihood(_Measured):
     """What the guided ones share: the gradient through the network."""
 
     def __init__(self, model: ScoreModel, operator: LinearOperator, noise_std: float, y: Tensor | None) -> None:
-        if not 0 < noise_std < math.inf:
-            raise ValueError(f"noise_std must be positive and finite; got {noise_std}.")
         super().__init__(model, operator, y)
-        self.noise_std = float(noise_std)
+        self.noise_std = check_positive("noise_std", noise_std)
 
     def whiten(self, residual: Tensor, t: Time, spread: Callable[[Tensor], Tensor]) -> Tensor:
         """M^{-1} (y - A x_0), with shape (B, *measurement).
@@ -154,10 +150,8 @@ class DPS(_Likelihood):
         *,
         scale: float = 1.0,
     ) -> None:
-        if not 0 <= scale < math.inf:
-            raise ValueError(f"scale must be finite and not negative; got {scale}.")
         super().__init__(model, operator, noise_std, y)
-        self.scale = float(scale)
+        self.scale = check_number("scale", scale, 0.0, ends="[)")
 
     def whiten(self, residual: Tensor, t: Time, spread: Callable[[Tensor], Tensor]) -> Tensor:
         variance = (row_dot(residual, residual) / self.operator.count(residual)).clamp(min=self.noise_std**2)
@@ -197,10 +191,8 @@ class PiGDM(_Likelihood):
         data_std: float = 1.0,
         iterations: int = 100,
     ) -> None:
-        if not 0 < data_std < math.inf:
-            raise ValueError(f"data_std must be positive and finite; got {data_std}.")
         super().__init__(model, operator, noise_std, y)
-        self.data_std, self.iterations = float(data_std), check_count("iterations", iterations, 1)
+        self.data_std, self.iterations = check_positive("data_std", data_std), check_count("iterations", iterations, 1)
 
     def whiten(self, residual: Tensor, t: Time, spread: Callable[[Tensor], Tensor]) -> Tensor:
         noise, data = self.sde.sigma(t) ** 2, self.data_std**2

@@ -8,13 +8,30 @@ import hashlib
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastsde.files import sha256
 
-def hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype) -> str | None:
+
+@contextlib.contextmanager
+def explained(role: str, rows: int, dtype: torch.dtype, time: torch.dtype) -> Iterator[None]:
+    """Adds to a failure of the network inside of it what such a failure means as a rule."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        hint = _hint_at(error, rows, dtype, time)
+        if hint is None:
+            raise
+        raise type(error)(f"{role} failed: {error}. {hint}") from error
+
+
+def _hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype) -> str | None:
     """What a failure of the network as a rule means; None if its own message must do."""
     text = str(error)
     if type(error) is IndexError:
@@ -132,6 +149,25 @@ def check_weights(network: nn.Module) -> None:
         wide = p.float() if p.is_floating_point() and torch.finfo(p.dtype).bits == 8 else p  # 8 bits have no arithmetic
         if not p.is_meta and not torch.isfinite(wide).all():
             raise ValueError(f"the network's weights are not finite: {name} holds NaN or infinity.")
+
+
+def load_weights(network: nn.Module, path: Path, config: Path, stated: str | None = None) -> None:
+    """Fills a network with the weights of a safetensors file, in float32; `stated` is the hash that the file must have.
+
+    A file that is missing, damaged or of another network than that of the file `config` is refused, with a
+    FileNotFoundError or ValueError.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing.")
+    if stated is not None and stated != sha256(path.read_bytes()):
+        raise ValueError(f"{path} is not the file that the card describes.")
+    try:
+        network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {config}: {error}") from error
+    check_weights(network)
 
 
 _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.WeakKeyDictionary()

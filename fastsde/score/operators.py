@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like, row_dot
-from fastsde.checks import check_count, check_tensor
+from fastsde.checks import check_count, check_instance, check_kind, check_tensor
 from fastsde.types import State
 
 _AGREE = 1e-3
@@ -103,8 +103,7 @@ class Mask(LinearOperator):
     def adjoint(self, y: Tensor) -> Tensor:
         return self(y)
 
-    def pinv(self, y: Tensor) -> Tensor:
-        return self(y)
+    pinv = adjoint
 
     def residual(self, y: Tensor, x: State) -> Tensor:
         _same_shape(y, x)
@@ -125,9 +124,7 @@ class Grayscale(LinearOperator):
     """
 
     def __init__(self, channels: int = 3) -> None:
-        if channels < 1:
-            raise ValueError(f"channels must be at least 1; got {channels}.")
-        self.channels = channels
+        self.channels = check_count("channels", channels, 1)
 
     def __call__(self, x: State) -> Tensor:
         if x.ndim < 2 or x.shape[1] != self.channels:
@@ -167,9 +164,9 @@ class Linear(LinearOperator):
         pinv: Callable[[Tensor], Tensor] | None = None,
         iterations: int = 100,
     ) -> None:
-        for name, given in (("forward", forward), ("adjoint", adjoint), ("pinv", pinv)):
-            if not callable(given) and (given is not None or name == "forward"):
-                raise TypeError(f"{name} must be callable on a batch; got {type(given).__name__}.")
+        check_instance("forward", forward, Callable, "callable on a batch")
+        check_kind("adjoint", adjoint, Callable, "callable on a batch")
+        check_kind("pinv", pinv, Callable, "callable on a batch")
         self.iterations = check_count("iterations", iterations, 1)
         self.forward, self.event_shape = forward, tuple(event_shape)
         self._adjoint, self._pinv = adjoint, pinv

@@ -120,6 +120,15 @@ class SDE(ABC):
         """The start of sampling, N(0, sigma(t)^2 I) at t = t_max or below, from standard normal `noise` (B, *event)."""
         return noise * float(self.sigma(torch.tensor([self.t_max if t is None else t], dtype=torch.float64)))
 
+    def _set_range(self, t_min: float, t_max: float, *, upper: float | None = None) -> None:
+        """Sets the time range; a ValueError if it is empty, starts at or below 0, or ends above `upper`."""
+        name, top = type(self).__name__, "" if upper is None else f" <= {upper}"
+        for key, value in (("t_min", t_min), ("t_max", t_max)):
+            check_real(f"{key} of {name}", value)
+        if not (0 < t_min < t_max < math.inf and (upper is None or t_max <= upper)):
+            raise ValueError(f"{name} needs 0 < t_min < t_max{top}; got t_min={t_min}, t_max={t_max}.")
+        self.t_min, self.t_max = t_min, t_max
+
     def __repr__(self) -> str:
         fields = ", ".join(f"{k}={_short(v)}" for k, v in vars(self).items() if not k.startswith("_"))
         return f"{type(self).__name__}({fields})"
@@ -127,12 +136,3 @@ class SDE(ABC):
 
 def _short(value: object) -> str:
     return f"<{value.numel()} values>" if isinstance(value, Tensor) else repr(value)
-
-
-def check_range(name: str, t_min: float, t_max: float, *, upper: float | None = None) -> None:
-    """Refuses, with a ValueError, a time range that is empty, starts at or below 0, or ends above `upper`."""
-    top = "" if upper is None else f" <= {upper}"
-    for key, value in (("t_min", t_min), ("t_max", t_max)):
-        check_real(f"{key} of {name}", value)
-    if not (0 < t_min < t_max < math.inf and (upper is None or t_max <= upper)):
-        raise ValueError(f"{name} needs 0 < t_min < t_max{top}; got t_min={t_min}, t_max={t_max}.")

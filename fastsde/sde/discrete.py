@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastsde.sde.base import check_range
 from fastsde.sde.vp import VariancePreserving
 from fastsde.types import Coef, Time
 
@@ -71,8 +70,7 @@ class DiscreteVPSDE(VariancePreserving):
         if t_max is None:
             all_noise = torch.tensor([-2 * math.log(_MOST_NOISE)], dtype=torch.float64)
             t_max = min(1.0, float(self.t_of_log_snr(all_noise)))
-        self.t_min, self.t_max = 1 / self.levels if t_min is None else t_min, t_max
-        check_range("DiscreteVPSDE", self.t_min, self.t_max, upper=1.0)
+        self._set_range(1 / self.levels if t_min is None else t_min, t_max, upper=1.0)
 
     def _table(self, device: torch.device) -> Tensor:
         if device not in self._tables:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsde.sde.base import SDE, check_range
+from fastsde.sde.base import SDE
 from fastsde.types import Coef, Time
 
 
@@ -24,8 +24,7 @@ class EDM(SDE):
     """
 
     def __init__(self, *, t_min: float = 0.002, t_max: float = 80.0) -> None:
-        check_range("EDM", t_min, t_max)
-        self.t_min, self.t_max = t_min, t_max
+        self._set_range(t_min, t_max)
 
     def log_alpha(self, t: Time) -> Coef:
         return torch.zeros_like(t)

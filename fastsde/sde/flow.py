@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from fastsde.sde.base import SDE, check_range
+from fastsde.sde.base import SDE
 from fastsde.types import Coef, Time
 
 
@@ -26,8 +26,7 @@ class RectifiedFlow(SDE):
     """
 
     def __init__(self, *, t_min: float = 1e-3, t_max: float = 0.999) -> None:
-        check_range("RectifiedFlow", t_min, t_max, upper=1 - 1e-6)
-        self.t_min, self.t_max = t_min, t_max
+        self._set_range(t_min, t_max, upper=1 - 1e-6)
 
     def log_alpha(self, t: Time) -> Coef:
         return torch.log1p(-t)

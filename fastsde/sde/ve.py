@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastsde.checks import check_real
-from fastsde.sde.base import SDE, check_range
+from fastsde.sde.base import SDE
 from fastsde.types import Coef, Time
 
 
@@ -37,9 +37,8 @@ class VESDE(SDE):
             check_real(f"{key} of VESDE", value)
         if not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(f"VESDE needs 0 < sigma_min < sigma_max; got {sigma_min} and {sigma_max}.")
-        check_range("VESDE", t_min, t_max)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
-        self.t_min, self.t_max = t_min, t_max
+        self._set_range(t_min, t_max)
         self._log_ratio = math.log(sigma_max / sigma_min)
 
     def log_alpha(self, t: Time) -> Coef:

@@ -1,4 +1,4 @@
-r"""Variance-preserving diffusion with a linear beta(t)."""
+r"""Variance-preserving and sub-variance-preserving diffusion with a linear beta(t)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import torch
 
 from fastsde.checks import check_real
-from fastsde.sde.base import SDE, Level, check_range
+from fastsde.sde.base import SDE, Level
 from fastsde.types import Coef, Time
 
 
@@ -25,9 +25,8 @@ class LinearBeta(SDE):
             check_real(f"{key} of {name}", value)
         if not 0 < beta_min <= beta_max < math.inf:
             raise ValueError(f"{name} needs 0 < beta_min <= beta_max; got {beta_min} and {beta_max}.")
-        check_range(name, t_min, t_max)
         self.beta_min, self.beta_max = beta_min, beta_max
-        self.t_min, self.t_max = t_min, t_max
+        self._set_range(t_min, t_max)
 
     def beta(self, t: Time) -> Coef:
         """The noise rate beta(t), with shape (B,)."""
@@ -84,3 +83,23 @@ class VPSDE(VariancePreserving, LinearBeta):
     def t_of_log_snr(self, log_snr: Coef) -> Time:
         # alpha^2 = sigmoid(log_snr)
         return self.t_of_log_alpha(0.5 * torch.nn.functional.logsigmoid(log_snr))
+
+
+class SubVPSDE(LinearBeta):
+    r"""Sub-VP: the drift of VP with less noise, so that x_t never has more variance than under VP.
+
+        alpha(t) = exp(-B(t) / 2),    sigma(t) = 1 - alpha(t)^2,    g(t)^2 = beta(t) (1 - alpha(t)^4)
+
+    Source: Song et al., https://arxiv.org/abs/2011.13456, eqs. 13-14 and app. B. Arguments and errors as for `VPSDE`.
+    """
+
+    def sigma(self, t: Time) -> Coef:
+        return -torch.expm1(2 * self.log_alpha(t))
+
+    def g2(self, t: Time) -> Coef:
+        return -self.beta(t) * torch.expm1(4 * self.log_alpha(t))
+
+    def t_of_log_snr(self, log_snr: Coef) -> Time:
+        # With r = alpha / (1 - alpha^2), alpha is the positive root of r alpha^2 + alpha - r = 0.
+        ratio = (0.5 * log_snr).exp()
+        return self.t_of_log_alpha((2 * ratio / (1 + (1 + 4 * ratio**2).sqrt())).log())

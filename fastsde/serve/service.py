@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 import fastsde
-from fastsde.checks import check_count, check_positive
+from fastsde.checks import check_choice, check_count, check_positive
 from fastsde.job import EngineState
 from fastsde.lane import Request
 from fastsde.live import RequestQueue, Sampler
@@ -194,10 +194,9 @@ class Service(ABC):
 
 def within(asked: Generation, limits: Limits) -> dict[str, Any]:
     """Solver and steps that are asked for, as keyword arguments of `submit`; a ValueError names what is not granted."""
-    if asked.n > limits.n:
-        raise ValueError(f"n must be at most {limits.n} here; got {asked.n}.")
-    if asked.nfe is not None and asked.nfe > limits.nfe:
-        raise ValueError(f"nfe must be at most {limits.nfe} here; got {asked.nfe}.")
+    for name, count, most in (("n", asked.n, limits.n), ("nfe", asked.nfe, limits.nfe)):
+        if count is not None and count > most:
+            raise ValueError(f"{name} must be at most {most} here; got {count}.")
     if asked.rtol is not None and asked.rtol < limits.rtol:
         raise ValueError(f"rtol must be at least {limits.rtol:g} here; got {asked.rtol:g}.")
     how: dict[str, Any] = {"rtol": asked.rtol, "nfe": asked.nfe}
@@ -205,8 +204,7 @@ def within(asked: Generation, limits: Limits) -> dict[str, Any]:
         return how
     name = asked.solver or ExponentialPC.__name__
     kinds: dict[str, Any] = {solver.__name__: solver for solver in SOLVERS}
-    if name not in kinds:
-        raise ValueError(f"solver must be one of {', '.join(kinds)}; got {name[:80]!r}.")
+    check_choice("solver", name, kinds)
     if asked.eta is None:
         return how | {"solver": kinds[name]()}
     if "eta" not in {field.name for field in dataclasses.fields(kinds[name])}:

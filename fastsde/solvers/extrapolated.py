@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags
+from fastsde.checks import check_choice, check_flags
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -59,8 +59,7 @@ class ExtrapolatedEM(Solver):
 
     def __post_init__(self) -> None:
         check_flags(extrapolate=self.extrapolate, lamba=self.lamba, keep_path=self.keep_path)
-        if self.reference not in _REFERENCES:
-            raise ValueError(f"reference must be one of {', '.join(_REFERENCES)}; got {self.reference!r}.")
+        check_choice("reference", self.reference, _REFERENCES)
 
     def init(self, x_t: State) -> Carry:
         return {"previous": x_t.clone()} if self.reference == "previous" else {}

@@ -33,10 +33,6 @@ class Forward(WrappedSolver):
         if not self.solver.deterministic:
             raise ValueError(f"{self.solver} uses noise; only a deterministic solver, such as DDIM(), has an inverse.")
 
-    @property
-    def inner(self) -> Solver:
-        return self.solver
-
     def check(self, sde: SDE, times: Tensor | None) -> None:
         self.solver.check(sde, None if times is None else -times)
 

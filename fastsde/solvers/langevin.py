@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import all_finite, expand_like, row_dot, row_norm
-from fastsde.checks import check_flags, check_number
+from fastsde.checks import check_flags, check_kind, check_number
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Mask, State, Time
@@ -153,8 +153,7 @@ class MALA(LangevinDynamics):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.log_density is not None and not callable(self.log_density):
-            raise TypeError(f"log_density must be callable as log_density(x, t); got {self.log_density!r}.")
+        check_kind("log_density", self.log_density, Callable, "callable as log_density(x, t)")
 
     @property
     def calls(self) -> int:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastsde.checks import check_flags, check_steps
+from fastsde.checks import check_count, check_flags, check_instance
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -46,13 +46,9 @@ class PredictorCorrector(WrappedSolver):
     corrector_first: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, kind, such in (
-            ("predictor", self.predictor, Solver, "ReverseDiffusion"),
-            ("corrector", self.corrector, Corrector, "Langevin"),
-        ):
-            if not isinstance(value, kind):
-                raise TypeError(f"{name} must be a {kind.__name__}, such as fastsde.{such}(); got {value!r}.")
-        check_steps(self.n_corrector, "n_corrector", 0)
+        check_instance("predictor", self.predictor, Solver, "a Solver, such as fastsde.ReverseDiffusion()")
+        check_instance("corrector", self.corrector, Corrector, "a Corrector, such as fastsde.Langevin()")
+        check_count("n_corrector", self.n_corrector, 0)
         check_flags(corrector_first=self.corrector_first)
         if self.predictor.adaptive or self.predictor.warm_up or isinstance(self.predictor, PredictorCorrector):
             raise ValueError(

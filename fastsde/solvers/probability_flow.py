@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like, row_norm
-from fastsde.checks import check_steps
+from fastsde.checks import check_instance, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -53,8 +53,7 @@ class ProbabilityFlow(Solver):
 
     def __post_init__(self) -> None:
         check_steps(self.steps)
-        if not isinstance(self.tableau, Tableau):
-            raise TypeError(f"tableau must be a fastsde.Tableau such as fastsde.HEUN; got {self.tableau!r}.")
+        check_instance("tableau", self.tableau, Tableau, "a fastsde.Tableau such as fastsde.HEUN")
 
     @property
     def calls_per_step(self) -> int:

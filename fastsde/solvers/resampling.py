@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_steps
+from fastsde.checks import check_count, check_instance
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -69,17 +69,10 @@ class Resampling(WrappedSolver):
     repeats: int = 10
 
     def __post_init__(self) -> None:
-        if not isinstance(self.solver, Solver):
-            raise TypeError(f"solver must be a Solver, such as fastsde.Ancestral(); got {self.solver!r}.")
-        if self.repeats is None:
-            raise ValueError("repeats must be an integer of at least 1; got None.")
-        check_steps(self.repeats, "repeats")
+        check_instance("solver", self.solver, Solver, "a Solver, such as fastsde.Ancestral()")
+        check_count("repeats", self.repeats, 1)
         if self.solver.adaptive or self.solver.warm_up or isinstance(self.solver, Resampling):
             raise ValueError(f"{type(self.solver).__name__} cannot be resampled: use Ancestral, DDIM or EulerMaruyama.")
-
-    @property
-    def inner(self) -> Solver:
-        return self.solver
 
     @property
     def calls_per_step(self) -> int:

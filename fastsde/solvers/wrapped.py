@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from typing import Any
 
 from torch import Tensor
@@ -13,24 +12,27 @@ from fastsde.solvers.base import Solver
 from fastsde.types import Carry, State
 
 
-def _of_inner(name: str) -> Any:
+def of_inner(name: str) -> Any:
+    """A property that is the inner solver's."""
     return property(lambda self: getattr(self.inner, name), doc="That of the other solver.")
 
 
 class WrappedSolver(Solver):
     """A solver whose step is made of another one's: its traits and memory are the other's, but for what it says."""
 
-    calls_per_step = _of_inner("calls_per_step")
-    adaptive = _of_inner("adaptive")
-    steps = _of_inner("steps")
-    warm_up = _of_inner("warm_up")
-    keep_path = _of_inner("keep_path")
-    log_snr_steps = _of_inner("log_snr_steps")
+    calls_per_step = of_inner("calls_per_step")
+    adaptive = of_inner("adaptive")
+    steps = of_inner("steps")
+    warm_up = of_inner("warm_up")
+    keep_path = of_inner("keep_path")
+    log_snr_steps = of_inner("log_snr_steps")
+
+    solver: Solver
 
     @property
-    @abstractmethod
     def inner(self) -> Solver:
         """The other solver."""
+        return self.solver
 
     def check(self, sde: SDE, times: Tensor | None) -> None:
         self.inner.check(sde, times)

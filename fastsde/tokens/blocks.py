@@ -12,6 +12,7 @@ from fastsde.checks import check_count
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
+from fastsde.solvers.wrapped import of_inner
 from fastsde.tokens.model import BoundTokens, TokenModel
 from fastsde.tokens.process import MASK, Masking
 from fastsde.tokens.solver import TokenSolver
@@ -38,6 +39,10 @@ class Blocks(TokenSolver):
     cost = "that of the inner solver"
     use = "long texts: LLaDA, Dream"
     exact = "as the inner solver"
+    calls_per_step = of_inner("calls_per_step")
+    decides = of_inner("decides")
+    reports = of_inner("reports")
+    steps = of_inner("steps")
 
     inner: TokenSolver = dataclasses.field(default_factory=Unmask)
     length: int = 32
@@ -48,22 +53,6 @@ class Blocks(TokenSolver):
             raise TypeError(
                 f"inner must be a solver of tokens that takes none back, such as Unmask(); got {self.inner!r}."
             )
-
-    @property
-    def calls_per_step(self) -> int:  # type: ignore[override]
-        return self.inner.calls_per_step
-
-    @property
-    def decides(self) -> bool:  # type: ignore[override]
-        return self.inner.decides
-
-    @property
-    def reports(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.inner.reports
-
-    @property
-    def steps(self) -> int | None:
-        return self.inner.steps
 
     def check_model(self, model: Any) -> None:
         super().check_model(model)

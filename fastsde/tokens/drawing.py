@@ -56,15 +56,9 @@ def _split(logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def first(key: Tensor, among: Tensor, count: Tensor) -> Tensor:
-    """Which positions are among the `count` smallest keys of their row; ties go to the earlier position.
+    """Which positions have one of the `count` smallest keys of their row, as flags with shape (B, L).
 
-    Args:
-        key: with shape (B, L).
-        among: which positions take part, with shape (B, L).
-        count: how many of each row, with shape (B,).
-
-    Returns:
-        Flags with shape (B, L).
+    Those `among` take part; ties go to the earlier position. Keys have shape (B, L), like `among`, and counts (B,).
     """
     order = key.masked_fill(~among, torch.inf).argsort(dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(key.shape[1], device=key.device).expand_as(order))

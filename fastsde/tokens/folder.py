@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from safetensors.torch import save
+from torch import Tensor
 
 from fastsde.files import read_json, sha256, write_json, write_whole
-from fastsde.score.network import check_weights
+from fastsde.score.network import load_weights
 from fastsde.tokens.model import Critic, TokenModel
 from fastsde.tokens.networks import CodeBook, TokenTransformer
 from fastsde.tokens.process import LINEAR, SINE, Masking
@@ -110,14 +109,15 @@ def load_tokens(folder: Path, device: torch.device | str = "cpu") -> TokenFolder
         raise FileNotFoundError(f"{folder} holds no token model: {CARD} is missing.")
     card = read_json(folder / CARD)
     try:
-        configs, hashes = card["configs"], card["sha256"]
+        configs = card["configs"]
         shape, schedule = tuple(card["event_shape"]), _SCHEDULES[card["schedule"]]
         config = configs[GENERATOR]
         parts: dict[str, Any] = {name: kind(**configs[name]) for name, kind in _KINDS.items() if name in configs}
+        hashes = {name: str(card["sha256"][name]) for name in parts}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder / CARD} does not describe a token model: {error!r}") from error
     for name, part in parts.items():
-        _fill(part, folder / f"{name}.safetensors", hashes.get(name))
+        load_weights(part, folder / f"{name}.safetensors", folder / CARD, hashes[name])
         part.to(device).eval()
     classes = config["classes"]
     default = None if classes is None else {"class_labels": torch.tensor(classes)}
@@ -126,15 +126,3 @@ def load_tokens(folder: Path, device: torch.device | str = "cpu") -> TokenFolder
     )
     critic = Critic(parts[CRITIC], shape, default) if CRITIC in parts else None
     return TokenFolder(model, critic, parts.get(BOOK), card, hashes[GENERATOR])
-
-
-def _fill(part: nn.Module, path: Path, stated: str | None) -> None:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing.")
-    if sha256(path.read_bytes()) != stated:
-        raise ValueError(f"{path} is not the file that {CARD} describes.")
-    try:
-        part.load_state_dict({key: value.float() for key, value in load_file(path).items()})
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"{path} does not fit its configuration: {error}") from error
-    check_weights(part)

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_flags, check_number
+from fastsde.checks import check_count, check_flags, check_instance, check_kind, check_number
 from fastsde.score.base import Calls, Model, check_shape
-from fastsde.score.guidance import NEGATIVE
-from fastsde.score.network import hint_at
+from fastsde.score.guidance import NEGATIVE, halves
+from fastsde.score.network import explained
 from fastsde.tokens.process import MASK, Masking
 from fastsde.types import Cond, Index, Mask, Time, Tokens
 
@@ -69,11 +69,9 @@ class TokenModel(Model):
         super().__init__(network, event_shape, default_cond)
         self.vocabulary = check_count("vocabulary", vocabulary, 2)
         self.mask_id = self.vocabulary if mask_id is None else check_count("mask_id", mask_id, 0)
+        check_kind("process", process, Masking, "a fastsde.tokens.Masking")
         self.process = Masking() if process is None else process
-        if not isinstance(self.process, Masking):
-            raise TypeError(f"process must be a fastsde.tokens.Masking; got {process!r}.")
-        if timestep is not None and not callable(timestep):
-            raise TypeError(f"timestep must be a function of the schedule's time; got {timestep!r}.")
+        check_kind("timestep", timestep, Callable, "a function of the schedule's time")
         check_flags(shift=shift, channels_first=channels_first)
         if end_id is not None and (check_count("end_id", end_id, 0) >= vocabulary or end_id == self.mask_id):
             raise ValueError(f"end_id must be a token below {vocabulary} and not the mask; got {end_id}.")
@@ -118,13 +116,8 @@ class TokenModel(Model):
             time = self.timestep(self.process.time(share))
             time = time.float() if time.dtype == torch.float64 else time
         ids = torch.where(x == MASK, self.mask_id, x)
-        try:
+        with explained(self.role, len(x), torch.int64, torch.float32):
             out = self.call(ids, time, {key: value.clone() for key, value in (cond or {}).items()})
-        except (RuntimeError, IndexError) as error:
-            hint = hint_at(error, len(x), torch.int64, torch.float32)
-            if hint is None:
-                raise
-            raise type(error)(f"{self.role} failed: {error}. {hint}") from error
         return self._read(out, x)
 
     def _read(self, out: object, x: Tokens) -> Tensor:
@@ -183,8 +176,7 @@ class TokenGuidance(TokenModel):
         negative: Mapping[str, Tensor | float] | None = None,
         mask_prompt: bool = False,
     ) -> None:
-        if not isinstance(model, TokenModel):
-            raise TypeError(f"model must be a fastsde.tokens.TokenModel; got {type(model).__name__}.")
+        check_instance("model", model, TokenModel, "a fastsde.tokens.TokenModel")
         own = {f"{NEGATIVE}{key}": value for key, value in (negative or {}).items()}
         super().__init__(
             model.network,
@@ -202,10 +194,7 @@ class TokenGuidance(TokenModel):
             raise ValueError("guidance needs negative=, the conditioning of the unguided half, or mask_prompt=True.")
 
     def _halves(self, cond: Cond | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        given = {k: v for k, v in (cond or {}).items() if k != PROMPT}
-        wanted = {k: v for k, v in given.items() if not k.startswith(NEGATIVE)}
-        own = {k.removeprefix(NEGATIVE): v for k, v in given.items() if k.startswith(NEGATIVE)}
-        return wanted, {**wanted, **own}
+        return halves({k: v for k, v in (cond or {}).items() if k != PROMPT})
 
     def check_cond(self, cond: Cond) -> None:
         wanted, negative = self._halves(cond)
@@ -266,16 +255,9 @@ class Critic(Model):
 
 
 class BoundTokens(Calls):
-    """A token model bound to the rows in flight.
+    """A token model bound to the rows in flight; arguments as for `Calls`."""
 
-    Args:
-        model: the token model.
-        cond, active, nfe: as for `Calls`.
-    """
-
-    def __init__(self, model: TokenModel, cond: Cond, active: Mask, nfe: Index | None = None) -> None:
-        super().__init__(cond, active, nfe)
-        self.model = model
+    model: TokenModel
 
     def __call__(self, x: Tokens, share: Time, rows: Mask) -> tuple[Tensor, Tensor]:
         """Logits of the given rows alone, adding their calls to `nfe`.
@@ -313,12 +295,7 @@ class BoundTokens(Calls):
 
 
 def check_tokens(name: str, x: object, model: TokenModel) -> Tensor:
-    """Given tokens as states: `MASK` at the positions to draw.
-
-    Args:
-        name: of the argument.
-        x: integers with shape (n, *event); the model's mask id, or -1, at the positions to draw.
-        model: the model.
+    """Tokens that were given, with shape (n, *event), as states: `MASK` where they have the model's mask id or -1.
 
     Raises:
         TypeError, ValueError: if they are no integers, out of the model's range, or leave a row nothing to draw.

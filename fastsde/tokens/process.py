@@ -20,7 +20,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_kind, check_positive
+from fastsde.checks import check_count, check_instance, check_kind, check_positive
 from fastsde.control import Grid
 from fastsde.types import Coef, Time, Tokens
 
@@ -126,8 +126,7 @@ class Masking:
     t_min, t_max = 0.0, 1.0
 
     def __init__(self, schedule: Schedule = LINEAR) -> None:
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a Schedule such as fastsde.tokens.SINE; got {schedule!r}.")
+        check_instance("schedule", schedule, Schedule, "a Schedule such as fastsde.tokens.SINE")
         self.schedule = schedule
 
     def __repr__(self) -> str:

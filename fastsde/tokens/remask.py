@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_number
+from fastsde.checks import check_instance, check_number
 from fastsde.control import Grid
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
@@ -155,8 +155,7 @@ class ReMDM(TokenSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.rule, Remasking):
-            raise TypeError(f"rule must be Cap, Rescale, ByConfidence or Loop; got {self.rule!r}.")
+        check_instance("rule", self.rule, Remasking, "Cap, Rescale, ByConfidence or Loop")
 
     def grid(self, process: Masking, steps: int) -> Grid:
         return Grid(torch.linspace(1, 0, steps + 1, dtype=torch.float64)) if self.rule.looped else process.grid(steps)
@@ -218,8 +217,7 @@ class TokenCritic(TokenSolver):
     temperature: float | tuple[float, float] = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.critic, Critic):
-            raise TypeError(f"critic must be a fastsde.tokens.Critic; got {type(self.critic).__name__}.")
+        check_instance("critic", self.critic, Critic, "a fastsde.tokens.Critic")
         super().__post_init__()
         check_number("scale", self.scale, 0.0, ends="[)")
 

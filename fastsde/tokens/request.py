@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_count, check_instance, check_number
 from fastsde.control import Grid
 from fastsde.tokens.blocks import Blocks
 from fastsde.tokens.model import TokenModel
@@ -15,12 +15,7 @@ from fastsde.tokens.unmask import DEFAULT_RTOL, EntropyBudget, Unmask
 def resolve(
     model: TokenModel, *, solver: Any, controller: Any, rtol: float | None, nfe: int | None, event: tuple[int, ...]
 ) -> tuple[TokenSolver, Grid]:
-    """The solver and the grid that were asked for; of a solver that decides itself, a grid of its two ends.
-
-    Args:
-        model: the token model.
-        solver, controller, rtol, nfe: arguments of `sample`.
-        event: shape of one sample.
+    """The solver and the grid that arguments of `sample` ask for; of a solver that decides itself, its two ends.
 
     Raises:
         ValueError, TypeError: naming the argument and what to use instead.
@@ -47,8 +42,7 @@ def resolve(
     if solver.steps is not None and said:
         raise ValueError(f"give either {next(iter(said))} or the solver's steps, not both.")
     if controller is not None:
-        if not isinstance(controller, Grid):
-            raise TypeError(f"controller must be a fastsde.Grid of masked shares from 1 to 0; got {controller!r}.")
+        check_instance("controller", controller, Grid, "a fastsde.Grid of masked shares from 1 to 0")
         if controller.ends != (1.0, 0.0):
             raise ValueError(f"the grid of masked shares must go from 1 to 0; it goes from {controller.ends}.")
         return solver, controller

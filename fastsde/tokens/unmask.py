@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_flags, check_number
+from fastsde.checks import check_choice, check_flags, check_number
 from fastsde.noise import StepNoise
 from fastsde.solvers.base import Step
 from fastsde.tokens.drawing import entropies, first, two_largest
@@ -28,8 +28,7 @@ def check_order_name(order: object, allowed: tuple[str, ...]) -> None:
     """Refuses, with a ValueError, an order that is not among the allowed."""
     if order == "critic":
         raise ValueError('order="critic" is a solver of its own: TokenCritic(critic).')
-    if order not in allowed:
-        raise ValueError(f"order must be one of {', '.join(allowed)}; got {order!r}.")
+    check_choice("order", order, allowed)
 
 
 @functools.lru_cache(maxsize=64)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastsde.checks import check_count, check_number
+from fastsde.checks import check_choice, check_count, check_number
 from fastsde.score.base import ScoreModel
 from fastsde.score.network import evaluation_mode
 from fastsde.training.config import check_betas
@@ -108,8 +108,7 @@ class Adversary:
             check_number(name, getattr(self, name), 0.0, ends="[)")
         check_number("learning_rate", self.learning_rate, 0.0, ends="()")
         check_betas(self.betas)
-        if self.updates not in UPDATES:
-            raise ValueError(f"updates must be one of {', '.join(UPDATES)}; got {self.updates!r}.")
+        check_choice("updates", self.updates, UPDATES)
         if self.updates == "simultaneous" and self.steps != 1:
             raise ValueError(f"steps must be 1 for simultaneous updates; got {self.steps}.")
         if self.spectral_discriminator is not None and self.masking is None:

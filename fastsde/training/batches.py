@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_finite
 from fastsde.files import sha256
 from fastsde.score.base import ScoreModel
 from fastsde.training.config import TrainConfig
-from fastsde.training.data import check_finite, to_unit_range
+from fastsde.training.data import to_unit_range
 from fastsde.training.levels import geometric_levels, level_times
 from fastsde.training.losses import stratified_times
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from fastsde.checks import check_count, check_flags, check_number
+from fastsde.checks import check_choice, check_count, check_flags, check_number
 
 OBJECTIVES = ("denoising", "sliced", "implicit")
 """Ways to match scores."""
@@ -67,8 +67,7 @@ class TrainConfig:
         if self.levels == 1 or self.levels > 1_000_000:
             raise ValueError(f"levels must be 0 or from 2 to a million; got {self.levels}.")
         check_flags(bf16=self.bf16)
-        if self.objective not in OBJECTIVES:
-            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}; got {self.objective!r}.")
+        check_choice("objective", self.objective, OBJECTIVES)
 
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the given step: a linear rise over `warmup`, then a linear fall to 0."""

@@ -91,13 +91,6 @@ def holds_idx(path: Path) -> bool:
     return any(list(path.glob(f"{below}*-ubyte*")) for below in ("", "raw/", "*/raw/"))
 
 
-def check_finite(x: Tensor, what: str) -> None:
-    """Refuses, with a ValueError that counts them, rows of x with shape (n, *event) that are not finite."""
-    lost = (~torch.isfinite(x).flatten(1).all(1)).nonzero()
-    if len(lost):
-        raise ValueError(f"{len(lost)} of {len(x)} {what} are not finite, the first at {int(lost[0])}.")
-
-
 def to_unit_range(images: Tensor) -> Tensor:
     """8-bit images to float32 in [-1, 1]: 0 becomes -1 and 255 becomes 1."""
     return images.float() / 127.5 - 1.0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastsde.checks import check_count, check_flags, check_number
+from fastsde.checks import check_choice, check_count, check_flags, check_number
 
 CAP = 0.5
 """Largest probability of dropping a band: each is seen at least every other time."""
@@ -64,8 +64,7 @@ class Masking:
         if self.patch >= 1 and self.patch != int(self.patch):
             raise ValueError(f"patch must be a share of the side below 1, or whole pixels; got {self.patch}.")
         check_count("bands", self.bands, 2)
-        if self.shape not in SHAPES:
-            raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {self.shape!r}.")
+        check_choice("shape", self.shape, SHAPES)
         check_flags(balanced=self.balanced)
 
     def __call__(self, x: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
