@@ -233,7 +233,7 @@ def images(
     return {"real_images": floor_of(samples), "rows": rows}
 
 
-@command("inception", main, samples=130, levels=8, als_levels=8)
+@command("inception", main, samples=130, levels=18, als_levels=18)
 def inception(samples: int = 320, levels: int = 20, als_levels: int = 123) -> list[Row]:
     """Does denoising worsen the inception score?"""
     model, features = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
