@@ -1,33 +1,20 @@
 r"""Annealed sampling and adversarial score matching: Figure 8.2, the shape of Table 8.1, Figure 8.3, appendix C.9.
 
-`steps`: Figure 8.3 with an exact score: the digits mixture under the VE process of app. C.2, 232 levels from 50 to
-0.01, by annealed Langevin (ALS) and consistent annealed sampling (CAS). n_sigma is the number of steps at a level for
-ALS, and dilates the levels for CAS, so that both take the same calls. eta is the step size, eps / sigma_L^2. Distances
-are over that of as many exact samples; `raw` is the state with the noise of the last level. That ALS carries more noise
-than its schedule, and CAS exactly as much, is in the tests.
+ALS is annealed Langevin, CAS consistent annealed sampling. n_sigma is the number of steps at a level for ALS, and
+dilates the levels for CAS, so that both take the same calls. eta is the step size, eps / sigma_L^2. `raw` is the last
+state, `denoised` its expected denoised sample. docs/measured/training.md and algorithm6.md have the settings.
 
-`points`: a swiss roll and 25 Gaussians in two dimensions; VP down to noise over signal of 0.05; a perceptron trained by
-denoising score matching, plain, adversarial (least squares, lambda 10) or plain with the Adam of the adversarial one,
-which has no momentum; same steps and seeds. "gap" is the root mean square distance to the roll's curve or the nearest
-centre, of the last state and of its expected denoised sample.
-
-`langevin`: Figure 8.2 in its own setting (appendix C.2), on the same data: a perceptron trained at the one level 0.1,
-and 10 steps of Langevin dynamics there. Their epsilon, 0.2, is taken in units of sigma^2, as in Algorithm 4: in units
-of x^2 a step would overshoot 20 times. Samples start at data or at normals of the data's spread.
-
-`images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, plain and adversarial with the published
-settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, with n_sigma 1 at several step
-sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
-features, of the last state and of its expected denoised sample. The study goes on where it stopped.
-
-`inception`: appendix C.9 with the packaged network: Frechet distance and inception score (by the packaged classifier)
-of last states and of their expected denoised samples. Of each run also the state at noise over signal near 0.05, as if
-sampling ended there.
+`steps`: the digits mixture under the VE process of app. C.2; distances are over that of as many exact samples.
+`points`: data in two dimensions, VP down to noise over signal of 0.05; a perceptron trained plain, adversarial, or
+plain with the Adam of the adversarial one, which has no momentum. "gap" is the root mean square distance to the data.
+`langevin`: a perceptron trained at the one level 0.1, and Langevin dynamics there. Their epsilon, 0.2, is taken in
+units of sigma^2, as in Algorithm 4: in units of x^2 a step would overshoot 20 times.
+`images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, along 123 levels.
+`inception`: the packaged network, and of each run also the state at noise over signal near 0.05.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import sys
@@ -39,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Book, Row, command, floor_of, labels, pixels, trained
+from common import Row, command, floor_of, labels, pixels, trained
 from problems import digits
 
 import fastsde
@@ -49,7 +36,6 @@ from fastsde.evaluation.statistics import frechet, inception_score
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
-from fastsde.training.loop import train
 from fastsde.training.networks import MLP, Discriminator, small_unet
 
 SIGMA_MIN = 0.01
@@ -169,7 +155,7 @@ def langevin(steps: int = 2000, samples: int = 4000, seeds: int = 3, n_sigma: in
 
 
 def network_of(kind: str, seed: int, images: Tensor, steps: int) -> fastsde.ScoreModel:
-    """A score model with the averaged weights, in bfloat16; its training goes on where it stopped.
+    """A score model with the averaged weights.
 
     The network predicts v: with epsilon a training this short ends in black and white images. The largest norm of the
     gradient is scaled as the loss is, which the adversarial one sums over pixels.
@@ -182,12 +168,8 @@ def network_of(kind: str, seed: int, images: Tensor, steps: int) -> fastsde.Scor
     )
     adversary = Adversary(Discriminator(channels, 16), learning_rate=4e-4) if kind == ADVERSARIAL else None
     clip, betas = 0.5 * math.prod(event) if adversary else 1.0, (0.9, 0.999) if kind == PLAIN else (0.0, 0.9)
-    config = TrainConfig(steps, 64, ema_decay=0.995, grad_clip=clip, betas=betas, seed=seed)
-    file = RUNS / "adversarial" / f"{kind}-{seed}-{steps}" / "checkpoint.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    averaged = train(model, images, None, config, file, adversary=adversary, resume=file.is_file())
-    model.network = nn.Module.to(averaged.eval(), torch.bfloat16)  # diffusers' own would warn
-    return model
+    config = TrainConfig(steps, 64, ema_decay=0.995, grad_clip=clip, betas=betas, seed=seed, bf16=False)
+    return trained(model, images, config, adversary)
 
 
 @command("adversarial_images", main, samples=130, levels=8, etas=[0.7], steps=2, seeds=1)
@@ -205,15 +187,11 @@ def images(
         open_features("fashion-mnist"),
         packaged_reference("fashion-mnist"),
     )
-    keys = {"training": str, "seed": int, "sampler": str, "n_sigma": int, "eta": float}
-    values = dict.fromkeys(("nfe", "raw", "raw_error", "denoised", "denoised_error"), float)
-    book = Book(RUNS / f"adversarial_{steps}_{samples}_{levels}.csv", tuple(keys), tuple(values))
-    model_of = functools.cache(lambda kind, seed: network_of(kind, seed, shown, steps))
 
-    def measured(kind: str, seed: int, name: str, n_sigma: int, eta: float) -> Row:
-        model, solver = model_of(kind, seed), SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
+    def measured(model: fastsde.ScoreModel, name: str, n_sigma: int, eta: float) -> Row:
+        solver = SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
         r = fastsde.sample(model, n=samples, solver=solver, batch_size=80, seed=0, denoise=False)
-        row: Row = {"nfe": float(r.nfe.double().mean())}
+        row: Row = {"sampler": name, "n_sigma": n_sigma, "eta": eta, "nfe": float(r.nfe.double().mean())}
         with torch.no_grad():
             last = torch.full((samples,), model.sde.t_min, dtype=torch.float64)
             parts = zip(r.samples.split(80), last.split(80), strict=True)
@@ -227,9 +205,10 @@ def images(
     cells = [(name, 1, eta) for eta in etas for name in SAMPLERS if name == "ALS" or eta < 0.7]
     # With n_sigma 5: the step of ALS that keeps nearest to its schedule, and the published rule for CAS.
     cells += [("ALS", 5, 0.16), ("CAS", 5, 0.031)] if levels > 100 else []  # which CAS needs with so small a step
-    jobs = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds), cells))
-    found = [book.need(measured, kind, seed, *cell) for kind, seed, cell in tqdm(jobs, disable=None)]
-    rows = [{key: kind(row[key]) for key, kind in (keys | values).items()} for row in found]
+    rows = list[Row]()
+    for kind, seed in itertools.product((ADVERSARIAL, PLAIN), range(seeds)):
+        model = network_of(kind, seed, shown, steps)
+        rows += [{"training": kind, "seed": seed} | measured(model, *cell) for cell in tqdm(cells, kind, disable=None)]
     return {"real_images": floor_of(samples), "rows": rows}
 
 
