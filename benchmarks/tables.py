@@ -293,18 +293,6 @@ def over_seeds(*parts: str) -> Work:
     return work
 
 
-def histograms(results: Row) -> list[Row]:
-    """How many samples take how many calls, in groups of five."""
-    found = []
-    for row in (row for row in some(results["rows"], part="tolerance") if int(row["seed"]) == 0):
-        groups: dict[int, int] = {}
-        for calls, count in (map(int, pair.split(":")) for pair in row["histogram"].split()):
-            groups[calls // 5 * 5] = groups.get(calls // 5 * 5, 0) + count
-        text = ", ".join(f"{low}-{low + 4}: {count}" for low, count in sorted(groups.items()))
-        found.append({"solver": f"`{row['solver']}`", "calls: samples": text})
-    return found
-
-
 def exact_tokens(rows: list[Row]) -> list[Row]:
     """KL and its bound on exact laws."""
     laws = {"table": "no structure", "chain": "Markov chain"}
@@ -531,7 +519,6 @@ table(
 TABLES["tokens-solvers"] = ("tokens",), over_seeds("floor", "solvers")
 TABLES["tokens-tuning"] = ("tokens",), over_seeds("tuning MaskGIT", "tuning critic")
 TABLES["tokens-tolerance"] = ("tokens",), over_seeds("tolerance", "fixed")
-TABLES["tokens-calls"] = ("tokens",), histograms
 table("tokens-exact", "law | steps | calls | KL = {KL:.3f} | bound = {bound:.3f}", exact_tokens)
 
 # Cost

@@ -6,7 +6,7 @@ docs/measured/algorithm6.md and docs/explanation/sources.md have what was found.
 of function evaluations (NFE) is set by the SDE and the tolerances. The spectrum was chosen once, not fitted. The
 settings are those of the released code: the relative tolerance refers to max(|x'|, |x_t|) (reference="current"); h_init
 0.5 on VE, 0.01 on VP; atol is one 8-bit level of the data range. The published NFE are maxima over a batch, ours are
-means, both without the denoising call. Marks: within 6 % (VE) and 12 % (VP). Beside that the second moment at t_min
+means, both without the denoising call. Beside that the second moment at t_min
 over its exact value, averaged over thirds of the spectrum, with its standard error across samples.
 
 `stability`: the linear test equation of appendix D.6, dx = -x dt + sqrt(2) dw, whose stationary variance is 1, by
@@ -51,12 +51,11 @@ class Published(NamedTuple):
     h_init: float
     data_range: tuple[float, float]
     nfe: dict[float, int]
-    within: float
 
 
 PUBLISHED = {
-    "VE": Published(fastsde.VESDE(), 0.0039, 0.5, (0.0, 1.0), {0.01: 738, 0.02: 490, 0.05: 271, 0.1: 170}, 6.0),
-    "VP": Published(fastsde.VPSDE(), 0.0078, 0.01, (-1.0, 1.0), {0.01: 329, 0.02: 274, 0.05: 179, 0.1: 147}, 12.0),
+    "VE": Published(fastsde.VESDE(), 0.0039, 0.5, (0.0, 1.0), {0.01: 738, 0.02: 490, 0.05: 271, 0.1: 170}),
+    "VP": Published(fastsde.VPSDE(), 0.0078, 0.01, (-1.0, 1.0), {0.01: 329, 0.02: 274, 0.05: 179, 0.1: 147}),
 }
 
 
@@ -79,9 +78,8 @@ def nfe_of(name: str, rtol: float, kept: bool, dimension: int, samples: int) -> 
     r = fastsde.sample(problem(case, dimension), n=samples, denoise=False, dtype=torch.float64, seed=0, **options)
     ours, published = float(r.nfe.double().mean()), case.nfe[rtol]
     row: Row = {"sde": name, "rtol": rtol, "noise": "path kept" if kept else "redrawn", "published": published}
-    row |= {"ours": ours, "max": int(r.nfe.max()), "deviation_percent": 100 * (ours / published - 1)}
-    row["rejected_percent"] = 100 * float(r.rejected.sum() / (r.accepted + r.rejected).sum())
-    return row | {"ok": abs(row["deviation_percent"]) <= case.within and bool(r.success.all())}
+    rejected = float(r.rejected.sum() / (r.accepted + r.rejected).sum())
+    return row | {"ours": ours, "rejected_percent": 100 * rejected}
 
 
 def law(name: str, label: str, dimension: int, samples: int, **options: object) -> Row:
