@@ -23,7 +23,6 @@ from problems import make
 from torch import Tensor
 
 import fastsde
-from fastsde.steps import plain_grid
 
 RTOLS = (0.2, 0.1, 0.05, 0.02, 0.01)
 REAL = ("packaged", *networks.NAMES)
@@ -67,7 +66,7 @@ def study(name: str, model: fastsde.ScoreModel, run: Run) -> list[Row]:
         steps = int(calls.max()) - 1
         row: Row = {"problem": name, "rtol": rtol, "calls": steps + 1, "mean": float(plain.mean())}
         row["rms"] = float(plain.square().mean().sqrt())
-        grids = [plain_grid(sde, steps << k) for k in range(3)]
+        grids = [fastsde.Grid.tapered(sde, steps << k) for k in range(3)]
         own, paid = errors(controller=fastsde.AdaptiveGrid(grids, rtol, (high - low) / 256))
         row |= {"again": float((paid > steps + 1).double().mean()), "calls with restarts": float(paid.mean())}
         if row["again"]:

@@ -25,21 +25,21 @@ import click
 HERE = Path(__file__).parent
 STUDIES = {
     "posterior.py network": 1,
-    "hosts.py": 3,
+    "hosts.py": 2,
     "ode.py flow": 3,
     "ode.py likelihood": 3,
     "overhead.py runs": 5,
     "pipelines.py guidance": 5,
     "survival.py ray": 5,
-    "overhead.py batching": 7,
+    "overhead.py batching": 4,
     "posterior.py exact": 7,
-    "pipelines.py cost": 8,
+    "pipelines.py cost": 3,
     "live.py queue": 9,
     "live.py server": 10,
     "pipelines.py classes": 12,
     "survival.py sweep": 15,
-    "adaptivity.py": 20,
     "networks.py --data {mnist}": 25,
+    "adaptivity.py": 25,
     "digits.py": 45,
     "peers.py --images {images}": 60,
     "fitted.py --fids 2000": 120,
@@ -47,7 +47,7 @@ STUDIES = {
     "figures.py results": 1,
     "figures.py samples": 10,
 }
-"""And about how many minutes each takes on two cores; what was written last says how many it took ("minutes")."""
+"""And about how many minutes each takes on two cores. A result says how many it took ("minutes")."""
 OTHERS = {
     "thesis/chapter10.py ddim": 3,
     "tokens.py exact": 5,

@@ -192,7 +192,7 @@ def network(
     more = [row for row in others("VP", rtol, 1000, 1001, 1e-3, seed) if row[1].label not in ("no change", "DDIM")]
     more.append(("10.1", Cell(fastsde.ExponentialPC(), "ExponentialPC", None, 0.05, seed), None))
     more.append(("10.1", Cell(fastsde.ExponentialPC(eta=1.0), "ExponentialPC, eta 1", None, 0.02, seed), None))
-    rows, keys = first + beside[: few or None] + more[: few or None], ("mean_nfe", "rejected", "fid", "fid_error")
+    rows, keys = first + (beside + more)[: few or None], ("mean_nfe", "rejected", "fid", "fid_error")
     found = [shown(row, **{key: one[key] for key in keys}) for row, one in zip(rows, run(rows), strict=True)]
     return {"real_images": floor_of(samples), "rows": found}
 
