@@ -37,7 +37,7 @@ STUDIES = {
     "live.py queue": 9,
     "live.py server": 10,
     "pipelines.py classes": 12,
-    "survival.py sweep": 15,
+    "survival.py sweep": 20,
     "networks.py --data {mnist}": 25,
     "adaptivity.py": 25,
     "digits.py": 45,
