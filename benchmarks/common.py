@@ -7,6 +7,7 @@ import dataclasses
 import datetime
 import functools
 import inspect
+import itertools
 import json
 import math
 import os
@@ -144,14 +145,16 @@ def option_of(argument: inspect.Parameter) -> Callable[[Work], Work]:
 
 
 def show(found: Any) -> None:
-    """Prints rows as a table, and what else a result holds by its name."""
+    """Prints rows, a table for each `part` of a study, and what else a result holds by its name."""
     if isinstance(found, Mapping):
         for key, value in found.items():
             print(f"\n{key}:", end=" ")
             show(value)
+    elif isinstance(found, list) and all(isinstance(row, Mapping) for row in found):
+        for _, rows in itertools.groupby(found, key=lambda row: row.get("part")):
+            print("\n" + lines_of(list(rows)))
     else:
-        rows = isinstance(found, list) and all(isinstance(row, Mapping) for row in found)
-        print("\n" + lines_of(found) if rows else cell(found))
+        print(cell(found))
 
 
 class Book:
