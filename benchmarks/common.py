@@ -12,6 +12,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from typing import Any
 
 import click
 import torch
+from tables import cell, lines_of
 from torch import Tensor
 from tqdm import tqdm
 
@@ -45,9 +47,8 @@ Work = Callable[..., Any]
 def cpu_name() -> str:
     """The processor's model name."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    name = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.MULTILINE)
+    return name[1].strip() if name else platform.processor() or platform.machine()
 
 
 def commit() -> str:
@@ -103,9 +104,11 @@ def command(name: str | None, group: click.Group | None = None, **quick: object)
             # Of the code that runs, whatever changes meanwhile.
             record: Row = {"script": script, "commit": commit(), "date": datetime.date.today().isoformat()}
             record |= versions(settings | {"threads": threads})
+            start = time.perf_counter()
             found = work(**settings)
             if found is None:
                 return
+            record["minutes"] = round((time.perf_counter() - start) / 60, 1)
             if name is not None and keep and not quick:
                 device = settings.get("device", "cpu")
                 path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
@@ -141,36 +144,17 @@ def option_of(argument: inspect.Parameter) -> Callable[[Work], Work]:
     return click.option(name, default=default)
 
 
-def shown(value: object) -> str:
-    """A cell of a table: four digits of a number, nothing for None."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, (list, tuple)):
-        return " .. ".join(map(shown, value))
-    return "" if value is None else str(value)
-
-
-def is_rows(value: object) -> bool:
-    """Whether something is a list of rows."""
-    return isinstance(value, list) and all(isinstance(row, Mapping) for row in value)
-
-
-def show(found: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Prints rows, a table for each `part` of a study; of a dict all that it holds."""
+def show(found: Any) -> None:
+    """Prints rows, a table for each `part` of a study, and what else a result holds by its name."""
     if isinstance(found, Mapping):
-        parts = {key: value for key, value in found.items() if isinstance(value, dict) or is_rows(value)}
-        alone = {key: value for key, value in found.items() if key not in parts}
-        for part in ([alone] if alone else [], *parts.values()):
-            show(part)
-        return
-    for _, group in itertools.groupby(found, key=lambda row: row.get("part")):
-        rows = list(group)
-        keys = list(dict.fromkeys(key for row in rows for key in row))
-        text = [keys, *([shown(row.get(key)) for key in keys] for row in rows)]
-        width = [max(map(len, column)) for column in zip(*text, strict=True)]
-        for first, *rest in (text[0], ["-" * w for w in width], *text[1:]):
-            cells = [c.rjust(w) for c, w in zip(rest, width[1:], strict=True)]
-            print("  ".join([first.ljust(width[0]), *cells]))
+        for key, value in found.items():
+            print(f"\n{key}:", end=" ")
+            show(value)
+    elif isinstance(found, list) and all(isinstance(row, Mapping) for row in found):
+        for _, rows in itertools.groupby(found, key=lambda row: row.get("part")):
+            print("\n" + lines_of(list(rows)))
+    else:
+        print(cell(found))
 
 
 class Book:
@@ -244,15 +228,13 @@ def floor_of(n: int, draws: int = 20) -> Row:
     return {"mean": float(torch.tensor(found).mean()), "spread": float(torch.tensor(found).std())}
 
 
-def swept(
-    work: Path, model: fastsde.ScoreModel, dtype: str, cells: Sequence[Cell], samples: int, **sizes: int
-) -> list[Row]:
+def swept(work: Path, model: fastsde.ScoreModel, cells: Sequence[Cell], samples: int, **sizes: int) -> list[Row]:
     """Rows of a sweep with the packaged network; draws and measures what is missing.
 
     The folder survives being killed. Other processes may run the same; what one of them draws, the others wait for.
     """
     of = open_features("fashion-mnist"), packaged_reference("fashion-mnist")
-    sweep = Sweep(work, Problem(model, *of, versions({"dtype": dtype}), 10), cells, samples, **sizes)
+    sweep = Sweep(work, Problem(model, *of, versions({}), 10), cells, samples, **sizes)
     while len(rows := sweep.rows()) < len(cells):
         with tqdm(total=len(cells) * samples, unit="", smoothing=0.05, disable=None) as bar:
             for cell in sweep.run(progress=bar.update):

@@ -66,22 +66,19 @@ def cases(sde: fastsde.SDE) -> Iterator[Row]:
 
 
 def measure(problem: Mixture, unit: float, seeds: int, options: Row) -> Row:
-    """Calls, rejections and ratios over several seeds."""
+    """Calls and ratios over several seeds."""
     said = ", ".join(f"{k} {options[k]:g}" for k in ("nfe", "rtol") if k in options) or options.pop("grid", "")
     many = isinstance(options["solver"], (fastsde.AnnealedLangevin, fastsde.EulerMaruyama)) or options.get("nfe") == 500
     rows = {"n": problem.n, "batch_size": 2000}
     runs = [fastsde.sample(problem.model(), seed=k, **rows, **options) for k in range(1 if many else seeds)]
     ratios = torch.tensor([problem.distance(r.samples[r.success]) / unit for r in runs])
-    steps = sum(int((r.accepted + r.rejected).sum()) for r in runs)
     return {
         "solver": described(options["solver"]),
         "setting": said,
         "nfe": sum(float(r.nfe.double().mean()) for r in runs) / len(runs),
-        "rejected": sum(int(r.rejected.sum()) for r in runs) / max(steps, 1),
         "ratio": float(ratios.mean()),
         "spread": float(ratios.std()) if len(runs) > 1 else None,
         "seeds": len(runs),
-        "failed": sum(int((~r.success).sum()) for r in runs),
     }
 
 

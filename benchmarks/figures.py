@@ -9,8 +9,6 @@ results/adversarial_images.json.
 
 from __future__ import annotations
 
-import csv
-import json
 import re
 import textwrap
 from collections import defaultdict
@@ -18,8 +16,9 @@ from statistics import mean
 
 import click
 import torch
-from common import IMAGES, RESULTS, command, described, labels
+from common import IMAGES, RESULTS, Book, command, described, labels
 from matplotlib.figure import Figure
+from tables import result
 from torch import Tensor
 
 import fastsde
@@ -32,16 +31,12 @@ main = click.Group(help=__doc__)
 
 def peers() -> Figure:
     """Calls against distance over the floor, a column a problem; peers grey, ours and Algorithm 6 in colour."""
-    floors = json.loads((RESULTS / "peers.json").read_text())["results"]["floors"]
-    points: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
-    with (RESULTS / "peers.csv").open(newline="") as file:
-        for r in csv.DictReader(file):
-            points[r["problem"], r["kind"], r["sampler"], r["family"], r["budget"]] += [
-                (float(r["nfe"]), float(r["ratio"]))
-            ]
-    lines: dict[tuple[str, ...], list[tuple[float, float]]] = defaultdict(list)
-    for (*key, _), found in points.items():
-        lines[tuple(key)].append((mean(x for x, _ in found), mean(y for _, y in found)))
+    floors, points, lines = result("peers")["results"]["floors"], defaultdict(list), defaultdict(list)
+    for r in Book(RESULTS / "peers.csv", ("problem", "kind", "sampler", "family", "budget", "seed"), ()).rows.values():
+        key = r["problem"], r["kind"], r["sampler"], r["family"]
+        points[key, r["budget"]].append((float(r["nfe"]), float(r["ratio"])))
+    for (key, _), found in points.items():
+        lines[key].append(tuple(map(mean, zip(*found, strict=True))))
     colors = {"ExponentialPC": RED, "ExponentialPC, eta 1": RED, "Algorithm 6": GREEN}
     figure = Figure(figsize=(4 * len(floors), 7), layout="constrained")
     axes = figure.subplots(2, len(floors), squeeze=False, sharex=True, sharey="col")
@@ -65,7 +60,7 @@ def peers() -> Figure:
 
 def step_sizes() -> Figure:
     """Figure 8.3: the distance against the step size, every seed."""
-    rows = json.loads((RESULTS / "adversarial_images.json").read_text())["results"]["rows"]
+    rows = result("adversarial_images")["results"]["rows"]
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for panel, kind in zip(panels, ("plain", "adversarial"), strict=True):
@@ -90,7 +85,7 @@ def results() -> None:
     IMAGES.mkdir(exist_ok=True)
     peers().savefig(IMAGES / "peers.png", dpi=80)
     step_sizes().savefig(IMAGES / "step-sizes.png", dpi=90)
-    summary = json.loads((RESULTS / "seeds.json").read_text())["results"]["summary"]
+    summary = result("seeds")["results"]["summary"]
     (IMAGES / "seeds.png").write_bytes(plot([line for line in summary if line["mean_nfe"] < 20]))
 
 

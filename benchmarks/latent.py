@@ -1,34 +1,30 @@
 r"""Autoencoders that judge themselves, diffusion in the latents of one, and regularised latent optimisation.
 
-`autoencoders`: a plain VAE, IntroVAE and Soft-IntroVAE on Fashion-MNIST, with the same network (latents of 32 numbers),
-the same number of steps and the same weight of the reconstruction; the first eighth of the steps is the plain VAE's.
-"prior" is the Frechet distance, in the packaged features, of decoded draws from the prior, "rec" that of
-reconstructions of test images, and "rms" their error; KL is of test images, of their reconstructions and of the decoded
-draws, in nats. The margin of IntroVAE is 1.25 times the KL that the plain VAE of the same seed reached. The study goes
-on where it stopped.
+docs/measured/latent.md and latent-flow.md have the settings.
 
+`autoencoders`: a plain VAE, IntroVAE and Soft-IntroVAE with the same network, number of steps and weight of the
+reconstruction; the first eighth of the steps is the plain VAE's. "prior" is the Frechet distance, in the packaged
+features, of decoded draws from the prior, "rec" that of reconstructions of test images, and "rms" their error; KL is
+of test images, of their reconstructions and of the decoded draws, in nats. The margin of IntroVAE is 1.25 times the KL
+that the plain VAE of the same seed reached.
 `diffusion`: a latent model beside the packaged model of pixels: distance with 12 calls, and time of an image, sampled
-and decoded, on one thread.
-
-`flow`: each term of `LatentFlow` alone and all, beside the same calls spent on sampling. The generator is a latent
-model: its score network with a few calls, and its decoder. Densities are those of pictures averaged to 7 x 7; the
-likelihood is the logit of a critic of them, fitted to tell data from the generator's samples. Samples are judged by the
-Frechet distance and by the sliced Wasserstein distance of whole pictures, which no term sees. "calls" are those of the
-score network for each image: a step of the flow is a forward pass, its repetition in the backward pass, and that pass,
-counted as two. The bank's calls are shared out over the images.
+and decoded.
+`flow`: each term of `LatentFlow` alone and all, beside the same calls spent on sampling. Samples are judged by the
+Frechet distance and by the sliced Wasserstein distance of whole pictures, which no term sees. A step of the flow is a
+forward pass, its repetition in the backward pass, and that pass, counted as two. The bank's calls are shared out.
 """
 
 from __future__ import annotations
 
 import itertools
+import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import click
 import torch
-from common import RUNS, Book, Row, command, fid, in_turn, labels, timed
+from common import Row, command, fid, in_turn, labels, timed
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, softplus
 from tqdm import tqdm
@@ -42,7 +38,6 @@ from fastsde.training.introvae import IntroVAE, SoftIntroVAE, decoded, divergenc
 from fastsde.training.networks import FlatAutoencoder
 
 PLAIN, INTRO, SOFT = "plain VAE", "IntroVAE", "Soft-IntroVAE"
-FIGURES = ("prior", "rec", "rms", "kl", "kl_reconstructed", "kl_generated", "beyond", "active", "margin")
 TERMS = {
     "log p(x)": (1.0, 0.0, 0.0),
     "log p(y | x)": (0.0, 1.0, 0.0),
@@ -71,9 +66,6 @@ def figures(network: nn.Module, test: Tensor, margin: float, seed: int) -> Row:
         "kl": float(kl.mean()),
         "kl_reconstructed": float(of_r.mean()),
         "kl_generated": float(of_p.mean()),
-        "beyond": float((of_p > margin).double().mean()),
-        # Units whose mean tells images apart: a variance above 0.01 (Burda et al.).
-        "active": int((mean.var(0) > 0.01).sum()),
         "margin": margin,
     }
 
@@ -83,10 +75,9 @@ def autoencoders(data: Path, steps: int = 800, samples: int = 2500, seeds: int =
     """What does introspection bring?"""
     images = load_images(data)[0]
     test = load_images(data, train=False)[0][:samples]
-    book = Book(RUNS / f"autoencoders-{steps}-{samples}.csv", ("kind", "seed"), FIGURES)
-
-    def measured(kind: str, seed: int) -> Row:
-        margin = 0.0 if kind == PLAIN else 1.25 * float(book.rows[PLAIN, str(seed)]["kl"])
+    rows = list[Row]()
+    for kind, seed in itertools.product((PLAIN, INTRO, SOFT), range(seeds)):
+        margin = 0.0 if kind == PLAIN else 1.25 * rows[seed]["kl"]
         # Half of beta_rec makes the same VAE as beta = 1 of the others.
         objectives = {PLAIN: IntroVAE(alpha=0.0), INTRO: IntroVAE(0.25, margin), SOFT: SoftIntroVAE(beta_rec=0.5)}
         torch.manual_seed(seed)
@@ -95,10 +86,7 @@ def autoencoders(data: Path, steps: int = 800, samples: int = 2500, seeds: int =
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder) / "c.safetensors"
             averaged = train_autoencoder(network, images, config, file, objectives[kind], plain=steps // 8)
-        return figures(averaged, test, margin, seed)
-
-    found = [book.need(measured, kind, seed) for kind, seed in itertools.product((PLAIN, INTRO, SOFT), range(seeds))]
-    rows = [{"kind": r["kind"], "seed": int(r["seed"])} | {key: float(r[key]) for key in FIGURES} for r in found]
+        rows.append({"kind": kind, "seed": seed} | figures(averaged, test, margin, seed))
     return {"test_images": fid(to_unit_range(test)), "rows": rows}
 
 
@@ -160,13 +148,9 @@ def flow(
         return latents.decode(fastsde.sample(latents, n=n, seed=seed, **options).samples)
 
     def note(what: str, flow_steps: int | None, draw: Callable[[int], tuple[Tensor, float]]) -> None:
-        began, (drawn, spent) = time.perf_counter(), zip(*map(draw, range(seeds)), strict=True)
-        row: Row = {"what": what, "steps": flow_steps, "calls": spent[-1], "seconds": time.perf_counter() - began}
-        distances = {"fid": [fid(x) for x in drawn]}
-        distances["sliced"] = [sliced_wasserstein(x.flatten(1), held.flatten(1)) for x in drawn]
-        for key, each in distances.items():
-            row[key] = float(torch.tensor(each).mean())
-            row[f"{key}_sd"] = float(torch.tensor(each).std()) if seeds > 1 else None
+        drawn, spent = zip(*map(draw, range(seeds)), strict=True)
+        row: Row = {"what": what, "steps": flow_steps, "calls": spent[-1], "fid": statistics.mean(map(fid, drawn))}
+        row["sliced"] = statistics.mean(sliced_wasserstein(x.flatten(1), held.flatten(1)) for x in drawn)
         rows.append(row)
 
     for nfe in (calls, 2 * calls, 4 * calls, (1 + 4 * max(steps)) * calls):

@@ -2,15 +2,12 @@ r"""The live queue beside `sample` and beside batches, and a server under good a
 
 `queue` has four parts. `same`: requests at random times with mixed settings, for an exact model, each beside
 `fastsde.sample` with the same arguments. `throughput`: as many clients as there are slots, each asking again when it
-has its sample, of 5 to 20 or 5 to 50 calls. The network sleeps for a time a + b times its rows, so what else the
-machine does hardly matters. Beside it are batches of the same number of clients that end with their slowest sample, at
-the same cost per turn. `latency`: one client and the packaged network, beside `sample`, in turn. `memory`: many
-requests, and the memory of the process.
+has its sample; the network sleeps for a time a + b times its rows, so what else the machine does hardly matters.
+Beside it are batches of the same clients that end with their slowest sample, at the same cost per turn. `latency`: one
+client and the packaged network, beside `sample`, in turn. `memory`: many requests, and the memory of the process.
 
-`server`: `fastsde serve` with the packaged network runs in a process of its own. Eight clients do, at random: draw
-images; stream samples to the end, or go away in the midst; send half of a body and go; send what is no JSON, unknown
-fields, numbers out of range, pictures that are none, bodies that are too long; ask for more than fits into the queue.
-What were they answered, and what does the server hold? Needs `pip install -e '.[bench,dev]'`.
+`server`: `fastsde serve` with the packaged network runs in a process of its own, and eight clients do at random what
+`Clients` lists. What were they answered, and what does the server hold? Needs `pip install -e '.[bench,dev]'`.
 """
 
 from __future__ import annotations
@@ -93,20 +90,9 @@ def throughput(samples: int, slots: int, most: int, a: float, b: float) -> Row:
     batches = [sorted(calls[k : k + slots]) for k in range(0, samples, slots)]
     waiting = [max(batch) * (a + b * len(batch)) for batch in batches]
     shrinking = [sum(a + b * sum(n > turn for n in batch) for turn in range(max(batch))) for batch in batches]
-    stats = sampler.stats()
-    return {
-        "part": "throughput",
-        "slots": slots,
-        "most calls": most,
-        "a": a,
-        "b": b,
-        "samples a second": samples / seconds,
-        "in batches": samples / sum(waiting),
-        "in batches that shrink": samples / sum(shrinking),
-        "latency": statistics.median(latencies),
-        "latency in batches": statistics.mean(waiting),
-        "rows": stats.rows / stats.needed,
-    }
+    row: Row = {"part": "throughput", "most calls": most, "a": a, "b": b, "samples a second": samples / seconds}
+    row |= {"in batches": samples / sum(waiting), "in batches that shrink": samples / sum(shrinking)}
+    return row | {"latency": statistics.median(latencies), "latency in batches": statistics.mean(waiting)}
 
 
 def latency(seconds: float) -> Row:
@@ -158,23 +144,26 @@ def queue(requests: int = 2000, samples: int = 1000, seconds: float = 60.0, many
 
 
 class Clients:
-    """What clients do, and what they were answered."""
+    """What clients do, how often of 20 times, and what they were answered."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.url = port, f"http://localhost:{port}"
+        self.port = port
         self.answers: collections.Counter[tuple[str, str]] = collections.Counter()
         self.seconds: list[float] = []
+        bad = {
+            "no JSON": {"content": b"{{{"},
+            "unknown field": {"json": {"mode": 1}},
+            "out of range": {"json": {"nfe": 10**9}},
+            "no picture": {"json": {"image": "AAAA"}},
+            "too long": {"content": b" " * (9 << 20)},
+            "too many": {"json": {"n": 100}},
+        }
         self.kinds: dict[str, tuple[int, Callable[[random.Random, httpx.Client], str]]] = {
             "draws": (8, self.draws),
             "streams": (2, self.streams),
             "goes away": (3, self.goes_away),
             "half a body": (1, self.half),
-            "no JSON": (1, lambda chance, http: self.posted(http, content=b"{{{")),
-            "unknown field": (1, lambda chance, http: self.posted(http, json={"mode": 1})),
-            "out of range": (1, lambda chance, http: self.posted(http, json={"nfe": 10**9})),
-            "no picture": (1, lambda chance, http: self.posted(http, json={"image": "AAAA"})),
-            "too long": (1, lambda chance, http: self.posted(http, content=b" " * (9 << 20))),
-            "too many": (1, lambda chance, http: self.posted(http, json={"n": 100})),
+            **{name: (1, lambda _, http, body=body: self.posted(http, **body)) for name, body in bad.items()},
         }
 
     def posted(self, http: httpx.Client, **body: Any) -> str:
@@ -190,7 +179,7 @@ class Clients:
             self.seconds.append(time.perf_counter() - since)
         return status
 
-    def streams(self, chance: random.Random, http: httpx.Client) -> str:
+    def streams(self, _: random.Random, http: httpx.Client) -> str:
         """Reads all events."""
         with http.stream("POST", "/v1/samples", json={"n": 2, "nfe": 8}) as answer:
             events = [line.removeprefix("event: ") for line in answer.iter_lines() if line.startswith("event: ")]
@@ -199,12 +188,11 @@ class Clients:
     def goes_away(self, chance: random.Random, http: httpx.Client) -> str:
         """Reads a few events of a long request, and closes the connection."""
         with http.stream("POST", "/v1/samples", json={"n": 4, "nfe": 200}) as answer:
-            lines = answer.iter_lines()
-            for _ in range(chance.randint(1, 6)):
-                next(lines, None)
+            for _ in zip(range(chance.randint(1, 6)), answer.iter_lines(), strict=False):
+                pass
         return str(answer.status_code)
 
-    def half(self, chance: random.Random, http: httpx.Client) -> str:
+    def half(self, chance: random.Random, _: httpx.Client) -> str:
         """Promises a body and sends a part of it."""
         with socket.create_connection(("127.0.0.1", self.port)) as connection:
             connection.sendall(f"{HEAD}Content-Length: 500\r\n\r\n{{".encode())
@@ -217,7 +205,7 @@ class Clients:
         names, weights = list(self.kinds), [weight for weight, _ in self.kinds.values()]
         while time.monotonic() < end:
             name = chance.choices(names, weights)[0]
-            with httpx.Client(base_url=self.url, timeout=120) as http:
+            with httpx.Client(base_url=f"http://localhost:{self.port}", timeout=120) as http:
                 try:
                     answer = self.kinds[name][1](chance, http)
                 except httpx.HTTPError as error:

@@ -129,8 +129,10 @@ def diffusers(name: str, **options: Any) -> Callable[[Problem, int, Any, int], T
 @functools.cache
 def k_diffusion_sampling() -> ModuleType:
     """k_diffusion.sampling alone: the package imports image libraries that no sampler needs, and often are broken."""
+    if (found := importlib.util.find_spec("k_diffusion")) is None:
+        raise SystemExit("k-diffusion is missing: pip install -e '.[bench,peers]'")
     package = ModuleType("k_diffusion")
-    package.__path__ = list(importlib.util.find_spec("k_diffusion").submodule_search_locations)
+    package.__path__ = list(found.submodule_search_locations or ())
     stubs = {"k_diffusion": package, "torchvision": MagicMock(), "torchvision.transforms": MagicMock()}
     with patch.dict(sys.modules, stubs):
         return importlib.import_module("k_diffusion.sampling")

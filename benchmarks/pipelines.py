@@ -107,8 +107,9 @@ def cost(steps: int = 28, pairs: int = 7) -> list[Row]:
         network = getattr(pipe, "unet", None) or pipe.transformer
         own_forward = network.forward
         each = "num_videos_per_prompt" if name == "WanPipeline" else "num_images_per_prompt"
-        shared = {**arguments, "num_inference_steps": steps}
-        prompts = {"prompt": [*PROMPTS, "a house"]} if "prompt" in arguments else {}
+        shared, mixed_prompts = {**arguments, "num_inference_steps": steps}, {**arguments, "rtol": 0.05}
+        if "prompt" in arguments:
+            mixed_prompts["prompt"] = [*PROMPTS, "a house"]
 
         def ours(batch: int, pipe: Any = pipe, **more: Any) -> float:
             options = {"n": 4, "batch_size": batch, "seed": 0, "progress": False, **more}
@@ -122,7 +123,6 @@ def cost(steps: int = 28, pairs: int = 7) -> list[Row]:
         ratios = [ours(4, **shared) / theirs() for _ in range(pairs)]
         network.forward = own_forward
         clocked(network, 0.02, 0.002)
-        mixed_prompts = arguments | prompts | {"rtol": 0.05}
         gains = [ours(1, **mixed_prompts) / ours(4, **mixed_prompts) for _ in range(pairs)]
         row: Row = {"class": name}
         for key, found in (("ratio", ratios), ("gain", gains)):

@@ -4,16 +4,10 @@ r"""How far from the exact posterior is each way to sample given linear measurem
 whose means are five times closer in the first eight elements than in the others. Measurements with noise of standard
 deviation 0.05: the first eight elements (`inpainting`), which tell little about the component, and means over four
 neighbours, every second one (`blur`, seven numbers). Given a measurement the exact law is a mixture again, so there is
-nothing to tune and no network error: what is left is the bias of the method, and the solver's error.
-
-    mean:    |mean of samples - exact mean| / sqrt(trace of exact covariance)
-    trace:   trace of the samples' covariance / that of the exact one
-    weights: total variation between mean responsibilities of the components and exact weights
-    misfit:  root mean square of y - A x over noise_std; about 0.94 to 1 for the exact law
-
-Each of them is over the samples of one measurement, then averaged over measurements; the file also has the standard
-deviation of that average over seeds. `exact` are as many exact samples. VP, ExponentialPC on its grid of so many steps;
-Ancestral, with each step taken once or ten times, on as many in log-SNR. Seconds are those of one run of all samples.
+nothing to tune and no network error: what is left is the bias of the method, and the solver's error. The four numbers
+of docs/measured/inverse.md are over the samples of one measurement, then averaged over measurements, with the standard
+deviation of that average over seeds. VP, ExponentialPC on its grid; Ancestral, with each step taken once or ten times,
+on as many in log-SNR.
 
 `network`: the upper half of eight garments is given to the packaged network, clipped or not, 16 calls.
 """
@@ -21,7 +15,6 @@ Ancestral, with each step taken once or ten times, on as many in log-SNR. Second
 from __future__ import annotations
 
 import itertools
-import time
 import warnings
 from collections.abc import Callable, Iterator
 
@@ -143,18 +136,15 @@ def study(name: str, measurements: int, n: int, seeds: int, steps: tuple[int, ..
         return (each - x @ a.mT) / len(a) ** 0.5
 
     exact = [torch.cat([p.law.draw(n, generator) for p in posteriors]) for _ in range(seeds)]
-    row: Row = {"operator": name, "method": "exact", "steps": 0, "calls": 0, "seconds": 0.0}
+    row: Row = {"operator": name, "method": "exact", "steps": 0, "calls": 0}
     yield row | measure(posteriors, residual, exact)
     # A mask reads a measurement in the shape of a sample.
     options = {"cond": {"measurement": each @ a if isinstance(operator, Mask) else each}}
     options |= {"n": len(each), "batch_size": len(each), "dtype": torch.float64}
     for count in steps:
         for label, given in methods(model, operator, count):
-            start = time.perf_counter()
             runs = [fastsde.sample(**given, **options, seed=k) for k in range(seeds)]
-            seconds = (time.perf_counter() - start) / seeds
             row = {"operator": name, "method": label, "steps": count, "calls": int(runs[0].nfe.max())}
-            row |= {"seconds": seconds, "failed": sum(int((~r.success).sum()) for r in runs)}
             yield row | measure(posteriors, residual, [r.samples for r in runs])
 
 

@@ -102,7 +102,7 @@ class Mixture(Problem):
 
 
 class Gaussian(Problem):
-    """Independent elements with standard deviations 0.3 .. 0.0095, log-spaced: the problem of `thesis/nfe.py`.
+    """Independent elements with standard deviations 0.3 .. 0.0095, log-spaced: the problem of `thesis/algorithm6.py`.
 
     Distance: the sum over elements of the one-dimensional Frechet distances. What t_min leaves out of the smallest
     elements is everybody's alike.

@@ -1,10 +1,9 @@
 r"""The packaged network over three seeds: ours, Algorithm 6, Euler-Maruyama and five peers at matched calls.
 
 Frechet distance of 10,000 images, classes in turn, in the features of the packaged classifier, against those of the
-training images. The network runs in bfloat16, compiled; its roundings are not those of a network that is not.
-Algorithm 6 takes no budget: Euler-Maruyama gets the calls that rtol 0.5 takes of it. Cells are those of `fastsde
-bench`: a folder that survives being killed, and that several runs of this script share. The study has parts, the most
-telling first; `--count` says how far to go.
+training images. Algorithm 6 takes no budget: Euler-Maruyama gets the calls that rtol 0.5 takes of it. Cells are those
+of `fastsde bench`: a folder that survives being killed, and that several runs of this script share. The study has
+parts, the most telling first; `--count` says how far to go.
 """
 
 from __future__ import annotations
@@ -12,9 +11,7 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import torch
 from common import RUNS, Row, command, swept
-from torch import nn
 
 import fastsde
 from fastsde.cli.bench import build_cells
@@ -44,23 +41,12 @@ def parts(model: ScoreModel, seeds: int) -> list[list[Cell]]:
     ]
 
 
-@command("seeds", samples=130, count=1, seeds=1, few=1, compiled=False, work=RUNS / "seeds_quick")
-def main(
-    samples: int = 10_000,
-    count: int = 6,
-    seeds: int = 3,
-    few: int = 0,
-    compiled: bool = True,
-    work: Path = RUNS / "seeds",
-) -> Row:
+@command("seeds", samples=130, count=1, seeds=1, few=1, work=RUNS / "seeds_quick")
+def main(samples: int = 10_000, count: int = 6, seeds: int = 3, few: int = 0, work: Path = RUNS / "seeds") -> Row:
     """The first `count` of the six parts, of them the first `few` cells, if that is not 0."""
     model, _ = fastsde.pretrained("fashion-mnist")
-    network = nn.Module.to(model.network, torch.bfloat16).to(memory_format=torch.channels_last)
-    if compiled:
-        network.compile()
-    dtype = "bfloat16, compiled" if compiled else "bfloat16"
     cells = list(itertools.chain(*parts(model, seeds)[:count]))[: few or None]
-    rows = swept(work, model, dtype, cells, samples, batch_size=128, shard_size=1024)
+    rows = swept(work, model, cells, samples, batch_size=128, shard_size=1024)
     return {"cells": rows, "summary": summarise(rows)}
 
 

@@ -1,17 +1,15 @@
 r"""Does shared work survive what kills processes, and what does sharing bring? All files must be the same bytes.
 
-`sweep`: with the packaged network, by the command line. One sweep of 6 solvers x 4 budgets runs to its end; the same
-sweep, in another folder, is killed with SIGKILL at random moments, again and again; then a shard of another cell is
-copied in, which the next run must name and leave as it is; deleted, the sweep runs to its end. Then one sampling job is
-drawn by one single-threaded process and by two, with --rank and --world-size; the time is that of the whole commands
-and of the sampling alone, which begins when the manifest is there.
+`sweep`: with the packaged network, by the command line. One sweep of 6 solvers x 4 budgets runs to its end; the same,
+in another folder, is killed with SIGKILL at random moments, again and again, and then runs to its end. Then one job is
+drawn by one single-threaded process and by two; the time is that of the whole commands, and of the sampling alone,
+which begins when the manifest is there.
 
 `ray`: the network is one that sleeps, so that other work of the machine hardly matters and only sharing is measured.
 First, one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
-four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the time of the
-schedule that gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at
-random, a machine joins and another leaves (both are processes here). Fourth, the time that a shard costs beside its
-drawing.
+four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the schedule that
+gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at random, a
+machine joins and another leaves (both are processes here). Fourth, what a shard costs beside its drawing.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import heapq
 import multiprocessing
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,45 +65,23 @@ def alike(one: Path, two: Path, pattern: str) -> bool:
 
 
 def survives(folder: Path, n: int, nfe: str, kills: int) -> Row:
-    """The same sweep left alone and killed: whether a foreign shard is found, and the tables are the same bytes."""
+    """The same sweep left alone and killed: when, and whether the files are the same bytes."""
     sweep = ["bench", "--nfe", nfe, "-n", n, "--shard-size", 64, "--bootstrap", 20, "--out"]
     begun = time.perf_counter()
     finish([start(*sweep, folder / "alone")])
     alone = time.perf_counter() - begun
-    chance, hits = random.Random(0), []
+    chance, hits = random.Random(0), list[float]()
     while len(hits) < kills:
         process, wait = start(*sweep, folder / "killed"), chance.uniform(3.0, 3.0 + 1.6 * alone / kills)
         time.sleep(wait)
         if process.poll() is not None:
             break
-        process.send_signal(signal.SIGKILL)
+        process.kill()
         process.wait()
         hits.append(round(wait, 2))
-    found = finds_a_foreign_shard(folder, sweep)
     finish([start(*sweep, folder / "killed")])
-    names = {name: name for name in TABLES} | {"shards": "*.npz"}
-    same = {name: alike(folder / "alone", folder / "killed", files) for name, files in names.items()}
-    left = [str(path) for path in (folder / "killed").rglob("*.tmp*")]
-    return {
-        "seconds_alone": alone,
-        "kills_after_seconds": hits,
-        "foreign_shard_found": found,
-        "same_bytes": same,
-        "left_over": left,
-    }
-
-
-def finds_a_foreign_shard(folder: Path, sweep: Sequence[object]) -> bool:
-    """Copies a shard of the first cell to the place of one of the last; whether the sweep names it and keeps it."""
-    first, *_, last = sorted(path.relative_to(folder / "alone") for path in (folder / "alone").rglob("*.npz"))
-    place = folder / "killed" / last.parent / first.name
-    place.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(folder / "alone" / first, place)
-    command = [sys.executable, "-m", "fastsde", *map(str, sweep), str(folder / "killed")]
-    done = subprocess.run(command, env=SINGLE, capture_output=True, text=True, check=False)
-    kept = place.read_bytes() == (folder / "alone" / first).read_bytes()
-    place.unlink()
-    return done.returncode == 1 and str(place) in done.stderr and kept
+    same = {files: alike(folder / "alone", folder / "killed", files) for files in (*TABLES, "*.npz")}
+    return {"kills_after_seconds": hits, "same_bytes": same}
 
 
 def shared(folder: Path, n: int, pairs: int) -> Row:
@@ -129,7 +104,7 @@ def shared(folder: Path, n: int, pairs: int) -> Row:
 
 
 @command("survival", main, samples=130, nfe="5", kills=1, job=130, pairs=1)
-def sweep(samples: int = 192, nfe: str = "5,6,8,10", kills: int = 20, job: int = 2048, pairs: int = 3) -> Row:
+def sweep(samples: int = 130, nfe: str = "5,6,8,10", kills: int = 20, job: int = 1024, pairs: int = 3) -> Row:
     """Does a sweep survive SIGKILL, and do two processes do twice the work of one?"""
     with tempfile.TemporaryDirectory() as folder:
         killed, two = survives(Path(folder), samples, nfe, kills), shared(Path(folder), job, pairs)
@@ -184,30 +159,22 @@ def draw_by_processes(world: int, share: bool, job: ShardedJob, marks: Path, cos
 
 
 class Bench:
-    """Jobs in a folder of their own, and what their marks say.
-
-    Args:
-        costs: seconds of each shard.
-        size: samples of a shard.
-    """
+    """Jobs in a folder of their own, of shards with these costs in seconds, and what their marks say."""
 
     def __init__(self, costs: Sequence[float], size: int) -> None:
         self.costs, self.size = costs, size
         self._kept = tempfile.TemporaryDirectory()  # goes with this object
         self.folder = Path(self._kept.name)
 
-    def run(self, name: str, draw: Callable[..., object]) -> tuple[ShardedJob, Path]:
-        """Draws a job; where it is, and its marks."""
+    def run(self, name: str, draw: Callable[..., object]) -> tuple[float, list[float], Counter[str]]:
+        """Draws a job: seconds from the first beginning to the last end, those of each shard, and begins of each."""
         marks = self.folder / f"{name}-marks"
         marks.mkdir()
         job = ShardedJob.begin(self.folder / name, len(self.costs) * self.size, self.size, {})
         draw(job=job, marks=marks, costs=self.costs)
-        return job, marks
-
-    def seconds(self, marks: Path) -> tuple[float, list[float]]:
-        """From the first beginning to the last end, and of each shard."""
         times = [tuple(map(float, path.name.split("-")[2:])) for path in marks.glob("ended-*")]
-        return max(end for _, end in times) - min(begin for begin, _ in times), [b - a for a, b in times]
+        begun = Counter(path.name.split("-")[1] for path in marks.glob("begun-*"))
+        return max(end for _, end in times) - min(begin for begin, _ in times), [b - a for a, b in times], begun
 
     def same(self, *names: str) -> bool:
         """Whether all jobs have the same files."""
@@ -228,12 +195,12 @@ def equal(shards: int, seconds: float, repeats: int) -> Row:
     ratios, whole, same = [], [], True
     for _ in range(repeats):
         bench = Bench([seconds] * shards, 50)
-        _, one = bench.run("one", partial(draw_here, 0, 1, True))
+        one, *_ = bench.run("one", partial(draw_here, 0, 1, True))
         with RayWorkers.connected(count=2) as workers:
             start = time.monotonic()
-            _, two = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
-            whole.append(bench.seconds(one)[0] / (time.monotonic() - start))
-        ratios.append(bench.seconds(one)[0] / bench.seconds(two)[0])
+            two, *_ = bench.run("two", lambda **job: list(draw_on_ray(workers, 2, **job)))
+            whole.append(one / (time.monotonic() - start))
+        ratios.append(one / two)
         same &= bench.same("one", "two")
     return {"shards": shards, "ratio": ratios, "ratio_with_the_start_of_workers": whole, "same_bytes": same}
 
@@ -257,17 +224,11 @@ def skewed(shards: int, seconds: float, workers: int, repeats: int) -> list[Row]
         random.Random(seed).shuffle(costs)
         bench = Bench(costs, 4)
         for name, draw in ways.items():
-            _, marks = bench.run(name, draw)
-            found, each = bench.seconds(marks)
+            found, each, begun = bench.run(name, draw)
             ratios[name].append(found / longest_first(each, workers))
-            twice[name] += sum(count > 1 for count in begun(marks).values())
+            twice[name] += sum(count > 1 for count in begun.values())
         same &= bench.same(*ways)
     return [{"way": name, "ratio": ratios[name], "drawn_twice": twice[name], "same_bytes": same} for name in ways]
-
-
-def begun(marks: Path) -> Counter[str]:
-    """How often each shard was begun."""
-    return Counter(path.name.split("-")[1] for path in marks.glob("begun-*"))
 
 
 def beset(shards: int, seconds: float, kills: int) -> Row:
@@ -294,18 +255,15 @@ def beset(shards: int, seconds: float, kills: int) -> Row:
                 cluster.remove_node(first, allow_graceful=False)
         killer.join()
 
-    start = time.monotonic()
-    _, marks = bench.run("killed", draw)
-    whole = time.monotonic() - start
+    *_, begun = bench.run("killed", draw)
     ray.shutdown()
     cluster.shutdown()
     return {
         "samples": bench.size * shards,
         "kills": len(hit),
-        "shards_begun_again": sum(begun(marks).values()) - shards,
+        "shards_begun_again": sum(begun.values()) - shards,
         "machines_joined": 1,
         "machines_left": 1,
-        "seconds": whole,
         "same_bytes": bench.same("one", "killed"),
     }
 
@@ -372,11 +330,8 @@ def prices(shards: int, megabytes: int) -> Row:
 @command("ray_jobs", main, shards=6, seconds=0.1, kills=1, empty=10, repeats=1)
 def ray(shards: int = 40, seconds: float = 0.5, kills: int = 10, repeats: int = 3, empty: int = 200) -> Row:
     """What do claims and Ray bring to a job of shards, what do they cost, and what do they survive?"""
-    found: Row = {"equal": equal(shards, seconds, repeats)}
-    found["skewed"] = skewed(shards, seconds / 3, 4, repeats)
-    found["killed"] = beset(shards, seconds, kills)
-    found["prices"] = prices(empty, 64)
-    return found
+    found: Row = {"equal": equal(shards, seconds, repeats), "skewed": skewed(shards, seconds / 3, 4, repeats)}
+    return found | {"killed": beset(shards, seconds, kills), "prices": prices(empty, 64)}
 
 
 if __name__ == "__main__":

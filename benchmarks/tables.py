@@ -105,14 +105,18 @@ def results_of(name: str, of: str = "") -> tuple[str, ...]:
     return tuple(of.split()) or (name.replace("-", "_"),)
 
 
+def lines_of(rows: Iterable[Row]) -> str:
+    """Rows as a table of Markdown, with all of their keys."""
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [keys, ["---"] * len(keys), *([cell(row.get(key)) for key in keys] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def markdown(name: str) -> str:
     """A table with the line that says where it comes from."""
     results, work = TABLES[name]
     rows = work(*(result(one)["results"] for one in results))
-    keys = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [keys, ["---"] * len(keys), *([cell(row.get(key)) for key in keys] for row in rows)]
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    return f"{text}\n\n*{'; '.join(map(source, results))}*\n"
+    return f"{lines_of(rows)}\n\n*{'; '.join(map(source, results))}*\n"
 
 
 def filled(text: str) -> str:
@@ -287,18 +291,6 @@ def over_seeds(*parts: str) -> Work:
         return shaped(found, shown)
 
     return work
-
-
-def histograms(results: Row) -> list[Row]:
-    """How many samples take how many calls, in groups of five."""
-    found = []
-    for row in some(results["rows"], part="tolerance", seed="0"):
-        groups: dict[int, int] = {}
-        for calls, count in (map(int, pair.split(":")) for pair in row["histogram"].split()):
-            groups[calls // 5 * 5] = groups.get(calls // 5 * 5, 0) + count
-        text = ", ".join(f"{low}-{low + 4}: {count}" for low, count in sorted(groups.items()))
-        found.append({"solver": f"`{row['solver']}`", "calls: samples": text})
-    return found
 
 
 def exact_tokens(rows: list[Row]) -> list[Row]:
@@ -527,7 +519,6 @@ table(
 TABLES["tokens-solvers"] = ("tokens",), over_seeds("floor", "solvers")
 TABLES["tokens-tuning"] = ("tokens",), over_seeds("tuning MaskGIT", "tuning critic")
 TABLES["tokens-tolerance"] = ("tokens",), over_seeds("tolerance", "fixed")
-TABLES["tokens-calls"] = ("tokens",), histograms
 table("tokens-exact", "law | steps | calls | KL = {KL:.3f} | bound = {bound:.3f}", exact_tokens)
 
 # Cost

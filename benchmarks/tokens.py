@@ -1,15 +1,13 @@
 r"""Masked tokens: a tolerance beside fixed steps on exact laws and on images, and what a critic buys.
 
-Images are Fashion-MNIST as 7 x 7 tokens of a learned book of 64 codes: with few-level pixels at 14 x 14 a call costs
-four times as much, and the floor of FID is that of the small images. `FID` is to the decoded tokens of the training
+Images are Fashion-MNIST as 7 x 7 tokens of a learned book of 64 codes. `FID` is to the decoded tokens of the training
 images, with the packaged features, so what the code book loses is not in it. `pairs` is KL(data || samples) of the
 tokens of neighbours, pooled over positions, in nats; `entropy` the mean entropy of the tokens of one position. Both
 have their value for held-out data, as many as there are samples.
 
-    python benchmarks/tokens.py train --data FOLDER    # code book, generator, critic: half an hour on one core
-    fastsde sample --model benchmarks/runs/tokens/model --solver TokenCritic -o scale=10 --nfe 35
-    python benchmarks/tokens.py images --data FOLDER
-    python benchmarks/tokens.py exact
+`images` trains code book, generator and critic if runs/tokens is not there: half an hour on one core. Then also
+
+    fastsde sample --model benchmarks/runs/tokens --solver TokenCritic -o scale=10 --nfe 35
 """
 
 from __future__ import annotations
@@ -17,14 +15,13 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import statistics
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
-from common import RESULTS, RUNS, Book, Row, command, described, pixels
-from safetensors.torch import load_file, save_file
+from common import RUNS, Row, command, described, labels, pixels
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,9 +34,11 @@ from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images, to_unit_range
 from fastsde.training.tokens import train_tokens
 
-FOLDER, QUICK = RUNS / "tokens", RUNS / "quick_tokens"
 CODES, SIDE, CLASSES = 64, 7, 10
-SIZE = {"width": 64, "depth": 4, "heads": 4}
+SCHEDULES = {"linear": tokens.LINEAR, "sine": tokens.SINE}
+TUNING_SEED, SEEDS = 9, (0, 1, 2)
+TEMPERATURES, SCALES = (1.0, 4.5, 10.0), (0.0, 1.0, 3.0, 10.0, 30.0)
+RTOLS = (0.1, 0.3, 0.5)
 
 main = click.Group(help=__doc__)
 
@@ -52,35 +51,14 @@ def train_book(images: Tensor, steps: int) -> CodeBook:
         vectors = book.encoder(images[:2000]).movedim(1, -1).flatten(0, -2)
         book.codes.copy_(vectors[torch.randperm(len(vectors))[:CODES]])
     optimizer = torch.optim.Adam(book.parameters(), 2e-3)
-    bar = tqdm(range(steps), "code book", disable=None)
-    for step in bar:
+    for step in tqdm(range(steps), "code book", disable=None):
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min(1.0, 1.2 * (steps - step) / steps)
         loss = book.loss(images[torch.randint(len(images), (128,))])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.4f}")
     return book.eval()
-
-
-def network(outputs: int | None = None) -> TokenTransformer:
-    """The generator, or with one output the critic, with random weights."""
-    torch.manual_seed(1)
-    return TokenTransformer(CODES, SIDE**2, classes=CLASSES, outputs=outputs, **SIZE)
-
-
-def model_of(generator: TokenTransformer, schedule: tokens.Schedule = tokens.LINEAR) -> tokens.TokenModel:
-    """The generator as it was trained."""
-    default = {"class_labels": torch.tensor(CLASSES)}
-    shape = (SIDE, SIDE)
-    process = tokens.Masking(schedule)
-    return tokens.TokenModel(generator, CODES, event_shape=shape, process=process, default_cond=default)
-
-
-def critic_of(critic: TokenTransformer) -> tokens.Critic:
-    """The critic as it was trained."""
-    return tokens.Critic(critic, event_shape=(SIDE, SIDE))
 
 
 def encoded(book: CodeBook, images: Tensor) -> Tensor:
@@ -88,53 +66,27 @@ def encoded(book: CodeBook, images: Tensor) -> Tensor:
     return torch.cat([book.encode(part) for part in images.split(1000)])
 
 
-def loaded(module: torch.nn.Module, file: Path) -> torch.nn.Module:
-    """A trained part of these."""
-    if not file.exists():
-        raise FileNotFoundError(f"{file.name} is missing: python benchmarks/tokens.py train --data FOLDER makes it.")
-    module.load_state_dict(load_file(file))
-    return module.eval()
-
-
-@command(None, main, book_steps=2, steps=2, critic_steps=2, folder=QUICK)
-def train(
-    data: Path, book_steps: int = 1500, steps: int = 4000, critic_steps: int = 1200, folder: Path = FOLDER
-) -> None:
-    """Trains code book, generator and critic; what is there is kept, and a training goes on."""
-    folder.mkdir(parents=True, exist_ok=True)
+def train(data: Path, folder: Path, book_steps: int, steps: int, critic_steps: int) -> None:
+    """Trains code book, generator and critic, and keeps all in a folder."""
     images, labels = load_images(data)
-    images = to_unit_range(images)
-    files = {name: folder / f"{name}.safetensors" for name in ("book", "generator", "critic")}
-    if not files["book"].exists():
-        save_file(train_book(images, book_steps).state_dict(), files["book"])
-    x = encoded(loaded(CodeBook(CODES), files["book"]), images)
-
-    def fitted(name: str, count: int, net: TokenTransformer, critic: tokens.Critic | None) -> None:
-        if files[name].exists():
-            return
-        checkpoint = folder / f"{name}-training.safetensors"
-        model = model_of(loaded(network(), files["generator"]) if critic else net)
-        if critic is not None:
-            # From new weights its loss stays at ln 2 for 1000 steps; what the generator has learned shows what is odd.
-            body = {k: v for k, v in model.network.state_dict().items() if not k.startswith("head")}
-            net.load_state_dict(body, strict=False)
-        rate = 1e-3 if critic else 2e-3
-        config = TrainConfig(count, 64, rate, warmup=100, ema_decay=0.998, seed=1 if critic else 0, bf16=False)
-        averaged = train_tokens(model, x, labels, config, checkpoint, critic=critic, resume=checkpoint.exists())
-        save_file(averaged.state_dict(), files[name])
-
-    fitted("generator", steps, network(), None)
-    fitted("critic", critic_steps, net := network(1), critic_of(net))
-    parts = {"critic": loaded(network(1), files["critic"]), "book": loaded(CodeBook(CODES), files["book"])}
-    tokens.save_tokens(folder / "model", loaded(network(), files["generator"]), (SIDE, SIDE), **parts)
-
-
-KEYS = ("part", "solver", "schedule", "seed")
-VALUES = ("calls", "most", "fid", "pairs", "entropy", "histogram")
-SCHEDULES = {"linear": tokens.LINEAR, "sine": tokens.SINE}
-TUNING_SEED, SEEDS = 9, (0, 1, 2)
-TEMPERATURES, SCALES = (1.0, 4.5, 10.0), (0.0, 1.0, 3.0, 10.0, 30.0)
-RTOLS = (0.1, 0.3, 0.5)
+    book = train_book(images := to_unit_range(images), book_steps)
+    x, default = encoded(book, images), {"class_labels": torch.tensor(CLASSES)}
+    parts = []
+    for outputs in (None, 1):
+        torch.manual_seed(1)
+        parts.append(TokenTransformer(CODES, SIDE**2, classes=CLASSES, outputs=outputs, width=64, depth=4, heads=4))
+    generator, judge = parts
+    model = tokens.TokenModel(generator, CODES, event_shape=(SIDE, SIDE), default_cond=default)
+    with tempfile.TemporaryDirectory() as kept:
+        config = TrainConfig(steps, 64, 2e-3, warmup=100, ema_decay=0.998, bf16=False)
+        model.network = generator = train_tokens(model, x, labels, config, Path(kept) / "generator")
+        # From new weights its loss stays at ln 2 for 1000 steps; what the generator has learned shows what is odd.
+        body = {k: v for k, v in generator.state_dict().items() if not k.startswith("head")}
+        judge.load_state_dict(body, strict=False)
+        config = dataclasses.replace(config, steps=critic_steps, learning_rate=1e-3, seed=1)
+        critic = tokens.Critic(judge, (SIDE, SIDE))
+        judge = train_tokens(model, x, labels, config, Path(kept) / "critic", critic=critic)
+    tokens.save_tokens(folder, generator, (SIDE, SIDE), critic=judge, book=book)
 
 
 class Judge:
@@ -143,8 +95,8 @@ class Judge:
     def __init__(self, book: CodeBook, images: Tensor) -> None:
         self.book, self.features = book, open_features("fashion-mnist")
         tokens_of = encoded(book, images)
-        features = self._features(tokens_of)
-        self.mean, self.covariance = (moments := Moments.of(features)).mean, moments.covariance
+        moments = Moments.of(self._features(tokens_of))
+        self.mean, self.covariance = moments.mean, moments.covariance
         self.pairs = self._pairs(tokens_of) / self._pairs(tokens_of).sum()
 
     def _features(self, x: Tensor) -> Tensor:
@@ -168,50 +120,54 @@ class Judge:
         }
 
 
-@command("tokens", main, n=100, folder=QUICK, book=QUICK / "tokens.csv")
-def images(data: Path, n: int = 400, folder: Path = FOLDER, book: Path = RESULTS / "tokens.csv") -> Row:
+@command("tokens", main, n=20, folder=RUNS / "quick_tokens", book_steps=2, steps=2, critic_steps=2)
+def images(
+    data: Path,
+    n: int = 400,
+    folder: Path = RUNS / "tokens",
+    book_steps: int = 1500,
+    steps: int = 4000,
+    critic_steps: int = 1200,
+) -> Row:
     """Solvers on images: FID, pairs, entropy at some 36 calls; tolerances beside fixed steps."""
-    rows, codes = Book(book, KEYS, VALUES), loaded(CodeBook(CODES), folder / "book.safetensors")
-    judge = Judge(codes, to_unit_range(load_images(data)[0][:20_000]))
-    real = encoded(codes, to_unit_range(load_images(data, train=False)[0]))
-    generator = loaded(network(), folder / "generator.safetensors")
-    critic = critic_of(loaded(network(1), folder / "critic.safetensors"))
-
-    def held_out(*key: Any) -> Row:
-        return {"calls": 0, "most": 0, "histogram": ""} | judge(real[key[-1] * n : (key[-1] + 1) * n])
+    if not folder.exists():
+        train(data, folder, book_steps, steps, critic_steps)
+    opened, rows = tokens.load_tokens(folder), list[Row]()
+    judge = Judge(opened.book, to_unit_range(load_images(data)[0][: 50 * n]))
+    real = encoded(opened.book, to_unit_range(load_images(data, train=False)[0][: len(SEEDS) * n]))
+    for seed in SEEDS:
+        row: Row = {"part": "floor", "solver": "held-out data", "schedule": "", "seed": seed, "calls": 0}
+        rows.append(row | judge(real[seed * n : (seed + 1) * n]))
 
     def run(part: str, solver: tokens.TokenSolver, schedule: str, seeds: tuple[int, ...] = SEEDS) -> list[Row]:
-        def measured(_: str, __: str, schedule: str, seed: int) -> Row:
-            options = {"solver": solver, "seed": seed, "cond": {"class_labels": torch.arange(n) % CLASSES}}
-            result = fastsde.sample(model_of(generator, SCHEDULES[schedule]), n=n, batch_size=250, **options)
-            counts = torch.bincount(result.nfe).tolist()
-            said = " ".join(f"{k}:{count}" for k, count in enumerate(counts) if count)
-            row = {"calls": float(result.nfe.double().mean()), "most": int(result.nfe.max())}
-            return row | judge(result.samples) | {"histogram": said}
-
+        opened.model.process = tokens.Masking(SCHEDULES[schedule])
         name = described_solver(solver)
-        return [rows.need(measured, part, name, schedule, seed) for seed in tqdm(seeds, f"{part} {name}", disable=None)]
+        for seed in tqdm(seeds, f"{part} {name}", disable=None):
+            options = {"solver": solver, "seed": seed, "cond": labels(n), "batch_size": 250}
+            result = fastsde.sample(opened.model, n=n, **options)
+            row: Row = {"part": part, "solver": name, "schedule": schedule, "seed": seed}
+            rows.append(row | {"calls": float(result.nfe.double().mean())} | judge(result.samples))
+        return rows[-len(seeds) :]
 
     def tuned(part: str, solvers: list[tokens.TokenSolver]) -> tokens.TokenSolver:
-        return min(solvers, key=lambda solver: float(run(part, solver, "sine", (TUNING_SEED,))[0]["fid"]))
+        return min(solvers, key=lambda solver: run(part, solver, "sine", (TUNING_SEED,))[0]["fid"])
 
-    for seed in SEEDS:
-        rows.need(held_out, "floor", "held-out data", "", seed)
     gits = [tokens.Unmask("confidence", steps=36, choice_temperature=t) for t in TEMPERATURES]
     git = tuned("tuning MaskGIT", gits)
-    run("solvers", tuned("tuning critic", [tokens.TokenCritic(critic, steps=18, scale=s) for s in SCALES]), "sine")
+    critics = [tokens.TokenCritic(opened.critic, steps=18, scale=s) for s in SCALES]
+    run("solvers", tuned("tuning critic", critics), "sine")
     run("solvers", git, "sine")
     run("solvers", plain := tokens.Unmask("random", steps=36), "linear")
     run("solvers", dataclasses.replace(git, steps=18), "sine")
     for rtol in RTOLS:
         own = run("tolerance", tokens.EntropyBudget(rtol, "random"), "linear")
-        steps = round(statistics.mean(float(row["calls"]) for row in own))
+        steps = round(statistics.mean(row["calls"] for row in own))
         run("fixed", dataclasses.replace(plain, steps=steps), "linear")
     run("solvers", tokens.Unmask("entropy", steps=36), "linear")
     run("solvers", tokens.ReMDM(tokens.Cap(0.04), steps=36), "linear")
     run("solvers", tokens.Unmask("halton", steps=36), "sine")
     run("solvers", tokens.FirstHitting(), "linear")
-    return {"n": n, "rows": list(rows.rows.values())}
+    return {"n": n, "rows": rows}
 
 
 def described_solver(solver: tokens.TokenSolver) -> str:
@@ -239,7 +195,7 @@ def random_chain(seed: int) -> Tensor:
     return law
 
 
-@command("tokens_exact", main)
+@command("tokens_exact", main, laws=1, n=1000)
 def exact(laws: int = 5, n: int = 20_000) -> list[Row]:
     """A tolerance beside fixed steps on enumerated laws: KL(data || samples) against mean calls."""
     rows = []

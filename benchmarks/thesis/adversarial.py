@@ -1,33 +1,20 @@
 r"""Annealed sampling and adversarial score matching: Figure 8.2, the shape of Table 8.1, Figure 8.3, appendix C.9.
 
-`steps`: Figure 8.3 with an exact score: the digits mixture under the VE process of app. C.2, 232 levels from 50 to
-0.01, by annealed Langevin (ALS) and consistent annealed sampling (CAS). n_sigma is the number of steps at a level for
-ALS, and dilates the levels for CAS, so that both take the same calls. eta is the step size, eps / sigma_L^2. Distances
-are over that of as many exact samples; `raw` is the state with the noise of the last level. That ALS carries more noise
-than its schedule, and CAS exactly as much, is in the tests.
+ALS is annealed Langevin, CAS consistent annealed sampling. n_sigma is the number of steps at a level for ALS, and
+dilates the levels for CAS, so that both take the same calls. eta is the step size, eps / sigma_L^2. `raw` is the last
+state, `denoised` its expected denoised sample. docs/measured/training.md and algorithm6.md have the settings.
 
-`points`: a swiss roll and 25 Gaussians in two dimensions; VP down to noise over signal of 0.05; a perceptron trained by
-denoising score matching, plain, adversarial (least squares, lambda 10) or plain with the Adam of the adversarial one,
-which has no momentum; same steps and seeds. "gap" is the root mean square distance to the roll's curve or the nearest
-centre, of the last state and of its expected denoised sample.
-
-`langevin`: Figure 8.2 in its own setting (appendix C.2), on the same data: a perceptron trained at the one level 0.1,
-and 10 steps of Langevin dynamics there. Their epsilon, 0.2, is taken in units of sigma^2, as in Algorithm 4: in units
-of x^2 a step would overshoot 20 times. Samples start at data or at normals of the data's spread.
-
-`images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, plain and adversarial with the published
-settings. Samples by ALS and CAS along 123 levels from noise over signal of 150 to 0.01, with n_sigma 1 at several step
-sizes eta = eps / sigma_L^2 and with 5 at one, from the same noise for all. The Frechet distance is in the packaged
-features, of the last state and of its expected denoised sample. The study goes on where it stopped.
-
-`inception`: appendix C.9 with the packaged network: Frechet distance and inception score (by the packaged classifier)
-of last states and of their expected denoised samples. Of each run also the state at noise over signal near 0.05, as if
-sampling ended there.
+`steps`: the digits mixture under the VE process of app. C.2; distances are over that of as many exact samples.
+`points`: data in two dimensions, VP down to noise over signal of 0.05; a perceptron trained plain, adversarial, or
+plain with the Adam of the adversarial one, which has no momentum. "gap" is the root mean square distance to the data.
+`langevin`: a perceptron trained at the one level 0.1, and Langevin dynamics there. Their epsilon, 0.2, is taken in
+units of sigma^2, as in Algorithm 4: in units of x^2 a step would overshoot 20 times.
+`images`: Fashion-MNIST without labels, a small UNet on VP that predicts v, along 123 levels.
+`inception`: the packaged network, and of each run also the state at noise over signal near 0.05.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import sys
@@ -39,7 +26,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Book, Row, command, floor_of, labels, pixels, trained
+from common import Row, command, floor_of, labels, pixels, trained
 from problems import digits
 
 import fastsde
@@ -49,7 +36,6 @@ from fastsde.evaluation.statistics import frechet, inception_score
 from fastsde.training.adversarial import Adversary
 from fastsde.training.config import TrainConfig
 from fastsde.training.data import load_images
-from fastsde.training.loop import train
 from fastsde.training.networks import MLP, Discriminator, small_unet
 
 SIGMA_MIN = 0.01
@@ -61,6 +47,14 @@ LAST, SPREAD, CENTRES = 0.05, 0.03, torch.cartesian_prod(*[torch.linspace(-1.4, 
 """Of the points: the lowest noise over signal, the deviation of each Gaussian, and their means."""
 
 main = click.Group(help=__doc__)
+
+
+@torch.no_grad()
+def denoised(model: fastsde.ScoreModel, x: Tensor, t: float, cond: dict[str, Tensor] | None = None) -> Tensor:
+    """E[x_0 | x_t] for states with shape (n, *event) at one time, 80 rows at a time."""
+    times = torch.full((len(x),), t, dtype=torch.float64)
+    parts = [(x[k], times[k], {key: v[k] for key, v in (cond or {}).items()}) for k in torch.arange(len(x)).split(80)]
+    return torch.cat([model(*part).x_0 for part in parts])
 
 
 @command("annealed_steps", main, samples=64, etas=[0.1])
@@ -134,15 +128,11 @@ def points(steps: int = 6000, samples: int = 4000, seeds: int = 2) -> Row:
         clip = adversary.weight if adversary else 1.0
         config = TrainConfig(steps, 256, 2e-3, betas=betas, seed=seed, bf16=False, levels=200, grad_clip=clip)
         trained(model, draw(name, 50_000, 1), config, adversary)
-        for sampler, n_sigma, eta in (("CAS", 1, 0.2), ("ALS", 5, 0.1)):
-            solver = SAMPLERS[sampler](levels=200, n_sigma=n_sigma, eta=eta)
-            r = fastsde.sample(model, n=samples, solver=solver, seed=seed, batch_size=samples, denoise=False)
-            last = torch.full((samples,), sde.t_min, dtype=torch.float64)
-            with torch.no_grad():
-                denoised = model(r.samples, last).x_0
-            row: Row = {"data": name, "training": kind, "seed": seed, "sampler": sampler}
-            row |= {"gap_last": gap(name, r.samples / float(sde.alpha(last)[0])), "gap_denoised": gap(name, denoised)}
-            rows.append(row)
+        solver = fastsde.ConsistentAnnealed(levels=200, eta=0.2)
+        r = fastsde.sample(model, n=samples, solver=solver, seed=seed, batch_size=samples, denoise=False)
+        row: Row = {"data": name, "training": kind, "seed": seed, "sampler": "CAS"}
+        row |= {"gap_last": gap(name, r.samples / float(sde.alpha(end)))}
+        rows.append(row | {"gap_denoised": gap(name, denoised(model, r.samples, sde.t_min))})
     return {"data": {name: gap(name, draw(name, samples, 6)) for name in names}, "rows": rows}
 
 
@@ -161,15 +151,14 @@ def langevin(steps: int = 2000, samples: int = 4000, seeds: int = 3, n_sigma: in
         normals = torch.randn(samples, 2, generator=torch.Generator().manual_seed(seed + 10))
         for start, x in (("data", draw(name, samples, 6)), ("normals", normals * data.std(0))):
             r = fastsde.langevin(model, kernel=kernel, steps=n_sigma, t=1.0, x_init=x, seed=seed, batch_size=samples)
-            with torch.no_grad():
-                denoised = model(r.samples, torch.ones(samples, dtype=torch.float64)).x_0
             row: Row = {"data": name, "seed": seed, "start": start, "gap_start": gap(name, x)}
-            rows.append(row | {"gap_last": gap(name, r.samples), "gap_denoised": gap(name, denoised)})
+            row |= {"gap_last": gap(name, r.samples), "gap_denoised": gap(name, denoised(model, r.samples, 1.0))}
+            rows.append(row)
     return rows
 
 
 def network_of(kind: str, seed: int, images: Tensor, steps: int) -> fastsde.ScoreModel:
-    """A score model with the averaged weights, in bfloat16; its training goes on where it stopped.
+    """A score model with the averaged weights.
 
     The network predicts v: with epsilon a training this short ends in black and white images. The largest norm of the
     gradient is scaled as the loss is, which the adversarial one sums over pixels.
@@ -182,12 +171,8 @@ def network_of(kind: str, seed: int, images: Tensor, steps: int) -> fastsde.Scor
     )
     adversary = Adversary(Discriminator(channels, 16), learning_rate=4e-4) if kind == ADVERSARIAL else None
     clip, betas = 0.5 * math.prod(event) if adversary else 1.0, (0.9, 0.999) if kind == PLAIN else (0.0, 0.9)
-    config = TrainConfig(steps, 64, ema_decay=0.995, grad_clip=clip, betas=betas, seed=seed)
-    file = RUNS / "adversarial" / f"{kind}-{seed}-{steps}" / "checkpoint.safetensors"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    averaged = train(model, images, None, config, file, adversary=adversary, resume=file.is_file())
-    model.network = nn.Module.to(averaged.eval(), torch.bfloat16)  # diffusers' own would warn
-    return model
+    config = TrainConfig(steps, 64, ema_decay=0.995, grad_clip=clip, betas=betas, seed=seed, bf16=False)
+    return trained(model, images, config, adversary)
 
 
 @command("adversarial_images", main, samples=130, levels=8, etas=[0.7], steps=2, seeds=1)
@@ -205,20 +190,12 @@ def images(
         open_features("fashion-mnist"),
         packaged_reference("fashion-mnist"),
     )
-    keys = {"training": str, "seed": int, "sampler": str, "n_sigma": int, "eta": float}
-    values = dict.fromkeys(("nfe", "raw", "raw_error", "denoised", "denoised_error"), float)
-    book = Book(RUNS / f"adversarial_{steps}_{samples}_{levels}.csv", tuple(keys), tuple(values))
-    model_of = functools.cache(lambda kind, seed: network_of(kind, seed, shown, steps))
 
-    def measured(kind: str, seed: int, name: str, n_sigma: int, eta: float) -> Row:
-        model, solver = model_of(kind, seed), SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
+    def measured(model: fastsde.ScoreModel, name: str, n_sigma: int, eta: float) -> Row:
+        solver = SAMPLERS[name](levels=levels, n_sigma=n_sigma, eta=eta)
         r = fastsde.sample(model, n=samples, solver=solver, batch_size=80, seed=0, denoise=False)
-        row: Row = {"nfe": float(r.nfe.double().mean())}
-        with torch.no_grad():
-            last = torch.full((samples,), model.sde.t_min, dtype=torch.float64)
-            parts = zip(r.samples.split(80), last.split(80), strict=True)
-            denoised = torch.cat([model(x, t).x_0 for x, t in parts])
-        for key, x in (("raw", r.samples), ("denoised", denoised)):
+        row: Row = {"sampler": name, "n_sigma": n_sigma, "eta": eta, "nfe": float(r.nfe.double().mean())}
+        for key, x in (("raw", r.samples), ("denoised", denoised(model, r.samples, model.sde.t_min))):
             finite = x[torch.isfinite(x).flatten(1).all(1)]
             found = frechet(features(pixels(finite))[0], reference.mean, reference.covariance)
             row |= {key: found.value, f"{key}_error": found.error}
@@ -227,13 +204,14 @@ def images(
     cells = [(name, 1, eta) for eta in etas for name in SAMPLERS if name == "ALS" or eta < 0.7]
     # With n_sigma 5: the step of ALS that keeps nearest to its schedule, and the published rule for CAS.
     cells += [("ALS", 5, 0.16), ("CAS", 5, 0.031)] if levels > 100 else []  # which CAS needs with so small a step
-    jobs = list(itertools.product((ADVERSARIAL, PLAIN), range(seeds), cells))
-    found = [book.need(measured, kind, seed, *cell) for kind, seed, cell in tqdm(jobs, disable=None)]
-    rows = [{key: kind(row[key]) for key, kind in (keys | values).items()} for row in found]
+    rows = list[Row]()
+    for kind, seed in itertools.product((ADVERSARIAL, PLAIN), range(seeds)):
+        model = network_of(kind, seed, shown, steps)
+        rows += [{"training": kind, "seed": seed} | measured(model, *cell) for cell in tqdm(cells, kind, disable=None)]
     return {"real_images": floor_of(samples), "rows": rows}
 
 
-@command("inception", main, samples=130, levels=8, als_levels=8)
+@command("inception", main, samples=130, levels=18, als_levels=18)
 def inception(samples: int = 320, levels: int = 20, als_levels: int = 123) -> list[Row]:
     """Does denoising worsen the inception score?"""
     model, features = fastsde.pretrained("fashion-mnist"), open_features("fashion-mnist")
@@ -249,13 +227,9 @@ def inception(samples: int = 320, levels: int = 20, als_levels: int = 123) -> li
         times = r.trajectory[0].t
         noise = (model.sde.sigma(times) / model.sde.alpha(times)).tolist()
         for end in (len(times) - 1, min(range(len(times)), key=lambda k: abs(noise[k] - 0.05))):
-            x, t = torch.stack([path.x[end] for path in r.trajectory]), times[end].expand(samples)
-            with torch.no_grad():
-                parts = [
-                    (x[k], t[k], {"class_labels": cond["class_labels"][k]}) for k in torch.arange(samples).split(80)
-                ]
-                denoised = torch.cat([model(*part).x_0 for part in parts])
-            for key, images in (("last state", x / float(model.sde.alpha(times[end]))), ("denoised", denoised)):
+            x, t = torch.stack([path.x[end] for path in r.trajectory]), float(times[end])
+            last = x / float(model.sde.alpha(times[end]))
+            for key, images in (("last state", last), ("denoised", denoised(model, x, t, cond))):
                 seen, logits = features.of(pixels(images).split(100))
                 assert logits is not None
                 distance, score = frechet(seen, reference.mean, reference.covariance), inception_score(logits, splits=5)

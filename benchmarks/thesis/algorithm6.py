@@ -1,26 +1,22 @@
 r"""Algorithms 6 and 9 of the thesis: the published calls, the law, stability, and what rejections do.
 
-`calls`: a zero-mean Gaussian in 3072 dimensions, standard deviations log-spaced from 0.3 to 0.0095, with its exact
-score. To first order the number of function evaluations (NFE) is set by the SDE and the tolerances rather than by the
-images, so this stands in for CIFAR-10. The spectrum was chosen once, not fitted: it guards against regressions and
-proves no parity; another spectrum moves the NFE by up to a quarter.
+docs/measured/algorithm6.md and docs/explanation/sources.md have what was found.
 
-1. NFE beside Table 10.1 of the thesis, with the settings of the released code rather than those of the text: the
-   relative tolerance refers to max(|x'|, |x_t|) (reference="current"); h_init 0.5 on VE, 0.01 on VP; atol is one 8-bit
-   level of the data range. The published NFE leave the final denoising call out, and so do ours; they are maxima over a
-   batch, ours are means. Marks: within 6 % (VE) and 12 % (VP).
-2. The law at t_min, not denoised: the second moment over its exact value, averaged over thirds of the spectrum, with
-   its standard error across samples.
+`calls`: a zero-mean Gaussian in 3072 dimensions with its exact score, in place of CIFAR-10: to first order the number
+of function evaluations (NFE) is set by the SDE and the tolerances. The spectrum was chosen once, not fitted. The
+settings are those of the released code: the relative tolerance refers to max(|x'|, |x_t|) (reference="current"); h_init
+0.5 on VE, 0.01 on VP; atol is one 8-bit level of the data range. The published NFE are maxima over a batch, ours are
+means, both without the denoising call. Beside that the second moment at t_min
+over its exact value, averaged over thirds of the spectrum, with its standard error across samples.
 
 `stability`: the linear test equation of appendix D.6, dx = -x dt + sqrt(2) dw, whose stationary variance is 1, by
 Euler-Maruyama and by the extrapolated step: equal steps h beside the closed forms, and adaptive ones.
 
-`rejections`: the error of the mean at time 1 by Algorithm 9 (appendix D.3), with the error estimate corrected (the
-printed one never becomes small) and a step at most ten times as long as the one before. After a rejection the Brownian
-path is kept; or z is, as printed; or z is drawn again. Beside that `fastsde.integrate`, which does not reject, and as
-many equal steps. atol is a fifth of rtol. Where the path is kept, the error is that to the solution on the same path:
-exact for geometric Brownian motion, 512 equal steps for the double wells. Where it is not, it is that to the exact
-mean, with more samples: for the wells by the backward Kolmogorov equation on a grid.
+`rejections`: the error of the mean at time 1 by Algorithm 9 (appendix D.3), with the error estimate corrected and a
+step at most ten times as long as the one before, with three kinds of noise after a rejection; beside
+`fastsde.integrate`, which does not reject, and as many equal steps. Where the path is kept, the error is that to the
+solution on the same path: exact for geometric Brownian motion, 512 equal steps for the double wells. Where it is not,
+it is that to the exact mean, with more samples: for the wells by the backward Kolmogorov equation on a grid.
 """
 
 from __future__ import annotations
@@ -55,12 +51,11 @@ class Published(NamedTuple):
     h_init: float
     data_range: tuple[float, float]
     nfe: dict[float, int]
-    within: float
 
 
 PUBLISHED = {
-    "VE": Published(fastsde.VESDE(), 0.0039, 0.5, (0.0, 1.0), {0.01: 738, 0.02: 490, 0.05: 271, 0.1: 170}, 6.0),
-    "VP": Published(fastsde.VPSDE(), 0.0078, 0.01, (-1.0, 1.0), {0.01: 329, 0.02: 274, 0.05: 179, 0.1: 147}, 12.0),
+    "VE": Published(fastsde.VESDE(), 0.0039, 0.5, (0.0, 1.0), {0.01: 738, 0.02: 490, 0.05: 271, 0.1: 170}),
+    "VP": Published(fastsde.VPSDE(), 0.0078, 0.01, (-1.0, 1.0), {0.01: 329, 0.02: 274, 0.05: 179, 0.1: 147}),
 }
 
 
@@ -83,9 +78,8 @@ def nfe_of(name: str, rtol: float, kept: bool, dimension: int, samples: int) -> 
     r = fastsde.sample(problem(case, dimension), n=samples, denoise=False, dtype=torch.float64, seed=0, **options)
     ours, published = float(r.nfe.double().mean()), case.nfe[rtol]
     row: Row = {"sde": name, "rtol": rtol, "noise": "path kept" if kept else "redrawn", "published": published}
-    row |= {"ours": ours, "max": int(r.nfe.max()), "deviation_percent": 100 * (ours / published - 1)}
-    row["rejected_percent"] = 100 * float(r.rejected.sum() / (r.accepted + r.rejected).sum())
-    return row | {"ok": abs(row["deviation_percent"]) <= case.within and bool(r.success.all())}
+    rejected = float(r.rejected.sum() / (r.accepted + r.rejected).sum())
+    return row | {"ours": ours, "rejected_percent": 100 * rejected}
 
 
 def law(name: str, label: str, dimension: int, samples: int, **options: object) -> Row:

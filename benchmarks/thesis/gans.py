@@ -1,31 +1,23 @@
 r"""Critics on Fashion-MNIST: Table 6.1, Figure 6.2, masks of MaskedGAN, comparisons of critics, modes.
 
-`divergences`: Table 6.1's question: which divergence ranks sets of samples as FID does? Images of the packaged network
-at 4 to 20 calls, in the features of the packaged classifier, beside those of training images. For each pair of f and
-kind a critic is fitted to halves and measured on the others (`fit_critic`), for three seeds of halves, critic and
-batches. The rank correlation is Spearman's, of the means over seeds with FID.
+docs/measured/training.md has the settings.
 
-The others are of small networks on images of 14 x 14 pixels. A GAN has two convolutions each in generator (44,000
-parameters) and critic (9,000, spectral norm), batches of 32, Adam with a rate of 2e-4 and betas (0.5, 0.999), and the
-critic moves first.
+`divergences`: which divergence ranks sets of samples as FID does? Images of the packaged network at 4 to 20 calls, in
+the features of the packaged classifier. For each pair of f and kind a critic is fitted to halves and measured on the
+others (`fit_critic`), for three seeds. The rank correlation is Spearman's, of the means over seeds with FID.
 
-`bias`: batch estimates of the divergence that the critic is trained for, over the estimate whose means are of 3200
-values (the thesis has 320), while it is trained; the mean of 100 batches of 32. For least squares the known bias gives
-a second ratio.
+The others are of small networks on images of 14 x 14 pixels; their Frechet distance is between 1000 images and 5000 of
+the test split, both enlarged, in the packaged features.
 
+`bias`: batch estimates of the divergence that a critic is trained for, over the estimate whose means are of 3200
+values (the thesis has 320); the mean of 100 batches of 32. For least squares the known bias gives a second ratio.
 `masks`: hinge GANs on few images, with masks on what the critic sees, in both turns or with another spatial share in
-the generator's. The critic is twice as wide and has no spectral norm, so that it can learn 60 images by heart. "gap" is
-its mean on training images less that on others, over the spread of the latter. The Frechet distance is between 1000
-images and 5000 of the test split, both enlarged, in the packaged features. The Gini coefficient is that of the critic's
-attention on training images. All are at the end; "best" is the least distance of three times.
-
+the generator's. "gap" is the critic's mean on training images less that on others, over the spread of the latter; the
+Gini coefficient is that of its attention on training images.
 `comparisons`: adversarial score matching with the six comparisons of `gan_losses` beside plain training: a perceptron
-on VP that predicts x_0, the same critic, least squares and the published betas and weight. Distances as for `masks`, of
-1000 samples with 10 calls.
-
-`modes`: Table 8.4 with the trainings of `comparisons`, plain and with the plain comparison. Three images, drawn apart,
-are the channels of one; the packaged classifier reads each channel of a sample, and the three classes are a mode. Modes
-reached of 1000, and the Kullback-Leibler divergence of their shares to uniform ones; of stacked test images besides.
+on VP that predicts x_0, the same critic, least squares and the published betas and weight.
+`modes`: Table 8.4 with trainings of `comparisons`. Three images, drawn apart, are the channels of one; the packaged
+classifier reads each channel, and the three classes are a mode of 1000.
 """
 
 from __future__ import annotations
@@ -46,7 +38,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import RUNS, Book, Row, command, labels, pixels, trained
+from common import Row, command, labels, pixels, trained
 
 import fastsde
 from fastsde.evaluation.divergence import FUNCTIONS, fit_critic, relativistic
@@ -227,11 +219,8 @@ def play(
 def bias(data: Path, steps: int = 1000, every: int = 100, seeds: int = 2, batches: int = 100) -> list[Row]:
     """How biased are batch estimates of relativistic divergences?"""
     images, rows = small(data, train=True), list[Row]()
-    keys, ratios = ("f", "kind", "seed", "step"), ("ratio", "ratio, known bias")
-    book = Book(RUNS / f"gan_bias_{steps}_{every}_{batches}.csv", keys, ratios)
+    ratios: dict[tuple[str, str], list[tuple[int, float, float | None]]] = {}
     for f, kind, seed in tqdm(list(itertools.product(LOSSES, KINDS, range(seeds))), disable=None):
-        if (f, kind, str(seed), str(steps // every * every)) in book.rows:
-            continue
         chosen = torch.Generator().manual_seed(100 + seed)
         for step, maker, judge in play(images, LOSSES[f](KINDS[kind]), steps, seed, every=every):
             with torch.no_grad():
@@ -243,20 +232,16 @@ def bias(data: Path, steps: int = 1000, every: int = 100, seeds: int = 2, batche
             def mean(estimator: str, f: str = f, kind: str = kind, pairs: list[tuple[Tensor, Tensor]] = pairs) -> float:
                 return statistics.fmean(float(relativistic(a, b, f, kind, estimator)) for a, b in pairs)
 
-            row: Row = {ratios[0]: mean("batch") / float(relativistic(x, y, f, kind)), ratios[1]: None}
-            if f == "least squares":
-                row[ratios[1]] = mean("batch") / mean("unbiased")
-            book.need(lambda *_, row=row: row, f, kind, seed, step)
-    for f, kind in itertools.product(LOSSES, KINDS):
-        found = [row for row in book.rows.values() if (row["f"], row["kind"]) == (f, kind)]
-        late = [row for row in found if int(row["step"]) > steps // 2]
-        row = {"f": f, "kind": kind}
-        for half, part in (("first", [r for r in found if r not in late]), ("second", late)):
-            if part:
-                row[f"{half} half"] = statistics.fmean(float(r["ratio"]) for r in part)
-                row[f"{half} half, range"] = [g(float(r["ratio"]) for r in part) for g in (min, max)]
-                if f == "least squares":
-                    row[f"{half} half, known bias"] = statistics.fmean(float(r["ratio, known bias"]) for r in part)
+            known = mean("batch") / mean("unbiased") if f == "least squares" else None
+            ratio = mean("batch") / float(relativistic(x, y, f, kind))
+            ratios.setdefault((f, kind), []).append((step, ratio, known))
+    for (f, kind), found in ratios.items():
+        row: Row = {"f": f, "kind": kind}
+        for half, late in (("first half", False), ("second half", True)):
+            if part := [one for one in found if (one[0] > steps // 2) == late]:
+                _, each, known = zip(*part, strict=True)
+                row |= {half: statistics.fmean(each), f"{half}, range": [min(each), max(each)]}
+                row |= {f"{half}, known bias": statistics.fmean(known)} if f == "least squares" else {}
         rows.append(row)
     return rows
 
@@ -269,29 +254,22 @@ def masks(
     ruler, everything = Ruler(data), small(data, train=True)
     shares: list[tuple[int, str, float | None]] = [(n, name, None) for n in sizes for name in MASKS]
     shares += [(sizes[0], "patches and bands", share) for share in (0.05, 0.45, 0.15, 0.35)]
-    values, others = ("fid", "best fid", "gini", "gap"), small(data, train=False)[-1000:]
-    book = Book(RUNS / f"gan_masks_{steps}.csv", ("n", "masks", "generator's share", "seed"), values)
+    others = small(data, train=False)[-1000:]
 
     def run(n: int, name: str, share: float | None, seed: int) -> Row:
-        images, found, last = everything[:n], list[float](), Row()
-        other, every = share and dataclasses.replace(BOTH, space=share), max(1, steps // 3)
+        images, other = everything[:n], share and dataclasses.replace(BOTH, space=share)
         options = {"masking": MASKS[name], "generator_masking": other, "wide": True}
-        for _, maker, judge in play(images, hinge(), steps, seed, every=every, **options):
-            with torch.no_grad():
-                z = torch.randn(1000, LATENT, generator=torch.Generator().manual_seed(7))
-                fake = torch.cat([maker(part) for part in z.split(500)])
-                seen, unseen = judge(images[:1000]), judge(others)
-            found.append(ruler(fake))
-            last = {"gini": float(attention_gini(judge, images[:200]).mean())}
-            last["gap"] = float((seen.mean() - unseen.mean()) / unseen.std())
-        return {"fid": found[-1], "best fid": min(found)} | last
+        [(_, maker, judge)] = play(images, hinge(), steps, seed, every=steps, **options)
+        with torch.no_grad():
+            z = torch.randn(1000, LATENT, generator=torch.Generator().manual_seed(7))
+            fake = torch.cat([maker(part) for part in z.split(500)])
+            seen, unseen = judge(images[:1000]), judge(others)
+            gap = float((seen.mean() - unseen.mean()) / unseen.std())
+        row: Row = {"n": n, "masks": name, "generator's share": share, "seed": seed, "fid": ruler(fake)}
+        return row | {"gini": float(attention_gini(judge, images[:200]).mean()), "gap": gap}
 
     jobs = [(*job, seed) for seed in range(seeds) for job in shares][: few or None]
-    found = [book.need(run, *job) for job in tqdm(jobs, disable=None)]
-    return [
-        {"n": n, "masks": name, "generator's share": share, "seed": seed} | {key: float(row[key]) for key in values}
-        for (n, name, share, seed), row in zip(jobs, found, strict=True)
-    ]
+    return [run(*job) for job in tqdm(jobs, disable=None)]
 
 
 def matched(images: Tensor, kind: str, steps: int, seed: int) -> fastsde.ScoreModel:
@@ -315,16 +293,14 @@ def matched(images: Tensor, kind: str, steps: int, seed: int) -> fastsde.ScoreMo
 def comparisons(data: Path, steps: int = 600, seeds: int = 3, samples: int = 1000) -> Row:
     """Which comparison does adversarial score matching want?"""
     images, ruler = small(data, train=True), Ruler(data)
-    book = Book(RUNS / f"comparisons_{steps}_{samples}.csv", ("training", "seed"), ("fid",))
 
-    def run(kind: str, seed: int) -> Row:
+    def run(kind: str, seed: int) -> float:
         model = matched(images, kind, steps, seed)
-        return {"fid": ruler(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=samples).samples)}
+        return ruler(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=samples).samples)
 
-    kinds = (*ALONE, *COMPARISONS)
     rows: list[Row] = [
-        {"training": kind} | {f"seed {seed}": float(book.need(run, kind, seed)["fid"]) for seed in range(seeds)}
-        for kind in tqdm(kinds, disable=None)
+        {"training": kind} | {f"seed {seed}": run(kind, seed) for seed in range(seeds)}
+        for kind in tqdm((*ALONE, *COMPARISONS), disable=None)
     ]
     return {"real_images": ruler(images[:samples]), "rows": rows}
 
@@ -339,7 +315,6 @@ def stacked(images: Tensor, seed: int) -> Tensor:
 def modes(data: Path, steps: int = 1500, seeds: int = 3, samples: int = 5200) -> list[Row]:
     """Does an adversary lose modes?"""
     images, network = stacked(small(data, train=True), 0), open_features("fashion-mnist")
-    book = Book(RUNS / f"modes_{steps}_{samples}.csv", ("training", "seed"), ("modes", "KL"))
 
     def counted(x: Tensor) -> Row:
         logits = [network(part)[1] for part in enlarged(x.flatten(0, 1)[:, None]).split(600)]
@@ -348,16 +323,12 @@ def modes(data: Path, steps: int = 1500, seeds: int = 3, samples: int = 5200) ->
         share = counts / counts.sum()
         return {"modes": int((counts > 0).sum()), "KL": float(torch.special.xlogy(share, 1000 * share).sum())}
 
-    def run(kind: str, seed: int) -> Row:
-        model = matched(images, kind, steps, seed)
-        return counted(fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=1300).samples)
-
-    for seed, kind in tqdm(list(itertools.product(range(seeds), (*ALONE, "plain"))), disable=None):
-        book.need(run, kind, seed)
     real = counted(stacked(small(data, train=False), 1)[:samples])
     rows: list[Row] = [{"training": "test images", "seed": None} | real]
-    for (kind, seed), row in book.rows.items():
-        rows.append({"training": kind, "seed": int(seed), "modes": int(row["modes"]), "KL": float(row["KL"])})
+    for seed, kind in tqdm(list(itertools.product(range(seeds), (*ALONE, "plain"))), disable=None):
+        model = matched(images, kind, steps, seed)
+        x = fastsde.sample(model, n=samples, nfe=10, seed=1, batch_size=1300).samples
+        rows.append({"training": kind, "seed": seed} | counted(x))
     return rows
 
 
