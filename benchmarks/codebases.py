@@ -41,7 +41,11 @@ PARTS: dict[str, dict[str, list[str]]] = {
         "diffrax": ["diffrax/_integrate.py:loop", "diffrax/_integrate.py:diffeqsolve"],
         "torchode": ["torchode/adjoints.py:AutoDiffAdjoint"],
     },
-    "guidance": {
+    "guidance, the step": {
+        "fastsde": ["fastsde/score/guidance.py:ClassifierFreeGuidance.output"],
+        "azula": ["azula/guidance/cfg.py:CFGDenoiser.forward"],
+    },
+    "guidance, the class": {
         "fastsde": ["fastsde/score/guidance.py:ClassifierFreeGuidance"],
         "azula": ["azula/guidance/cfg.py:CFGDenoiser"],
     },
