@@ -59,7 +59,7 @@ _FEW, _MOST = 16, 64
 _ITERATIONS, _PLANNED = 10, 3
 """Gauss-Newton steps at most, and those that a number of pilots is chosen for."""
 _STARTS = 2
-"""Grids from which a first step is tried."""
+"""Grids from which a first step is tried: the best, and that of the default."""
 _CLEARLY = 0.95
 """Share of the default's error below which a fit takes its place."""
 _LEAST_GAIN = 0.01
@@ -107,7 +107,7 @@ def fit(
        t_max, or at a little less noise, agree over the pilots, their mean is the `guess` of `FittedSolver`: it takes
        the place of the first call. The fewer calls there are, the less they must agree.
     2. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
-       equal steps in t, Karras's grid, the default. The best one is the start.
+       equal steps in t, Karras's grid, the default. The best one and the default are the starts.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
            sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
@@ -669,7 +669,7 @@ class _Fit:
         return self
 
     def _start(self) -> tuple[_Walked, float, float]:
-        """The best grid after a step from it: of all on a few pilots, of the best few on all pilots."""
+        """A step on all pilots from the grid that is best on a few, or from that of the default: the better one."""
         pilot = self.pilot
         solvers = pilot.starts(self.levels)
         first = {
@@ -677,7 +677,11 @@ class _Fit:
             for name, solver in solvers.items()
         }
         found, before = list[tuple[str, _Walked, float, float]](), pilot.cost
-        for name in sorted(first, key=lambda name: first[name])[:_STARTS]:
+        ranked = sorted(first, key=lambda name: first[name])
+        # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start,
+        # with a guess if there is one: then its name is longer.
+        own = max((name for name in ranked if name.startswith("default")), key=len, default=ranked[0])
+        for name in dict.fromkeys((ranked[0], own)):
             if found and pilot.cost + (pilot.cost - before) > self.until:
                 break
             before = pilot.cost
