@@ -109,11 +109,15 @@ class Results(Book):
                 line["many pilots"], line["many cost"] = (self.value(problem, many, n, key) for key in (column, "cost"))
                 if line["default"] is not None or line["fitted"] is not None:
                     found.append(line)
-        fids = [row for row in self.rows.values() if "FID" in row["sampler"]]
-        return found + [
-            {"problem": r["problem"], "measure": r["sampler"], "calls": int(r["calls"]), "fitted": float(r["distance"])}
-            for r in fids
-        ]
+        fids = dict[tuple[str, str, int], list[float]]()
+        for row in self.rows.values():
+            if "FID" in row["sampler"]:
+                fids.setdefault((row["problem"], row["sampler"], int(row["calls"])), []).append(float(row["distance"]))
+        for (problem, sampler, calls), values in sorted(fids.items()):
+            ends = [min(values), max(values)] if len(values) > 1 else None
+            mean = sum(values) / len(values)
+            found.append({"problem": problem, "measure": sampler, "calls": calls, "fitted": mean, "range": ends})
+        return found
 
 
 def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:

@@ -378,8 +378,14 @@ table(
 )
 table(
     "fitted-fid",
-    " = measure | [{calls} calls] = fitted",
-    lambda rows: [row for row in rows if "FID" in row["measure"]],
+    " = measure | [{calls} calls] = shown",
+    lambda rows: [
+        row | {"shown": "{:.3g} ({:.3g} to {:.3g})".format(row["fitted"], *row["range"])}
+        if row["range"]
+        else row | {"shown": f"{row['fitted']:.3g}"}
+        for row in rows
+        if "FID" in row["measure"]
+    ],
     of="fitted",
 )
 table(

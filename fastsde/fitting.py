@@ -681,7 +681,7 @@ class _Fit:
         # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start,
         # with a guess if there is one: then its name is longer.
         own = max((name for name in ranked if name.startswith("default")), key=len, default=ranked[0])
-        for name in dict.fromkeys((ranked[0], own)):
+        for name in list(dict.fromkeys((ranked[0], own, *ranked)))[:_STARTS]:
             if found and pilot.cost + (pilot.cost - before) > self.until:
                 break
             before = pilot.cost
