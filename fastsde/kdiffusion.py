@@ -27,7 +27,15 @@ from tqdm import tqdm
 
 from fastsde.arguments import resolve_samples
 from fastsde.batching import expand_like
-from fastsde.checks import check_count, check_instance, check_kind, check_number, check_states, check_tensor
+from fastsde.checks import (
+    check_count,
+    check_instance,
+    check_kind,
+    check_number,
+    check_positive,
+    check_states,
+    check_tensor,
+)
 from fastsde.control import Grid
 from fastsde.engine import Engine
 from fastsde.job import Options, make_job
@@ -147,7 +155,7 @@ def sample_adaptive(
     """
     levels = _levels(sigmas)
     check_number("eta", eta, 0.0, _MOST_ETA)
-    check_number("rtol", rtol, 0.0, ends="()")
+    check_positive("rtol", rtol)
     solver = ExponentialPC(eta=eta)
     if len(levels) < 2:
         return x
