@@ -142,7 +142,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
     registry = CollectorRegistry()
     registry.register(SamplerCollector(service.sampler))
     took = Histogram("fastsde_http_seconds", "Seconds that requests for samples took.", ["outcome"], registry=registry)
-    running: dict[str, Request] = {}
 
     async def authorized(given: Annotated[HTTPAuthorizationCredentials | None, Depends(_BEARER)]) -> None:
         sent = "" if given is None else given.credentials
@@ -152,24 +151,11 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
 
     guarded = [] if token is None else [Depends(authorized)]
 
-    async def submitted(asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
-        """Asks the sampler, in a thread because it prepares steps."""
-        if asked.model not in (None, service.name):
-            raise HTTPException(404, f"there is no model {asked.model!r} here; this is {service.name}.")
-        try:
-            return await anyio.to_thread.run_sync(lambda: service.submit(asked, callback))
-        except fastsde.SamplerFullError as error:
-            raise HTTPException(429, f"{error} Try again later.", {"Retry-After": "1"}) from error
-        except (ValueError, TypeError) as error:
-            raise HTTPException(400, " ".join(str(error).split())) from error
-        except RuntimeError as error:
-            raise HTTPException(503, str(error)) from error
-
     @app.post("/v1/images/generations", dependencies=guarded, tags=["images"], openapi_extra=_BODY)
     async def generate(http: fastapi.Request, asked: Annotated[Generation, Depends(_read)]) -> Generated:
         """Draws images; the answer comes when all are there. A client that goes away cancels its request."""
         since = time.perf_counter()
-        request = await submitted(asked, None)
+        request = await _submitted(service, asked, None)
         future = asyncio.wrap_future(request)
         away = asyncio.ensure_future(_away(http))
         try:
@@ -191,6 +177,39 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         data = [Picture(b64_json=picture) for picture in there]
         return Generated(created=int(time.time()), data=data, fastsde=Cost(**cost))
 
+    _add_samples(app, service, took, guarded)
+    _add_information(app, service, registry, guarded)
+    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
+        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
+
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(Exception, _broken)
+    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
+    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return app
+
+
+async def _submitted(service: Service, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
+    """Asks the sampler, in a thread because it prepares steps."""
+    if asked.model not in (None, service.name):
+        raise HTTPException(404, f"there is no model {asked.model!r} here; this is {service.name}.")
+    try:
+        return await anyio.to_thread.run_sync(lambda: service.submit(asked, callback))
+    except fastsde.SamplerFullError as error:
+        raise HTTPException(429, f"{error} Try again later.", {"Retry-After": "1"}) from error
+    except (ValueError, TypeError) as error:
+        raise HTTPException(400, " ".join(str(error).split())) from error
+    except RuntimeError as error:
+        raise HTTPException(503, str(error)) from error
+
+
+def _add_samples(app: FastAPI, service: Service, took: Histogram, guarded: Sequence[Any]) -> None:
+    """The routes of requests that tell their progress and can be cancelled by name."""
+    seconds = service.limits.seconds
+    running: dict[str, Request] = {}
+
     @app.post(
         "/v1/samples", dependencies=guarded, tags=["samples"], response_class=StreamingResponse, openapi_extra=_BODY
     )
@@ -201,7 +220,7 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
         their way. `done` has the images, null for samples that failed, and their cost. `failed` has a message.
         """
         news = _News()
-        request = await submitted(asked, news.put)
+        request = await _submitted(service, asked, news.put)
         name = secrets.token_urlsafe(12)
         running[name] = request
         return StreamingResponse(
@@ -246,18 +265,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             raise HTTPException(404, "there is no such request; it may have ended.")
         request.cancel()
         return Response(status_code=204)
-
-    _add_information(app, service, registry, guarded)
-    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
-        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
-
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _refused)
-    app.add_exception_handler(Exception, _broken)
-    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
-    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return app
 
 
 def _add_information(app: FastAPI, service: Service, registry: CollectorRegistry, guarded: Sequence[Any]) -> None:
