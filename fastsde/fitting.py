@@ -678,10 +678,10 @@ class _Fit:
         }
         found, before = list[tuple[str, _Walked, float, float]](), pilot.cost
         ranked = sorted(first, key=lambda name: first[name])
-        # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start,
-        # with a guess if there is one: then its name is longer.
-        own = max((name for name in ranked if name.startswith("default")), key=len, default=ranked[0])
-        for name in list(dict.fromkeys((ranked[0], own, *ranked)))[:_STARTS]:
+        # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start:
+        # the last of that name, which has a guess if there is one.
+        own = [name for name in solvers if name.startswith("default")][-1:]
+        for name in list(dict.fromkeys([ranked[0], *own, *ranked]))[:_STARTS]:
             if found and pilot.cost + (pilot.cost - before) > self.until:
                 break
             before = pilot.cost
