@@ -11,6 +11,7 @@ clipped are those of `networks.py`.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -115,8 +116,8 @@ class Results(Book):
                 fids.setdefault((row["problem"], row["sampler"], int(row["calls"])), []).append(float(row["distance"]))
         for (problem, sampler, calls), values in sorted(fids.items()):
             ends = [min(values), max(values)] if len(values) > 1 else None
-            mean = sum(values) / len(values)
-            found.append({"problem": problem, "measure": sampler, "calls": calls, "fitted": mean, "range": ends})
+            line = {"problem": problem, "measure": sampler, "calls": calls}
+            found.append(line | {"fitted": statistics.fmean(values), "range": ends})
         return found
 
 

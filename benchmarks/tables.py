@@ -293,6 +293,16 @@ def over_seeds(*parts: str) -> Work:
     return work
 
 
+def fids_of_fits(rows: list[Row]) -> list[Row]:
+    """The FIDs with the smallest and the largest of the seeds, where there are several."""
+    found = []
+    for row in rows:
+        if "FID" in row["measure"]:
+            ends = " ({:.3g} to {:.3g})".format(*row["range"]) if row["range"] else ""
+            found.append(row | {"shown": f"{row['fitted']:.3g}{ends}"})
+    return found
+
+
 def exact_tokens(rows: list[Row]) -> list[Row]:
     """KL and its bound on exact laws."""
     laws = {"table": "no structure", "chain": "Markov chain"}
@@ -379,13 +389,7 @@ table(
 table(
     "fitted-fid",
     " = measure | [{calls} calls] = shown",
-    lambda rows: [
-        row | {"shown": "{:.3g} ({:.3g} to {:.3g})".format(row["fitted"], *row["range"])}
-        if row["range"]
-        else row | {"shown": f"{row['fitted']:.3g}"}
-        for row in rows
-        if "FID" in row["measure"]
-    ],
+    fids_of_fits,
     of="fitted",
 )
 table(
