@@ -77,7 +77,9 @@ def versions(settings: Mapping[str, object]) -> Row:
     }
 
 
-def command(name: str | None, group: click.Group | None = None, **quick: object) -> Callable[[Work], click.Command]:
+def command(
+    name: str | None, group: click.Group | None = None, *, by_device: bool = False, **quick: object
+) -> Callable[[Work], click.Command]:
     """Makes a function a command whose arguments are options; it prints and keeps what the function returns.
 
     An argument without a default must be given; a tuple may be given several times. The help is the first paragraph of
@@ -86,6 +88,7 @@ def command(name: str | None, group: click.Group | None = None, **quick: object)
     Args:
         name: of the file in results/ that keeps what the function returns; nothing is kept of None.
         group: what the command is a part of, under the function's name.
+        by_device: whether each device has a file of its own, as for times.
         quick: the settings of --quick, which shows that the script runs and keeps nothing.
     """
 
@@ -98,6 +101,7 @@ def command(name: str | None, group: click.Group | None = None, **quick: object)
         @functools.wraps(work)
         def run(threads: int, keep: bool, quick: bool, **settings: object) -> None:
             torch.set_num_threads(threads)
+            torch.backends.cudnn.allow_tf32 = False  # which a GPU would use for convolutions: errors of 1e-3
             script = str(Path(inspect.getfile(work)).resolve().relative_to(HERE)) + (
                 f" {work.__name__}" if group else ""
             )
@@ -111,7 +115,7 @@ def command(name: str | None, group: click.Group | None = None, **quick: object)
             record["minutes"] = round((time.perf_counter() - start) / 60, 1)
             if name is not None and keep and not quick:
                 device = settings.get("device", "cpu")
-                path = RESULTS / (f"{name}.json" if device == "cpu" else f"{name}_{device}.json")
+                path = RESULTS / (f"{name}_{device}.json" if by_device and device != "cpu" else f"{name}.json")
                 path.write_text(json.dumps(record | {"results": found}, indent=1) + "\n")
                 print(f"written: results/{path.name}\n")
             show(found)

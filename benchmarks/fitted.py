@@ -39,17 +39,18 @@ RANKED, KEPT = (6, 15), 6
 class Case:
     """A model, its start states, their converged ends, and a distance of samples from the law."""
 
-    def __init__(self, name: str, folder: Path | None, starts: int, samples: int) -> None:
+    def __init__(self, name: str, folder: Path | None, starts: int, samples: int, device: str = "cpu") -> None:
         self.name, self.distance, self.cond = name, None, None
         if name in networks.NAMES:
-            self.model = networks.load(name)
+            self.model = networks.load(name, device)
         elif name == "packaged":
-            (self.model, _), self.cond = fastsde.pretrained("fashion-mnist"), labels(starts)
+            (self.model, _), self.cond = fastsde.pretrained("fashion-mnist", device=device), labels(starts)
         else:
             problem, starts = make(name, samples, folder), samples
             self.model, unit = problem.model(), problem.floor(12)[0]
             self.distance = lambda x: problem.distance(x) / unit
         self.z = torch.randn(starts, *self.model.event_shape, generator=torch.Generator().manual_seed(7))
+        self.z = self.z.to(self.model.device)
         self.flow = isinstance(self.model.sde, fastsde.RectifiedFlow)
         fine = fastsde.Grid.uniform(self.model.sde, 160) if self.flow else fastsde.Grid.log_snr(self.model.sde, 120)
         self.exact = self.run(controller=fine).samples
@@ -61,7 +62,8 @@ class Case:
 
     def fitted(self, seed: int, **options: object) -> fastsde.FittedSolver:
         """A fit by other samples, of the classes in turn where there are classes."""
-        return fastsde.fit(self.model, seed=seed, **({"cond": labels(40)} if self.cond else {}), **options)
+        pilots = 40 if options.get("calls", 8000) > 4000 else 16  # which a low price cannot pay
+        return fastsde.fit(self.model, seed=seed, **({"cond": labels(pilots)} if self.cond else {}), **options)
 
     def judged(self, x: Tensor) -> dict[str, float]:
         """The columns of a row."""
@@ -138,7 +140,7 @@ def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:
     def of_images(n: int, seed: int) -> Row:  # by the same fit for all seeds
         solver = fit_once(nfe=n)
         options = {"cond": labels(fids), "seed": seed, "batch_size": 100, "progress": True}
-        return {"distance": fid(fastsde.sample(case.model, n=fids, solver=solver, **options).samples)}
+        return {"distance": fid(fastsde.sample(case.model, n=fids, solver=solver, **options).samples.cpu())}
 
     def peer(label: str, n: int, _: int) -> Row:
         found = crowd[label](case.z, n)
@@ -184,11 +186,12 @@ def main(
     calls: tuple[int, ...] = CALLS,
     fids: int = 0,
     book: Path = RESULTS / "fitted.csv",
+    device: str = "cpu",
 ) -> list[Row]:
     """Runs what is missing in the book; `fids` are the samples of each FID of the packaged network, 0 for none."""
     rows = Results(book)
     for name in only:
-        study(rows, Case(name, images, starts, samples), calls, fids)
+        study(rows, Case(name, images, starts, samples, device), calls, fids)
     return rows.summary()
 
 

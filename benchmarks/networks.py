@@ -50,7 +50,7 @@ def read(name: str, network: torch.nn.Module) -> fastsde.ScoreModel:
     )
 
 
-def load(name: str) -> fastsde.ScoreModel:
+def load(name: str, device: str = "cpu") -> fastsde.ScoreModel:
     """A trained network of these.
 
     Raises:
@@ -61,15 +61,16 @@ def load(name: str) -> fastsde.ScoreModel:
         raise FileNotFoundError(f"{file.name} is missing: python benchmarks/networks.py --data FOLDER trains it.")
     network = unread(name)
     network.load_state_dict(load_file(file))
-    return read(name, network)
+    return read(name, network.to(device))
 
 
 def loss(name: str, network: torch.nn.Module, x: Tensor) -> Tensor:
     """Mean squared error of what the network predicts, at random times of its training."""
-    noise, u = torch.randn_like(x), (torch.rand(()) + torch.arange(len(x)) / len(x)) % 1
+    noise, u = torch.randn_like(x), ((torch.rand(()) + torch.arange(len(x)) / len(x)) % 1).to(x.device)
     if name == "clipped":
         level = (100 * u).long().clamp(max=99)
-        kept = (1 - torch.linspace(1e-3, 0.2, 100, dtype=torch.float64)).cumprod(0).float()[level, None, None, None]
+        kept = (1 - torch.linspace(1e-3, 0.2, 100, dtype=torch.float64)).cumprod(0).float().to(x.device)
+        kept = kept[level, None, None, None]
         x_t, t, target = kept.sqrt() * x + (1 - kept).sqrt() * noise, level.float(), noise
     else:
         t = u if name == "flow" else SHIFT * u / (1 + (SHIFT - 1) * u)
@@ -78,16 +79,16 @@ def loss(name: str, network: torch.nn.Module, x: Tensor) -> Tensor:
     return (network(x_t, t).sample - target).square().mean()
 
 
-def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> None:
+def train(name: str, images: Tensor, steps: int, batch: int, folder: Path, device: str) -> None:
     """Trains a network and keeps its averaged weights."""
-    network = unread(name).train()
+    network = unread(name).to(device).train()
     average = ema_model(network, 0.999)
     optimizer = torch.optim.Adam(network.parameters(), 2e-3, (0.9, 0.99))
     bar = tqdm(range(steps), name, unit="step", disable=None)
     for step in bar:
         for group in optimizer.param_groups:
             group["lr"] = 2e-3 * min((step + 1) / 100, 0.5 * (1 + math.cos(math.pi * step / steps)))
-        value = loss(name, network, images[torch.randint(len(images), (batch,))])
+        value = loss(name, network, images[torch.randint(len(images), (batch,))].to(device))
         optimizer.zero_grad(set_to_none=True)
         value.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -99,12 +100,19 @@ def train(name: str, images: Tensor, steps: int, batch: int, folder: Path) -> No
 
 
 @command(None, steps=2, only=["flow"], folder=RUNS / "quick_networks")
-def main(data: Path, only: tuple[str, ...] = NAMES, steps: int = 2000, batch: int = 32, folder: Path = FOLDER) -> None:
+def main(
+    data: Path,
+    only: tuple[str, ...] = NAMES,
+    steps: int = 2000,
+    batch: int = 32,
+    folder: Path = FOLDER,
+    device: str = "cpu",
+) -> None:
     """Trains the networks that are missing."""
     images = to_unit_range(load_images(data)[0])
     for name in only:
         if not (folder / f"{name}.safetensors").exists():
-            train(name, images, steps, batch, folder)
+            train(name, images, steps, batch, folder, device)
 
 
 if __name__ == "__main__":

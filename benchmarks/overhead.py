@@ -94,7 +94,7 @@ def increment(label: str, noise: object, model: fastsde.ScoreModel, n: int, devi
     return {"noise": label, "noise_ms": own, "forward_ms": bare, "percent": 100 * own / bare}
 
 
-@command("overhead", main, batch=4, seconds=0.0)
+@command("overhead", main, by_device=True, batch=4, seconds=0.0)
 def runs(batch: int = 64, seconds: float = 45.0, device: str = "cpu") -> Row:
     """Time of sample over its bare forwards."""
     keep_memory()

@@ -42,11 +42,18 @@ def parts(model: ScoreModel, seeds: int) -> list[list[Cell]]:
 
 
 @command("seeds", samples=130, count=1, seeds=1, few=1, work=RUNS / "seeds_quick")
-def main(samples: int = 10_000, count: int = 6, seeds: int = 3, few: int = 0, work: Path = RUNS / "seeds") -> Row:
+def main(
+    samples: int = 10_000,
+    count: int = 6,
+    seeds: int = 3,
+    few: int = 0,
+    work: Path = RUNS / "seeds",
+    device: str = "cpu",
+) -> Row:
     """The first `count` of the six parts, of them the first `few` cells, if that is not 0."""
-    model, _ = fastsde.pretrained("fashion-mnist")
+    model, _ = fastsde.pretrained("fashion-mnist", device=device)
     cells = list(itertools.chain(*parts(model, seeds)[:count]))[: few or None]
-    rows = swept(work, model, cells, samples, batch_size=128, shard_size=1024)
+    rows = swept(work, model, cells, samples, batch_size=128 if device == "cpu" else 1024, shard_size=1024)
     return {"cells": rows, "summary": summarise(rows)}
 
 

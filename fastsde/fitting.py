@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastsde.api import sample
 from fastsde.arguments import as_model, resolve_samples, warn
 from fastsde.batching import select_rows
 from fastsde.checks import check_count, check_flags, check_kind, check_number
@@ -66,6 +65,11 @@ _LEAST_GAIN = 0.01
 """A step that mends a smaller share of the error is the last."""
 _ENERGY = 10.0
 """Weight of the samples' variance, which least squares alone makes too small."""
+_OUTLIER = 10.0
+"""How many times the median error a sample may have before it counts less."""
+_ON_PATH, _SEEN = 0.05, 1024
+"""Weight of the distance of the states from the path, in units of the samples' size; and of how many elements of a
+sample it is taken, at most."""
 _DAMPING, _CHANGE, _FARTHEST, _APART = 1e-3, 0.02, 0.4, 0.05
 """Of Gauss-Newton; the change for a difference, in units of the noise or of half the log-SNR; the longest move of a
 level, and the least distance of two, in half the log-SNR."""
@@ -110,13 +114,16 @@ def fit(
        equal steps in t, Karras's grid, the default. The best one and the default are the starts.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
-           sqrt((mean_i r_i)^2 + 10 s^2 v^2),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
-           v = (Var x / Var x* - 1) / 2,
+           sqrt((mean_i f(r_i))^2 + 10 s^2 v^2 + (s / 20)^2 u),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
+           v = (Var x / Var x* - 1) / 2,    u = mean_ik || y_ik - y*_i(rho_k) ||^2 / d / (rho_k^2 + s^2),
 
-       with s^2 = Var x*. This is least squares of x - x* with weights 1 / r_i, so one sample with a large error has
-       little weight. Derivatives are finite differences. A third of the pilots is held out of this step. Of all steps,
-       the one with the smallest mean r on the held-out pilots is kept. If it is not at least 5 % lower than that of the
-       default, the default is kept.
+       with s^2 = Var x*, y = x_t / alpha_t and rho = sigma_t / alpha_t. This is least squares of x - x* with weights
+       1 / r_i, so one sample with a large error has little weight. u is how far the states are from the accurate path
+       y*. Where x - x* is small already, it keeps them near that path, and so samples that are not among the pilots in
+       the right mode. f(r) = r up to a limit of 10 times the median of r, limit (1 + log(r / limit)) beyond. In v and u
+       a pilot beyond the limit counts limit / r: it ends in another mode. Derivatives are finite differences. A third
+       of the pilots is held out of this step. Of all steps, the one with the smallest mean r on the held-out pilots is
+       kept. If it is not at least 5 % lower than that of the default, the default is kept.
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,
@@ -403,6 +410,10 @@ class _Pilot:
         self.cost, self.bar = 0, tqdm(disable=True)
         self.guess, self.spread = tuple[float, ...](), math.inf
         self.noise = noise_of(samples, ExponentialPC(eta=eta), sde, (sde.t_min, sde.t_max))
+        size = math.prod(samples.event)
+        self.seen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:_SEEN].to(self.device)
+        # With noise there is no path that depends on the start alone.
+        self.on_path = _ON_PATH if eta == 0 else 0.0
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
@@ -413,32 +424,34 @@ class _Pilot:
     def solve(self, kept: _Kept | None) -> None:
         """The accurate solution, from the file if it is there."""
         found = None if kept is None else kept.solution()
+        teacher = self._at(self._fine(self.teacher_calls - 1).times)
+        self.path_rho = [math.exp(-v / 2) for v in teacher.log_snr]
         if found is None:
-            solver = ExponentialPC(eta=self.eta)
-            r = sample(
-                self.model,
-                self.sde,
-                solver=solver,
-                controller=self._fine(self.teacher_calls - 1),
-                shape=(self.count, *self.samples.event),
-                index=self.index.cpu(),
-                seed=self.samples.seed,
-                cond=self.samples.cond or None,
-                batch_size=self.batch_size,
-                device=self.device,
-            )
-            if not r.success.all():
-                raise RuntimeError(f"pilot samples failed: {r.counts()}.")
-            self.paid(int(r.nfe.sum()))
-            found = r.samples
+            target, path = found = self._solved(teacher)
             if kept is not None:
-                kept.keep(found.cpu().numpy(), self.cost)
+                kept.keep(target.cpu().numpy(), path.cpu().numpy(), self.cost)
         elif kept is not None:
             self.cost = kept.cost
-        self.target = found.to(self.device).float()
+        self.target, self.path = (part.to(self.device).float() for part in found)
         centred = (self.target - self.target.mean(0)).double()
         self.variance = max(float(centred.square().mean()), 1e-12)
         self.floor = self.variance / 6400  # of a squared error: an 80th of the samples' size
+
+    def _solved(self, teacher: FittedSolver) -> tuple[Tensor, Tensor]:
+        """Samples of a fine grid; and y at its levels, with shape (levels, pilots, elements seen)."""
+        ends, paths, alpha = list[Tensor](), list[Tensor](), self.sde.alpha(torch.tensor(teacher.times)).tolist()
+        for part in self.chunks(torch.arange(self.count)):
+            path, end = list[Tensor](), torch.empty(0)
+            for a, state in zip(alpha, self._states(teacher, part), strict=True):
+                path.append(state["x"].flatten(1)[:, self.seen] / a)
+                end = state["x_0"]
+            ends.append(end)
+            paths.append(torch.stack(path))
+        found = torch.cat(ends)
+        failed = int((~torch.isfinite(found).flatten(1).all(1)).sum())
+        if failed:
+            raise RuntimeError(f"pilot samples failed: {failed} of {self.count} are not finite.")
+        return found, torch.cat(paths, 1)
 
     def agree(self) -> None:
         """Looks for the mean of the data in the network's predictions in noise, where these agree best."""
@@ -489,19 +502,48 @@ class _Pilot:
         error, size = (v[held].double().flatten(1).norm(dim=1) for v in (x - self.target, self.target))
         return float((error / size.clamp(min=1e-12)).nan_to_num(nan=math.inf).median())
 
-    def objective(self, x: Tensor) -> float:
+    def objective(self, walked: _Walked) -> float:
         """What is lowered, on the samples that are fitted."""
-        own = ~self.held.to(x.device)
-        error = float(self.root_errors(x[own], ~self.held).mean())
-        value = math.sqrt(error**2 + _ENERGY * self.variance * self.energy(x[own], self.target[own])[0] ** 2)
+        errors, limit, counted = self.counted(walked.x)
+        error = float(torch.where(errors <= limit, errors, limit * (1 + (errors / limit).log())).mean())
+        parts = zip(self.chunks(torch.arange(self.count)), walked.states, strict=True)
+        off = torch.cat([self.off(walked.solver, chain, part).square().mean((0, 2)) for part, chain in parts])
+        stray = float(counted @ off.cpu()[~self.held].double() / counted.sum())
+        more = _ENERGY * self.energy(walked.x)[0] ** 2 + self.on_path**2 * stray
+        value = math.sqrt(error**2 + self.variance * more)
         return value if math.isfinite(value) else math.inf
 
-    @staticmethod
-    def energy(x: Tensor, target: Tensor) -> tuple[float, Tensor, float]:
-        """v of the objective; the centred samples and the sum of squares of the target, of which v is made."""
-        centred, wanted = (v.double() - v.double().mean(0) for v in (x, target))
-        total = max(float(wanted.square().sum()), 1e-12)
-        return (float(centred.square().sum()) / total - 1) / 2, centred, total
+    def counted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the samples that are fitted: root errors, the largest that counts in full, and how much each counts."""
+        errors = self.root_errors(x[~self.held.to(x.device)], ~self.held)
+        limit = _OUTLIER * errors.median()
+        return errors, limit, (limit / errors).clamp(max=1.0)
+
+    def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
+        """v of the objective; the weighted centred samples and the sum of squares of the target, of which v is made."""
+        own = ~self.held.to(x.device)
+        weight = self.counted(x)[2].to(x.device)
+        centred, wanted = (
+            rows - weight @ rows / weight.sum() for rows in (v[own].double().flatten(1) for v in (x, self.target))
+        )
+        total = max(float((weight @ wanted.square()).sum()), 1e-12)
+        weighted = weight[:, None] * centred
+        return (float((weighted * centred).sum()) / total - 1) / 2, weighted, total
+
+    def off(self, solver: FittedSolver, states: list[Carry], rows: Tensor, first: int = 0) -> Tensor:
+        """How far y is from the path at each level from number `first` on, in units of the noise and the data together.
+
+        With shape (levels - first, rows, elements seen). Between its levels the path is taken as straight in rho.
+        """
+        found, alpha = list[Tensor](), self.sde.alpha(torch.tensor(solver.times, dtype=torch.float64)).tolist()
+        for k, state in enumerate(states, first):
+            rho = math.exp(-solver.log_snr[k] / 2)
+            after = min(max(1, sum(there > rho for there in self.path_rho)), len(self.path_rho) - 1)
+            a, b = self.path_rho[after - 1 : after + 1]
+            y, z = (self.path[j, rows.to(self.device)] for j in (after - 1, after))
+            there = y + (a - rho) / (a - b) * (z - y)
+            found.append((state["x"].flatten(1)[:, self.seen] / alpha[k] - there) / math.sqrt(rho**2 + self.variance))
+        return torch.stack(found)
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
         return list(rows.split(self.batch_size))
@@ -521,27 +563,30 @@ class _Pilot:
 
     def walk(self, solver: FittedSolver, rows: Tensor, first: int = 0, state: Carry | None = None) -> list[Carry]:
         """States after each level from number `first` on, from the state before it, or from the start."""
+        return list(self._states(solver, rows, first, state))
+
+    def _states(
+        self, solver: FittedSolver, rows: Tensor, first: int = 0, state: Carry | None = None
+    ) -> Iterator[Carry]:
         times = torch.tensor(solver.times, dtype=torch.float64)
         plan = solver.plan(self.sde, times).map(lambda v: v.float() if v.is_floating_point() else v)
         active = torch.ones(len(rows), dtype=torch.bool, device=self.device)
         model = BoundModel(self.model, select_rows(rows.to(self.device), self.samples.cond), active)
         normals = self.normals(times, rows.to(self.device))
-        states = []
         if state is None:
             x = self.start[rows.to(self.device)]
             state = {"x": x, **solver.init(x)}
             if solver.guesses:  # its first level is the start
                 first = 1
-                states.append(state)
+                yield state
         for k in range(first, len(times)):
             c = plan.rows(torch.full((len(rows),), k)).map(lambda value: value.to(self.device))
             ahead = solver.predict(state["x"], c, state, normals[k])
             prediction = model(ahead.x, times[k].expand(len(rows)).to(self.device))
             x, carry = solver.correct(ahead, prediction, c, state)
             state = {**carry, "x": x}
-            states.append(state)
+            yield state
         self.paid(int(model.nfe.sum()))
-        return states
 
     def walked(self, solver: FittedSolver, rows: Tensor | None = None) -> _Walked:
         """A solver's samples, of some of the pilots or of all."""
@@ -586,9 +631,12 @@ class _Pilot:
 
     def default(self, levels: int) -> _Walked:
         """What `sample(nfe=...)` does."""
-        times = self.own_times(levels)
+        return self.walked(self._at(self.own_times(levels)))
+
+    def _at(self, times: Tensor) -> FittedSolver:
+        """`ExponentialPC` at these times."""
         log_snr = tuple(self.sde.log_snr(times).tolist())
-        return self.walked(FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr))
+        return FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr)
 
     def starts(self, calls: int) -> dict[str, FittedSolver]:
         """Where a fit may start, by name: those of `grids`, with the guess for its first call if it is good enough."""
@@ -609,7 +657,7 @@ class _Pilot:
             return {"given": (self.sde.log_snr(self.given.times) / 2).tolist()}
         found = {"default": (self.sde.log_snr(self.own_times(levels)) / 2).tolist()}
         if levels > 2:
-            for first in (-3.0, -2.2, -1.6, -1.1):
+            for first in (-3.0, -2.2, -1.6):
                 for last in (0.4, 1.2, 2.0, 4.0):
                     inner = torch.linspace(middle + first, min(middle + last, high), levels - 1, dtype=torch.float64)
                     found[f"log-SNR, {first:g} to {last:g}"] = [low, *inner.tolist()]
@@ -645,7 +693,7 @@ class _Fit:
             now, value, mu = self._start()
         else:
             now, self.name = pilot.walked(resumed), "resumed"
-            value, mu = pilot.objective(now.x), _DAMPING
+            value, mu = pilot.objective(now), _DAMPING
         best, held = now, float(pilot.held_errors(now.x).mean())
         last = self.last
         for turn in range(_ITERATIONS):
@@ -686,7 +734,7 @@ class _Fit:
                 break
             before = pilot.cost
             walked = pilot.walked(solvers[name])
-            value = pilot.objective(walked.x)
+            value = pilot.objective(walked)
             stepped = self._step(walked, value, _DAMPING) if math.isfinite(value) else None
             found.append((name, *(stepped or (walked, value, _DAMPING))))
             self.last = pilot.cost - before
@@ -703,7 +751,7 @@ class _Fit:
             moved = self._moved(now.solver, move.tolist())
             if moved is not None:
                 after = self.pilot.walked(moved)
-                better = self.pilot.objective(after.x)
+                better = self.pilot.objective(after)
                 if better < value:
                     return after, better, max(mu / 10, 1e-6)
             mu *= 10
@@ -739,39 +787,42 @@ class _Fit:
     def _normal_equations(self, now: _Walked) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix and right-hand side for the move of all numbers, each in units of its effect, and these units."""
         pilot, size = self.pilot, len(self._numbers(now.solver))
-        own = ~pilot.held
+        own, start = ~pilot.held, 0
         matrix, vector = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         slope = torch.zeros(size, dtype=torch.float64)
-        v, centred, total = pilot.energy(now.x[own.to(now.x.device)], pilot.target[own.to(now.x.device)])
-        weight, seen, elements = 1 / pilot.root_errors(now.x, torch.ones_like(own)), 0, 0
+        v, centred, total = pilot.energy(now.x)
+        errors, _, counted = pilot.counted(now.x)
+        weight = counted / errors
+        scale = pilot.variance * float(weight.mean())
+        ends = (weight / (len(weight) * now.x[0].numel())).sqrt()
+        stray = (pilot.on_path**2 * scale * counted / (counted.sum() * len(now.solver.times) * len(pilot.seen))).sqrt()
         for rows, chain in zip(pilot.chunks(torch.arange(pilot.count)), now.states, strict=True):
             mine = own[rows].nonzero().flatten()
             if not len(mine):
                 continue
-            part = rows[mine]
+            part, numbers = rows[mine], slice(start, start := start + len(mine))
             states = [select_rows(mine.to(pilot.device), state) for state in chain]
-            columns = self._columns(now.solver, part, states)
+            columns, moved = self._columns(now.solver, part, states)
             residual = (pilot.target[part.to(pilot.device)] - states[-1]["x_0"]).flatten(1)
-            along = centred[seen : seen + len(part)].flatten(1)
-            slope += (columns.flatten(1).double() @ along.flatten()).cpu() / total
-            root = weight[part].sqrt().to(pilot.device)[:, None]
-            scaled = (columns * root.float()).flatten(1).double()
+            slope += (columns.flatten(1).double() @ centred[numbers].flatten()).cpu() / total
+            by_end, by_path = (w[numbers].float().to(pilot.device)[:, None] for w in (ends, stray))
+            scaled = torch.cat([(columns * by_end).flatten(1), (moved * by_path).flatten(1)], 1).double()
+            off = pilot.off(now.solver, states, part)
+            wanted = torch.cat([(residual * by_end).flatten(), -(off * by_path).flatten()]).double()
             matrix += (scaled @ scaled.T).cpu()
-            vector += (scaled @ (residual * root).flatten().double()).cpu()
-            seen, elements = seen + len(part), elements + residual.numel()
-        matrix, vector = matrix / elements, vector / elements
+            vector += (scaled @ wanted).cpu()
         unit = matrix.diagonal().sqrt().clamp(min=1e-12)
-        share = _ENERGY * pilot.variance * float(weight[own].mean())
-        matrix = (matrix + share * torch.outer(slope, slope)) / torch.outer(unit, unit)
-        return matrix, (vector - share * v * slope) / unit, unit
+        matrix = (matrix + _ENERGY * scale * torch.outer(slope, slope)) / torch.outer(unit, unit)
+        return matrix, (vector - _ENERGY * scale * v * slope) / unit, unit
 
-    def _columns(self, solver: FittedSolver, rows: Tensor, states: list[Carry]) -> Tensor:
-        """Derivatives of the samples after each number, with shape (numbers, rows, elements)."""
-        pilot, last = self.pilot, states[-1]
-        found = []
+    def _columns(self, solver: FittedSolver, rows: Tensor, states: list[Carry]) -> tuple[Tensor, Tensor]:
+        """Derivatives after each number: of the samples, with shape (numbers, rows, elements), and of `off`."""
+        pilot, last, off = self.pilot, states[-1], self.pilot.off(solver, states, rows)
+        found, moves = list[Tensor](), list[Tensor]()
         for kind, k, j in self._numbers(solver):
             if kind == "output":
                 found.append(last[f"past_{j}"].flatten(1))
+                moves.append(torch.zeros_like(off))
                 continue
             before = states[k - 1]
             change = _CHANGE
@@ -782,10 +833,12 @@ class _Fit:
             elif solver.log_snr[k] / 2 + change > pilot.lams[1]:
                 change = -change
             moved = self._changed(solver, kind, k, j, change)
-            x = pilot.walk(moved, rows, k, before)[-1]["x_0"]
+            chain = pilot.walk(moved, rows, k, before)
+            by = torch.cat([torch.zeros_like(off[:k]), pilot.off(moved, chain, rows, k) - off[k:]]) / change
             # What leaves the numbers says nothing of where to go.
-            found.append(((x - last["x_0"]) / change).flatten(1).nan_to_num(0.0, 0.0, 0.0))
-        return torch.stack(found)
+            found.append(((chain[-1]["x_0"] - last["x_0"]) / change).flatten(1).nan_to_num(0.0, 0.0, 0.0))
+            moves.append(by.nan_to_num(0.0, 0.0, 0.0))
+        return torch.stack(found), torch.stack(moves)
 
     def _changed(self, solver: FittedSolver, kind: str, k: int, j: int, change: float) -> FittedSolver:
         """The solver with one number changed, however near its levels come to each other."""
@@ -820,7 +873,7 @@ class _Kept:
         self.path, self.settings = path, settings
         self.part = path.with_name(f"{path.name}.part")
         self.cost = 0
-        self.found: np.ndarray | None = None
+        self.found: tuple[np.ndarray, np.ndarray] | None = None
         self.fitted: FittedSolver | None = None
         if self.part.is_file():
             self._read()
@@ -837,26 +890,26 @@ class _Kept:
         try:
             with ArrayFile(self.part) as file:
                 record = bytes(file.read("record")).decode()
-                target = file.read("target")
+                target, path = file.read("target"), file.read("path")
             content = json.loads(record)
             if content["settings"] != json_hash(dict(self.settings)):
                 return
             fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
-            self.cost, self.found, self.fitted = int(content["cost"]), target, fitted
+            self.cost, self.found, self.fitted = int(content["cost"]), (target, path), fitted
         except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: begun again
 
-    def solution(self) -> Tensor | None:
-        """The accurate solution of an interrupted fit."""
-        return None if self.found is None else torch.as_tensor(self.found)
+    def solution(self) -> tuple[Tensor, Tensor] | None:
+        """The accurate solution of an interrupted fit: samples and path."""
+        return None if self.found is None else (torch.as_tensor(self.found[0]), torch.as_tensor(self.found[1]))
 
     def solver(self, levels: int) -> FittedSolver | None:
         """The last step of an interrupted fit for so many levels."""
         return self.fitted if self.fitted is not None and self.fitted.nfe == levels else None
 
-    def keep(self, target: np.ndarray, cost: int) -> None:
+    def keep(self, target: np.ndarray, path: np.ndarray, cost: int) -> None:
         """Writes the accurate solution."""
-        self.found, self.cost = target, cost
+        self.found, self.cost = (target, path), cost
         self._write(None)
 
     def keep_solver(self, solver: FittedSolver, cost: int) -> None:
@@ -871,7 +924,8 @@ class _Kept:
             "solver": None if solver is None else solver.as_json(),
         }
         text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
-        write_whole(self.part, {"target": np.asarray(self.found), "record": text})
+        assert self.found is not None
+        write_whole(self.part, {"target": self.found[0], "path": self.found[1], "record": text})
 
     def finish(self, solver: FittedSolver) -> None:
         """Writes the solver, and removes what was kept on the way."""

@@ -177,13 +177,14 @@ def network(
     seed: int = 0,
     few: int = 0,
     work: Path = RUNS / "thesis_network",
+    device: str = "cpu",
 ) -> Row:
     """With the packaged network?"""
-    model, _ = fastsde.pretrained("fashion-mnist")
+    model, _ = fastsde.pretrained("fashion-mnist", device=device)
 
     def run(rows: list[Planned]) -> list[Row]:
         cells = [cell for _, cell, _ in rows]
-        return swept(work, model, cells, samples, batch_size=80, shard_size=160)
+        return swept(work, model, cells, samples, batch_size=80 if device == "cpu" else 160, shard_size=160)
 
     first, beside = list(published_calls("VP", rtols, seed)), list[Planned]()
     for row, found in zip(first, run(first), strict=True):
