@@ -183,7 +183,7 @@ def seeds(results: Row) -> list[Row]:
     shown = "sampler = solver | [{mean_nfe:.0f} calls] = {fid:.3f} ± {fid_error:.3f}"
     ten = {row["solver"]: row for row in results["summary"] if round(row["mean_nfe"]) == 10}
     rows = [line | ten.get(line["sampler"], {}) for line in shaped(results["summary"], shown)]
-    return shaped(rows, "sampler | 8 calls | 10 calls | 36 calls | precision | recall")
+    return shaped(rows, "sampler | 8 calls | 10 calls | 15 calls | 36 calls | precision | recall")
 
 
 def digits(results: Row) -> list[Row]:

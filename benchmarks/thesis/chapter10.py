@@ -195,7 +195,7 @@ def network(
     more.append(("10.1", Cell(fastsde.ExponentialPC(eta=1.0), "ExponentialPC, eta 1", None, 0.02, seed), None))
     rows, keys = first + (beside + more)[: few or None], ("mean_nfe", "rejected", "fid", "fid_error")
     found = [shown(row, **{key: one[key] for key in keys}) for row, one in zip(rows, run(rows), strict=True)]
-    return {"real_images": floor_of(samples), "rows": found}
+    return {"real_images": floor_of(samples), "rows": sorted(found, key=lambda row: row["part"])}
 
 
 class TableVP(fastsde.VPSDE):
