@@ -59,15 +59,13 @@ _ITERATIONS, _PLANNED = 10, 3
 """Gauss-Newton steps at most, and those that a number of pilots is chosen for."""
 _STARTS = 2
 """Grids from which a first step is tried: the best, and that of the default."""
-_CLEARLY = 0.95
-"""Share of the default's error below which a fit takes its place."""
 _LEAST_GAIN = 0.01
 """A step that mends a smaller share of the error is the last."""
 _ENERGY = 10.0
 """Weight of the samples' variance, which least squares alone makes too small."""
-_OUTLIER = 10.0
+_OUTLIER = 4.0
 """How many times the median error a sample may have before it counts less."""
-_ON_PATH, _SEEN = 0.05, 1024
+_ON_PATH, _SEEN = 0.2, 1024
 """Weight of the distance of the states from the path, in units of the samples' size; and of how many elements of a
 sample it is taken, at most."""
 _DAMPING, _CHANGE, _FARTHEST, _APART = 1e-3, 0.02, 0.4, 0.05
@@ -114,16 +112,16 @@ def fit(
        equal steps in t, Karras's grid, the default. The best one and the default are the starts.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
-           sqrt((mean_i f(r_i))^2 + 10 s^2 v^2 + (s / 20)^2 u),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
+           sqrt((mean_i f(r_i))^2 + 10 s^2 v^2 + (s / 5)^2 u),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
            v = (Var x / Var x* - 1) / 2,    u = mean_ik || y_ik - y*_i(rho_k) ||^2 / d / (rho_k^2 + s^2),
 
        with s^2 = Var x*, y = x_t / alpha_t and rho = sigma_t / alpha_t. This is least squares of x - x* with weights
        1 / r_i, so one sample with a large error has little weight. u is how far the states are from the accurate path
        y*. Where x - x* is small already, it keeps them near that path, and so samples that are not among the pilots in
-       the right mode. f(r) = r up to a limit of 10 times the median of r, limit (1 + log(r / limit)) beyond. In v and u
+       the right mode. f(r) = r up to a limit of 4 times the median of r, limit (1 + log(r / limit)) beyond. In v and u
        a pilot beyond the limit counts limit / r: it ends in another mode. Derivatives are finite differences. A third
        of the pilots is held out of this step. Of all steps, the one with the smallest mean r on the held-out pilots is
-       kept. If it is not at least 5 % lower than that of the default, the default is kept.
+       kept. The default is kept if its own is lower, or lower for a typical sample (in the geometric mean).
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,
@@ -850,7 +848,7 @@ class _Fit:
         return self.pilot.solver(lams, self._rows(weights), solver.output, solver.guess)
 
     def _judge(self, found: _Walked) -> None:
-        """Keeps what was found, or the default if that is not clearly farther off, and notes both errors."""
+        """Keeps what was found, or the default if that is nearer, and notes both errors."""
         pilot = self.pilot
         self.error, self.default_error = pilot.relative(found.x), pilot.relative(self.default.x)
         ours, theirs = (pilot.held_errors(walked.x) for walked in (found, self.default))
@@ -858,7 +856,7 @@ class _Fit:
         middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
         self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
         self.best = found
-        if not float(ours.mean()) <= _CLEARLY * float(theirs.mean()):
+        if not (float(ours.mean()) < float(theirs.mean()) and self.ratio < 1.0):
             self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)
 
 

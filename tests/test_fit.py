@@ -220,6 +220,48 @@ def test_three_pilots_agree():
     assert max(errors) < 0.1 * error(images(), nfe=5)
 
 
+def far_and_tight():
+    """A smooth Gaussian, and one sample in ten in a tight cluster far away."""
+    d = 32
+    means = torch.stack([torch.zeros(d), 0.6 * torch.randn(d, generator=torch.Generator().manual_seed(0))]).double()
+    covariances = torch.stack([torch.logspace(-0.6, -2.6, d).diag(), 1e-4 * torch.eye(d)]).double()
+    return MixtureScore.from_covariances(VP, torch.tensor([0.9, 0.1]), means, covariances)
+
+
+def sixteen_scales():
+    """Sixteen clusters from tight to wide."""
+    k, d = 16, 64
+    means = 0.3 * torch.randn(k, d, generator=torch.Generator().manual_seed(0)).double()
+    covariances = torch.eye(d).double() * torch.logspace(-2, -0.6, k).double()[:, None, None] ** 2
+    return MixtureScore.from_covariances(VP, torch.full((k,), 1 / k), means, covariances)
+
+
+def test_pilots_that_end_in_another_mode_do_not_rule_the_others():
+    """With 20 pilots about two are in the cluster. Too few calls cannot meet it: the others must be met even so."""
+    model = far_and_tight()
+    z, fine = accurate(model, 200)
+    medians = []
+    for seed in range(4):
+        fitted = fastsde.fit(model, nfe=4, pilots=20, calls=6000, seed=seed)
+        x = fastsde.sample(model, x_init=z, batch_size=200, solver=fitted).samples
+        medians.append(float((x - fine).square().mean(1).sqrt().median()))
+    # Measured 0.0008 to 0.0014 where a pilot beyond the limit counts less, up to 0.036 where all count alike.
+    assert max(medians) < 0.004
+
+
+def test_samples_that_are_no_pilots_end_in_the_right_mode():
+    """Twenty pilots do not show how often samples change their mode. States near the accurate path change it less."""
+    model = sixteen_scales()
+    z, fine = accurate(model, 400)
+    far = []
+    for seed in range(4):
+        fitted = fastsde.fit(model, nfe=4, pilots=20, calls=6000, seed=seed)
+        x = fastsde.sample(model, x_init=z, batch_size=400, solver=fitted).samples
+        far.append(float(((x - fine).square().mean(1).sqrt() > 0.1).float().mean()))
+    # Measured 0.05 on average; 0.13 where states are free and outliers count in full, 0.7 of the default.
+    assert sum(far) / 4 < 0.07
+
+
 def test_where_nothing_can_be_mended_the_default_stays():
     """Data at one point: D is constant, and every step exact."""
 
@@ -398,8 +440,8 @@ def test_fit_refusals(options, message):
 
 def test_an_rtol_that_no_fit_meets_is_told():
     with pytest.warns(UserWarning, match="was not met"):
-        fitted = fastsde.fit(clusters(), rtol=1e-4, pilots=6, calls=1100)
-    assert fitted.record["error"] > 1e-4
+        fitted = fastsde.fit(clusters(), rtol=1e-6, pilots=6, calls=1100)
+    assert fitted.record["error"] > 1e-6
 
 
 def test_a_shape_is_needed():
