@@ -53,7 +53,7 @@ data's variance in which predictions there may differ, times the calls of a samp
 the elements of a sample up to which it is kept."""
 FEWEST = 6
 """Pilots at least."""
-_FEW, _MOST = 16, 64
+_LEAST, _MOST = 16, 64
 """Pilots, where nobody says how many."""
 _ITERATIONS, _PLANNED = 10, 3
 """Gauss-Newton steps at most, and those that a number of pilots is chosen for."""
@@ -63,8 +63,9 @@ _LEAST_GAIN = 0.01
 """A step that mends a smaller share of the error is the last."""
 _ENERGY = 10.0
 """Weight of the samples' variance, which least squares alone makes too small."""
-_OUTLIER = 4.0
-"""How many times the median error a sample may have before it counts less."""
+_POWER, _OUTLIER, _FEW = 1.5, 4.0, 3
+"""Power of the errors whose mean is lowered. Those beyond this many times the median count less, if fewer than these
+are."""
 _ON_PATH, _SEEN = 0.2, 1024
 """Weight of the distance of the states from the path, in units of the samples' size; and of how many elements of a
 sample it is taken, at most."""
@@ -112,15 +113,17 @@ def fit(
        equal steps in t, Karras's grid, the default. The best one and the default are the starts.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
-           sqrt((mean_i f(r_i))^2 + 10 s^2 v^2 + (s / 5)^2 u),    r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,
-           v = (Var x / Var x* - 1) / 2,    u = mean_ik || y_ik - y*_i(rho_k) ||^2 / d / (rho_k^2 + s^2),
+           sqrt(E^2 + 10 s^2 v^2 + (s / 5)^2 u),    E = (mean_i r_i^1.5)^(2/3),
+           r_i^2 = || x_i - x*_i ||^2 / d + (s / 80)^2,    v = (Var x / Var x* - 1) / 2,
+           u = mean_ik || y_ik - y*_i(rho_k) ||^2 / d / (rho_k^2 + s^2),
 
        with s^2 = Var x*, y = x_t / alpha_t and rho = sigma_t / alpha_t. This is least squares of x - x* with weights
-       1 / r_i, so one sample with a large error has little weight. u is how far the states are from the accurate path
+       r_i^-0.5, so one sample with a large error has less weight. u is how far the states are from the accurate path
        y*. Where x - x* is small already, it keeps them near that path, and so samples that are not among the pilots in
-       the right mode. f(r) = r up to a limit of 4 times the median of r, limit (1 + log(r / limit)) beyond. In v and u
-       a pilot beyond the limit counts limit / r: it ends in another mode. Derivatives are finite differences. A third
-       of the pilots is held out of this step. Of all steps, the one with the smallest mean r on the held-out pilots is
+       the right mode. A pilot that ends in another mode cannot be mended. So beyond a limit L, r^1.5 is replaced by
+       L^1.5 (1 + 1.5 log(r / L)), and in v and u the pilot counts (L / r)^1.5. L is 4 times the median of r, or the
+       third largest r: where many pilots are far off, all of them count. Derivatives are finite differences. A third of
+       the pilots is held out of this step. Of all steps, the one with the smallest mean r on the held-out pilots is
        kept. The default is kept if its own is lower, or lower for a typical sample (in the geometric mean).
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
@@ -365,7 +368,7 @@ def _pilots_for(price: float, levels: int, teacher: int) -> int:
     """As many pilots as a price pays for."""
     fixed = _GRIDS * _SCOUTS * levels
     each = (_cost(levels, 1000) - fixed) / 1000 + teacher
-    return int(min(_MOST, max(_FEW, (price - fixed) / each)))
+    return int(min(_MOST, max(_LEAST, (price - fixed) / each)))
 
 
 def _scouts(pilots: int) -> int:
@@ -502,8 +505,7 @@ class _Pilot:
 
     def objective(self, walked: _Walked) -> float:
         """What is lowered, on the samples that are fitted."""
-        errors, limit, counted = self.counted(walked.x)
-        error = float(torch.where(errors <= limit, errors, limit * (1 + (errors / limit).log())).mean())
+        _, error, counted = self.counted(walked.x)
         parts = zip(self.chunks(torch.arange(self.count)), walked.states, strict=True)
         off = torch.cat([self.off(walked.solver, chain, part).square().mean((0, 2)) for part, chain in parts])
         stray = float(counted @ off.cpu()[~self.held].double() / counted.sum())
@@ -511,11 +513,13 @@ class _Pilot:
         value = math.sqrt(error**2 + self.variance * more)
         return value if math.isfinite(value) else math.inf
 
-    def counted(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the samples that are fitted: root errors, the largest that counts in full, and how much each counts."""
+    def counted(self, x: Tensor) -> tuple[Tensor, float, Tensor]:
+        """Of the samples that are fitted: root errors, their mean of the power, and how much each sample counts."""
         errors = self.root_errors(x[~self.held.to(x.device)], ~self.held)
-        limit = _OUTLIER * errors.median()
-        return errors, limit, (limit / errors).clamp(max=1.0)
+        limit = max(_OUTLIER * errors.median(), errors.topk(min(_FEW, len(errors))).values[-1])
+        beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
+        mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
+        return errors, float(mean), (limit / errors).clamp(max=1.0) ** _POWER
 
     def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
         """v of the objective; the weighted centred samples and the sum of squares of the target, of which v is made."""
@@ -789,11 +793,10 @@ class _Fit:
         matrix, vector = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         slope = torch.zeros(size, dtype=torch.float64)
         v, centred, total = pilot.energy(now.x)
-        errors, _, counted = pilot.counted(now.x)
-        weight = counted / errors
-        scale = pilot.variance * float(weight.mean())
-        ends = (weight / (len(weight) * now.x[0].numel())).sqrt()
-        stray = (pilot.on_path**2 * scale * counted / (counted.sum() * len(now.solver.times) * len(pilot.seen))).sqrt()
+        errors, error, counted = pilot.counted(now.x)
+        ends = (counted * (error / errors) ** (2 - _POWER) / (len(errors) * now.x[0].numel())).sqrt()
+        shares = counted / (counted.sum() * len(now.solver.times) * len(pilot.seen))
+        stray = pilot.on_path * (pilot.variance * shares).sqrt()
         for rows, chain in zip(pilot.chunks(torch.arange(pilot.count)), now.states, strict=True):
             mine = own[rows].nonzero().flatten()
             if not len(mine):
@@ -810,8 +813,9 @@ class _Fit:
             matrix += (scaled @ scaled.T).cpu()
             vector += (scaled @ wanted).cpu()
         unit = matrix.diagonal().sqrt().clamp(min=1e-12)
-        matrix = (matrix + _ENERGY * scale * torch.outer(slope, slope)) / torch.outer(unit, unit)
-        return matrix, (vector - _ENERGY * scale * v * slope) / unit, unit
+        share = _ENERGY * pilot.variance
+        matrix = (matrix + share * torch.outer(slope, slope)) / torch.outer(unit, unit)
+        return matrix, (vector - share * v * slope) / unit, unit
 
     def _columns(self, solver: FittedSolver, rows: Tensor, states: list[Carry]) -> tuple[Tensor, Tensor]:
         """Derivatives after each number: of the samples, with shape (numbers, rows, elements), and of `off`."""
