@@ -440,7 +440,8 @@ class _Pilot:
 
     def _solved(self, teacher: FittedSolver) -> tuple[Tensor, Tensor]:
         """Samples of a fine grid; and y at its levels, with shape (levels, pilots, elements seen)."""
-        ends, paths, alpha = list[Tensor](), list[Tensor](), self.sde.alpha(torch.tensor(teacher.times)).tolist()
+        ends, paths = list[Tensor](), list[Tensor]()
+        alpha = self.sde.alpha(torch.tensor(teacher.times, dtype=torch.float64)).tolist()
         for part in self.chunks(torch.arange(self.count)):
             path, end = list[Tensor](), torch.empty(0)
             for a, state in zip(alpha, self._states(teacher, part), strict=True):
