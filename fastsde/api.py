@@ -140,7 +140,10 @@ def sample(
             "x_data, cond, parameters of the network).",
             UserWarning,
         )
-    return _warned(with_range(result, job), job.model)
+    result = with_range(result, job)
+    if result.outside is not None and isinstance(job.model, ScoreModel):
+        warn_of_range(result.samples, job.model)
+    return result
 
 
 def job_of(
@@ -221,30 +224,32 @@ def with_range(result: SampleResult, job: Job) -> SampleResult:
     """The result with who left the range of the data, if the samples are denoised data."""
     if not job.denoise or not isinstance(job.model, ScoreModel):
         return result
-    low, high = job.model.data_range
-    far = ((result.samples - (low + high) / 2).abs() > high - low).reshape(len(result.samples), -1)
-    return dataclasses.replace(result, outside=far.sum(1) > 0.01 * far.shape[1])  # NaN is not far
+    return dataclasses.replace(result, outside=_outside(result.samples, job.model)[1])
 
 
-def _warned(result: SampleResult, model: Any) -> SampleResult:
-    """Warns if samples left the range of the data.
+def _outside(x: Tensor, model: ScoreModel) -> tuple[Tensor, Tensor]:
+    """Which elements are far out of the range of the data, with shape (n, elements), and which samples, (n,)."""
+    low, high = model.data_range
+    far = ((x - (low + high) / 2).abs() > high - low).reshape(len(x), -1)
+    return far, far.sum(1) > 0.01 * far.shape[1]  # NaN is not far
+
+
+def warn_of_range(x: Tensor, model: ScoreModel) -> None:
+    """Warns if samples, with shape (n, *event), left the range of the data.
 
     Of a range that nobody said, only if a tenth of all values are outside: data of variance 1 do not make that many.
     """
-    if result.outside is None or not result.outside.any():
-        return result
-    low, high = model.data_range
-    far = (result.samples - (low + high) / 2).abs() > high - low
-    if model.knows_range or far.double().mean() > 0.1:
+    far, outside = _outside(x, model)
+    if outside.any() and (model.knows_range or far.double().mean() > 0.1):
+        low, high = model.data_range
         warn(
-            f"{int(result.outside.sum())} of {len(far)} samples left the range of the data: values beyond "
+            f"{int(outside.sum())} of {len(far)} samples left the range of the data: values beyond "
             f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range=({low:g}, {high:g}). "
             "Probably the network is read in a wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). "
             "Or the model's data_range is not that of the data. If both are right, clip the predictions "
             "(fastsde.score.Clipped), add noise (ExponentialPC(eta=1.0)), or start at less noise (t_max of the SDE).",
             DataRangeWarning,
         )
-    return result
 
 
 _last_draw: tuple[Callable[[], object], tuple[object, ...]] = (lambda: None, ())

