@@ -103,7 +103,12 @@ def likelihood(
     truth = -model.log_density(x, t) / (x.shape[1] * math.log(2))
     jobs: list[tuple[str, int, float, Row]] = [(f"exact, rtol {v:g}", 0, v, {"exact": True}) for v in exact_rtol]
     jobs += [
-        (f"{'Gaussian' if gaussian else 'Rademacher'}, {k} probe{'s'[: k > 1]}", k, rtol, {"probes": k, "gaussian": gaussian})
+        (
+            f"{'Gaussian' if gaussian else 'Rademacher'}, {k} probe{'s'[: k > 1]}",
+            k,
+            rtol,
+            {"probes": k, "gaussian": gaussian},
+        )
         for gaussian in (False, True)
         for k in probes
     ]
