@@ -158,7 +158,8 @@ def exact(
             enough = int(r.success.sum()) > problem.d
             ratio = problem.distance(r.samples[r.success]) / floors[name][0] if enough else math.inf
             found = {"nfe": float(r.nfe.double().mean()), "ratio": ratio, "failed": int((~r.success).sum())}
-            rows.append({"process": name} | shown(row, **found) | {"method": f"{cell.label}, {cell.setting}"})
+            setting = "" if cell.nfe else f", {cell.setting}"
+            rows.append({"process": name} | shown(row, **found) | {"method": cell.label + setting})
             return found["nfe"]
 
         for row in tqdm(list(published_calls(name, rtols, 0)), f"{name}, tolerances", disable=None):
@@ -166,6 +167,7 @@ def exact(
                 run(rival)
         for row in tqdm(list(others(name, rtol, steps, 2 * steps + 1, 1e-5, 0)), f"{name}, others", disable=None):
             run(row)
+    rows.sort(key=lambda row: (processes.index(row["process"]), row["part"]))
     return {"floors": floors, "rows": rows}
 
 
