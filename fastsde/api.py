@@ -141,7 +141,7 @@ def sample(
             UserWarning,
         )
     result = with_range(result, job)
-    if result.outside is not None and isinstance(job.model, ScoreModel):
+    if result.outside is not None and result.outside.any() and isinstance(job.model, ScoreModel):
         warn_of_range(result.samples, job.model)
     return result
 

@@ -121,7 +121,7 @@ def fit(
 
        with s^2 = Var x*, y = x_t / alpha_t and rho = sigma_t / alpha_t. This is least squares of x - x* with weights
        r_i^-0.5, so one sample with a large error has less weight. u is how far the states are from the accurate y*, in
-       at most 2,048 elements of each pilot; 0 with noise. Where x - x* is small already, it keeps the states near y*,
+       at most 2,048 numbers of each pilot; 0 with noise. Where x - x* is small already, it keeps the states near y*,
        and so samples that are not among the pilots in the right mode. A pilot that ends in another mode cannot be
        mended. So with M = 4 median_i r_i, a pilot with r > M counts (M / r)^1.5 in v and u. In E, r^1.5 is replaced by
        L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
