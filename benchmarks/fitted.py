@@ -15,6 +15,7 @@ import statistics
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import networks
 import torch
@@ -27,7 +28,7 @@ from tqdm import tqdm
 import fastsde
 
 CALLS = (3, 4, 5, 6, 8, 10, 12, 15, 20)
-PILOT_CALLS, PRICES = (4, 6), (2_000, 4_000, 20_000)
+PILOT_CALLS, PRICES = (4, 5, 6), (2_000, 4_000, 20_000)
 """Numbers of calls at which three pilots and other prices are compared."""
 MANY, MANY_CALLS = 512, (4, 5, 6, 8)
 """On exact problems, whose calls cost little: so many pilots, and all the steps that they need."""
@@ -60,9 +61,10 @@ class Case:
         x = self.z * self.model.sde.prior_std
         return fastsde.sample(self.model, x_init=x, cond=self.cond, batch_size=128, **options)
 
-    def fitted(self, seed: int, **options: object) -> fastsde.FittedSolver:
+    def fitted(self, seed: int, **options: Any) -> fastsde.FittedSolver:
         """A fit by other samples, of the classes in turn where there are classes."""
-        pilots = 40 if options.get("calls", 8000) > 4000 else 16  # which a low price cannot pay
+        few, calls = options.get("calls", 8000) <= 4000, options.get("nfe", 5)
+        pilots = 16 if few else 40 if calls < 5 else 20  # what the price pays for
         return fastsde.fit(self.model, seed=seed, **({"cond": labels(pilots)} if self.cond else {}), **options)
 
     def judged(self, x: Tensor) -> dict[str, float]:
