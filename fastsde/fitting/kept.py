@@ -1,0 +1,86 @@
+"""The files of a fit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastsde.files import ArrayFile, json_hash, write_whole
+from fastsde.solvers.fitted import FittedSolver
+
+
+class Kept:
+    """The file of a finished fit, and beside it CACHE.part, the state of one that is not."""
+
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        if not path.absolute().parent.is_dir() or path.is_dir():
+            raise ValueError(f"cache= must be a file in a folder that exists; got {path}.")
+        if settings["weights_sha256"] is None:
+            raise ValueError("cache= needs a network with weights to know it by; got a plain function.")
+        self.path, self.settings = path, settings
+        self.part = path.with_name(f"{path.name}.part")
+        self.cost = 0
+        self.found: tuple[np.ndarray, np.ndarray] | None = None
+        self.fitted: FittedSolver | None = None
+        if self.part.is_file():
+            self._read()
+
+    def finished(self) -> FittedSolver | None:
+        """The solver in the file, if it was made for the same settings."""
+        if not self.path.exists():
+            return None
+        solver = FittedSolver.load(self.path)
+        same = all(solver.record.get(key) == value for key, value in self.settings.items())
+        return solver if same else None
+
+    def _read(self) -> None:
+        try:
+            with ArrayFile(self.part) as file:
+                record = bytes(file.read("record")).decode()
+                target, course = file.read("target"), file.read("course")
+            content = json.loads(record)
+            if content["settings"] != json_hash(dict(self.settings)):
+                return
+            fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
+            self.cost, self.found, self.fitted = int(content["cost"]), (target, course), fitted
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # damaged: begun again
+
+    def solution(self) -> tuple[Tensor, Tensor] | None:
+        """The accurate solution of an interrupted fit: the samples, and states on the way."""
+        return None if self.found is None else (torch.as_tensor(self.found[0]), torch.as_tensor(self.found[1]))
+
+    def solver(self, levels: int) -> FittedSolver | None:
+        """The last step of an interrupted fit for so many levels."""
+        return self.fitted if self.fitted is not None and self.fitted.nfe == levels else None
+
+    def keep(self, target: np.ndarray, course: np.ndarray, cost: int) -> None:
+        """Writes the accurate solution."""
+        self.found, self.cost = (target, course), cost
+        self._write(None)
+
+    def keep_solver(self, solver: FittedSolver, cost: int) -> None:
+        """Writes the last step beside it."""
+        self.cost = cost
+        self._write(solver)
+
+    def _write(self, solver: FittedSolver | None) -> None:
+        content = {
+            "settings": json_hash(dict(self.settings)),
+            "cost": self.cost,
+            "solver": None if solver is None else solver.as_json(),
+        }
+        text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
+        assert self.found is not None  # `keep` comes first
+        write_whole(self.part, {"target": self.found[0], "course": self.found[1], "record": text})
+
+    def finish(self, solver: FittedSolver) -> None:
+        """Writes the solver, and removes what was kept on the way."""
+        solver.save(self.path)
+        self.part.unlink(missing_ok=True)
