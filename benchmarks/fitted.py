@@ -15,7 +15,6 @@ import statistics
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import networks
 import torch
@@ -61,11 +60,9 @@ class Case:
         x = self.z * self.model.sde.prior_std
         return fastsde.sample(self.model, x_init=x, cond=self.cond, batch_size=128, **options)
 
-    def fitted(self, seed: int, **options: Any) -> fastsde.FittedSolver:
+    def fitted(self, seed: int, **options: object) -> fastsde.FittedSolver:
         """A fit by other samples, of the classes in turn where there are classes."""
-        few, calls = options.get("calls", 8000) <= 4000, options.get("nfe", 5)
-        pilots = 16 if few else 40 if calls < 5 else 20  # what the price pays for
-        return fastsde.fit(self.model, seed=seed, **({"cond": labels(pilots)} if self.cond else {}), **options)
+        return fastsde.fit(self.model, seed=seed, cond=labels if self.cond else None, **options)
 
     def judged(self, x: Tensor) -> dict[str, float]:
         """The columns of a row."""

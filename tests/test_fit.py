@@ -334,6 +334,20 @@ def test_conditioning_belongs_to_the_fit():
     assert (found.log() - std.repeat(4).log()).abs().mean() < (plain.log() - std.repeat(4).log()).abs().mean()
 
 
+def test_conditioning_may_be_a_function_of_the_number_of_pilots():
+    """Whoever cannot know how many pilots a price pays for gets the same fit as with so many rows."""
+    model = ScoreModel(lambda x, t, std: -x / std[:, None] ** 2, VP, event_shape=(2,))
+
+    def cond(n):
+        return {"std": torch.linspace(0.5, 1.0, n)}
+
+    fitted = fastsde.fit(model, nfe=3, calls=1500, cond=cond)
+    given = fastsde.fit(model, nfe=3, calls=1500, cond=cond(fitted.record["pilots"]))
+    assert fitted.weights == given.weights
+    with pytest.raises(TypeError, match="what cond returns must be a dict of tensors; got Tensor"):
+        fastsde.fit(ScoreModel(never, VP, event_shape=(2,)), nfe=3, cond=torch.zeros)
+
+
 def test_pilot_samples_are_none_of_the_users():
     network = Recorder(lambda x, t: -x)
     fastsde.fit(ScoreModel(network, VP, event_shape=(2,)), nfe=3, pilots=8)

@@ -15,8 +15,6 @@ from fastsde.cli.output import check_writable, dump_json
 from fastsde.fitting import FEWEST, PRICE
 from fastsde.fitting import fit as run
 
-_LABELLED = 40
-
 
 @click.command()
 @option.model
@@ -32,8 +30,8 @@ _LABELLED = 40
 @click.option(
     "--pilots",
     type=click.IntRange(FEWEST),
-    show_default=f"as --calls pays for; {_LABELLED} for models with classes, in turn",
-    help="Pilot samples.",
+    show_default="as many as --calls pays for",
+    help="Pilot samples; of a model with classes, of each in turn.",
 )
 @click.option(
     "--guess/--no-guess",
@@ -47,9 +45,7 @@ _LABELLED = 40
 @click.option("--out", default="fitted.json", type=PATH, help="The file to write.")
 @option.plot
 @option.as_json
-def fit(
-    model: str, device: torch.device, pilots: int | None, out: Path, plot: Path | None, as_json: bool, **asked: Any
-) -> None:
+def fit(model: str, device: torch.device, out: Path, plot: Path | None, as_json: bool, **asked: Any) -> None:
     """Fit times and weights of a multistep solver to a network, for one number of calls, and write them as JSON.
 
     A few samples are solved accurately; then the solver is fitted to end where they do. A third of them is left out,
@@ -65,11 +61,8 @@ def fit(
     check_writable(out)
     check_writable(plot, "--plot")
     opened = open_model(model, device, torch.float32)
-    cond = None
-    if opened.classes:
-        pilots = _LABELLED if pilots is None else pilots
-        cond = {"class_labels": torch.arange(pilots) % opened.classes}
-    solver = run(opened.model, cond=cond, pilots=pilots, cache=out, progress=True, **asked)
+    cond = (lambda n: {"class_labels": torch.arange(n) % opened.classes}) if opened.classes else None
+    solver = run(opened.model, cond=cond, cache=out, progress=True, **asked)
     if plot is not None:
         solver.plot(plot)
     click.echo(dump_json(solver.as_json()) if as_json else f"{solver}\n  {out}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ def fit(
     rtol: float | None = None,
     eta: float = 0.0,
     shape: Sequence[int] | None = None,
-    cond: Cond | None = None,
+    cond: Cond | Callable[[int], Cond] | None = None,
     calls: int | None = None,
     pilots: int | None = None,
     times: Sequence[float] | None = None,
@@ -104,10 +104,12 @@ def fit(
             If none has, the best is taken, with a warning.
         eta: noise of the sampler, 0 to 5. The accurate solution uses the same noise.
         shape: shape of one sample, if the model does not know it.
-        cond: conditioning of the pilot samples, each with leading axis `pilots`.
+        cond: conditioning of the pilot samples, each with leading axis `pilots`; or a function of their number that
+            returns it, such as `lambda n: {"class_labels": torch.arange(n) % 10}`.
         calls: about how many network calls the fit may make. By default 8,000 for up to 6 evaluations; for more it
             grows as the square. The minimum is what 16 pilots need, about 2,000 for 5 calls.
-        pilots: number of pilot samples, at least 6. By default the length of `cond`, or 16 to 64, depending on `calls`.
+        pilots: number of pilot samples, at least 6. By default the length of `cond`, or else 16 to 64: as many as
+            `calls` pays for.
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
         history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
             `ExponentialPC`.
@@ -131,7 +133,8 @@ def fit(
     """
     model = as_model(score_fn, sde)
     process = model.sde if sde is None else sde
-    check_kind("cond", cond, Mapping, "a dict of tensors")
+    if not callable(cond):
+        check_kind("cond", cond, Mapping, "a dict of tensors, or a function of their number that returns one")
     wanted, given = _wanted(model, process, nfe, rtol, times)
     history = check_count("history", history, 0)
     if history > 8 or (given is not None and history == 0):
@@ -141,13 +144,16 @@ def fit(
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
         raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
-    if pilots is None:
+    if pilots is None and not callable(cond):
         pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
     calls = None if calls is None else check_count("calls", calls, 500)
     accurate = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
     guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
     plan = planned(wanted[0], accurate, calls, model.calls, pilots, history, guess=guess, moving=given is None)
     count, guess = plan.pilots, plan.guess
+    if callable(cond):
+        cond = cond(count)
+        check_kind("what cond returns", cond, Mapping, "a dict of tensors")
     # The last numbers of the stream, which no run from 0 on reaches.
     numbers = torch.arange((1 << 32) - count, 1 << 32)
     samples = resolve_samples(model, shape=(count, *event), index=numbers, seed=seed, cond=cond, device=device)
