@@ -84,6 +84,7 @@ class Pilots:
         self.lams = [v / 2 for v in sde.log_snr(torch.tensor([sde.t_max, sde.t_min], dtype=torch.float64)).tolist()]
 
     def paid(self, calls: int) -> None:
+        """Adds network calls to the price."""
         self.cost += calls
         self.bar.update(calls)
 
@@ -222,6 +223,7 @@ class Pilots:
         return max(1, len(solver.times) * min(len(self.seen), _SEEN // len(solver.times)))
 
     def chunks(self, rows: Tensor) -> list[Tensor]:
+        """The rows in parts of a batch."""
         return list(rows.split(self.batch_size))
 
     def normals(self, times: Tensor, rows: Tensor) -> list[State | None]:
