@@ -245,8 +245,9 @@ def warn_of_range(x: Tensor, model: ScoreModel) -> None:
         warn(
             f"{int(outside.sum())} of {len(far)} samples left the range of the data: values beyond "
             f"{1.5 * low - high / 2:g} .. {1.5 * high - low / 2:g}, twice the width of data_range=({low:g}, {high:g}). "
-            "Probably the network is read in a wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). "
-            "Or the model's data_range is not that of the data. If both are right, clip the predictions "
+            "With fewer than 10 calls, try 20: few steps may be the reason. Else the network is probably read in a "
+            "wrong way (prediction, timestep=, sign): run fastsde.diagnose(model). Or the model's data_range is not "
+            "that of the data. If all of these are right, clip the predictions "
             "(fastsde.score.Clipped), add noise (ExponentialPC(eta=1.0)), or start at less noise (t_max of the SDE).",
             DataRangeWarning,
         )

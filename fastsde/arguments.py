@@ -38,7 +38,14 @@ def as_model(score_fn: ScoreModel | ScoreFn, sde: SDE | None) -> ScoreModel:
             if not all(torch.allclose(a, b) for a, b in pairs):
                 raise ValueError(f"sde is {sde}, but the score model was built for {model.sde}: leave sde out.")
     else:
-        model = ScoreModel(score_fn, sde)  # type: ignore[arg-type] # it refuses what is no SDE
+        if sde is None and hasattr(score_fn, "scheduler"):
+            raise TypeError(f"{type(score_fn).__name__} is a pipeline: use fastsde.sample_pipeline(pipe, ...).")
+        if sde is None and callable(score_fn):
+            raise TypeError(
+                "a network alone does not say how it was trained: give fastsde.ScoreModel(network, sde, prediction), "
+                "or sde= with a function that returns the score."
+            )
+        model = ScoreModel(score_fn, sde)
     _check_time(model)
     return model
 

@@ -219,6 +219,15 @@ class _Noised:
     at: list[tuple[State, Time, float]]
 
 
+def _range_of(trial: _Trial) -> str:
+    """A remark if the data seem to lie in half of the range."""
+    low, high = trial.model.data_range
+    least, most = float(trial.data.min()), float(trial.data.max())
+    if not (low < 0 < high <= 1 and least > -0.1 * high and most > 0.5 * high):
+        return ""
+    return f" But values lie in {least:.2g} .. {most:.2g}: is data_range (0, {high:g}), not ({low:g}, {high:g})?"
+
+
 def _judged(model: ScoreModel, reading: Reading, noised: _Noised, outputs: list[State]) -> _Trial:
     """Errors of a reading, from the network's outputs on noised data."""
     errors, sizes = [], []
@@ -278,12 +287,14 @@ class _Bench:
             return self._diagnosis(first, first, self._fitting(first) + note, fits=True)
         if best is None:
             more = "" if data is not None else " Give data=, 16 of them: with data more readings can be told apart."
-            advice = f"No usual reading fits.{self._symptom(first)}{self._start(first)}{more}"
+            advice = f"No usual reading fits.{self._symptom(first)}{self._start(first)}{_range_of(first)}{more}"
             return self._diagnosis(first, None, advice, fits=False)
         if best.reading == given:  # the network fits; guidance or clipping around it is meant to change predictions
             advice = self._fitting(best) + " What is wrapped around it, guidance or clipping, changes its predictions."
             return self._diagnosis(first, first, advice, fits=True)
-        return self._diagnosis(first, best, self._advice(given, best.reading), fits=False)
+        alike = [trial for trial in passing if trial is not best and trial.score < best.score - math.log(_BETTER)]
+        alike.sort(key=lambda trial: trial.score)
+        return self._diagnosis(first, best, self._advice(given, best.reading, alike), fits=False)
 
     def _diagnosis(self, first: _Trial, best: _Trial | None, advice: str, *, fits: bool) -> Diagnosis:
         return Diagnosis(
@@ -302,14 +313,7 @@ class _Bench:
 
     def _fitting(self, trial: _Trial) -> str:
         """The verdict on a reading that fits, with what else was seen."""
-        low, high = trial.model.data_range
-        least, most = float(trial.data.min()), float(trial.data.max())
-        text = "The reading fits the network." + self._start(trial)
-        if low < 0 < high <= 1 and least > -0.1 * high and most > 0.5 * high:
-            text += (
-                f" But values lie in {least:.2g} .. {most:.2g}: is data_range (0, {high:g}), not ({low:g}, {high:g})?"
-            )
-        return text
+        return "The reading fits the network." + self._start(trial) + _range_of(trial)
 
     def _start(self, trial: _Trial) -> str:
         """A remark if the start is no noise alone."""
@@ -322,15 +326,24 @@ class _Bench:
             f"deviation of {spread:.3g}: the start, noise alone, is not the law there."
         )
 
-    def _advice(self, given: Reading, best: Reading) -> str:
-        """How to build the score model of the best reading."""
+    def _advice(self, given: Reading, best: Reading, alike: list[_Trial]) -> str:
+        """How to build the score model of the best reading, and which others could be it."""
+        inside = innermost(self.model)
         network = "network" if best.sign == 1 else "lambda x, t, **cond: -network(x, t, **cond)"
         time = "" if best.time == "as given" else f", timestep=lambda t: {best.time}"
+        if not time and inside.timestep is not None:
+            time = ", timestep=<as before>"
+        event = "" if inside.event_shape is None else f", event_shape={tuple(inside.event_shape)}"
         low, high = best.data_range
-        return (
+        text = (
             f"Another reading fits ({', '.join(_changes(given, best))}): fastsde.ScoreModel({network}, sde, "
-            f"{best.prediction!r}{time}, data_range=({low:g}, {high:g})); it is the `.model` of this diagnosis."
+            f"{best.prediction!r}{time}{event}, data_range=({low:g}, {high:g})), with your `network`; it is the "
+            "`.model` of this diagnosis."
         )
+        if alike:
+            others = "; ".join(str(trial.reading) for trial in alike[:3])
+            text += f" These fit about as well: {others}. Take the one that the network was trained with."
+        return text
 
     def _symptom(self, trial: _Trial) -> str:
         """What is seen of a model that does not fit."""

@@ -105,7 +105,7 @@ torch.serialization.add_safe_globals([SampleResult, Status, Trajectory])
 
 
 class DataRangeWarning(UserWarning):
-    """Samples left the range of the data, so that the network is probably read in a wrong way."""
+    """Samples left the range of the data: too few calls, or a network that is read in a wrong way."""
 
 
 class RepeatedSeedWarning(UserWarning):

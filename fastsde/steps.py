@@ -52,7 +52,7 @@ def resolve_controller(
     denoise: bool = True,
 ) -> Controller:
     """The controller asked for; where a pair cannot work, a TypeError or ValueError says what to use instead."""
-    check_instance("solver", solver, Solver, "an object such as fastsde.EulerMaruyama(steps=1000)")
+    check_instance("solver", solver, Solver, "an object such as fastsde.ExponentialPC() or fastsde.DDIM(steps=50)")
     name = type(solver).__name__
     given = {"rtol": rtol, "atol": atol, "solver.steps": solver.steps, "nfe": nfe, "controller": controller}
     said = [key for key, value in given.items() if value is not None]
@@ -79,7 +79,7 @@ def resolve_controller(
         raise ValueError(f"{name} has a fixed grid and takes no {' or '.join(tolerances)}; use ExponentialPC().")
     if solver.steps is None:
         raise ValueError(
-            f"{name} needs its number of steps: {name}({solver.grid_hint}), or controller=fastsde.Grid(...)."
+            f"{name} needs its number of steps: {name}({solver.grid_hint}), nfe=, or controller=fastsde.Grid(...)."
         )
     return own_grid(sde, solver, solver.steps, denoise)
 

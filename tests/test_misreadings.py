@@ -250,7 +250,7 @@ def test_a_network_behind_a_method_or_a_partial_is_in_evaluation_mode():
 
     network = Network().train()
     expected = fastsde.sample(network, VP, shape=(4, 3), seed=0).samples
-    for function in (network.forward, functools.partial(network, y=None)):
+    for function in (network.forward, functools.partial(network, y=None), lambda x, t: network(x, t)):
         assert torch.equal(fastsde.sample(function, VP, shape=(4, 3), seed=0).samples, expected)
     assert network.drop.training
 
@@ -451,7 +451,7 @@ def test_what_a_network_complains_of_is_explained():
     )
     fractional = ScoreModel(Embedded(), VP)
     refused(
-        "time in torch.float32: what timestep= returns",
+        "time in torch.float32: What timestep= returns",
         lambda: fastsde.sample(fractional, shape=(2, 3), nfe=2),
         RuntimeError,
     )

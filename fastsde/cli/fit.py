@@ -58,6 +58,8 @@ def fit(model: str, device: torch.device, out: Path, plot: Path | None, as_json:
       fastsde sample --fitted five.json -n 64
       fastsde fit --rtol 0.1 --plot fitted.png
     """
+    if (asked["nfe"] is None) == (asked["rtol"] is None):
+        raise click.UsageError("give one of --nfe and --rtol.")
     check_writable(out)
     check_writable(plot, "--plot")
     opened = open_model(model, device, torch.float32)

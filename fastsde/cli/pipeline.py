@@ -169,6 +169,8 @@ def _class(source: str, name: str | None) -> type | None:
     except ImportError as error:
         raise ImportError("--pipeline needs diffusers: pip install 'fastsde[diffusers]'.") from error
     folder = Path(source)
+    if not folder.exists() and (source.startswith((".", "/", "~")) or source.count("/") != 1):
+        raise ValueError(f"--pipeline {source}: there is no such folder, and it is no name of the hub (owner/name).")
     if folder.exists() and not (folder / "model_index.json").is_file():
         raise ValueError(f"--pipeline {source} holds no model_index.json, so no pipeline; a network is for --model.")
     stated = name

@@ -64,10 +64,13 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
     default="ExponentialPC",
     metavar="NAME",
     type=click.Choice([*SOLVER_NAMES, *(name for name in TOKEN_SOLVERS if name not in SOLVER_NAMES)]),
-    help="One that `fastsde info solvers` lists; of a model of tokens, Unmask and others.",
+    help="One that `fastsde info solvers` lists, but FittedSolver; of a model of tokens, Unmask and others.",
 )
 @click.option(
-    "--rtol", type=float, show_default=str(DEFAULT_RTOL), help="Relative tolerance: smaller is slower and closer."
+    "--rtol",
+    type=float,
+    show_default=str(DEFAULT_RTOL),
+    help="Relative tolerance: smaller is slower, more accurate.",
 )
 @click.option("--atol", type=float, show_default="one 8-bit level", help="Absolute tolerance, in units of the data.")
 @click.option("--nfe", type=click.IntRange(1), help="Network calls that no sample exceeds, rather than tolerances.")
@@ -103,7 +106,7 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
 @option.as_json
 @click.pass_context
 def sample(ctx: click.Context, pipeline: str | None, **asked: Any) -> None:
-    """Draw samples, by default with our own solver along the probability flow, a step size per sample.
+    """Draw samples, by default with our own solver along the probability flow, the same steps for all samples.
 
     Writes grid.png (the first 64 samples), samples.npz (uint8, NHWC, under arr_0; labels under arr_1) and samples.json
     (calls, steps and status of every sample, settings, seed, versions, weight hash, wall time; in_npz says which

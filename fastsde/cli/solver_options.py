@@ -56,6 +56,8 @@ class Steps:
             if others := self._said("rtol", "atol", "nfe", "steps", "grid", "options"):
                 raise ValueError(f"--fitted says solver and steps itself; it goes without {others}.")
             return FittedSolver.load(self.fitted), None
+        if self.solver not in SOLVER_NAMES:
+            raise ValueError(f"--solver {self.solver} is for models of tokens; there are {', '.join(SOLVER_NAMES)}.")
         solver = configured(SOLVER_NAMES[self.solver](), self.options)
         if self.steps is None:
             if self.grid is not None:

@@ -217,6 +217,11 @@ class PipelineRun:
         if not allow_distilled:
             _check_distilled(pipe, reading)
         check_kind("per_sample", per_sample, Mapping, "a dict of lists")
+        if arguments.get("eta") and hasattr(pipe, "prepare_extra_step_kwargs"):
+            raise ValueError(
+                f"eta={arguments['eta']} is for the pipeline's own scheduler, which does not run here: give "
+                f"solver=fastsde.ExponentialPC(eta={arguments['eta']})."
+            )
         parameter = inspect.signature(type(pipe).__call__).parameters.get("prompt")
         needed = parameter is not None and parameter.default is parameter.empty
         if prompt is not None or (needed and "prompt" not in (per_sample or {})):

@@ -27,7 +27,15 @@ from torch import Tensor, nn
 from fastsde.batching import expand_like
 from fastsde.checks import check_choice, check_instance, check_kind
 from fastsde.files import sha256
-from fastsde.score.network import check_output, evaluation_mode, explained, tensor_of, tensors_hash, unwrap
+from fastsde.score.network import (
+    check_output,
+    evaluation_mode,
+    explained,
+    modules_behind,
+    tensor_of,
+    tensors_hash,
+    unwrap,
+)
 from fastsde.sde.base import SDE
 from fastsde.types import Coef, Cond, Index, Mask, ScoreFn, State, Time
 
@@ -150,9 +158,9 @@ class Model(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the network computes: the device of its parameters, or the CPU."""
-        parameter = self.parameter
-        return torch.device("cpu") if parameter is None else parameter.device
+        """Where the network computes: the device of its parameters, or of a module that a function names; else CPU."""
+        found = (p for module in modules_behind(self.network) for p in module.parameters() if p.is_floating_point())
+        return next((p.device for p in found), torch.device("cpu"))
 
     @property
     def compute_dtype(self) -> torch.dtype | None:

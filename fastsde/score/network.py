@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import inspect
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -42,8 +43,8 @@ def _hint_at(error: Exception, rows: int, dtype: torch.dtype, time: torch.dtype)
         return f"It was called on {rows} rows. {_PER_SAMPLE}"
     if "dtype" in text or "scalar type" in text:
         return (
-            f"x came in {dtype} and the time in {time}: what timestep= returns in another dtype stays so, such as "
-            "timestep=lambda t: t.to(torch.bfloat16)."
+            f"x came in {dtype} and the time in {time}. What timestep= returns in another dtype stays so: for whole "
+            "levels, timestep=lambda t: (1000 * t - 1).round().long(); for bfloat16, t.to(torch.bfloat16)."
         )
     return None
 
@@ -54,15 +55,27 @@ _PER_SAMPLE = (
 )
 
 
-def _module_behind(network: object) -> object:
-    """The module whose method, compiled or with arguments filled in, a function is; else the function."""
+def modules_behind(network: object) -> list[nn.Module]:
+    """The modules that a callable uses: itself, the one whose method it is, or those that a function names.
+
+    Compiled functions and filled-in arguments are looked through. A function names what its code reads from its own
+    module or from the functions around it.
+    """
     while not isinstance(network, nn.Module):
         inside = getattr(network, "_torchdynamo_orig_callable", None) or getattr(network, "__self__", None)
         inside = network.func if isinstance(network, functools.partial) else inside
         if inside is None or inside is network:
-            return network
+            break
         network = inside
-    return network
+    if isinstance(network, nn.Module):
+        return [network]
+    if not inspect.isfunction(network):
+        return []
+    try:
+        named = inspect.getclosurevars(network)
+    except ValueError:  # a name that is not set yet
+        return []
+    return [value for value in {**named.globals, **named.nonlocals}.values() if isinstance(value, nn.Module)]
 
 
 _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -75,15 +88,15 @@ def evaluation_mode(network: object) -> Iterator[None]:
 
     Threads may share a network: its modules go back to training when the last of them is done.
     """
-    used: list[nn.Module] = []
-    network = _module_behind(network)
-    if isinstance(network, nn.Module):
-        with _USERS_LOCK:
-            used = [module for module in network.modules() if module.training or module in _USERS]
-            for module in used:
-                _USERS[module] = _USERS.get(module, 0) + 1
-            if any(module.training for module in used):
-                network.eval()
+    behind = modules_behind(network)
+    with _USERS_LOCK:
+        inside = dict.fromkeys(module for one in behind for module in one.modules())
+        used = [module for module in inside if module.training or module in _USERS]
+        for module in used:
+            _USERS[module] = _USERS.get(module, 0) + 1
+        if any(module.training for module in used):
+            for one in behind:
+                one.eval()
     try:
         yield
     finally:
@@ -174,13 +187,17 @@ _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.Weak
 
 
 def weights_hash(network: object) -> str | None:
-    """SHA-256 over names and values of a network's weights, in hexadecimal; None for a plain function.
+    """SHA-256 over names and values of a network's weights, in hexadecimal; None for a function without a module.
 
-    Wrappers and methods are looked through. It is kept until a weight changes, or their sum: gigabytes take seconds.
+    Wrappers, methods and functions are looked through. It is kept until a weight changes, or their sum: gigabytes take
+    seconds.
     """
-    network = unwrap(_module_behind(network))
-    if not isinstance(network, nn.Module):
-        return None
+    modules = [unwrap(module) for module in modules_behind(unwrap(network))]
+    hashes = [_hash_of(module) for module in modules]
+    return hashes[0] if len(hashes) == 1 else sha256(" ".join(hashes).encode()) if hashes else None
+
+
+def _hash_of(network: nn.Module) -> str:
     state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     if any(value.is_inference() for value in state.values()):  # whose changes nobody counts
         return tensors_hash(state)
