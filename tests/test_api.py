@@ -270,7 +270,7 @@ REFUSED = {
         r"x_init must have shape \(3, 2\); got \(3, 3\)",
     ),
     "two starts": (model(), {"x_init": torch.zeros(3, 2), "x_data": torch.zeros(3, 2)}, "either x_init or x_data"),
-    "no sde": (never, {"shape": (3, 2)}, r"sde must be an SDE such as fastsde.VPSDE\(\); got None"),
+    "a network alone": (never, {"shape": (3, 2)}, "does not say how it was trained: give fastsde.ScoreModel"),
     "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(fastsde.pretrained"),
     "sde in words": (never, {"sde": "vp", "shape": (3, 2)}, "sde must be an SDE .*; got 'vp'"),
     "sde as a class": (never, {"sde": VPSDE, "shape": (3, 2)}, "sde must be an SDE .*; got <class"),

@@ -397,6 +397,7 @@ def test_options_reach_the_solver():
         (["--solver", "DDIM", "--steps", "5", "-o", "eta=DDIM"], "is of another kind"),
         (["--solver", "DDIM", "--steps", "5", "-o", "eta.x=1"], "DDIM.eta has no options of its own"),
         (["--solver", "Magic"], "'Magic' is not one of"),
+        (["--solver", "Unmask"], "--solver Unmask is for models of tokens"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

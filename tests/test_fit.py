@@ -476,8 +476,12 @@ def test_a_fitted_solver_refuses_what_it_was_not_made_for():
     model = counted()
     fitted = fastsde.fit(model, nfe=3, pilots=6)
     asked = {"n": 2, "solver": fitted}
-    for other, message in (
+    one, other = model.network, counted(0.9).network
+    by_name = ScoreModel(lambda x, t: one(x, t), VP, event_shape=(64,))
+    assert fastsde.sample(by_name, **asked).success.all()
+    for wrong, message in (
         (counted(0.9), "fitted to a network with weights"),
+        (ScoreModel(lambda x, t: other(x, t), VP, event_shape=(64,)), "fitted to a network with weights"),
         (ScoreModel(never, VP, event_shape=(64,)), "this one has no weights"),
         (fastsde.score.Clipped(model), "model with another process"),
         (ScoreModel(model.network, VP, "epsilon", event_shape=(64,)), "model with another process"),
@@ -485,7 +489,7 @@ def test_a_fitted_solver_refuses_what_it_was_not_made_for():
         (ScoreModel(model.network, VPSDE(beta_max=10.0), event_shape=(64,)), "model with another process"),
     ):
         with pytest.raises(ValueError, match=message):
-            fastsde.sample(other, **asked)
+            fastsde.sample(wrong, **asked)
     for options in ({"nfe": 3}, {"rtol": 0.1}, {"controller": Grid([1.0, 0.1])}):
         with pytest.raises(ValueError, match="has its own times and takes no"):
             fastsde.sample(model, **asked, **options)
