@@ -182,13 +182,11 @@ class Pilots:
 
     def counted(self, x: Tensor) -> tuple[float, Tensor, Tensor]:
         """Of the samples that are fitted: their mean error, the weights of its derivative, and how much each counts."""
-        errors = self.root_errors(x[~self.held.to(x.device)], ~self.held)
-        far = _OUTLIER * errors.median()
-        limit = max(far, errors.topk(_FEW).values[-1])
-        beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
-        mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
-        weight = (limit / errors).clamp(max=1.0) ** _POWER * (mean / errors) ** (2 - _POWER)
-        return float(mean), weight, (far / errors).clamp(max=1.0) ** _POWER
+        return _counted(self.root_errors(x[~self.held.to(x.device)], ~self.held))
+
+    def held_error(self, x: Tensor) -> float:
+        """Mean error of the held-out pilots, from the samples of all. A single one in another mode does not decide it."""
+        return _counted(self.held_errors(x))[0]
 
     def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
         """v of the objective; the weighted centred samples and the sum of squares of the target, of which v is made."""
@@ -315,3 +313,13 @@ class Pilots:
         """`ExponentialPC` at these times."""
         log_snr = tuple(self.sde.log_snr(times).tolist())
         return FittedSolver(eta=self.eta, times=tuple(times.tolist()), log_snr=log_snr)
+
+
+def _counted(errors: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Mean of errors, the weights of its derivative, and how much each counts."""
+    far = _OUTLIER * errors.median()
+    limit = max(far, errors.topk(_FEW).values[-1])
+    beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
+    mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
+    weight = (limit / errors).clamp(max=1.0) ** _POWER * (mean / errors) ** (2 - _POWER)
+    return float(mean), weight, (far / errors).clamp(max=1.0) ** _POWER

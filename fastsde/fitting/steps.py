@@ -43,7 +43,7 @@ class Fit:
         else:
             now, self.name = pilot.walked(resumed), "resumed"
             value, mu = pilot.objective(now), _DAMPING
-        best, held = now, float(pilot.held_errors(now.x).mean())
+        best, held = now, pilot.held_error(now.x)
         last = self.last
         for turn in range(_ITERATIONS):
             self.path.append({"cost": pilot.cost, "error": pilot.relative(now.x)})
@@ -55,7 +55,7 @@ class Fit:
             if stepped is None:
                 break
             gained, (now, value, mu) = 1 - stepped[1] / value, stepped
-            error = float(pilot.held_errors(now.x).mean())
+            error = pilot.held_error(now.x)
             if error < held:
                 best, held = now, error
             if self.kept is not None:
@@ -207,5 +207,5 @@ class Fit:
         middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
         self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
         self.best = found
-        if not (float(ours.mean()) < float(theirs.mean()) and self.ratio < 1.0):
+        if not (pilot.held_error(found.x) < pilot.held_error(self.default.x) and self.ratio < 1.0):
             self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)
