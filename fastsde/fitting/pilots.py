@@ -185,7 +185,7 @@ class Pilots:
         return _counted(self.root_errors(x[~self.held.to(x.device)], ~self.held))
 
     def held_error(self, x: Tensor) -> float:
-        """Mean error of the held-out pilots, from the samples of all. A single one in another mode does not decide it."""
+        """Mean error of the held-out pilots, from the samples of all. One alone in another mode does not decide it."""
         return _counted(self.held_errors(x))[0]
 
     def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
