@@ -94,7 +94,8 @@ def sample(
         strength: in (0, 1], with x_data or x_init: sampling starts at the time t_min + strength (t_max - t_min), as in
             diffusers. With 1 nothing is left of the data. Not for `EDM`, because its time is the noise.
         t_start: the time to start at, instead of `strength`; in (t_min, t_max].
-        denoise: True to return the denoised sample, False to return the state at `t_min`.
+        denoise: True to return the denoised sample, False to return the state at `t_min`, or at the last level of a
+            `FittedSolver`.
         max_nfe: a sample that would need more calls ends with `Status.MAX_NFE`. By default 10,000, or more if the grid
             needs more. No sample starts again on a finer grid if it would need more calls than this.
         dtype: floating dtype of the state; float32 by default, float64 for start states in float64.

@@ -427,10 +427,10 @@ def test_a_budget_and_a_fitted_solver(tmp_path):
     assert run("sample", "-n", 3, "--nfe", 6, "--out", tmp_path).exit_code == 0
     assert json.loads((tmp_path / "samples.json").read_text())["nfe"] == [6, 6, 6]
     file = tmp_path / "f.json"
-    result = run("fit", "--nfe", 3, "--pilots", 6, "--out", file)
+    result = run("fit", "--nfe", 3, "--pilots", 8, "--out", file)
     assert result.exit_code == 0, result.output
     assert "held-out" in result.output
-    again = run("fit", "--nfe", 3, "--pilots", 6, "--out", file, "--json")
+    again = run("fit", "--nfe", 3, "--pilots", 8, "--out", file, "--json")
     assert json.loads(again.stdout) == json.loads(file.read_text())
     assert run("sample", "-n", 3, "--fitted", file, "--out", tmp_path).exit_code == 0
     record = json.loads((tmp_path / "samples.json").read_text())

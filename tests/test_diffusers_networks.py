@@ -12,6 +12,7 @@ import fastsde
 from fastsde import DDIM, Grid
 from fastsde.diffusers import DiffusersModel, from_diffusers, read_schedule
 from fastsde.score import MixtureScore
+from fastsde.score.base import reading_hash
 
 DDPM = diffusers.DDPMScheduler(clip_sample=False).config
 GENERATOR = torch.Generator().manual_seed(0)
@@ -555,3 +556,17 @@ def test_a_table_that_is_not_that_of_the_configuration_is_refused():
     scheduler.alphas_cumprod = (1 - torch.linspace(1e-5, 0.01, 1000)).cumprod(0)
     with pytest.raises(ValueError, match="alphas_cumprod of DDPMScheduler are not those of its configuration"):
         from_diffusers(lambda x, t: x, scheduler)
+
+
+def test_a_reading_is_known_again_in_another_process():
+    """diffusers lists the settings that a network took by default in another order in each process."""
+    settings = {"in_channels": 3, "sample_size": 8, "_use_default_values": ["act_fn", "freq_shift"]}
+    first, second, third = (
+        reading_hash(from_diffusers(Recording(**config), DDPM, event_shape=(3, 8, 8)))
+        for config in (
+            settings,
+            settings | {"_use_default_values": ["freq_shift", "act_fn"]},
+            settings | {"in_channels": 4},
+        )
+    )
+    assert first == second != third

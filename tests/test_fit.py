@@ -287,9 +287,9 @@ def test_with_noise_the_end_of_the_same_path_is_met(eta):
 
 
 def test_rtol_decides_the_number_of_calls_and_is_met():
-    fits = [fastsde.fit(images(), rtol=rtol, pilots=16) for rtol in (0.3, 0.03)]
+    fits = [fastsde.fit(images(), rtol=rtol, pilots=16) for rtol in (0.3, 0.001)]
     assert fits[0].nfe < fits[1].nfe
-    for fitted, rtol in zip(fits, (0.3, 0.03), strict=True):
+    for fitted, rtol in zip(fits, (0.3, 0.001), strict=True):
         assert fitted.record["error"] <= rtol
         # The pilots' median, beside the root mean square over other samples.
         assert error(images(), solver=fitted) < 2 * rtol
@@ -362,7 +362,7 @@ def test_a_network_is_in_evaluation_mode_and_goes_back():
     model.network.train()
     seen = []
     model.network.register_forward_hook(lambda module, *_: seen.append(module.training))
-    fastsde.fit(model, nfe=3, pilots=6)
+    fastsde.fit(model, nfe=3, pilots=8)
     assert not any(seen)
     assert model.network.training
 
@@ -386,15 +386,16 @@ def test_an_interrupted_fit_goes_on(tmp_path):
     model, file = counted(), tmp_path / "fit.json"
     whole = fastsde.fit(model, nfe=4, pilots=12)
     price = whole.record["cost"]
-    for share in (0.5, 0.3):  # the second run has the accurate solution already
+    for share in (0.4, 0.3, 0.3):  # the second run has the accurate solution already
         model.network.rows, model.network.until = 0, share * price
         with pytest.raises(KeyboardInterrupt):
             fastsde.fit(model, nfe=4, pilots=12, cache=file)
         assert not file.exists()
     model.network.rows, model.network.until = 0, math.inf
     fitted = fastsde.fit(model, nfe=4, pilots=12, cache=file)
-    assert model.network.rows < price  # without the accurate solution
-    assert error(model, solver=fitted) < 1.5 * error(model, solver=whole)
+    assert model.network.rows < price / 2
+    assert fitted.weights == whole.weights
+    assert fitted.record["cost"] == price
     assert [path.name for path in tmp_path.iterdir()] == ["fit.json"]
 
 
@@ -403,7 +404,7 @@ def test_a_damaged_file_is_named(tmp_path):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=r"bad\.json"):
             FittedSolver.load(tmp_path / "bad.json")
-    fastsde.fit(counted(), nfe=3, pilots=6, cache=tmp_path / "good.json")
+    fastsde.fit(counted(), nfe=3, pilots=8, cache=tmp_path / "good.json")
     content = json.loads((tmp_path / "good.json").read_text())
     for key, value in (("times", [0.1, 0.5, 1.0]), ("weights", [[1.0, 0.0]]), ("output", []), ("eta", -1.0)):
         (tmp_path / "bad.json").write_text(json.dumps(content | {key: value}))
@@ -432,7 +433,7 @@ def test_printed_and_drawn(tmp_path):
         ({"nfe": 8, "history": 9}, "history must be from 0 to 8"),
         ({"nfe": 1}, "nfe must be an integer of at least 2; got 1"),
         ({"rtol": 1.5}, r"rtol must be in \(0, 1\); got 1.5"),
-        ({"nfe": 8, "pilots": 5}, "pilots must be an integer of at least 6; got 5"),
+        ({"nfe": 8, "pilots": 7}, "pilots must be an integer of at least 8; got 7"),
         ({"nfe": 8, "calls": 10}, "calls must be an integer of at least 500; got 10"),
         (
             {"nfe": 20, "calls": 500},
@@ -441,7 +442,7 @@ def test_printed_and_drawn(tmp_path):
         ({"nfe": 4, "shape": (0,)}, "shape must be the shape of one sample"),
         ({"nfe": 8, "eta": 6.0}, "eta must be in"),
         ({"nfe": 8, "cache": "x.json"}, "cache= needs a network with weights"),
-        ({"nfe": 8, "cond": {"label": torch.zeros(3)}}, "pilots must be an integer of at least 6; got 3"),
+        ({"nfe": 8, "cond": {"label": torch.zeros(3)}}, "cond has 3 rows"),
     ],
 )
 def test_fit_refusals(options, message):
@@ -451,7 +452,7 @@ def test_fit_refusals(options, message):
 
 def test_an_rtol_that_no_fit_meets_is_told():
     with pytest.warns(UserWarning, match="was not met"):
-        fitted = fastsde.fit(clusters(), rtol=4e-3, pilots=6, calls=1100)
+        fitted = fastsde.fit(clusters(), rtol=4e-3, pilots=8, calls=1400)
     assert fitted.record["error"] > 4e-3
 
 
@@ -474,7 +475,7 @@ def test_a_failing_pilot_says_so():
 
 def test_a_fitted_solver_refuses_what_it_was_not_made_for():
     model = counted()
-    fitted = fastsde.fit(model, nfe=3, pilots=6)
+    fitted = fastsde.fit(model, nfe=3, pilots=8)
     asked = {"n": 2, "solver": fitted}
     one, other = model.network, counted(0.9).network
     by_name = ScoreModel(lambda x, t: one(x, t), VP, event_shape=(64,))
@@ -516,7 +517,7 @@ def test_guidance_scales_are_told_apart_and_functions_known_again():
         base = ScoreModel(network, VP, event_shape=(4,), default_cond={"y": 1.0})
         return fastsde.score.ClassifierFreeGuidance(base, scale, negative={"y": 0.0})
 
-    fitted = fastsde.fit(guided(2.0), nfe=6, pilots=6)
+    fitted = fastsde.fit(guided(2.0), nfe=6, pilots=8)
     assert fastsde.sample(guided(2.0), n=2, solver=fitted).success.all()
     with pytest.raises(ValueError, match="model with another process"):
         fastsde.sample(guided(3.0), n=2, solver=fitted)
@@ -542,7 +543,7 @@ def test_a_network_that_fails_at_other_levels_says_so():
         return torch.where(known, -x, torch.nan)
 
     with pytest.raises(RuntimeError, match="the network returned NaN"):
-        fastsde.fit(ScoreModel(network, VP, event_shape=(2,)), nfe=4, pilots=6)
+        fastsde.fit(ScoreModel(network, VP, event_shape=(2,)), nfe=4, pilots=8)
 
 
 @pytest.mark.parametrize(

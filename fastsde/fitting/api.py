@@ -23,7 +23,7 @@ from fastsde.checks import check_count, check_flags, check_kind, check_number
 from fastsde.control import Grid
 from fastsde.fitting.kept import Kept
 from fastsde.fitting.pilots import Pilots
-from fastsde.fitting.price import planned
+from fastsde.fitting.price import FEWEST, planned
 from fastsde.fitting.steps import Fit
 from fastsde.score.base import ScoreModel, check_shape, reading_hash
 from fastsde.score.network import tensors_hash, weights_hash
@@ -37,8 +37,9 @@ _LARGEST_GUESS = 1 << 18
 """Elements of a sample up to which a guess is kept."""
 _BUDGETS = (3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48)
 """Numbers of calls that `rtol` tries."""
-_HOPE = 8.0
-"""How many times the error of the default a fit may mend: budgets whose default is farther off are not tried."""
+_FALL = 20.0
+"""How many times smaller an error becomes from one of these numbers to the next, at most. What cannot meet `rtol` by
+this is not tried."""
 
 
 def fit(
@@ -88,7 +89,8 @@ def fit(
        L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
        far off, all but two count in full. Derivatives are finite differences. A third of the pilots is held out of
        this step. Of all steps, the one with the smallest E on the held-out pilots is kept. The default is kept if its E
-       is smaller, or its r for a typical sample (the geometric mean).
+       is smaller, or its r for a typical sample (the geometric mean). With `eta` above 0 a fit must be better by more
+       than chance.
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,
@@ -101,14 +103,14 @@ def fit(
         nfe: network calls of a sample, at least 2 evaluations of the model.
         rtol: instead of `nfe`: the error allowed, in (0, 1). The error is the median of || x - x* || / || x* || over
             the held-out pilots. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations with at most this error is taken.
-            If none has, the best is taken, with a warning.
+            If none has, the best is taken, with a warning. Each number that is tried has its price.
         eta: noise of the sampler, 0 to 5. The accurate solution uses the same noise.
         shape: shape of one sample, if the model does not know it.
         cond: conditioning of the pilot samples, each with leading axis `pilots`; or a function of their number that
             returns it, such as `lambda n: {"class_labels": torch.arange(n) % 10}`.
         calls: about how many network calls the fit may make. By default 8,000 for up to 6 evaluations; for more it
             grows as the square. The minimum is what 16 pilots need, about 2,000 for 5 calls.
-        pilots: number of pilot samples, at least 6. By default the length of `cond`, or else 16 to 64: as many as
+        pilots: number of pilot samples, at least 8. By default the length of `cond`, or else 16 to 64: as many as
             `calls` pays for.
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
         history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
@@ -144,8 +146,10 @@ def fit(
     event = model.event_shape if shape is None else check_shape("shape", shape)
     if event is None:
         raise ValueError("the shape of a sample is missing: give shape=, for example shape=(3, 32, 32).")
-    if pilots is None and not callable(cond):
-        pilots = next((len(value) for value in (cond or {}).values() if isinstance(value, Tensor) and value.ndim), None)
+    if pilots is None and cond and not callable(cond):
+        pilots = next((len(value) for value in cond.values() if isinstance(value, Tensor) and value.ndim), None)
+        if pilots is not None and pilots < FEWEST:
+            raise ValueError(f"cond has {pilots} row{'s'[: pilots > 1]}: a fit needs at least {FEWEST} pilot samples.")
     calls = None if calls is None else check_count("calls", calls, 500)
     accurate = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
     guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
@@ -220,12 +224,15 @@ def _search(
 ) -> FittedSolver:
     """The fit for the first of the wanted numbers of calls, or for the smallest that meets `rtol`."""
     found: Fit | None = None
+    reach = 0.0
     for levels in wanted:
-        default = pilot.default(levels)
-        if rtol is not None and pilot.relative(default.x) > _HOPE * rtol and levels < wanted[-1]:
+        reach /= _FALL
+        if rtol is not None and reach > rtol and levels < wanted[-1]:
             continue
+        default = pilot.default(levels)
         scaled = pilot.cost + price * max(1.0, (levels / 6) ** 2)
         tried = Fit(pilot, levels, default, price if fixed or rtol is None else scaled, kept).run()
+        reach = tried.error
         if found is None or tried.error < found.error:
             found = tried
         if rtol is None or found.error <= rtol or (fixed and pilot.cost > price):

@@ -25,9 +25,8 @@ class Kept:
             raise ValueError("cache= needs a network with weights to know it by; got a plain function.")
         self.path, self.settings = path, settings
         self.part = path.with_name(f"{path.name}.part")
-        self.cost = 0
+        self.cost, self.done = 0, dict[str, Any]()
         self.found: tuple[np.ndarray, np.ndarray] | None = None
-        self.fitted: FittedSolver | None = None
         if self.part.is_file():
             self._read()
 
@@ -47,8 +46,7 @@ class Kept:
             content = json.loads(record)
             if content["settings"] != json_hash(dict(self.settings)):
                 return
-            fitted = None if content["solver"] is None else FittedSolver.from_json(content["solver"])
-            self.cost, self.found, self.fitted = int(content["cost"]), (target, course), fitted
+            self.cost, self.done, self.found = int(content["cost"]), dict(content["done"]), (target, course)
         except (OSError, ValueError, KeyError, TypeError):
             return  # damaged: begun again
 
@@ -56,26 +54,18 @@ class Kept:
         """The accurate solution of an interrupted fit: the samples, and states on the way."""
         return None if self.found is None else (torch.as_tensor(self.found[0]), torch.as_tensor(self.found[1]))
 
-    def solver(self, levels: int) -> FittedSolver | None:
-        """The last step of an interrupted fit for so many levels."""
-        return self.fitted if self.fitted is not None and self.fitted.nfe == levels else None
-
     def keep(self, target: np.ndarray, course: np.ndarray, cost: int) -> None:
-        """Writes the accurate solution."""
+        """Writes the accurate solution, and what it cost."""
         self.found, self.cost = (target, course), cost
-        self._write(None)
+        self._write()
 
-    def keep_solver(self, solver: FittedSolver, cost: int) -> None:
-        """Writes the last step beside it."""
-        self.cost = cost
-        self._write(solver)
+    def put(self, key: str, value: Any) -> None:
+        """Writes what came of a part of the fit beside it; `done` has it when the fit goes on."""
+        self.done[key] = value
+        self._write()
 
-    def _write(self, solver: FittedSolver | None) -> None:
-        content = {
-            "settings": json_hash(dict(self.settings)),
-            "cost": self.cost,
-            "solver": None if solver is None else solver.as_json(),
-        }
+    def _write(self) -> None:
+        content = {"settings": json_hash(dict(self.settings)), "cost": self.cost, "done": self.done}
         text = np.frombuffer(json.dumps(content).encode(), dtype=np.uint8)
         assert self.found is not None  # `keep` comes first
         write_whole(self.part, {"target": self.found[0], "course": self.found[1], "record": text})

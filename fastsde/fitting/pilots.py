@@ -125,7 +125,8 @@ class Pilots:
         """Looks for the mean of the data in the network's predictions in noise, where these agree best."""
         rows = torch.arange(self.count)
         mean, noise = self.target.mean(0), self.start / self.sde.prior_std
-        lams = [self.lams[0], max(self.lams[0], _GUESSED_AT - 0.5 * math.log(self.variance))]
+        low, high = self.lams
+        lams = [low, min(max(low, _GUESSED_AT - 0.5 * math.log(self.variance)), high)]
         found = None
         times = self.sde.t_of_log_snr(2 * torch.tensor(lams, dtype=torch.float64))
         times[0] = self.sde.t_max
@@ -318,7 +319,7 @@ class Pilots:
 def _counted(errors: Tensor) -> tuple[float, Tensor, Tensor]:
     """Mean of errors, the weights of its derivative, and how much each counts."""
     far = _OUTLIER * errors.median()
-    limit = max(far, errors.topk(_FEW).values[-1])
+    limit = max(far, errors.topk(min(_FEW, len(errors))).values[-1])
     beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
     mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
     weight = (limit / errors).clamp(max=1.0) ** _POWER * (mean / errors) ** (2 - _POWER)

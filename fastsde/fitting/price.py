@@ -8,7 +8,7 @@ from fastsde.checks import check_count
 
 PRICE = 8_000
 """Network calls of a fit for up to six calls a sample; more in proportion to their square."""
-FEWEST = 6
+FEWEST = 8
 """Pilots at least."""
 _LEAST, _MOST = 16, 64
 """Pilots, where nobody says how many."""

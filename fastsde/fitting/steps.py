@@ -6,8 +6,10 @@ the network, and any function can be fitted.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,17 +34,12 @@ class Fit:
 
     def __init__(self, pilot: Pilots, levels: int, default: Walked, until: float, kept: Kept | None) -> None:
         self.pilot, self.levels, self.default, self.until, self.kept = pilot, levels, default, until, kept
-        self.path, self.last = list[dict[str, float]](), 0
+        self.path, self.last, self.turns = list[dict[str, float]](), 0, 0
 
     def run(self) -> Fit:
         """Finds the best start, steps from there, and leaves in `best` what is best on the held-out pilots."""
         pilot = self.pilot
-        resumed = None if self.kept is None else self.kept.solver(self.levels)
-        if resumed is None:
-            now, value, mu = self._start()
-        else:
-            now, self.name = pilot.walked(resumed), "resumed"
-            value, mu = pilot.objective(now), _DAMPING
+        now, value, mu = self._start()
         best, held = now, pilot.held_error(now.x)
         last = self.last
         for turn in range(_ITERATIONS):
@@ -58,8 +55,6 @@ class Fit:
             error = pilot.held_error(now.x)
             if error < held:
                 best, held = now, error
-            if self.kept is not None:
-                self.kept.keep_solver(now.solver, pilot.cost)
             if gained < _LEAST_GAIN and turn:
                 break
         self._judge(best)
@@ -69,10 +64,13 @@ class Fit:
         """A step on all pilots from the grid that is best on a few, or from that of the default: the better one."""
         pilot = self.pilot
         solvers = starts(pilot, self.levels)
-        first = {
-            name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
-            for name, solver in solvers.items()
-        }
+        first = self._once(
+            "grids",
+            lambda: {
+                name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
+                for name, solver in solvers.items()
+            },
+        )
         found, before = list[tuple[str, Walked, float, float]](), pilot.cost
         ranked = sorted(first, key=lambda name: first[name])
         # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start:
@@ -92,8 +90,42 @@ class Fit:
             raise RuntimeError("pilot samples are not finite at the levels of any grid: the network returned NaN.")
         return walked, value, mu
 
+    def _once(self, key: str, work: Callable[[], Any]) -> Any:
+        """What `work` gives, in types that JSON has, from the file if an interrupted fit came so far; at its price."""
+        key = f"{self.levels} calls, {key}"
+        if self.kept is not None and key in self.kept.done:
+            found, self.pilot.cost = self.kept.done[key]
+            return found
+        found = work()
+        if self.kept is not None:
+            self.kept.put(key, [found, self.pilot.cost])
+        return found
+
     def _step(self, now: Walked, value: float, mu: float) -> tuple[Walked, float, float] | None:
         """A Gauss-Newton step that lowers the objective, with its damping; None if none does."""
+        self.turns += 1
+        made: Walked | None = None
+
+        def work() -> tuple[dict[str, Any], float] | None:
+            nonlocal made
+            found = self._lower(now, value, mu)
+            if found is None:
+                return None
+            made, _, damping = found
+            # The guess is that of the pilots, and may be long.
+            return dataclasses.replace(made.solver, guess=()).as_json(), damping
+
+        found = self._once(f"step {self.turns}", work)
+        if found is None:
+            return None
+        content, damping = found
+        if made is None:  # from the file
+            cost = self.pilot.cost
+            made = self.pilot.walked(dataclasses.replace(FittedSolver.from_json(content), guess=now.solver.guess))
+            self.pilot.cost = cost
+        return made, self.pilot.objective(made), damping
+
+    def _lower(self, now: Walked, value: float, mu: float) -> tuple[Walked, float, float] | None:
         matrix, vector, scale = self._normal_equations(now)
         for _ in range(6):
             move = torch.linalg.solve(matrix + mu * torch.eye(len(matrix), dtype=torch.float64), vector) / scale
@@ -207,5 +239,7 @@ class Fit:
         middle, spread = float(logs.mean()), 2 * float(logs.std()) / math.sqrt(len(logs))
         self.ratio, self.interval = math.exp(middle), (math.exp(middle - spread), math.exp(middle + spread))
         self.best = found
-        if not (pilot.held_error(found.x) < pilot.held_error(self.default.x) and self.ratio < 1.0):
+        # With noise most of the error is that of the noise between two levels: a gain must be more than chance.
+        clear = self.ratio < 1.0 if pilot.eta == 0 else self.interval[1] < 1.0 and self.error < self.default_error
+        if not (clear and pilot.held_error(found.x) < pilot.held_error(self.default.x)):
             self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)

@@ -351,7 +351,9 @@ class Wrapper(ScoreModel):
 def reading_hash(model: ScoreModel) -> str:
     """SHA-256 of how a model reads its network, wrappers included, in hexadecimal; weights do not count.
 
-    Of functions that belong to it their names count, of `timestep` its values at five times.
+    Of functions that belong to it their names count, of `timestep` its values at five times. The shape of a sample does
+    not count, nor what a configuration keeps for itself: diffusers writes `_use_default_values` in another order in
+    each process.
     """
     plain = json.dumps(_reading_of(model), sort_keys=True, separators=(",", ":"), default=_shown)
     return sha256(plain.encode())
@@ -366,7 +368,9 @@ def _reading_of(model: ScoreModel) -> dict[str, Any]:
             own[key] = _reading_of(value)
         elif key == "timestep" and value is not None:
             own[key] = [round(v, 6) for v in value(five).double().tolist()]
-        elif key not in ("network", "sde"):
+        elif key == "config" and isinstance(value, Mapping):
+            own[key] = {name: entry for name, entry in value.items() if not name.startswith("_")}
+        elif key not in ("network", "sde", "event_shape", "knows_range"):
             own[key] = value
     return own
 
