@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -64,13 +64,14 @@ class Fit:
         """A step on all pilots from the grid that is best on a few, or from that of the default: the better one."""
         pilot = self.pilot
         solvers = starts(pilot, self.levels)
-        first = self._once(
-            "grids",
-            lambda: {
+        if (past := self._past("grids")) is not None:
+            first, pilot.cost = past
+        else:
+            first = {
                 name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
                 for name, solver in solvers.items()
-            },
-        )
+            }
+            self._put("grids", first)
         found, before = list[tuple[str, Walked, float, float]](), pilot.cost
         ranked = sorted(first, key=lambda name: first[name])
         # Few pilots say nothing of rare hard samples. For these the default's grid is not much worse. So it is a start:
@@ -90,42 +91,36 @@ class Fit:
             raise RuntimeError("pilot samples are not finite at the levels of any grid: the network returned NaN.")
         return walked, value, mu
 
-    def _once(self, key: str, work: Callable[[], Any]) -> Any:
-        """What `work` gives, in types that JSON has, from the file if an interrupted fit came so far; at its price."""
-        key = f"{self.levels} calls, {key}"
-        if self.kept is not None and key in self.kept.done:
-            found, self.pilot.cost = self.kept.done[key]
-            return found
-        found = work()
+    def _past(self, part: str) -> tuple[Any, int] | None:
+        """What came of a part of an interrupted fit, and the price up to there."""
+        return None if self.kept is None else self.kept.done.get(f"{self.levels} calls, {part}")
+
+    def _put(self, part: str, value: Any) -> None:
+        """Keeps what came of a part, in types that JSON has."""
         if self.kept is not None:
-            self.kept.put(key, [found, self.pilot.cost])
-        return found
+            self.kept.put(f"{self.levels} calls, {part}", (value, self.pilot.cost))
 
     def _step(self, now: Walked, value: float, mu: float) -> tuple[Walked, float, float] | None:
         """A Gauss-Newton step that lowers the objective, with its damping; None if none does."""
         self.turns += 1
-        made: Walked | None = None
-
-        def work() -> tuple[dict[str, Any], float] | None:
-            nonlocal made
+        part = f"step {self.turns}"
+        if (past := self._past(part)) is None:
             found = self._lower(now, value, mu)
-            if found is None:
-                return None
-            made, _, damping = found
             # The guess is that of the pilots, and may be long.
-            return dataclasses.replace(made.solver, guess=()).as_json(), damping
-
-        found = self._once(f"step {self.turns}", work)
-        if found is None:
-            return None
-        content, damping = found
-        if made is None:  # from the file
-            cost = self.pilot.cost
-            made = self.pilot.walked(dataclasses.replace(FittedSolver.from_json(content), guess=now.solver.guess))
-            self.pilot.cost = cost
-        return made, self.pilot.objective(made), damping
+            kept = found and (dataclasses.replace(found[0].solver, guess=()).as_json(), found[2])
+            self._put(part, kept)
+            return found
+        kept, cost = past
+        if kept is None:
+            after = None
+        else:
+            walked = self.pilot.walked(dataclasses.replace(FittedSolver.from_json(kept[0]), guess=now.solver.guess))
+            after = walked, self.pilot.objective(walked), kept[1]
+        self.pilot.cost = cost
+        return after
 
     def _lower(self, now: Walked, value: float, mu: float) -> tuple[Walked, float, float] | None:
+        """The step without the file."""
         matrix, vector, scale = self._normal_equations(now)
         for _ in range(6):
             move = torch.linalg.solve(matrix + mu * torch.eye(len(matrix), dtype=torch.float64), vector) / scale
