@@ -70,7 +70,7 @@ class Diagnosis:
 
     Attributes:
         fits: whether the model as given fits its network.
-        advice: what to do, in one or two sentences.
+        advice: what to do, in some sentences.
         given: the reading that the model has.
         best: the reading that fits best. It is `given` if that fits, and None if no reading fits.
         model: a score model with the best reading; None if there is none. If the given reading does not fit, wrappers
@@ -292,9 +292,14 @@ class _Bench:
         if best.reading == given:  # the network fits; guidance or clipping around it is meant to change predictions
             advice = self._fitting(best) + " What is wrapped around it, guidance or clipping, changes its predictions."
             return self._diagnosis(first, first, advice, fits=True)
-        alike = [trial for trial in passing if trial is not best and trial.score < best.score - math.log(_BETTER)]
-        alike.sort(key=lambda trial: trial.score)
-        return self._diagnosis(first, best, self._advice(given, best.reading, alike), fits=False)
+        # Times that differ little fit alike, too: only other outputs are named.
+        alike = {
+            (trial.reading.prediction, trial.reading.sign): trial.reading
+            for trial in passing[::-1]
+            if trial.score < best.score - math.log(_BETTER)
+        }
+        alike.pop((best.reading.prediction, best.reading.sign), None)
+        return self._diagnosis(first, best, self._advice(given, best.reading, list(alike.values())), fits=False)
 
     def _diagnosis(self, first: _Trial, best: _Trial | None, advice: str, *, fits: bool) -> Diagnosis:
         return Diagnosis(
@@ -326,22 +331,23 @@ class _Bench:
             f"deviation of {spread:.3g}: the start, noise alone, is not the law there."
         )
 
-    def _advice(self, given: Reading, best: Reading, alike: list[_Trial]) -> str:
+    def _advice(self, given: Reading, best: Reading, alike: list[Reading]) -> str:
         """How to build the score model of the best reading, and which others could be it."""
         inside = innermost(self.model)
         network = "network" if best.sign == 1 else "lambda x, t, **cond: -network(x, t, **cond)"
         time = "" if best.time == "as given" else f", timestep=lambda t: {best.time}"
         if not time and inside.timestep is not None:
-            time = ", timestep=<as before>"
+            time = ", timestep=timestep"
+        cond = ", default_cond=default_cond" if inside.default_cond else ""
         event = "" if inside.event_shape is None else f", event_shape={tuple(inside.event_shape)}"
         low, high = best.data_range
         text = (
             f"Another reading fits ({', '.join(_changes(given, best))}): fastsde.ScoreModel({network}, sde, "
-            f"{best.prediction!r}{time}{event}, data_range=({low:g}, {high:g})), with your `network`; it is the "
+            f"{best.prediction!r}{time}{event}{cond}, data_range=({low:g}, {high:g})), with what you gave; it is the "
             "`.model` of this diagnosis."
         )
         if alike:
-            others = "; ".join(str(trial.reading) for trial in alike[:3])
+            others = "; ".join(map(str, alike))
             text += f" These fit about as well: {others}. Take the one that the network was trained with."
         return text
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,6 +272,7 @@ REFUSED = {
     ),
     "two starts": (model(), {"x_init": torch.zeros(3, 2), "x_data": torch.zeros(3, 2)}, "either x_init or x_data"),
     "a network alone": (never, {"shape": (3, 2)}, "does not say how it was trained: give fastsde.ScoreModel"),
+    "a pipeline": (SimpleNamespace(scheduler=None), {"n": 3}, r"is a pipeline: use fastsde\.sample_pipeline"),
     "a name in place of a model": ("fashion-mnist", {"n": 3}, r"Open it first: sample\(fastsde.pretrained"),
     "sde in words": (never, {"sde": "vp", "shape": (3, 2)}, "sde must be an SDE .*; got 'vp'"),
     "sde as a class": (never, {"sde": VPSDE, "shape": (3, 2)}, "sde must be an SDE .*; got <class"),

@@ -113,6 +113,7 @@ def test_json_on_standard_output_is_the_record(tmp_path):
         (["--label", "10"], "0 .. 9"),
         (["--label", "shirt"], "cycle"),
         (["--model", "cifar"], "fashion-mnist"),
+        (["--pipeline", "./none"], "there is no such folder"),
         (["--seed", "-1"], "seed must be"),
         (["--device", "abacus"], "abacus"),
         (["--device", "meta"], "meta"),

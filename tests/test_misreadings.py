@@ -5,6 +5,7 @@ import io
 import pickle
 import threading
 import warnings
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
@@ -250,9 +251,24 @@ def test_a_network_behind_a_method_or_a_partial_is_in_evaluation_mode():
 
     network = Network().train()
     expected = fastsde.sample(network, VP, shape=(4, 3), seed=0).samples
-    for function in (network.forward, functools.partial(network, y=None), lambda x, t: network(x, t)):
+
+    @torch.no_grad()
+    def decorated(x, t):
+        return [network(one[None], when[None])[0] for one, when in zip(x, t, strict=True)]
+
+    def stacked(x, t):
+        return torch.stack(decorated(x, t))
+
+    for function in (network.forward, functools.partial(network, y=None), lambda x, t: network(x, t), stacked):
         assert torch.equal(fastsde.sample(function, VP, shape=(4, 3), seed=0).samples, expected)
     assert network.drop.training
+
+
+def test_a_function_computes_where_the_module_that_it_names_is():
+    elsewhere = nn.Linear(3, 3, device="meta")
+    assert ScoreModel(lambda x, t: elsewhere(x), VP).device.type == "meta"
+    holder = SimpleNamespace(elsewhere=lambda x: x)
+    assert ScoreModel(lambda x, t: holder.elsewhere(x), VP).device.type == "cpu"  # an attribute, not that module
 
 
 def test_half_precision_start_states_are_walked_in_single_precision():

@@ -64,7 +64,7 @@ _OF_PIPELINES = ("kind", "prompts", "negative_prompt", "settings", "fps")
     default="ExponentialPC",
     metavar="NAME",
     type=click.Choice([*SOLVER_NAMES, *(name for name in TOKEN_SOLVERS if name not in SOLVER_NAMES)]),
-    help="One that `fastsde info solvers` lists, but FittedSolver; of a model of tokens, Unmask and others.",
+    help="One that `fastsde info solvers` lists, but for FittedSolver; of a model of tokens, Unmask and others.",
 )
 @click.option(
     "--rtol",

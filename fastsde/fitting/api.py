@@ -102,8 +102,9 @@ def fit(
         sde: as for `sample`.
         nfe: network calls of a sample, at least 2 evaluations of the model.
         rtol: instead of `nfe`: the error allowed, in (0, 1). The error is the median of || x - x* || / || x* || over
-            the held-out pilots. The smallest of 3, 4, 5, 6, 8, 10, .. 48 evaluations with at most this error is taken.
-            If none has, the best is taken, with a warning. Each number that is tried has its price.
+            the held-out pilots. Of 3, 4, 5, 6, 8, 10, .. 48 evaluations the first with at most this error is taken;
+            numbers that are far from it are left out. If none has, the best is taken, with a warning. Without `calls`
+            each number that is tried costs a fit; `calls` is for all of them together.
         eta: noise of the sampler, 0 to 5. The accurate solution uses the same noise.
         shape: shape of one sample, if the model does not know it.
         cond: conditioning of the pilot samples, each with leading axis `pilots`; or a function of their number that
@@ -122,7 +123,7 @@ def fit(
         device: as for `sample`.
         cache: a JSON file for the solver. If it exists and was made for these weights and settings, its solver is
             returned without any call. If it was made for others, it is replaced. An interrupted fit goes on from the
-            file CACHE.part.
+            file CACHE.part, with the same `batch_size` to the same solver.
         progress: show a bar over the calls.
 
     Raises:
@@ -149,7 +150,7 @@ def fit(
     if pilots is None and cond and not callable(cond):
         pilots = next((len(value) for value in cond.values() if isinstance(value, Tensor) and value.ndim), None)
         if pilots is not None and pilots < FEWEST:
-            raise ValueError(f"cond has {pilots} row{'s'[: pilots > 1]}: a fit needs at least {FEWEST} pilot samples.")
+            raise ValueError(f"cond has too few rows ({pilots}): a fit needs at least {FEWEST} pilot samples.")
     calls = None if calls is None else check_count("calls", calls, 500)
     accurate = round((_FOR_RTOL if rtol is not None else max(_TEACHER, 4 * wanted[0])) * (1 + eta))
     guess = guess and given is None and history > 0 and math.prod(event) <= _LARGEST_GUESS
@@ -173,7 +174,7 @@ def fit(
         "weights_sha256": weights_hash(model.network),
         "reading_sha256": reading_hash(model),
     }
-    kept = None if cache is None else Kept(Path(cache), settings)
+    kept = None if cache is None else Kept(Path(cache), settings, model.network)
     if kept is not None and (found := kept.finished()) is not None:
         return found
     pilot = Pilots(model, process, samples, eta, check_count("batch_size", batch_size, 1), given, history, accurate)

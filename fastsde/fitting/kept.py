@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 
 from fastsde.files import ArrayFile, json_hash, write_whole
+from fastsde.score.network import module_of
 from fastsde.solvers.fitted import FittedSolver
 
 
 class Kept:
     """The file of a finished fit, and beside it CACHE.part, the state of one that is not."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], network: object) -> None:
         if not path.absolute().parent.is_dir() or path.is_dir():
             raise ValueError(f"cache= must be a file in a folder that exists; got {path}.")
-        if settings["weights_sha256"] is None:
-            raise ValueError("cache= needs a network with weights to know it by; got a plain function.")
+        if module_of(network) is None:
+            raise ValueError("cache= needs a torch module, to know it by its weights; got a function.")
         self.path, self.settings = path, settings
         self.part = path.with_name(f"{path.name}.part")
         self.cost, self.done = 0, dict[str, Any]()

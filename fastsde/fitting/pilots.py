@@ -88,6 +88,10 @@ class Pilots:
         self.cost += calls
         self.bar.update(calls)
 
+    def resume(self, cost: int) -> None:
+        """Takes the price that an interrupted fit had come to."""
+        self.paid(cost - self.cost)
+
     def solve(self, kept: Kept | None) -> None:
         """The accurate solution, from the file if it is there."""
         found = None if kept is None else kept.solution()
@@ -98,7 +102,7 @@ class Pilots:
             if kept is not None:
                 kept.keep(target.cpu().numpy(), course.cpu().numpy(), self.cost)
         elif kept is not None:
-            self.cost = kept.cost
+            self.resume(kept.cost)
         self.target, self.course = (part.to(self.device).float() for part in found)
         centred = (self.target - self.target.mean(0)).double()
         self.variance = max(float(centred.square().mean()), 1e-12)
@@ -129,6 +133,7 @@ class Pilots:
         lams = [low, min(max(low, _GUESSED_AT - 0.5 * math.log(self.variance)), high)]
         found = None
         times = self.sde.t_of_log_snr(2 * torch.tensor(lams, dtype=torch.float64))
+        times = times.clamp(self.sde.t_min, self.sde.t_max)
         times[0] = self.sde.t_max
         for t in times.tolist():
             time = torch.full((self.count,), t, dtype=torch.float64, device=self.device)
@@ -319,7 +324,8 @@ class Pilots:
 def _counted(errors: Tensor) -> tuple[float, Tensor, Tensor]:
     """Mean of errors, the weights of its derivative, and how much each counts."""
     far = _OUTLIER * errors.median()
-    limit = max(far, errors.topk(min(_FEW, len(errors))).values[-1])
+    # Of fewer than five, one is too large a part to be left out.
+    limit = max(far, errors.topk(_FEW if len(errors) >= 5 else 1).values[-1])
     beyond = limit**_POWER * (1 + _POWER * (errors / limit).log())
     mean = torch.where(errors <= limit, errors**_POWER, beyond).mean() ** (1 / _POWER)
     weight = (limit / errors).clamp(max=1.0) ** _POWER * (mean / errors) ** (2 - _POWER)

@@ -65,7 +65,8 @@ class Fit:
         pilot = self.pilot
         solvers = starts(pilot, self.levels)
         if (past := self._past("grids")) is not None:
-            first, pilot.cost = past
+            first, cost = past
+            pilot.resume(cost)
         else:
             first = {
                 name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
@@ -116,7 +117,7 @@ class Fit:
         else:
             walked = self.pilot.walked(dataclasses.replace(FittedSolver.from_json(kept[0]), guess=now.solver.guess))
             after = walked, self.pilot.objective(walked), kept[1]
-        self.pilot.cost = cost
+        self.pilot.resume(cost)
         return after
 
     def _lower(self, now: Walked, value: float, mu: float) -> tuple[Walked, float, float] | None:

@@ -352,8 +352,8 @@ def reading_hash(model: ScoreModel) -> str:
     """SHA-256 of how a model reads its network, wrappers included, in hexadecimal; weights do not count.
 
     Of functions that belong to it their names count, of `timestep` its values at five times. The shape of a sample does
-    not count, nor what a configuration keeps for itself: diffusers writes `_use_default_values` in another order in
-    each process.
+    not count, nor whether a range was given, nor what a configuration keeps for itself: diffusers writes
+    `_use_default_values` in another order in each process.
     """
     plain = json.dumps(_reading_of(model), sort_keys=True, separators=(",", ":"), default=_shown)
     return sha256(plain.encode())

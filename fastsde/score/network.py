@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import hashlib
 import inspect
@@ -55,27 +56,45 @@ _PER_SAMPLE = (
 )
 
 
-def modules_behind(network: object) -> list[nn.Module]:
-    """The modules that a callable uses: itself, the one whose method it is, or those that a function names.
-
-    Compiled functions and filled-in arguments are looked through. A function names what its code reads from its own
-    module or from the functions around it.
-    """
+def module_of(network: object) -> nn.Module | None:
+    """The module that a callable is, or whose method it is, compiled or with arguments filled in; else None."""
     while not isinstance(network, nn.Module):
         inside = getattr(network, "_torchdynamo_orig_callable", None) or getattr(network, "__self__", None)
         inside = network.func if isinstance(network, functools.partial) else inside
         if inside is None or inside is network:
-            break
+            return None
         network = inside
-    if isinstance(network, nn.Module):
-        return [network]
-    if not inspect.isfunction(network):
-        return []
-    try:
-        named = inspect.getclosurevars(network)
-    except ValueError:  # a name that is not set yet
-        return []
-    return [value for value in {**named.globals, **named.nonlocals}.values() if isinstance(value, nn.Module)]
+    return network
+
+
+def modules_behind(network: object) -> list[nn.Module]:
+    """The module that a callable is, or those whose names stand in a function and in the functions that it names."""
+    whole = module_of(network)
+    if whole is not None:
+        return [whole]
+    found, seen, waiting = dict[nn.Module, None](), set[int](), [network]
+    while waiting:
+        value = waiting.pop(0)
+        if isinstance(value, nn.Module):
+            found[value] = None
+        elif callable(value) and inspect.isfunction(function := inspect.unwrap(value)) and id(function) not in seen:
+            seen.add(id(function))
+            waiting += _named_in(function)
+    return list(found)
+
+
+def _named_in(function: Any) -> list[object]:
+    """What a function reads by its name: globals, names of the functions around it, and defaults."""
+    codes, names = [function.__code__], list[str]()
+    while codes:
+        code = codes.pop()
+        names += [one.argval for one in dis.get_instructions(code) if one.opname == "LOAD_GLOBAL"]
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    found: list[object] = [function.__globals__[name] for name in names if name in function.__globals__]
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not set yet
+            found.append(cell.cell_contents)
+    return [*found, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
 
 
 _USERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -187,13 +206,15 @@ _HASHES: weakref.WeakKeyDictionary[nn.Module, tuple[object, str]] = weakref.Weak
 
 
 def weights_hash(network: object) -> str | None:
-    """SHA-256 over names and values of a network's weights, in hexadecimal; None for a function without a module.
+    """SHA-256 over names and values of a network's weights, in hexadecimal; None for a function that names no module.
 
-    Wrappers, methods and functions are looked through. It is kept until a weight changes, or their sum: gigabytes take
-    seconds.
+    Wrappers and methods are looked through. It is kept until a weight changes, or their sum: gigabytes take seconds.
     """
-    modules = [unwrap(module) for module in modules_behind(unwrap(network))]
-    hashes = [_hash_of(module) for module in modules]
+    network = unwrap(network)
+    whole = module_of(network)
+    if whole is not None:
+        return _hash_of(unwrap(whole))
+    hashes = sorted({_hash_of(unwrap(module)) for module in modules_behind(network) if module.state_dict()})
     return hashes[0] if len(hashes) == 1 else sha256(" ".join(hashes).encode()) if hashes else None
 
 

@@ -54,7 +54,7 @@ class FittedSolver(ExponentialPC):
         weights: for each step (a_k, w_k0, w_k1, ..); empty for those of `ExponentialPC`.
         output: (v_0, v_1, ..).
         guess: D_0, the elements of one sample in order; empty for a call of the network.
-        weights_sha256: of the network that it was fitted to; None for a plain function.
+        weights_sha256: of the network that it was fitted to; None for a function that names no module.
         reading_sha256: of how that network was read (`score.base.reading_hash`); None for any model.
         record: how it was found, in types that JSON has.
 
