@@ -343,8 +343,8 @@ class _Bench:
         low, high = best.data_range
         text = (
             f"Another reading fits ({', '.join(_changes(given, best))}): fastsde.ScoreModel({network}, sde, "
-            f"{best.prediction!r}{time}{event}{cond}, data_range=({low:g}, {high:g})), with what you gave; it is the "
-            "`.model` of this diagnosis."
+            f"{best.prediction!r}{time}{event}{cond}, data_range=({low:g}, {high:g})). The names are those of what you "
+            "gave. It is the `.model` of this diagnosis."
         )
         if alike:
             others = "; ".join(map(str, alike))
