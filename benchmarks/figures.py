@@ -139,7 +139,7 @@ def samples(seed: int = 0, few: int = 0) -> None:
         pictures["\n".join([*lines, f"{r.nfe.double().mean():.0f} calls"]).replace("= ", "=")] = r.samples
     samplers, pictures = rows_of(pictures, 7.8), {}
     for n in (4, 5, 6)[: few or None]:
-        solver = fastsde.fit(model, nfe=n, cond=labels(8 if few else 40), progress=True)
+        solver = fastsde.fit(model, nfe=n, cond=labels, calls=2000 if few else None, progress=True)
         pictures[f"{n} calls, default"] = fastsde.sample(model, nfe=n, **ten).samples
         pictures[f"{n} calls, fitted"] = fastsde.sample(model, solver=solver, **ten).samples
     controller = fastsde.Grid.log_snr(sde, 59)
