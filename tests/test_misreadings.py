@@ -467,7 +467,7 @@ def test_what_a_network_complains_of_is_explained():
     )
     fractional = ScoreModel(Embedded(), VP)
     refused(
-        "time in torch.float32: What timestep= returns",
+        r"time in torch.float32\. What timestep= returns",
         lambda: fastsde.sample(fractional, shape=(2, 3), nfe=2),
         RuntimeError,
     )
