@@ -36,9 +36,8 @@ def diagnose(model: str, data: Path | None, seed: int, device: torch.device, plo
 
     The denoised prediction of a network that is read rightly is at least as good as the best linear one, at each level
     of noise: "error / linear" is at most 1, and up to 1.5 passes, since networks have errors of their own. If that
-    fails, the usual other readings are tried and the one that fits is named. Without --data the
-    model is tried on samples of its own, which tells fewer readings apart. Ends with status 1 if the reading does not
-    fit.
+    fails, the usual other readings are tried and the one that fits is named. Without --data the model is tried on
+    samples of its own, which tells fewer readings apart. Ends with status 1 if the reading does not fit.
 
     \b
     Examples:

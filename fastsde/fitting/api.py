@@ -233,7 +233,7 @@ def _search(
         default = pilot.default(levels)
         scaled = pilot.cost + price * max(1.0, (levels / 6) ** 2)
         tried = Fit(pilot, levels, default, price if fixed or rtol is None else scaled, kept).run()
-        reach = tried.error
+        reach = tried.error if math.isfinite(tried.error) else 0.0  # else nothing is known of the next
         if found is None or tried.error < found.error:
             found = tried
         if rtol is None or found.error <= rtol or (fixed and pilot.cost > price):

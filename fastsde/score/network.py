@@ -219,6 +219,7 @@ def weights_hash(network: object) -> str | None:
 
 
 def _hash_of(network: nn.Module) -> str:
+    """The same of one module."""
     state = {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
     if any(value.is_inference() for value in state.values()):  # whose changes nobody counts
         return tensors_hash(state)
