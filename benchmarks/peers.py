@@ -27,7 +27,7 @@ SHARES = {"digits": 1, "gaussian": 16, "scales": 4, "images": 4}
 KEY = ("problem", "family", "kind", "sampler", "budget", "seed")
 AGAIN = 3
 OURS = {
-    "ODE": {"ours": "ExponentialPC", "fitted": "FittedSolver"},
+    "ODE": {"ours": "ExponentialPC"},
     "SDE": {"ours": "ExponentialPC, eta 1", "eta 0.5": "ExponentialPC, eta 0.5"},
 }
 

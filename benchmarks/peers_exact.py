@@ -77,13 +77,6 @@ def by_calls(eta: float) -> Callable[[Any], dict[str, Any]]:
     return lambda budget: {"solver": solver, "rtol" if isinstance(budget, float) else "nfe": budget}
 
 
-def fitted(problem: Problem, n: int, budget: Any, seed: int) -> Tensor:
-    """With times and weights of `fit`; its own calls are not counted with the samples'."""
-    solver = fastsde.fit(problem.model(), nfe=budget, seed=seed)
-    problem.rows = 0
-    return drawn(problem, n, seed, solver=solver)
-
-
 def chunked(draw: Callable[[Problem, Tensor, Any, int], Tensor]) -> Callable[[Problem, int, Any, int], Tensor]:
     """From a function of standard normal start states to one that draws n samples, a chunk at a time."""
 
@@ -225,7 +218,6 @@ def samplers() -> list[Sampler]:
     published = ours(lambda rtol: {"solver": fastsde.ExtrapolatedEM(), "rtol": rtol})
     add("fastsde", "ODE", "ExponentialPC", ours(by_calls(0.0)))
     add("fastsde", "ODE", "ExponentialPC, log-SNR grid", log_snr)
-    add("fastsde", "ODE", "FittedSolver", fitted)
     add("fastsde", "ODE", "ExponentialPC, rtol", ours(by_calls(0.0)), (0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005))
     add("fastsde", "SDE", "ExponentialPC, eta 1", ours(by_calls(1.0)))
     add("fastsde", "SDE", "ExponentialPC, eta 0.5", ours(by_calls(0.5)))
