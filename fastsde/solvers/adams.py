@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number, check_order, check_steps
+from fastsde.checks import check_order
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, Prediction
 from fastsde.sde.base import SDE, Level
@@ -88,14 +88,13 @@ class ExponentialAdams(Solver):
     orders: ClassVar[tuple[int, ...]] = ()  # what `order` may be, where there is one
     midpoint: ClassVar[bool] = True  # a polynomial of degree 1 gets m_0 / 2 rather than m_1: better at few calls
     interpolates_noise: ClassVar[bool] = False  # interpolate eps rather than D: y / rho then grows, c = -1
+    most_eta = 5.0
 
     steps: int | None = None
     eta: float | Callable[[Coef], Coef] = 0.0
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
-        if not callable(self.eta):
-            check_number("eta", self.eta, 0.0, 5.0)
+        super().__post_init__()
         if self.orders:
             check_order("order", getattr(self, "order", None), self.orders)
 
@@ -103,10 +102,6 @@ class ExponentialAdams(Solver):
     def values(self) -> tuple[int, int]:
         """How many predictions the predictor and the corrector (0: none) read."""
         raise NotImplementedError
-
-    @property
-    def deterministic(self) -> bool:  # type: ignore[override]
-        return self.eta == 0
 
     @property
     def keep_path(self) -> bool:  # type: ignore[override]

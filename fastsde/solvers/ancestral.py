@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -40,10 +39,6 @@ class Ancestral(Solver):
 
     steps: int | None = None
     posterior: bool = True
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_flags(posterior=self.posterior)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         a, b2 = sde.transition(t, s)

@@ -10,6 +10,7 @@ from typing import ClassVar, TypeVar
 import torch
 from torch import Tensor
 
+from fastsde.checks import check_flags, check_number, check_steps
 from fastsde.noise import RESOLUTION, StepNoise
 from fastsde.score.base import BoundModel, ScoreModel
 from fastsde.sde.base import SDE
@@ -66,7 +67,6 @@ class Solver(ABC):
         noise: which noise it uses, in words.
         sdes: which it takes.
         use: when to choose it.
-        deterministic: whether a step uses no noise at all.
         log_snr_steps, tapered_steps, grid_hint: steps uniform in log-SNR; tapered there; the argument that counts them.
         keep_path: take noise from a Brownian path that is a function of time, rather than fresh for each step.
         warm_up: the first turn has t = s, for a first prediction, or for work at the first level of noise.
@@ -76,6 +76,7 @@ class Solver(ABC):
         times: the times that it was made for, the only ones that it walks; None if it takes any.
         reports: names in its memory, each with a float64 for every row, that go to the result.
         across_rows: whether a step reads other rows of the batch, as some published corrector does.
+        most_eta: the largest share of noise that an argument `eta` may ask for.
     """
 
     convergence: ClassVar[str]
@@ -86,7 +87,6 @@ class Solver(ABC):
     log_snr_steps: ClassVar[bool] = False
     tapered_steps: ClassVar[bool] = False
     grid_hint: ClassVar[str] = "steps=..."
-    deterministic: bool = False
     keep_path: bool = False
     warm_up: bool = False
     keeps_x_0: bool = False
@@ -95,10 +95,23 @@ class Solver(ABC):
     times: tuple[float, ...] | None = None
     reports: tuple[str, ...] = ()
     across_rows: bool = False
+    most_eta: ClassVar[float] = 1.0
 
     def __init_subclass__(cls) -> None:
         if "step" in vars(cls) and "plan" not in vars(cls):
             cls.plan = Solver.plan  # type: ignore[method-assign] # an inherited one is for other steps
+
+    def __post_init__(self) -> None:
+        """Refuses arguments that are out of range: here the number of steps, eta and flags, where a solver has them."""
+        check_steps(self.steps)
+        if not callable(eta := getattr(self, "eta", 0.0)):
+            check_number("eta", eta, 0.0, self.most_eta)
+        check_flags(**{k: v for k, v in vars(self).items() if isinstance(getattr(type(self), k, None), bool)})
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a step uses no noise at all: by default, where eta is 0."""
+        return getattr(self, "eta", 1.0) == 0
 
     @property
     @abstractmethod

@@ -7,7 +7,6 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -40,14 +39,6 @@ class DDIM(Solver):
 
     steps: int | None = None
     eta: float = 0.0
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_number("eta", self.eta, 0.0, 1.0)
-
-    @property
-    def deterministic(self) -> bool:  # type: ignore[override]
-        return self.eta == 0
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         variance, prediction = sde.sigma(s) ** 2, model(x_t, t)

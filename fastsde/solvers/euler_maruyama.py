@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_flags, check_steps
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -38,10 +37,6 @@ class EulerMaruyama(Solver):
 
     steps: int | None = None
     keep_path: bool = False
-
-    def __post_init__(self) -> None:
-        check_steps(self.steps)
-        check_flags(keep_path=self.keep_path)
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:
         drift = sde.reverse_drift(x_t, t, model(x_t, t).score)

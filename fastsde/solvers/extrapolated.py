@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_choice, check_flags
+from fastsde.checks import check_choice
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -58,7 +58,7 @@ class ExtrapolatedEM(Solver):
     keep_path: bool = True
 
     def __post_init__(self) -> None:
-        check_flags(extrapolate=self.extrapolate, lamba=self.lamba, keep_path=self.keep_path)
+        super().__post_init__()
         check_choice("reference", self.reference, _REFERENCES)
 
     def init(self, x_t: State) -> Carry:

@@ -8,7 +8,7 @@ import math
 import torch
 
 from fastsde.batching import expand_like
-from fastsde.checks import check_number, check_steps
+from fastsde.checks import check_number
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -55,14 +55,14 @@ class Heun(Solver):
     s_noise: float = 1.0
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        super().__post_init__()
         check_number("churn (S_churn / steps)", self.churn, 0.0, math.sqrt(2) - 1)
         check_number("s_min", self.s_min, 0.0)
         check_number("s_max", self.s_max, self.s_min)
         check_number("s_noise", self.s_noise, 0.0, ends="()")
 
     @property
-    def deterministic(self) -> bool:  # type: ignore[override]
+    def deterministic(self) -> bool:
         return self.churn == 0
 
     def step(self, model: BoundModel, sde: SDE, x_t: State, t: Time, s: Time, noise: StepNoise, carry: Carry) -> Step:

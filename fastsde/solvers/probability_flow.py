@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from fastsde.batching import expand_like, row_norm
-from fastsde.checks import check_instance, check_steps
+from fastsde.checks import check_instance
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel
 from fastsde.sde.base import SDE
@@ -52,7 +52,7 @@ class ProbabilityFlow(Solver):
     tableau: Tableau = DORMAND_PRINCE
 
     def __post_init__(self) -> None:
-        check_steps(self.steps)
+        super().__post_init__()
         check_instance("tableau", self.tableau, Tableau, "a fastsde.Tableau such as fastsde.HEUN")
 
     @property
