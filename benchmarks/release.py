@@ -24,7 +24,6 @@ import click
 
 HERE = Path(__file__).parent
 STUDIES = {
-    "posterior.py network": 1,
     "ode.py flow": 1,
     "hosts.py": 2,
     "pipelines.py cost": 3,
@@ -33,7 +32,7 @@ STUDIES = {
     "overhead.py runs": 5,
     "pipelines.py guidance": 5,
     "survival.py ray": 5,
-    "posterior.py exact": 5,
+    "posterior.py": 5,
     "live.py queue": 9,
     "live.py server": 10,
     "pipelines.py classes": 12,
@@ -53,9 +52,7 @@ OTHERS = {
     "thesis/adversarial.py steps": 2,
     "thesis/algorithm6.py calls": 3,
     "tokens.py exact": 5,
-    "thesis/algorithm6.py stability": 5,
     "thesis/adversarial.py langevin": 5,
-    "thesis/chapter10.py ddim": 6,
     "ablations.py fit": 6,
     "thesis/algorithm6.py rejections": 15,
     "thesis/adversarial.py points": 20,

@@ -9,7 +9,7 @@ which begins when the manifest is there.
 First, one process and two workers of Ray draw the same job. Second, shards whose costs differ by up to ten are drawn by
 four processes with shards of their own alone, by four with claims, and by four workers of Ray, beside the schedule that
 gives the longest shard left to the process that is free first. Third, workers are killed with SIGKILL at random, a
-machine joins and another leaves (both are processes here). Fourth, what a shard costs beside its drawing.
+machine joins and another leaves (both are processes here).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from common import Row, command
 from fastsde.evaluation.claims import make_here
 from fastsde.evaluation.cluster import RayWorkers
 from fastsde.evaluation.jobs import ShardedJob
-from fastsde.files import npz_bytes, write_whole
+from fastsde.files import npz_bytes
 
 TABLES = ("results.jsonl", "results.csv", "summary.csv")
 SINGLE = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -282,56 +282,11 @@ def kill(job: ShardedJob, marks: Path, count: int, hit: list[str], chance: rando
             return
 
 
-def prices(shards: int, megabytes: int) -> Row:
-    """What a shard costs beside its drawing, and a worker until it draws."""
-    import ray
-
-    def written(job: ShardedJob, marks: Path, costs: Sequence[float]) -> None:
-        make, _ = open_sleeper(job, marks, costs, 1)
-        for k in range(job.shards):
-            write_whole(job.path(k), make(k))
-
-    def each(draw: Callable[..., object]) -> float:
-        """Milliseconds of a shard."""
-        bench, start = Bench([0.0] * shards, 1), time.monotonic()
-        bench.run("x", draw)
-        return 1e3 * (time.monotonic() - start) / shards
-
-    pairs = [(each(written), each(partial(draw_here, 0, 1, True))) for _ in range(5)]
-    found: Row = {"written_ms": [a for a, _ in pairs], "with_a_claim_ms": [b for _, b in pairs]}
-    start = time.monotonic()
-    with RayWorkers.connected(count=1) as workers:
-        found["cluster_start_seconds"] = time.monotonic() - start
-        starts, prices = [], []
-
-        def timed(**job: Any) -> None:
-            stamps = [time.monotonic(), *(time.monotonic() for _ in draw_on_ray(workers, 1, **job))]
-            starts.append(stamps[1] - stamps[0])
-            prices.append(1e3 * (stamps[-1] - stamps[1]) / (shards - 1))
-
-        for _ in range(5):
-            each(timed)
-        found |= {"worker_start_seconds": starts, "by_a_worker_ms": prices}
-
-        @ray.remote
-        def send(size: int) -> bytes:
-            return bytes(size)
-
-        ray.get(send.remote(1))
-        start = time.monotonic()
-        ray.get(send.remote(megabytes << 20))
-        found["transfer_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
-    bench, start = Bench([0.0], 1), time.monotonic()
-    write_whole(bench.folder / "x", bytes(megabytes << 20))
-    found["writing_ms_per_megabyte"] = 1e3 * (time.monotonic() - start) / megabytes
-    return found
-
-
-@command("ray_jobs", main, shards=6, seconds=0.1, kills=1, empty=10, repeats=1)
-def ray(shards: int = 40, seconds: float = 0.5, kills: int = 10, repeats: int = 3, empty: int = 200) -> Row:
-    """What do claims and Ray bring to a job of shards, what do they cost, and what do they survive?"""
+@command("ray_jobs", main, shards=6, seconds=0.1, kills=1, repeats=1)
+def ray(shards: int = 40, seconds: float = 0.5, kills: int = 10, repeats: int = 3) -> Row:
+    """What do claims and Ray bring to a job of shards, and what do they survive?"""
     found: Row = {"equal": equal(shards, seconds, repeats), "skewed": skewed(shards, seconds / 3, 4, repeats)}
-    return found | {"killed": beset(shards, seconds, kills), "prices": prices(empty, 64)}
+    return found | {"killed": beset(shards, seconds, kills)}
 
 
 if __name__ == "__main__":

@@ -232,14 +232,12 @@ def killed(results: Row) -> Row:
 
 
 def beset(results: Row) -> Row:
-    """Kills of workers of Ray, and prices."""
-    found, equal = results["killed"] | results["prices"], results["equal"]
-    for key in ("worker_start_seconds", "written_ms", "with_a_claim_ms", "by_a_worker_ms"):
-        least, *_, most = sorted(found[key])
-        found[key] = f"{statistics.median(found[key]):.2g} ({least:.2g} to {most:.2g})"
+    """Kills of workers of Ray, and what two of them bring."""
+    equal = results["equal"]
     for key in ("ratio", "ratio_with_the_start_of_workers"):
-        found[key] = [f"{ratio:.2f}" for ratio in equal[key]]
-    return found | {"same": all(part["same_bytes"] for part in (equal, results["killed"], *results["skewed"]))}
+        equal[key] = [f"{ratio:.2f}" for ratio in equal[key]]
+    same = all(part["same_bytes"] for part in (equal, results["killed"], *results["skewed"]))
+    return equal | results["killed"] | {"same": same}
 
 
 def live(rows: list[Row]) -> Row:
@@ -445,17 +443,11 @@ table(
     of="thesis_network",
 )
 table(
-    "ddim",
-    "calls | error of the half-log-SNR at the end = half_log_snr_error | on the published table = table_ratio "
-    "| on the process = ratio",
-)
-table(
     "step-sizes",
     "sampler | n_sigma | [eta {eta:g}] = denoised",
     lambda results: sorted(results["rows"], key=lambda row: row["eta"]),
     of="annealed_steps",
 )
-table("stability", "steps | elements | [rule] = {variance:.3g} ± {error:.1g} | [{rule}, closed form] = closed form")
 table("rejections", "SDE = sde | elements | rtol | [steps] = {error:+.4f} ± {standard error:.4f} ({calls:.0f})")
 table(
     "points",
@@ -569,12 +561,7 @@ facts(
     "two workers of Ray, throughput over one process = ratio "
     "| the same, with the start of the workers = ratio_with_the_start_of_workers "
     "| workers killed in a job of 2,000 samples = kills | shards begun again for it = shards_begun_again "
-    "| machines that joined / left = {machines_joined} / {machines_left} | same bytes in all jobs = same "
-    "| start of a cluster on one machine, seconds = cluster_start_seconds "
-    "| start of a worker, seconds = worker_start_seconds | a shard that takes no time, ms = written_ms "
-    "| the same with a claim, ms = with_a_claim_ms | the same by a worker of Ray, ms = by_a_worker_ms "
-    "| from a worker to the writer, ms per MiB = transfer_ms_per_megabyte "
-    "| onto the disk, ms per MiB = writing_ms_per_megabyte",
+    "| machines that joined / left = {machines_joined} / {machines_left} | same bytes in all jobs = same",
     beset,
 )
 facts(
@@ -620,7 +607,6 @@ table(
     "method | calls | [operator] = {mean:.2f} / {trace:.2f} / {weights:.2f} / {misfit:.2f}",
     lambda rows: [row for row in rows if row["method"] == "exact" or row["steps"] == 100],
 )
-table("measurements", "model | [eta {eta:g}] = {largest:.3g} / {misfit:.3g} / {outside}")
 table(
     "hosts", "levels | [{calls} calls] = {sample_exponential_pc:.3f} / {sample_dpmpp_2m:.3f}", where("sample_dpmpp_2m")
 )

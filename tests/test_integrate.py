@@ -142,6 +142,31 @@ def test_weak_order_two_with_additive_noise():
     assert fitted_order((4, 8, 16), biases) == pytest.approx(2, abs=0.15)  # the next term of the series on 4 steps
 
 
+@pytest.mark.parametrize("extrapolate", [True, False], ids=["extrapolated", "Euler-Maruyama"])
+@pytest.mark.parametrize("h", [0.5, 1.6])
+def test_the_stationary_variance_at_equal_steps(h, extrapolate):
+    """Appendix D.6: for dx = -x dt + sqrt(2) dw a step is x <- a x + sqrt(2 h) b z, so the variance is that below.
+
+    The thesis has 1. Both rules are biased at a fixed h, and stable for h below 2.
+    """
+    a, b = (1 - h + h * h / 2, 1 - h / 2) if extrapolate else (1 - h, 1.0)
+    n, steps = 8000, 25
+    x0 = torch.randn(n, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    r = fastsde.integrate(
+        lambda x, t: -x,
+        lambda x, t: 2**0.5,
+        x0,
+        0.0,
+        h * steps,
+        steps=steps,
+        extrapolate=extrapolate,
+        additive=True,
+        batch_size=n,
+    )
+    # Five standard deviations of the variance of 4 n normals.
+    assert float(r.samples.var()) == pytest.approx(2 * h * b * b / (1 - a * a), rel=5 * (2 / (4 * n)) ** 0.5)
+
+
 def test_without_noise_it_is_heun_with_adaptive_steps():
     def field(x, t):
         return torch.stack([x[:, 1], -torch.sin(x[:, 0]) * (1 + t)], 1)

@@ -1,4 +1,4 @@
-r"""Algorithms 6 and 9 of the thesis: the published calls, the law, stability, and what rejections do.
+r"""Algorithms 6 and 9 of the thesis: the published calls, the law, and what rejections do.
 
 docs/measured/algorithm6.md and docs/explanation/sources.md have what was found.
 
@@ -8,9 +8,6 @@ settings are those of the released code: the relative tolerance refers to max(|x
 0.5 on VE, 0.01 on VP; atol is one 8-bit level of the data range. The published NFE are maxima over a batch, ours are
 means, both without the denoising call. Beside that the second moment at t_min
 over its exact value, averaged over thirds of the spectrum, with its standard error across samples.
-
-`stability`: the linear test equation of appendix D.6, dx = -x dt + sqrt(2) dw, whose stationary variance is 1, by
-Euler-Maruyama and by the extrapolated step: equal steps h beside the closed forms, and adaptive ones.
 
 `rejections`: the error of the mean at time 1 by Algorithm 9 (appendix D.3), with the error estimate corrected and a
 step at most ten times as long as the one before, with three kinds of noise after a rejection; beside
@@ -114,39 +111,6 @@ def calls(
         euler = fastsde.EulerMaruyama(law_steps)
         laws.append(law(name, f"Euler-Maruyama, {law_steps} steps", dimension, law_samples, solver=euler))
     return {"nfe": rows, "law": laws}
-
-
-def stationary(h: float, extrapolate: bool) -> float:
-    """The stationary variance with equal steps: b^2 h / (1 - a^2), x being multiplied by a and the noise by b."""
-    a, b = (1 - h + h * h / 2, 1 - h / 2) if extrapolate else (1 - h, 1.0)
-    return 2 * h * b * b / (1 - a * a) if abs(a) < 1 else math.inf
-
-
-@command("stability", main, samples=100, rtols=[0.5])
-def stability(samples: int = 4000, rtols: tuple[float, ...] = (0.02, 0.1, 0.5)) -> list[Row]:
-    """Is the extrapolated step as stable, and unbiased?"""
-    end, rows = 40.0, list[Row]()
-
-    def variance(elements: int, **options: object) -> Row:
-        x0 = torch.randn(samples, elements, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-        r = fastsde.integrate(
-            lambda x, t: -x, lambda x, t: 2**0.5, x0, 0.0, end, additive=True, batch_size=samples, **options
-        )
-        square = r.samples.square().mean(1)
-        return {"variance": float(square.mean()), "error": float(square.std()) / samples**0.5}
-
-    for extrapolate in (False, True):
-        rule = "extrapolated" if extrapolate else "Euler-Maruyama"
-        for h in (0.1, 0.5, 1.0, 1.6, 2.5):
-            steps = round(end / h)
-            row: Row = {"rule": rule, "steps": f"h = {h:g}", "elements": 1}
-            found = variance(1, steps=steps, extrapolate=extrapolate)
-            rows.append(row | found | {"closed form": stationary(end / steps, extrapolate)})
-        for elements in (1, 64):
-            for rtol in rtols:
-                found = variance(elements, rtol=rtol, atol=rtol / 5, extrapolate=extrapolate)
-                rows.append({"rule": rule, "steps": f"rtol = {rtol:g}", "elements": elements} | found)
-    return rows
 
 
 class Equation(NamedTuple):

@@ -9,13 +9,6 @@ not. The ablations of D.2 and D.3 are at rtol 0.02 (the thesis does not say at w
 
 `network`: the VP column and Table D.2 with the packaged network, classes in turn, one seed for all rows, at rtol 0.05.
 RD & Langevin has half the published steps. Cells are those of `fastsde bench`: a folder that survives being killed.
-
-`ddim`: the code behind Table 10.1 gave DDIM the alphas of N betas linspace(beta_min / N, beta_max / N), with N the
-number of calls, while the network was conditioned on continuous t and its output divided by the continuous sigma(t):
-the fewer calls, the more the state's noise exceeds the one that the network is told. DDIM reads nothing of its process
-but alpha(t) and sigma(t): `TableVP`, a VP process that reads them off the table at level floor(t (N - 1)), is the whole
-handicap. As in that code, both take N - 1 steps over uniform times and end with a denoising call at the continuous
-sigma(t_min): N calls.
 """
 
 from __future__ import annotations
@@ -26,13 +19,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import RUNS, Row, command, floor_of, swept
-from problems import SDE, digits
+from problems import digits
 
 import fastsde
 from fastsde.evaluation.sweep import Cell
@@ -198,43 +189,6 @@ def network(
     rows, keys = first + (beside + more)[: few or None], ("mean_nfe", "rejected", "fid", "fid_error")
     found = [shown(row, **{key: one[key] for key in keys}) for row, one in zip(rows, run(rows), strict=True)]
     return {"real_images": floor_of(samples), "rows": sorted(found, key=lambda row: row["part"])}
-
-
-class TableVP(fastsde.VPSDE):
-    """VP whose alpha and sigma are those of N discrete betas, at the level below t."""
-
-    def __init__(self, levels: int) -> None:
-        super().__init__()
-        ends = torch.tensor([self.beta_min, self.beta_max], dtype=torch.float64) / levels
-        betas = torch.linspace(float(ends[0]), float(ends[1]), levels, dtype=torch.float64)
-        self.table = 0.5 * torch.log1p(-betas).cumsum(0)
-
-    def log_alpha(self, t: Tensor) -> Tensor:
-        # The last digits of t must not take the first time to the level below.
-        return self.table[(t * (len(self.table) - 1) + 1e-9).floor().long()]
-
-
-def handicapped(model: fastsde.ScoreModel, calls: int, n: int, seed: int) -> Tensor:
-    """Samples of DDIM on the table, with shape (n, d)."""
-    told = fastsde.ScoreModel(lambda x, t: model(x, t).score, TableVP(calls), "score", event_shape=model.event_shape)
-    r = fastsde.sample(told, n=n, seed=seed, batch_size=2000, solver=fastsde.DDIM(calls - 1), denoise=False)
-    return model(r.samples, torch.full((n,), SDE.t_min, dtype=torch.float64)).x_0
-
-
-@command("ddim", main, samples=100, seeds=1, calls=[24])
-def ddim(samples: int = 8000, seeds: int = 2, calls: tuple[int, ...] = (24, 49, 147, 179, 274, 329, 1000)) -> list[Row]:
-    """How much of DDIM's poor showing in Table 10.1 is its schedule's? Ratios to the floor, and the error at t_min."""
-    problem, rows = digits(samples), list[Row]()
-    model, unit, t = problem.model(), problem.floor(20)[0], torch.tensor([SDE.t_min], dtype=torch.float64)
-    for k in tqdm(calls, disable=None):
-        row: Row = {"calls": k, "half_log_snr_error": float(SDE.log_snr(t) - TableVP(k).log_snr(t)) / 2}
-        options = {"n": samples, "batch_size": 2000, "solver": fastsde.DDIM(k - 1)}
-        fair = [fastsde.sample(model, seed=seed, **options).samples for seed in range(seeds)]
-        on_table = [handicapped(model, k, samples, seed) for seed in range(seeds)]
-        for key, runs in (("table_ratio", on_table), ("ratio", fair)):
-            row[key] = sum(problem.distance(x) / unit for x in runs) / seeds
-        rows.append(row)
-    return rows
 
 
 if __name__ == "__main__":
