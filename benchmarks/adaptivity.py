@@ -82,7 +82,7 @@ def study(name: str, model: fastsde.ScoreModel, run: Run) -> list[Row]:
 def main(
     samples: int = 5000,
     starts: int = 64,
-    only: tuple[str, ...] = ("rare", "digits", "scales", "packaged", "flow", "clipped"),
+    only: tuple[str, ...] = ("digits", "scales", "rare", "images", *REAL),
     images: Path | None = None,
 ) -> list[Row]:
     """The table."""

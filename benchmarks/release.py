@@ -38,7 +38,7 @@ STUDIES = {
     "pipelines.py classes": 12,
     "survival.py sweep": 20,
     "networks.py --data {mnist}": 25,
-    "adaptivity.py": 25,
+    "adaptivity.py --images {images}": 25,
     "digits.py": 45,
     "peers.py --images {images}": 60,
     "fitted.py --fids 2000": 120,
