@@ -478,6 +478,12 @@ def test_loops_that_cannot_be_answered_are_refused():
     pipe, arguments = built("StableDiffusionPipeline")
     with pytest.raises(ValueError, match="own scheduler, which does not run here"):
         sample(pipe, eta=0.5, nfe=8, **arguments)
+    model = fastsde.from_diffusers(pipe)
+    times = fastsde.Grid.tapered(model.sde, 3).times
+    fitted = fastsde.FittedSolver(times=tuple(times.tolist()), log_snr=tuple(model.sde.log_snr(times).tolist()))
+    pipe.scheduler = FastSDEScheduler.from_config(pipe.scheduler.config, fitted=fitted)
+    with pytest.raises(ValueError, match="call the pipeline, or give it a scheduler without fitted="):
+        sample(pipe, **arguments)
 
 
 def test_a_loop_that_its_callback_stops():

@@ -383,6 +383,11 @@ def _reading(pipe: Any) -> Reading:
     if not hasattr(scheduler, "step"):
         raise TypeError(f"{name} has a scheduler without step ({type(scheduler).__name__}). Run it with its own loop.")
     config = scheduler_config(scheduler)
+    if config.get("fitted"):
+        raise ValueError(
+            f"the scheduler of {name} has a fitted solver, which runs in the pipeline's own call alone: call the "
+            "pipeline, or give it a scheduler without fitted= and the solver here as solver=."
+        )
     reading = read_loop({key: value for key, value in filled(config).items() if key not in unread(config)})
     exploding = hasattr(scheduler, "is_scale_input_called") and not reading.is_flow
     return dataclasses.replace(reading, exploding=exploding)
