@@ -88,9 +88,9 @@ def fit(
        mended. So with M = 4 median_i r_i, a pilot with r > M counts (M / r)^1.5 in v and u. In E, r^1.5 is replaced by
        L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
        far off, all but two count in full. Derivatives are finite differences. A third of the pilots is held out of
-       this step. Of all steps, the one with the smallest E on the held-out pilots is kept. The default is kept if its E
-       is smaller, or its r for a typical sample (the geometric mean). With `eta` above 0 a fit must be better by more
-       than chance.
+       these steps. The step with the smallest E over all pilots is kept; the held-out ones alone are too few to choose.
+       They decide between it and the default: the default is kept if its E is smaller there, or its r for a typical
+       sample (the geometric mean). With `eta` above 0 a fit must be better by more than chance.
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,

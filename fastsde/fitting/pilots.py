@@ -190,6 +190,10 @@ class Pilots:
         """Of the samples that are fitted: their mean error, the weights of its derivative, and how much each counts."""
         return _counted(self.root_errors(x[~self.held.to(x.device)], ~self.held))
 
+    def error(self, x: Tensor) -> float:
+        """Mean error of all pilots. The held-out ones are too few to choose among steps by themselves."""
+        return _counted(self.root_errors(x, torch.arange(self.count)))[0]
+
     def held_error(self, x: Tensor) -> float:
         """Mean error of the held-out pilots, from the samples of all. One alone in another mode does not decide it."""
         return _counted(self.held_errors(x))[0]

@@ -18,7 +18,7 @@ _GRIDS = 20
 """How many grids there are, about."""
 STARTS = 2
 """Grids from which a first step is tried: the best, and that of the default."""
-_PLANNED = 3
+_PLANNED = 4
 """Gauss-Newton steps that a number of pilots is chosen for."""
 
 

@@ -40,7 +40,7 @@ class Fit:
         """Finds the best start, steps from there, and leaves in `best` what is best on the held-out pilots."""
         pilot = self.pilot
         now, value, mu = self._start()
-        best, held = now, pilot.held_error(now.x)
+        best, least = now, pilot.error(now.x)
         last = self.last
         for turn in range(_ITERATIONS):
             self.path.append({"cost": pilot.cost, "error": pilot.relative(now.x)})
@@ -52,9 +52,8 @@ class Fit:
             if stepped is None:
                 break
             gained, (now, value, mu) = 1 - stepped[1] / value, stepped
-            error = pilot.held_error(now.x)
-            if error < held:
-                best, held = now, error
+            if (error := pilot.error(now.x)) < least:
+                best, least = now, error
             if gained < _LEAST_GAIN and turn:
                 break
         self._judge(best)
