@@ -37,7 +37,7 @@ class Fit:
         self.path, self.last, self.turns = list[dict[str, float]](), 0, 0
 
     def run(self) -> Fit:
-        """Finds the best start, steps from there, and leaves in `best` what is best on the held-out pilots."""
+        """Finds the best start, steps from there, and leaves in `best` what is best."""
         pilot = self.pilot
         now, value, mu = self._start()
         best, least = now, pilot.error(now.x)

@@ -258,8 +258,8 @@ class FittedSolver(ExponentialPC):
                 for v in (record["error"], record["default_error"], record["ratio"], *record["ratio_interval"])
             )
             lines.append(
-                f"error on the held-out pilots, by which it was chosen: {own:.3g}; the default's: {theirs:.3g}; in the "
-                f"mean {ratio:.2f} times ({low:.2f} to {high:.2f})"
+                f"error on the held-out pilots: {own:.3g}; the default's: {theirs:.3g}; in the mean {ratio:.2f} times "
+                f"({low:.2f} to {high:.2f})"
             )
             if not self.weights:
                 lines.append("the default was as good: these are its times and weights")
