@@ -10,8 +10,8 @@ PRICE = 8_000
 """Network calls of a fit for up to six calls a sample; more in proportion to their square."""
 FEWEST = 8
 """Pilots at least."""
-_LEAST, _MOST = 16, 64
-"""Pilots, where nobody says how many."""
+_LEAST, _ENOUGH, _MOST = 16, 20, 64
+"""Pilots, where nobody says how many: at least; at least for the usual price; at most."""
 _SCOUTS = 8
 """Pilots on which the grids are compared first, at most; a quarter of them all."""
 _GRIDS = 20
@@ -60,10 +60,16 @@ def planned(
     least = 0
     for with_guess in (True, False) if guess else (False,):
         levels, before = evaluations + with_guess, accurate + 2 * with_guess
-        count = _pilots_for(price, levels, before) if pilots is None else check_count("pilots", pilots, FEWEST)
+        least_pilots = _ENOUGH if calls is None else _LEAST
+        count = (
+            _pilots_for(price, levels, before, least_pilots)
+            if pilots is None
+            else check_count("pilots", pilots, FEWEST)
+        )
         least = count * before + cost_of(levels, count, history, moving=moving, steps=1, starts=1)
         if calls is None:
-            price = max(price, float(count * before + cost_of(levels, count, history, moving=moving)))
+            needed = count * before + cost_of(levels, count, history, moving=moving, steps=_PLANNED - 1)
+            price = max(price, float(needed))
         if calls is None or calls >= least * each:
             return Plan(count, with_guess, price * each)
     raise ValueError(
@@ -103,11 +109,11 @@ def cost_of(
     return round(scouts + pilots * ((steps + starts - 1) * step + (starts + 0.7) * levels))
 
 
-def _pilots_for(price: float, levels: int, teacher: int) -> int:
+def _pilots_for(price: float, levels: int, teacher: int, least: int) -> int:
     """As many pilots as a price pays for."""
     fixed = _GRIDS * _SCOUTS * levels
     each = (cost_of(levels, 1000) - fixed) / 1000 + teacher
-    return int(min(_MOST, max(_LEAST, (price - fixed) / each)))
+    return int(min(_MOST, max(least, (price - fixed) / each)))
 
 
 def scouts_of(pilots: int) -> int:
