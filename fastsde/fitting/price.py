@@ -60,16 +60,14 @@ def planned(
     least = 0
     for with_guess in (True, False) if guess else (False,):
         levels, before = evaluations + with_guess, accurate + 2 * with_guess
-        least_pilots = _ENOUGH if calls is None else _LEAST
-        count = (
-            _pilots_for(price, levels, before, least_pilots)
-            if pilots is None
-            else check_count("pilots", pilots, FEWEST)
-        )
+        if pilots is None:
+            count = _pilots_for(price, levels, before, _ENOUGH if calls is None else _LEAST)
+        else:
+            count = check_count("pilots", pilots, FEWEST)
         least = count * before + cost_of(levels, count, history, moving=moving, steps=1, starts=1)
         if calls is None:
-            needed = count * before + cost_of(levels, count, history, moving=moving, steps=_PLANNED - 1)
-            price = max(price, float(needed))
+            # So many pilots may do with a step less.
+            price = max(price, count * before + cost_of(levels, count, history, moving=moving, steps=_PLANNED - 1))
         if calls is None or calls >= least * each:
             return Plan(count, with_guess, price * each)
     raise ValueError(
@@ -110,7 +108,7 @@ def cost_of(
 
 
 def _pilots_for(price: float, levels: int, teacher: int, least: int) -> int:
-    """As many pilots as a price pays for."""
+    """As many pilots as a price pays for, and at least so many."""
     fixed = _GRIDS * _SCOUTS * levels
     each = (cost_of(levels, 1000) - fixed) / 1000 + teacher
     return int(min(_MOST, max(least, (price - fixed) / each)))
