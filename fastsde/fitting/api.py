@@ -89,8 +89,8 @@ def fit(
        L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
        far off, all but two count in full. Derivatives are finite differences. A third of the pilots is held out of
        these steps. The step with the smallest E over all pilots is kept; the held-out ones alone are too few to choose.
-       They decide between it and the default: the default is kept if its E is smaller there, or its r for a typical
-       sample (the geometric mean). With `eta` above 0 a fit must be better by more than chance.
+       The default is kept if its E over all pilots is smaller, or its r for a typical held-out pilot (the geometric
+       mean). With `eta` above 0 a fit must be better by more than chance.
 
     The model is fitted with its guidance and clipping, and with the conditioning of the pilots. `sample` refuses the
     solver for a model with other weights, another reading or other guidance. Source: Duan et al.,

@@ -191,12 +191,8 @@ class Pilots:
         return _counted(self.root_errors(x[~self.held.to(x.device)], ~self.held))
 
     def error(self, x: Tensor) -> float:
-        """Mean error of all pilots. The held-out ones are too few to choose among steps by themselves."""
+        """Mean error of all pilots, as one in another mode is too large a part of the held-out ones."""
         return _counted(self.root_errors(x, torch.arange(self.count)))[0]
-
-    def held_error(self, x: Tensor) -> float:
-        """Mean error of the held-out pilots, from the samples of all. One alone in another mode does not decide it."""
-        return _counted(self.held_errors(x))[0]
 
     def energy(self, x: Tensor) -> tuple[float, Tensor, float]:
         """v of the objective; the weighted centred samples and the sum of squares of the target, of which v is made."""

@@ -236,5 +236,5 @@ class Fit:
         self.best = found
         # With noise most of the error is that of the noise between two levels: a gain must be more than chance.
         clear = self.ratio < 1.0 if pilot.eta == 0 else self.interval[1] < 1.0 and self.error < self.default_error
-        if not (clear and pilot.held_error(found.x) < pilot.held_error(self.default.x)):
+        if not (clear and pilot.error(found.x) < pilot.error(self.default.x)):
             self.best, self.error, self.ratio, self.interval = self.default, self.default_error, 1.0, (1.0, 1.0)
