@@ -151,6 +151,25 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
 
     guarded = [] if token is None else [Depends(authorized)]
 
+    _add_images(app, service, took, guarded)
+    _add_samples(app, service, took, guarded)
+    _add_information(app, service, registry, guarded)
+    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
+        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
+
+    app.add_exception_handler(HTTPException, _told)
+    app.add_exception_handler(RequestValidationError, _refused)
+    app.add_exception_handler(Exception, _broken)
+    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
+    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
+    return app
+
+
+def _add_images(app: FastAPI, service: Service, took: Histogram, guarded: Sequence[Any]) -> None:
+    """The route of OpenAI's interface, which answers once."""
+    seconds = service.limits.seconds
+
     @app.post("/v1/images/generations", dependencies=guarded, tags=["images"], openapi_extra=_BODY)
     async def generate(http: fastapi.Request, asked: Annotated[Generation, Depends(_read)]) -> Generated:
         """Draws images; the answer comes when all are there. A client that goes away cancels its request."""
@@ -176,19 +195,6 @@ def create_app(service: Service, *, token: str | None = None, hosts: Sequence[st
             raise HTTPException(500, f"{len(drawn) - len(there)} of {len(drawn)} samples failed: {cost['status']}.")
         data = [Picture(b64_json=picture) for picture in there]
         return Generated(created=int(time.time()), data=data, fastsde=Cost(**cost))
-
-    _add_samples(app, service, took, guarded)
-    _add_information(app, service, registry, guarded)
-    for path, file in {"/": "index.html", "/page.css": "page.css", "/page.js": "page.js"}.items():
-        app.add_api_route(path, _sending(_PAGE / file), include_in_schema=False)
-
-    app.add_exception_handler(HTTPException, _told)
-    app.add_exception_handler(RequestValidationError, _refused)
-    app.add_exception_handler(Exception, _broken)
-    most = service.limits.body if service.edits else min(service.limits.body, 1 << 16)  # without pictures
-    app.add_middleware(_Bounded, most=most, seconds=seconds + 30)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))
-    return app
 
 
 async def _submitted(service: Service, asked: Generation, callback: Callable[[EngineState], None] | None) -> Request:
