@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ class Annealed(Solver):
     grid_hint = "levels=..."
     noise = "fresh"
     log_snr_steps = True
-    most_eta: ClassVar[float]
 
     levels: int | None = None
     n_sigma: int = 1

@@ -76,7 +76,7 @@ class Solver(ABC):
         times: the times that it was made for, the only ones that it walks; None if it takes any.
         reports: names in its memory, each with a float64 for every row, that go to the result.
         across_rows: whether a step reads other rows of the batch, as some published corrector does.
-        most_eta: the largest share of noise that an argument `eta` may ask for.
+        most_eta: the largest value of an argument `eta`.
     """
 
     convergence: ClassVar[str]
