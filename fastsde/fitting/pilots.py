@@ -15,7 +15,7 @@ from fastsde.api import warn_of_range
 from fastsde.batching import select_rows
 from fastsde.control import Grid
 from fastsde.fitting.kept import Kept
-from fastsde.fitting.price import scouts_of
+from fastsde.fitting.price import held_of, scouts_of
 from fastsde.job import Samples, noise_of
 from fastsde.noise import StepNoise
 from fastsde.score.base import BoundModel, ScoreModel
@@ -69,7 +69,7 @@ class Pilots:
         count, seed = self.count, samples.seed
         # Conditioning may come in order.
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed % (1 << 63)))
-        held = max(2, count // 3)
+        held = held_of(count)
         self.held = torch.zeros(count, dtype=torch.bool)
         self.held[order[:held]] = True
         self.scouts = order[held : held + scouts_of(count)].sort().values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 from fastsde.checks import check_count
 
@@ -10,12 +11,14 @@ PRICE = 8_000
 """Network calls of a fit for up to six calls a sample; more in proportion to their square."""
 FEWEST = 8
 """Pilots at least."""
-_LEAST, _ENOUGH, _MOST = 16, 20, 64
+_LEAST, _ENOUGH, _MOST = 16, 24, 64
 """Pilots, where nobody says how many: at least; at least for the usual price; at most."""
-_SCOUTS = 8
-"""Pilots on which the grids are compared first, at most; a quarter of them all."""
+_HELD, _FITTED = 12, 14
+"""Held-out pilots cost little, as no derivatives are taken of them: 12, if 14 are left to be fitted."""
 _GRIDS = 20
 """How many grids there are, about."""
+FEW, KEPT_GRIDS = 3, 6
+"""All grids are compared on 3 pilots, the best 6 of them on more."""
 STARTS = 2
 """Grids from which a first step is tried: the best, and that of the default."""
 _PLANNED = 4
@@ -60,14 +63,16 @@ def planned(
     least = 0
     for with_guess in (True, False) if guess else (False,):
         levels, before = evaluations + with_guess, accurate + 2 * with_guess
+        of = partial(cost_of, levels=levels, accurate=before, history=history, moving=moving)
         if pilots is None:
-            count = _pilots_for(price, levels, before, _ENOUGH if calls is None else _LEAST)
+            few = _ENOUGH if calls is None else _LEAST
+            count = next((n for n in range(_MOST, few, -1) if of(n) <= price), few)
         else:
             count = check_count("pilots", pilots, FEWEST)
-        least = count * before + cost_of(levels, count, history, moving=moving, steps=1, starts=1)
+        least = of(count, steps=1, starts=1)
         if calls is None:
             # So many pilots may do with a step less.
-            price = max(price, count * before + cost_of(levels, count, history, moving=moving, steps=_PLANNED - 1))
+            price = max(price, of(count, steps=_PLANNED - 1))
         if calls is None or calls >= least * each:
             return Plan(count, with_guess, price * each)
     raise ValueError(
@@ -90,30 +95,30 @@ def numbers_of(levels: int, history: int = 4, *, moving: bool = True) -> list[tu
 
 
 def cost_of(
-    levels: int,
     pilots: int,
-    history: int = 4,
+    levels: int,
+    accurate: int,
+    history: int,
     *,
-    moving: bool = True,
+    moving: bool,
     steps: int = _PLANNED,
     starts: int = STARTS,
 ) -> int:
-    """Calls of so many Gauss-Newton steps, the first from each of the starts, and of the grids that are tried."""
+    """Evaluations of the accurate solution, the grids, and so many steps, the first of them from each of the starts."""
     starts = starts if moving else 1
-    scouts = _GRIDS * scouts_of(pilots) * levels if moving else 0
+    scouts = (_GRIDS * FEW + KEPT_GRIDS * (scouts_of(pilots) - FEW)) * levels if moving else 0
     numbers = numbers_of(levels, history, moving=moving)
     jacobian = sum(levels - k for kind, k, _ in numbers if kind != "output")
-    step = 2 / 3 * jacobian + 1.3 * levels  # two thirds of the pilots are not held out; some moves are tried again
-    return round(scouts + pilots * ((steps + starts - 1) * step + (starts + 0.7) * levels))
+    step = (pilots - held_of(pilots)) * jacobian + pilots * 1.3 * levels  # some moves are tried again
+    walks = accurate + (starts + 0.7) * levels
+    return round(pilots * walks + scouts + (steps + starts - 1) * step)
 
 
-def _pilots_for(price: float, levels: int, teacher: int, least: int) -> int:
-    """As many pilots as a price pays for, and at least so many."""
-    fixed = _GRIDS * _SCOUTS * levels
-    each = (cost_of(levels, 1000) - fixed) / 1000 + teacher
-    return int(min(_MOST, max(least, (price - fixed) / each)))
+def held_of(pilots: int) -> int:
+    """How many pilots are held out."""
+    return max(2, pilots // 3, min(_HELD, pilots - _FITTED))
 
 
 def scouts_of(pilots: int) -> int:
-    """On how many pilots the grids are compared."""
-    return min(_SCOUTS, max(3, pilots // 4))
+    """On how many pilots the best grids are compared."""
+    return min(8, max(FEW + 1, pilots // 4))

@@ -18,7 +18,7 @@ from fastsde.batching import select_rows
 from fastsde.fitting.grids import starts, walkable
 from fastsde.fitting.kept import Kept
 from fastsde.fitting.pilots import ENERGY, ON_PATH, Pilots, Walked
-from fastsde.fitting.price import STARTS, numbers_of
+from fastsde.fitting.price import FEW, KEPT_GRIDS, STARTS, numbers_of
 from fastsde.solvers.fitted import FittedSolver, Row
 from fastsde.types import Carry
 
@@ -67,10 +67,11 @@ class Fit:
             first, cost = past
             pilot.resume(cost)
         else:
-            first = {
-                name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
-                for name, solver in solvers.items()
-            }
+            first = dict.fromkeys(solvers, 0.0)
+            for rows, many in ((pilot.scouts[:FEW], len(solvers)), (pilot.scouts[FEW:], KEPT_GRIDS)):
+                for name in (kept := sorted(first, key=lambda name: first[name])[:many]):
+                    first[name] += float(pilot.root_errors(pilot.walked(solvers[name], rows).x, rows).sum())
+                first = {name: first[name] for name in kept}
             self._put("grids", first)
         found, before = list[tuple[str, Walked, float, float]](), pilot.cost
         ranked = sorted(first, key=lambda name: first[name])
@@ -86,7 +87,7 @@ class Fit:
             stepped = self._step(walked, value, _DAMPING) if math.isfinite(value) else None
             found.append((name, *(stepped or (walked, value, _DAMPING))))
             self.last = pilot.cost - before
-        self.name, walked, value, mu = min(found, key=lambda entry: entry[2])
+        self.name, walked, value, mu = min(found, key=lambda entry: (pilot.error(entry[1].x), entry[2]))
         if not math.isfinite(value):
             raise RuntimeError("pilot samples are not finite at the levels of any grid: the network returned NaN.")
         return walked, value, mu
