@@ -27,7 +27,8 @@ from tqdm import tqdm
 import fastsde
 
 CALLS = (3, 4, 5, 6, 8, 10, 12, 15, 20)
-PILOT_CALLS, PRICES = (4, 5, 6), (2_000, 4_000, 20_000)
+PILOT_CALLS = (4, 5, 6, 8)
+PRICED_CALLS, PRICES = (4, 5, 6), (2_000, 4_000, 20_000)
 """Numbers of calls at which three pilots and other prices are compared."""
 MANY, MANY_CALLS = 512, (4, 5, 6, 8)
 """On exact problems, whose calls cost little: so many pilots, and all the steps that they need."""
@@ -160,8 +161,8 @@ def study(book: Results, case: Case, calls: tuple[int, ...], fids: int) -> None:
 
     own = ("default", "fitted") if case.flow else ("default", "default, log-SNR", "fitted")
     jobs = [(sampler, n, 0) for n in calls for sampler in own]
-    for n in set(PILOT_CALLS) & set(calls):
-        jobs += [("fitted", n, seed) for seed in (1, 2)] + [(f"fitted, {price} calls", n, 0) for price in PRICES]
+    jobs += [("fitted", n, seed) for n in set(PILOT_CALLS) & set(calls) for seed in (1, 2)]
+    jobs += [(f"fitted, {price} calls", n, 0) for n in set(PRICED_CALLS) & set(calls) for price in PRICES]
     if case.distance is not None:
         jobs += [(f"fitted, {MANY} pilots", n, 0) for n in set(MANY_CALLS) & set(calls)]
     if fids and case.name == "packaged":
