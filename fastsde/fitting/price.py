@@ -14,7 +14,7 @@ FEWEST = 8
 _LEAST, _ENOUGH, _MOST = 16, 24, 64
 """Pilots, where nobody says how many: at least; at least for the usual price; at most."""
 _HELD, _FITTED = 12, 14
-"""Held-out pilots cost little, as no derivatives are taken of them: 12, if 14 are left to be fitted."""
+"""Pilots that are held out cost little, as no derivatives are taken of them: 12, if 14 are left to be fitted."""
 _GRIDS = 20
 """How many grids there are, about."""
 FEW, KEPT_GRIDS = 3, 6
