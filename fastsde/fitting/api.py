@@ -74,8 +74,8 @@ def fit(
        t_max, or at a little less noise, agree over the pilots, their mean is the `guess` of `FittedSolver`: it takes
        the place of the first call. The fewer calls there are, the less they must agree.
     2. About 20 grids are tried with the weights of `ExponentialPC`: equal steps in the log-SNR between several ends,
-       equal steps in t, Karras's grid, the default. All are tried on three pilots, the best six on up to eight. The
-       best one and the default are the starts: a step is made from each, and the one with the smaller E goes on.
+       equal steps in t, Karras's grid, the default. The best one and the default are the starts: a step is made from
+       each, and the one with the smaller E over all pilots goes on.
     3. Gauss-Newton steps on levels, step weights and output weights together reduce
 
            sqrt(E^2 + 10 s^2 v^2 + (s / 5)^2 u),    E = (mean_i r_i^1.5)^(2/3),
@@ -88,9 +88,9 @@ def fit(
        and so samples that are not among the pilots in the right mode. A pilot that ends in another mode cannot be
        mended. So with M = 4 median_i r_i, a pilot with r > M counts (M / r)^1.5 in v and u. In E, r^1.5 is replaced by
        L^1.5 (1 + 1.5 log(r / L)) beyond L, which is M or the third largest r, if that is larger: where many pilots are
-       far off, all but two count in full. Derivatives are finite differences. Ten to twelve pilots are held out of
-       these steps; of more than 36 a third, of fewer than 24 down to a third. Start and step are those with the
-       smallest E over all pilots; the held-out ones alone are too few to choose.
+       far off, all but two count in full. Derivatives are finite differences. A third of the pilots is held out of
+       these steps, and up to twelve if 14 are left. The step with the smallest E over all pilots is kept; the held-out
+       ones alone are too few to choose.
        The default is kept if its E over all pilots is smaller, or its r for a typical held-out pilot (the geometric
        mean). With `eta` above 0 a fit must be better by more than chance.
 
@@ -114,7 +114,7 @@ def fit(
         calls: about how many network calls the fit may make. By default 8,000 for up to 6 evaluations; for more it
             grows as the square. The minimum is what 16 pilots need, about 1,500 for 5 calls.
         pilots: number of pilot samples, at least 8. By default the length of `cond`, or else as many as `calls` pays
-            for: 16 to 64, and at least 24 where `calls` is not given.
+            for: 16 to 64, and at least 22 where `calls` is not given.
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
         history: how many predictions a step uses, 0 to 8. With 0 only times are fitted, and the weights are those of
             `ExponentialPC`.

@@ -11,14 +11,12 @@ PRICE = 8_000
 """Network calls of a fit for up to six calls a sample; more in proportion to their square."""
 FEWEST = 8
 """Pilots at least."""
-_LEAST, _ENOUGH, _MOST = 16, 24, 64
+_LEAST, _ENOUGH, _MOST = 16, 22, 64
 """Pilots, where nobody says how many: at least; at least for the usual price; at most."""
 _HELD, _FITTED = 12, 14
 """Pilots that are held out cost little, as no derivatives are taken of them: 12, if 14 are left to be fitted."""
 _GRIDS = 20
 """How many grids there are, about."""
-FEW, KEPT_GRIDS = 3, 6
-"""All grids are compared on 3 pilots, the best 6 of them on more."""
 STARTS = 2
 """Grids from which a first step is tried: the best, and that of the default."""
 _PLANNED = 4
@@ -106,7 +104,7 @@ def cost_of(
 ) -> int:
     """Evaluations of the accurate solution, the grids, and so many steps, the first of them from each of the starts."""
     starts = starts if moving else 1
-    scouts = (_GRIDS * FEW + KEPT_GRIDS * (scouts_of(pilots) - FEW)) * levels if moving else 0
+    scouts = _GRIDS * scouts_of(pilots) * levels if moving else 0
     numbers = numbers_of(levels, history, moving=moving)
     jacobian = sum(levels - k for kind, k, _ in numbers if kind != "output")
     step = (pilots - held_of(pilots)) * jacobian + pilots * 1.3 * levels  # some moves are tried again
@@ -120,5 +118,5 @@ def held_of(pilots: int) -> int:
 
 
 def scouts_of(pilots: int) -> int:
-    """On how many pilots the best grids are compared."""
-    return min(8, max(FEW + 1, pilots // 4))
+    """On how many pilots the grids are compared."""
+    return min(8, max(3, pilots // 4))

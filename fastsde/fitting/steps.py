@@ -18,7 +18,7 @@ from fastsde.batching import select_rows
 from fastsde.fitting.grids import starts, walkable
 from fastsde.fitting.kept import Kept
 from fastsde.fitting.pilots import ENERGY, ON_PATH, Pilots, Walked
-from fastsde.fitting.price import FEW, KEPT_GRIDS, STARTS, numbers_of
+from fastsde.fitting.price import STARTS, numbers_of
 from fastsde.solvers.fitted import FittedSolver, Row
 from fastsde.types import Carry
 
@@ -67,11 +67,10 @@ class Fit:
             first, cost = past
             pilot.resume(cost)
         else:
-            first = dict.fromkeys(solvers, 0.0)
-            for rows, many in ((pilot.scouts[:FEW], len(solvers)), (pilot.scouts[FEW:], KEPT_GRIDS)):
-                for name in (kept := sorted(first, key=lambda name: first[name])[:many]):
-                    first[name] += float(pilot.root_errors(pilot.walked(solvers[name], rows).x, rows).sum())
-                first = {name: first[name] for name in kept}
+            first = {
+                name: float(pilot.root_errors(pilot.walked(solver, pilot.scouts).x, pilot.scouts).mean())
+                for name, solver in solvers.items()
+            }
             self._put("grids", first)
         found, before = list[tuple[str, Walked, float, float]](), pilot.cost
         ranked = sorted(first, key=lambda name: first[name])
