@@ -112,7 +112,7 @@ def fit(
         cond: conditioning of the pilot samples, each with leading axis `pilots`; or a function of their number that
             returns it, such as `lambda n: {"class_labels": torch.arange(n) % 10}`.
         calls: about how many network calls the fit may make. By default 8,000 for up to 6 evaluations; for more it
-            grows as the square. The minimum is what 16 pilots need, about 1,500 for 5 calls.
+            grows as the square. The minimum is what 16 pilots need, about 1,600 for 5 calls.
         pilots: number of pilot samples, at least 8. By default the length of `cond`, or else as many as `calls` pays
             for: 16 to 64, and at least 22 where `calls` is not given.
         times: the times of the network calls, decreasing from t_max, instead of `nfe`. Then only weights are fitted.
