@@ -160,7 +160,7 @@ def readme(fitted: list[Row], seeds: Row) -> list[Row]:
     ):
         row = some(fitted, problem=problem, measure=measure, calls=calls)[0]
         found.append({"data": shown, "measure": measure, "calls": calls, "default": row["default"]})
-        found[-1] |= {"fitted": row["fitted"], "best peer": said("{peer} ({who})", row)}
+        found[-1] |= {"fitted": of_three(row), "best peer": said("{peer} ({who})", row)}
     summary = {row["solver"]: row["fid"] for row in seeds["summary"] if row["setting"] == "nfe 10"}
     for measure, solver, peer in (
         ("FID of 10,000", "ExponentialPC", "UniPC"),
@@ -291,6 +291,12 @@ def over_seeds(*parts: str) -> Work:
     return work
 
 
+def of_three(row: Row) -> str | float | None:
+    """The mean of the fits of three pilots, with the smallest and the largest; the first alone, if not all are there."""
+    fits = [row[key] for key in ("fitted", "second pilots", "third pilots") if row.get(key) is not None]
+    return f"{sum(fits) / 3:.3g} ({min(fits):.3g} to {max(fits):.3g})" if len(fits) == 3 else row["fitted"]
+
+
 def fids_of_fits(rows: list[Row]) -> list[Row]:
     """The FIDs with the smallest and the largest of the seeds, where there are several."""
     found = []
@@ -378,10 +384,12 @@ table(
 
 table(
     "fitted",
-    "problem | measure | calls | default | fitted | best peer, as many calls = {peer:.3g} {who} "
+    "problem | measure | calls | default | fitted = fits | best peer, as many calls = {peer:.3g} {who} "
     "| two calls more = {peer at n + 2:.3g} {who at n + 2} | price",
     lambda rows: [
-        row for row in some(rows, "fitted") if row["measure"] == ("error" if row["problem"] in NETWORKS else "distance")
+        row | {"fits": of_three(row)}
+        for row in some(rows, "fitted")
+        if row["measure"] == ("error" if row["problem"] in NETWORKS else "distance")
     ],
 )
 table(

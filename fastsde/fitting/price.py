@@ -61,16 +61,16 @@ def planned(
     least = 0
     for with_guess in (True, False) if guess else (False,):
         levels, before = evaluations + with_guess, accurate + 2 * with_guess
-        of = partial(cost_of, levels=levels, accurate=before, history=history, moving=moving)
+        cost = partial(cost_of, levels=levels, accurate=before, history=history, moving=moving)
         if pilots is None:
             few = _ENOUGH if calls is None else _LEAST
-            count = next((n for n in range(_MOST, few, -1) if of(n) <= price), few)
+            count = next((n for n in range(_MOST, few, -1) if cost(n) <= price), few)
         else:
             count = check_count("pilots", pilots, FEWEST)
-        least = of(count, steps=1, starts=1)
+        least = cost(count, steps=1, starts=1)
         if calls is None:
             # So many pilots may do with a step less.
-            price = max(price, of(count, steps=_PLANNED - 1))
+            price = max(price, cost(count, steps=_PLANNED - 1))
         if calls is None or calls >= least * each:
             return Plan(count, with_guess, price * each)
     raise ValueError(
