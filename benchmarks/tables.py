@@ -292,7 +292,7 @@ def over_seeds(*parts: str) -> Work:
 
 
 def of_three(row: Row) -> str | float | None:
-    """The mean of the fits of three pilots, with the smallest and the largest; the first alone, if not all are there."""
+    """The mean of the fits of three pilots, the smallest and the largest; the first alone if not all are there."""
     fits = [row[key] for key in ("fitted", "second pilots", "third pilots") if row.get(key) is not None]
     return f"{sum(fits) / 3:.3g} ({min(fits):.3g} to {max(fits):.3g})" if len(fits) == 3 else row["fitted"]
 
